@@ -1,0 +1,358 @@
+"""Writes one Hugging Face checkpoint per scheme, as ModelOpt's FP8 export would: `export(...) -> CheckpointManifest`.
+
+The source is read tensor by tensor and written tensor by tensor, so that host memory holds one tensor and its codes,
+whatever the model's size. What a scheme leaves alone is copied byte for byte under the source's names; a quantised
+weight becomes E4M3 codes with two float32 scalars. A directory appears under its name only when it is complete.
+
+Layout of a file: 8 bytes little-endian header length, JSON header padded with spaces to 8 bytes, data ordered by
+dtype size (largest first) and name, which keeps every tensor aligned; so does safetensors' own writer.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitladder.errors import MeasurementError, OutputError, StaleRecord
+from bitladder.formats import get_format
+from bitladder.records import (
+    BF16,
+    CheckpointManifest,
+    FileDigest,
+    Measurement,
+    ModuleRecord,
+    QuantModule,
+    Scheme,
+)
+from bitladder.runinfo import Progress, no_progress
+from bitladder.sensitivity import Amax
+from bitladder.storage import atomic_directory, remove_leftovers, sha256_of_file
+from bitladder.weights import INDEX_FILE, TensorInfo, WeightFiles, read_config
+
+CONFIG_FILE = "config.json"
+QUANT_CONFIG_FILE = "hf_quant_config.json"
+_COPY_BLOCK_BYTES = 1 << 22
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+_NOT_COPIED = (CONFIG_FILE, QUANT_CONFIG_FILE, INDEX_FILE, CheckpointManifest.FILE_NAME)
+_TEMPLATE_DIRECTORY = "additional_chat_templates"  # transformers keeps named chat templates there
+# The ModelOpt release whose file layout is written; runtimes look at the producer's name and version.
+_PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+Quantised = Mapping[str, tuple[QuantModule, str]]  # tensor name of a quantised weight -> (module, format)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of an output file: copied from the source, or made from a source weight."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    make: TensorInfo | Callable[[], torch.Tensor]  # where it is copied from, or how it is made
+
+
+def quant_config(scheme: Scheme) -> dict[str, Any]:
+    """Return `hf_quant_config.json` for a scheme, in ModelOpt's form: `exclude_modules` are exact names."""
+    return {
+        "producer": dict(_PRODUCER),
+        "quantization": {
+            "quant_algo": _algorithm(scheme),
+            "kv_cache_quant_algo": None,
+            "exclude_modules": list(scheme.exclude_modules),
+        },
+    }
+
+
+def _algorithm(scheme: Scheme) -> str:
+    """Return ModelOpt's name for a scheme's one format beside bf16."""
+    names = sorted({name for name in scheme.formats.values() if name != BF16})
+    if len(names) != 1:
+        raise MeasurementError(
+            f"scheme {scheme.name} has {len(names)} formats beside {BF16} ({', '.join(names) or 'none'}); "
+            "a checkpoint of one such format can be written"
+        )
+    return get_format(names[0]).modelopt_algorithm
+
+
+def config_with_quantisation(config: dict[str, Any], scheme: Scheme) -> dict[str, Any]:
+    """Return the source's config.json with the `quantization_config` that vLLM and transformers read."""
+    eight_bit = {"dynamic": False, "num_bits": 8, "type": "float"}
+    quantisation = {
+        "config_groups": {
+            "group_0": {
+                "input_activations": dict(eight_bit),
+                "weights": dict(eight_bit),
+                "targets": ["Linear"],
+            }
+        },
+        "ignore": list(scheme.exclude_modules),
+        "quant_algo": _algorithm(scheme),
+        "producer": dict(_PRODUCER),
+        "quant_method": "modelopt",
+    }
+    return {**config, "quantization_config": quantisation}
+
+
+def side_files(source: Path) -> tuple[str, ...]:
+    """Return the source's files that come along unchanged: tokenizer, processor, chat template, licence."""
+    names = [
+        path.name
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.suffix not in _WEIGHT_SUFFIXES
+        and not path.name.endswith(".index.json")
+        and path.name not in _NOT_COPIED
+    ]
+    templates = source / _TEMPLATE_DIRECTORY
+    if templates.is_dir():
+        names += [f"{_TEMPLATE_DIRECTORY}/{path.name}" for path in sorted(templates.iterdir()) if path.is_file()]
+    return tuple(names)
+
+
+def _quantised_modules(scheme: Scheme, measurement: Measurement) -> Quantised:
+    """Return `{tensor name of a quantised weight: (module, format)}`."""
+    table = {}
+    for group in measurement.groups:
+        name = scheme.formats.get(group.name)
+        if name is None:
+            raise StaleRecord(f"scheme {scheme.name} doesn't know the group {group.name}; plan again")
+        if name == BF16:
+            continue
+        for module in group.modules:
+            if module.tensor is None:
+                raise MeasurementError(
+                    f"the measurement doesn't say where {module.name} lies in the model's files: it was imported from "
+                    "a manifest, which is good for planning, not for export; run `bitladder measure` on the model"
+                )
+            table[module.tensor] = (module, name)
+    return table
+
+
+def _entries(weights: WeightFiles, file: str, quantised: Quantised, amax: Amax) -> list[_Entry]:
+    """Return the tensors of one output file, in the order of their data."""
+    entries = []
+    for info in weights.tensors.values():
+        if info.file != file:
+            continue
+        if info.name not in quantised:
+            entries.append(_Entry(info.name, info.dtype, info.shape, info.end - info.begin, info))
+            continue
+        module, name = quantised[info.name]
+        format_ = get_format(name)
+        weight_amax, input_amax = amax[f"{module.name}.weight_amax"], amax[f"{module.name}.input_amax"]
+        prefix = info.name.removesuffix(".weight")
+        size = math.prod(info.shape)
+        entries += [
+            _Entry(info.name, format_.code_dtype, info.shape, size, partial(_codes, weights, info, name, weight_amax)),
+            _Entry(f"{prefix}.weight_scale", "F32", (), 4, partial(format_.scale, weight_amax)),
+            _Entry(f"{prefix}.input_scale", "F32", (), 4, partial(format_.scale, input_amax)),
+        ]
+    entries.sort(key=lambda entry: (-_DTYPE_BYTES.get(entry.dtype, 1), entry.name))
+    return entries
+
+
+def _codes(weights: WeightFiles, info: TensorInfo, name: str, amax: torch.Tensor) -> torch.Tensor:
+    return get_format(name).codes(weights.load(info.name), amax)
+
+
+def _header(entries: Sequence[_Entry]) -> bytes:
+    """Return the file's first bytes: length and JSON header."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.bytes],
+        }
+        offset += entry.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+class _HashedFile:
+    """A file that is hashed while it is written: a block is hashed in a thread while the next one is made."""
+
+    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
+        self.path, self._pool = path, pool
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._hashing: Future[None] | None = None
+
+    def write(self, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), _COPY_BLOCK_BYTES):
+            block = data[start : start + _COPY_BLOCK_BYTES]
+            self._file.write(block)
+            self._wait()
+            self._hashing = self._pool.submit(self._digest.update, block)
+
+    def _wait(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
+
+    def close(self) -> FileDigest:
+        """Flush to the disk and return the file's digest."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._wait()
+        return FileDigest(name=self.path.name, bytes=self.path.stat().st_size, sha256=self._digest.hexdigest())
+
+
+def _write_weights(weights: WeightFiles, file: str, entries: Sequence[_Entry], destination: Path) -> FileDigest:
+    """Write one weight file and return its digest."""
+    source = np.memmap(weights.directory / file, dtype=np.uint8, mode="r").data
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        output = _HashedFile(destination / file, pool)
+        output.write(_header(entries))
+        for entry in entries:
+            if isinstance(entry.make, TensorInfo):
+                output.write(source[entry.make.begin : entry.make.end])
+            else:
+                output.write(entry.make().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return output.close()
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _digest(directory: Path, name: str) -> FileDigest:
+    path = directory / name
+    return FileDigest(name=name, bytes=path.stat().st_size, sha256=sha256_of_file(path))
+
+
+def _check_destination(destination: Path) -> None:
+    """Refuse to replace something that isn't a checkpoint of ours."""
+    if destination.exists() and not destination.is_dir():
+        raise OutputError(f"{destination} is a file; choose another output directory")
+    ours = (destination / CheckpointManifest.FILE_NAME).exists()
+    if destination.is_dir() and any(destination.iterdir()) and not ours:
+        raise OutputError(
+            f"{destination} holds something that Bitladder didn't write; move it away or choose another output"
+        )
+
+
+def export(
+    scheme: Scheme,
+    measurement: Measurement,
+    amax: Amax,
+    source: Path,
+    destination: Path,
+    progress: Progress = no_progress,
+) -> CheckpointManifest:
+    """Write the checkpoint of one scheme to `destination`.
+
+    Args:
+        scheme: what is quantised.
+        measurement: the one that the scheme was planned from.
+        amax: its amax values (`sensitivity.read_amax`), shared within fused groups.
+        source: the original model's directory.
+        destination: a directory that doesn't exist, is empty, or holds an earlier checkpoint of ours.
+        progress: told of every file.
+
+    Raises:
+        StaleRecord: the scheme belongs to another measurement. MeasurementError: not exportable.
+        ModelError: damaged source. OutputError: no space, or something else is there.
+    """
+    if scheme.measurement_sha256 != measurement.fingerprint():
+        raise StaleRecord(f"scheme {scheme.name} was planned from another measurement; plan again")
+    _check_destination(destination)
+    quantised = _quantised_modules(scheme, measurement)
+    weights = WeightFiles.open(source)
+    lost = sorted(set(quantised) - set(weights.tensors))
+    if lost:
+        raise StaleRecord(f"{source} has no tensor {lost[0]}, which was measured; it is another model: measure again")
+    remove_leftovers(destination.parent)
+    with atomic_directory(destination) as temporary:
+        files = []
+        table: dict[str, _Entry] = {}
+        placed: dict[str, str] = {}
+        for index, file in enumerate(weights.files):
+            progress(f"export {scheme.name}", index, len(weights.files))
+            entries = _entries(weights, file, quantised, amax)
+            files.append(_write_weights(weights, file, entries, temporary))
+            placed.update(dict.fromkeys((entry.name for entry in entries), file))
+            table.update((entry.name, entry) for entry in entries)
+        progress(f"export {scheme.name}", len(weights.files), len(weights.files))
+        if (source / INDEX_FILE).exists():
+            total = sum(entry.bytes for entry in table.values())
+            index_content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+            _write_file(temporary / INDEX_FILE, json.dumps(index_content, indent=2).encode() + b"\n")
+            files.append(_digest(temporary, INDEX_FILE))
+        config = config_with_quantisation(read_config(source), scheme)
+        _write_file(temporary / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
+        _write_file(temporary / QUANT_CONFIG_FILE, json.dumps(quant_config(scheme), indent=4).encode() + b"\n")
+        for name in side_files(source):
+            _write_file(temporary / name, (source / name).read_bytes())
+        files += [_digest(temporary, name) for name in (CONFIG_FILE, QUANT_CONFIG_FILE, *side_files(source))]
+        manifest = CheckpointManifest(
+            scheme=scheme.name,
+            scheme_sha256=scheme.fingerprint(),
+            measurement_sha256=scheme.measurement_sha256,
+            source_sha256=measurement.model.sha256,
+            files=tuple(sorted(files, key=lambda entry: entry.name)),
+            modules=tuple(_module_records(quantised, amax)),
+        )
+        manifest.write(temporary / CheckpointManifest.FILE_NAME)
+    return manifest
+
+
+def _module_records(quantised: Quantised, amax: Amax) -> Iterator[ModuleRecord]:
+    for tensor, (module, name) in quantised.items():
+        format_ = get_format(name)
+        yield ModuleRecord(
+            name=module.name,
+            tensor=tensor,
+            format=name,
+            dtype=format_.code_dtype,
+            weight_scale=float(format_.scale(amax[f"{module.name}.weight_amax"])),
+            input_scale=float(format_.scale(amax[f"{module.name}.input_amax"])),
+        )
+
+
+def share_equal_files(directories: Sequence[Path]) -> int:
+    """Make files that are equal between the checkpoints in `directories` hard links; return the bytes saved.
+
+    Only files that the manifests list with the same size and SHA-256 are linked.
+
+    Raises:
+        OutputError: the file system has no hard links.
+    """
+    first: dict[tuple[int, str], Path] = {}
+    saved = 0
+    for directory in directories:
+        for entry in CheckpointManifest.read(directory / CheckpointManifest.FILE_NAME).files:
+            path = directory / entry.name
+            twin = first.setdefault((entry.bytes, entry.sha256), path)
+            if twin == path or os.path.samefile(twin, path):
+                continue
+            temporary = path.with_name(f".bitladder-tmp-link-{path.name}")
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(twin, temporary)
+            except OSError as error:
+                raise OutputError(
+                    f"{path.parent} can't hold hard links ({error.strerror}); set export.share_files: false"
+                ) from error
+            os.replace(temporary, path)
+            saved += entry.bytes
+    return saved

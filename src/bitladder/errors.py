@@ -1,0 +1,75 @@
+"""Every error that Bitladder raises on purpose.
+
+    BitladderError                exit status 2, one line: what was asked, what is possible, what to do
+    ├── RecipeError               the recipe (or a flag) is wrong: unknown key, bad value
+    ├── DataError                 calibration or held-out data is missing, empty, too short or malformed
+    ├── ModelError                the model's files are missing, truncated, or hold NaN/Inf
+    │   └── UnsupportedModel      a model without a language model we can search, or with modules we can't quantise
+    ├── MeasurementError          the engine produced something that can't be used (NaN scores, no scores, no amax)
+    ├── PlanError                 a scheme can't be planned
+    │   ├── InfeasibleTarget      the target lies outside the attainable range, which the message names
+    │   └── DuplicateSchemes      two schemes have the same assignment
+    ├── RecordError               a file that we wrote is corrupt, foreign, or of another schema
+    ├── StaleRecord               a record belongs to another model, measurement or scheme than the one at hand
+    ├── OutputError               the output directory can't be used: holds something else, no space, no permission
+    ├── VerificationFailed        a checkpoint doesn't match its scheme; the findings are in `verification.json`
+    └── EngineError               ModelOpt or transformers behaved otherwise than we rely on
+
+Only the command line catches these.
+"""
+
+
+class BitladderError(Exception):
+    """Base of all errors with a remedy; `str(error)` is one line for the user."""
+
+
+class RecipeError(BitladderError):
+    """The recipe or a command-line value is wrong."""
+
+
+class DataError(BitladderError):
+    """Calibration or held-out data can't be used."""
+
+
+class ModelError(BitladderError):
+    """The model's files can't be used."""
+
+
+class UnsupportedModel(ModelError):
+    """The model is intact, but Bitladder can't search it."""
+
+
+class MeasurementError(BitladderError):
+    """A measurement went wrong or lacks what the next step needs."""
+
+
+class PlanError(BitladderError):
+    """A scheme can't be planned."""
+
+
+class InfeasibleTarget(PlanError):
+    """The target lies outside the attainable range."""
+
+
+class DuplicateSchemes(PlanError):
+    """Two schemes assign the same format to every group."""
+
+
+class RecordError(BitladderError):
+    """A record on disk is corrupt, foreign, or of another schema version."""
+
+
+class StaleRecord(BitladderError):
+    """A record belongs to another model, measurement or scheme."""
+
+
+class OutputError(BitladderError):
+    """The output directory can't be used."""
+
+
+class VerificationFailed(BitladderError):
+    """A checkpoint doesn't match its scheme."""
+
+
+class EngineError(BitladderError):
+    """ModelOpt or transformers behaved otherwise than we rely on."""

@@ -1,0 +1,403 @@
+"""All steps of a recipe in one directory: what is done and still valid is skipped, the rest is (re)done.
+
+    run.json                    marks the directory as ours; the resolved recipe; what each step took
+    measurement.json            + measurement.safetensors
+    schemes/<name>.json
+    checkpoints/<name>/
+    verification.json
+    evaluations/<name>.json
+    report.md, report.json
+
+A step is valid when its record names the digest of what it was made from: the measurement that of model, data and
+settings; a checkpoint that of scheme and measurement; an evaluation that of checkpoint, held-out data and arithmetic.
+"""
+
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bitladder import calibration, checkpoint, evaluation, planning, report, sensitivity, targets, verification
+from bitladder.errors import ModelError, OutputError, RecipeError, RecordError, StaleRecord, VerificationFailed
+from bitladder.recipe import Recipe
+from bitladder.records import (
+    CheckpointManifest,
+    Evaluation,
+    Measurement,
+    ModelSource,
+    PhaseCost,
+    RunState,
+    Scheme,
+    Verification,
+    digest_of,
+)
+from bitladder.runinfo import Meter, Progress, no_progress
+from bitladder.storage import remove_leftovers
+from bitladder.weights import DigestCache, model_source
+
+
+def fetch_model(path: str, revision: str | None) -> Path:
+    """Return the model's directory; a Hub id is downloaded (or found in the local cache).
+
+    Raises:
+        ModelError: no such directory, no such model, no network.
+    """
+    directory = Path(path)
+    if directory.is_absolute():
+        if not directory.is_dir():
+            raise ModelError(f"model directory {directory} does not exist; check model.path")
+        return directory
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(path, revision=revision))
+    except Exception as error:  # the hub's client raises its own and the network's errors
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"model {path} can't be fetched from the Hub ({reason}); name a local directory") from error
+
+
+@dataclass
+class Workspace:
+    """One recipe and its output directory."""
+
+    recipe: Recipe
+    output: Path
+    progress: Progress = no_progress
+    state: RunState = field(init=False)
+    cache: DigestCache = field(init=False)
+    done: list[str] = field(default_factory=list)  # the steps that this process had to do
+
+    def __post_init__(self) -> None:
+        if self.recipe.kv_cache != "none":
+            raise RecipeError("kv_cache: fp8 can't be calibrated and exported yet; set kv_cache: none")
+        path = self.output / RunState.FILE_NAME
+        if self.output.exists() and not self.output.is_dir():
+            raise OutputError(f"output {self.output} is a file; choose another output directory")
+        if path.exists():
+            self.state = RunState.read(path)
+        else:
+            if self.output.is_dir() and any(self.output.iterdir()):
+                raise OutputError(
+                    f"output {self.output} holds something that Bitladder didn't write; choose another directory"
+                )
+            self.state = RunState(recipe={})
+        self.cache = DigestCache(self.state.digests)
+        remove_leftovers(self.output)
+        remove_leftovers(self.output / "checkpoints")
+        self.state = self.state.model_copy(update={"recipe": self.recipe.model_dump(mode="json")})
+        self.save()
+
+    def save(self) -> None:
+        """Write `run.json`, where it changed."""
+        known = {path: entry for path, entry in self.cache.known.items() if Path(path).exists()}
+        self.state = self.state.model_copy(update={"digests": known})
+        path = self.output / RunState.FILE_NAME
+        if not path.exists() or RunState.read(path) != self.state:
+            self.state.write(path)
+
+    def finished(self, step: str, phases: Sequence[PhaseCost]) -> None:
+        """Note that a step was done, and what it took."""
+        self.done.append(step)
+        self.state = self.state.model_copy(update={"phases": {**self.state.phases, step: tuple(phases)}})
+        self.save()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the output directory."""
+        with (self.output / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise OutputError(f"another bitladder process is working in {self.output}; wait for it") from None
+            yield
+
+    @property
+    def model_directory(self) -> Path:
+        """Where the original model's files are."""
+        return fetch_model(self.recipe.model.path, self.recipe.model.revision)
+
+    def source(self) -> ModelSource:
+        """Return the identity of the model as it is now."""
+        spec = self.recipe.model
+        return model_source(self.model_directory, path=spec.path, revision=spec.revision, cache=self.cache)
+
+    def checkpoint_directory(self, scheme: str) -> Path:
+        """Return where a scheme's checkpoint lies."""
+        return self.output / "checkpoints" / scheme
+
+    def measurement(self) -> Measurement:
+        """Return the measurement, checked to be of this model and of this recipe's formats.
+
+        Raises:
+            RecordError: there is none. StaleRecord: it is of another model, or of changed weights.
+        """
+        measurement = Measurement.read(self.output / sensitivity.MEASUREMENT_FILE)
+        source = self.source()
+        if measurement.model.sha256 != source.sha256:
+            raise StaleRecord(
+                f"{self.output / sensitivity.MEASUREMENT_FILE} was measured on other weights "
+                f"({measurement.model.path}) than {source.path} has now; run `bitladder measure` again"
+            )
+        return measurement
+
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Return the recipe's schemes as planned.
+
+        Raises:
+            RecordError: one isn't planned yet.
+        """
+        return tuple(Scheme.read(self.output / "schemes" / f"{spec.name}.json") for spec in self.recipe.schemes)
+
+    def manifests(self) -> dict[str, CheckpointManifest]:
+        """Return the manifests of all checkpoints.
+
+        Raises:
+            RecordError: one isn't exported yet.
+        """
+        return {
+            spec.name: CheckpointManifest.read(self.checkpoint_directory(spec.name) / CheckpointManifest.FILE_NAME)
+            for spec in self.recipe.schemes
+        }
+
+
+def measure(work: Workspace) -> Measurement:
+    """Measure once, or return the measurement that is there and valid.
+
+    Raises:
+        BitladderError: see `sensitivity.measure`.
+    """
+    source, directory, spec = work.source(), work.model_directory, work.recipe.calibration
+    processor = calibration.load_processor(directory)
+    data = calibration.load_data(
+        spec.data,
+        processor,
+        samples=spec.samples,
+        sequence_length=spec.sequence_length,
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+    )
+    path = work.output / sensitivity.MEASUREMENT_FILE
+    key = sensitivity.settings_sha256(source, data, work.recipe.measurement)
+    if path.exists():
+        known = Measurement.read(path)
+        amax = work.output / sensitivity.AMAX_FILE
+        if known.settings_sha256 == key and amax.exists() and work.cache.sha256(amax) == known.amax_sha256:
+            return known
+    target = targets.find_target(directory)
+    measurement = sensitivity.measure(
+        directory, source, target, data, work.recipe.measurement, work.output, work.progress
+    )
+    work.finished("measure", measurement.run.phases if measurement.run else ())
+    return measurement
+
+
+def plan(work: Workspace) -> tuple[Scheme, ...]:
+    """Plan every scheme of the recipe (it takes well under a second) and write those that changed.
+
+    Raises:
+        PlanError: infeasible, or two schemes are equal.
+    """
+    meter = Meter()
+    with meter.phase("plan"):
+        schemes = planning.plan_all(work.measurement(), work.recipe.schemes)
+    changed = []
+    for scheme in schemes:
+        path = work.output / "schemes" / f"{scheme.name}.json"
+        try:
+            known = Scheme.read(path) if path.exists() else None
+        except RecordError:
+            known = None  # damaged: it is made again from the measurement
+        if known != scheme:
+            changed.append((path, scheme))
+    for path, scheme in changed:
+        scheme.write(path)
+    if changed:
+        work.finished("plan", meter.phases)
+    return schemes
+
+
+def _is_intact(work: Workspace, scheme: Scheme, directory: Path) -> bool:
+    """Return whether the checkpoint in `directory` is this scheme's and all its files are as they were written."""
+    path = directory / CheckpointManifest.FILE_NAME
+    if not path.exists():
+        return False
+    try:
+        manifest = CheckpointManifest.read(path)
+    except RecordError:
+        return False
+    if manifest.scheme_sha256 != scheme.fingerprint():
+        return False
+    return all(
+        (directory / entry.name).is_file() and work.cache.sha256(directory / entry.name) == entry.sha256
+        for entry in manifest.files
+    )
+
+
+def export(work: Workspace) -> dict[str, CheckpointManifest]:
+    """Export every scheme whose checkpoint isn't there and intact.
+
+    Raises:
+        BitladderError: see `checkpoint.export`.
+    """
+    measurement, schemes = work.measurement(), work.schemes()
+    amax = sensitivity.read_amax(measurement, work.output)
+    meter = Meter()
+    for scheme in schemes:
+        directory = work.checkpoint_directory(scheme.name)
+        if _is_intact(work, scheme, directory):
+            continue
+        with meter.phase(f"export {scheme.name}"):
+            checkpoint.export(scheme, measurement, amax, work.model_directory, directory, work.progress)
+    if meter.phases:
+        if work.recipe.export.share_files:
+            checkpoint.share_equal_files([work.checkpoint_directory(scheme.name) for scheme in schemes])
+        for scheme in schemes:
+            _is_intact(work, scheme, work.checkpoint_directory(scheme.name))  # fills the cache of digests
+        earlier = {phase.phase: phase for phase in work.state.phases.get("export", ())}
+        earlier.update((phase.phase, phase) for phase in meter.phases)
+        wanted = [f"export {scheme.name}" for scheme in schemes]
+        work.finished("export", [earlier[name] for name in wanted if name in earlier])
+    return work.manifests()
+
+
+def verify(work: Workspace) -> Verification:
+    """Verify all checkpoints, unless these very files were verified before.
+
+    Raises:
+        VerificationFailed: something is wrong; `verification.json` has all findings.
+    """
+    measurement, schemes, manifests = work.measurement(), work.schemes(), work.manifests()
+    path = work.output / "verification.json"
+    wanted = {name: manifest.fingerprint() for name, manifest in manifests.items()}
+    result = None
+    if path.exists() and all(_is_intact(work, s, work.checkpoint_directory(s.name)) for s in schemes):
+        try:
+            known = Verification.read(path)
+        except RecordError:
+            known = None
+        if known is not None and {c.scheme: c.manifest_sha256 for c in known.checkpoints} == wanted and known.ok:
+            result = known
+    if result is None:
+        meter = Meter()
+        with meter.phase("verify"):
+            directories = {scheme.name: work.checkpoint_directory(scheme.name) for scheme in schemes}
+            result = verification.verify(schemes, measurement, work.model_directory, directories, work.progress)
+        result.write(path)
+        work.finished("verify", meter.phases)
+    findings = [(c.scheme, f) for c in result.checkpoints for f in c.findings]
+    findings += [(f"{p.first} and {p.second}", f) for p in result.pairs for f in p.findings]
+    if findings:
+        where, first = findings[0]
+        tensor = f", {first.tensor}" if first.tensor else ""
+        raise VerificationFailed(
+            f"verification found {len(findings)} problem(s); the first: {where}: {first.file}{tensor}: "
+            f"{first.problem}; {first.remedy} (all in {path})"
+        )
+    return result
+
+
+def evaluate(work: Workspace) -> dict[str, Evaluation]:
+    """Evaluate every checkpoint on held-out data, unless it was.
+
+    Raises:
+        BitladderError: see `calibration.load_data` and `evaluation`.
+    """
+    measurement, manifests = work.measurement(), work.manifests()
+    spec, directory = work.recipe.held_out, work.model_directory
+    processor = calibration.load_processor(directory)
+    data = calibration.load_data(
+        spec.data or work.recipe.calibration.data,
+        processor,
+        samples=spec.samples,
+        sequence_length=spec.sequence_length,
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+        avoid=measurement.calibration,
+    )
+    key = digest_of([measurement.model.sha256, data.summary.sha256, evaluation.ARITHMETIC, str(spec.task)])
+    results: dict[str, Evaluation] = {}
+    for name, manifest in manifests.items():
+        path = work.output / "evaluations" / f"{name}.json"
+        try:
+            known = Evaluation.read(path) if path.exists() else None
+        except RecordError:
+            known = None
+        if known and known.settings_sha256 == key and known.manifest_sha256 == manifest.fingerprint():
+            results[name] = known
+    missing = [name for name in manifests if name not in results]
+    if missing:
+        meter = Meter()
+        task = evaluation.Task.exact_match(data.samples, processor) if spec.task == "exact_match" else None
+        with meter.phase("evaluate original"):
+            reference = evaluation.Reference.compute(directory, data, task=task, progress=work.progress)
+        with reference:
+            for name in missing:
+                with meter.phase(f"evaluate {name}"):
+                    result = evaluation.evaluate_checkpoint(
+                        reference, work.checkpoint_directory(name), progress=work.progress
+                    )
+                results[name] = result.model_copy(update={"settings_sha256": key})
+                results[name].write(work.output / "evaluations" / f"{name}.json")
+        work.finished("evaluate", meter.phases)
+    return {name: results[name] for name in manifests}
+
+
+def make_report(work: Workspace) -> report.Report:
+    """Write `report.md` and `report.json` from the records that are there.
+
+    Raises:
+        RecordError: there is no measurement or no plan yet.
+    """
+    measurement, schemes = work.measurement(), work.schemes()
+    manifests: dict[str, CheckpointManifest] = {}
+    evaluations: dict[str, Evaluation] = {}
+    for scheme in schemes:
+        manifest_path = work.checkpoint_directory(scheme.name) / CheckpointManifest.FILE_NAME
+        if manifest_path.exists():
+            manifest = CheckpointManifest.read(manifest_path)
+            if manifest.scheme_sha256 != scheme.fingerprint():
+                continue  # of an earlier plan: not exported yet
+            manifests[scheme.name] = manifest
+            evaluation_path = work.output / "evaluations" / f"{scheme.name}.json"
+            if evaluation_path.exists():
+                known = Evaluation.read(evaluation_path)
+                if known.manifest_sha256 == manifest.fingerprint():
+                    evaluations[scheme.name] = known
+    path = work.output / "verification.json"
+    verified = Verification.read(path) if path.exists() else None
+    wanted = {name: manifest.fingerprint() for name, manifest in manifests.items()}
+    if verified and {c.scheme: c.manifest_sha256 for c in verified.checkpoints} != wanted:
+        verified = None  # of earlier checkpoints
+    result = report.build_report(
+        recipe=work.state.recipe,
+        measurement=measurement,
+        schemes=schemes,
+        manifests=manifests,
+        verification=verified,
+        evaluations=evaluations,
+        phases=[phase for step in work.state.phases.values() for phase in step],
+        standard_errors=standard_errors(measurement, schemes),
+    )
+    report.write_report(result, work.output)
+    return result
+
+
+def standard_errors(measurement: Measurement, schemes: Sequence[Scheme]) -> Mapping[str, float | None]:
+    """Return the standard error of each scheme's predicted score over the scoring batches."""
+    return {scheme.name: planning.standard_error(measurement, scheme.formats) for scheme in schemes}
+
+
+def run(work: Workspace) -> report.Report:
+    """Do every step that isn't done; `work.done` names those that were needed.
+
+    Raises:
+        BitladderError: the first step that fails; what is finished stays.
+    """
+    with work.locked():
+        measure(work)
+        plan(work)
+        export(work)
+        verify(work)
+        evaluate(work)
+        return make_report(work)

@@ -1,0 +1,251 @@
+"""The recipe: the YAML file a user writes, parsed into frozen types.
+
+Unknown keys are refused with the nearest known one. Paths are relative to the recipe's directory; `package:demo/...`
+names files that ship with Bitladder. `docs/guide.md` shows every key.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bitladder.errors import RecipeError
+
+PACKAGE_PREFIX = "package:"
+_MAX_SHOWN = 100  # characters of a wrong value that an error repeats
+_SCHEME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Section(BaseModel):
+    """A frozen part of the recipe that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSpec(Section):
+    """Which model: a local directory or a Hub id, and which part of it is searched."""
+
+    path: str
+    revision: str | None = None
+    search: Literal["language_model"] = "language_model"
+
+
+class DataSpec(Section):
+    """Where samples come from.
+
+    `text`: a UTF-8 file, tokenised as one stream and cut into rows. `jsonl`: one object a line, `text_field` holds the
+    text. `huggingface`: a data set of the Hub or a local one, by `datasets.load_dataset`. `image_text`: JSONL with
+    `image` (a path relative to the file, or a `data:` URI), `prompt` (optional) and `text`, the answer.
+    """
+
+    kind: Literal["text", "jsonl", "huggingface", "image_text"]
+    path: str
+    text_field: str = "text"
+    split: str = Field(default="train", description="kind huggingface only")
+    subset: str | None = Field(default=None, description="kind huggingface only: the configuration's name")
+    prompt: str = Field(default="Describe the image.", description="kind image_text: where a sample has no prompt")
+
+
+class SampleSpec(Section):
+    """A data set and how much of it is used."""
+
+    data: DataSpec
+    samples: int = Field(default=64, gt=0, description="rows of `sequence_length` tokens, or image+text pairs")
+    sequence_length: int = Field(default=512, gt=1, description="tokens; image+text pairs may be shorter, not longer")
+    batch_size: int = Field(default=4, gt=0)
+    seed: int = 0
+
+
+class HeldOutSpec(Section):
+    """What the checkpoints are evaluated on: data of its own, or rows that calibration leaves over."""
+
+    data: DataSpec | None = Field(default=None, description="None: the calibration data, rows that it doesn't use")
+    samples: int = Field(default=32, gt=0)
+    sequence_length: int = Field(default=512, gt=1)
+    batch_size: int = Field(default=4, gt=0)
+    seed: int = 0
+    task: Literal["exact_match"] | None = Field(
+        default=None, description="also generate the answer to each image_text sample and count exact matches"
+    )
+
+
+class MeasureSpec(Section):
+    """How sensitivity is measured."""
+
+    engine: Literal["modelopt"] = "modelopt"
+    method: Literal["gradient", "kl_div"] = "gradient"
+    formats: tuple[str, ...] = Field(default=("fp8",), min_length=1)
+    share_fused_scales: bool = Field(default=True, description="False only to compare with ModelOpt; not exportable")
+    score_samples: int | None = Field(default=None, gt=0, description="samples scored; None: all calibration samples")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="arithmetic while scoring; auto: float32 on a CPU, bfloat16 on a GPU"
+    )
+    device: str = Field(default="auto", description="auto: a GPU where there is one")
+
+
+class SchemeSpec(Section):
+    """One scheme of the ladder, asked for in exactly one way."""
+
+    name: str
+    coverage: float | None = Field(default=None, gt=0, le=1, description="share of the searched weights, at most")
+    effective_bits: float | None = Field(default=None, gt=0, description="at most")
+    max_predicted_score: float | None = Field(default=None, description="at most, in the measurement's unit")
+    include: tuple[str, ...] | None = Field(default=None, description="glob patterns of groups or modules to quantise")
+    exclude: tuple[str, ...] = Field(default=(), description="glob patterns of groups or modules never quantised")
+    format: str | None = Field(default=None, description="with coverage or include, where the formats are several")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if not _SCHEME_NAME.fullmatch(self.name):
+            raise ValueError(f"scheme name {self.name!r}: use letters, digits, '.', '_' and '-'")
+        ways = ("coverage", "effective_bits", "max_predicted_score", "include")
+        given = [way for way in ways if getattr(self, way) is not None]
+        if len(given) != 1:
+            raise ValueError(f"scheme {self.name}: give exactly one of {', '.join(ways)}; got {given or 'none'}")
+        return self
+
+
+class ExportSpec(Section):
+    """How checkpoints are written."""
+
+    share_files: bool = Field(default=False, description="hard-link files that are equal between schemes")
+
+
+class Recipe(Section):
+    """Everything a run needs. Paths are absolute once the recipe is read."""
+
+    model: ModelSpec
+    calibration: SampleSpec
+    held_out: HeldOutSpec = HeldOutSpec()
+    measurement: MeasureSpec = MeasureSpec()
+    schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
+    kv_cache: Literal["none", "fp8"] = "none"
+    export: ExportSpec = ExportSpec()
+    output: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [scheme.name for scheme in self.schemes]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two schemes are named {twice[0]}; rename one")
+        data = self.held_out.data or self.calibration.data
+        if self.held_out.task and data.kind != "image_text":
+            raise ValueError("held_out.task needs held-out data of kind image_text, which has answers")
+        return self
+
+
+def _known_keys(section: Any, location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that are known at `location` inside `section` (where an unknown one was found)."""
+    for part in location[:-1]:
+        if isinstance(part, int) or not (isinstance(section, type) and issubclass(section, BaseModel)):
+            continue
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), section)
+    return list(section.model_fields)
+
+
+def _one_line(error: ValidationError, origin: str, section: type[Section]) -> RecipeError:
+    """Return the first validation error as one line: where, what was given, what is possible."""
+    # A misspelt key is also a missing one: the unknown key says more.
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    location = first["loc"]
+    where = ".".join(str(part) for part in location) or "(top level)"
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(section, location)
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+        return RecipeError(f"{origin}: unknown key '{where}'; {hint}")
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if first["type"] in ("missing", "value_error") else f" (got {_shortened(first['input'])})"
+    return RecipeError(f"{origin}: {where}: {message}{given}")
+
+
+def _shortened(value: Any) -> str:
+    """Return what was given, in at most so many characters."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
+
+
+def parse_recipe(content: Any, origin: str) -> Recipe:
+    """Return the recipe that `content` (parsed YAML) describes; `origin` names it in errors.
+
+    Raises:
+        RecipeError: one line that names the key, what was given and what is possible.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _one_line(error, origin, Recipe) from error
+
+
+def parse_schemes(entries: Sequence[dict[str, Any]]) -> tuple[SchemeSpec, ...]:
+    """Return the schemes that `entries` (as in a recipe's `schemes`) ask for.
+
+    Raises:
+        RecipeError: none are given, or one is malformed.
+    """
+    if not entries:
+        raise RecipeError("no scheme is asked for; give --coverage or --effective-bits")
+    try:
+        return tuple(SchemeSpec.model_validate(entry) for entry in entries)
+    except ValidationError as error:
+        raise _one_line(error, "scheme", SchemeSpec) from error
+
+
+def resolve_path(path: str, base: Path) -> str:
+    """Return `path` as absolute: `package:...` inside the installed package, anything else relative to `base`."""
+    if path.startswith(PACKAGE_PREFIX):
+        return str(Path(__file__).parent / path.removeprefix(PACKAGE_PREFIX))
+    return str((base / Path(path).expanduser()).resolve())
+
+
+def _resolve_model(path: str, base: Path) -> str:
+    """Return an absolute path where `path` is (or looks like) a directory, and a Hub id as it is."""
+    looks_like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(".")
+    if looks_like_hub_id and not (base / path).exists():
+        return path
+    return resolve_path(path, base)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe in the YAML file at `path`, with absolute paths.
+
+    Raises:
+        RecipeError: the file is missing, isn't YAML, or isn't a recipe.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path} does not exist; see recipes/ for examples") from None
+    except IsADirectoryError:
+        raise RecipeError(f"recipe {path} is a directory; name a YAML file") from None
+    except OSError as error:
+        raise RecipeError(f"recipe {path} can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    recipe = parse_recipe(content, str(path))
+    base = path.resolve().parent
+
+    def data(spec: DataSpec) -> DataSpec:
+        if spec.kind == "huggingface" and not (base / spec.path).exists():
+            return spec  # a Hub id
+        return spec.model_copy(update={"path": resolve_path(spec.path, base)})
+
+    held_out = recipe.held_out
+    if held_out.data is not None:
+        held_out = held_out.model_copy(update={"data": data(held_out.data)})
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"path": _resolve_model(recipe.model.path, base)}),
+            "calibration": recipe.calibration.model_copy(update={"data": data(recipe.calibration.data)}),
+            "held_out": held_out,
+            # Outputs land where the user stands, not beside the recipe.
+            "output": str(Path(recipe.output).expanduser().resolve()),
+        }
+    )

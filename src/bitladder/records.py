@@ -1,0 +1,368 @@
+"""The files that the steps exchange, as frozen types: what was measured, planned, exported, verified and evaluated.
+
+Every record is JSON with a `schema_version`; tensors lie beside it in safetensors; nothing is pickled. A record is
+identified by its `fingerprint`: the SHA-256 of its content without the fields that two equal runs may differ in
+(times, memory, hardware). `docs/records.md` describes every field.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bitladder.errors import RecordError
+from bitladder.storage import atomic_write, sha256_of_bytes
+
+SCHEMA_VERSION = 1
+BF16 = "bf16"  # the format of a group that a scheme leaves alone, whatever 16-bit dtype the source has
+BF16_BITS = 16
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number that a record may hold")
+
+
+class Part(BaseModel):
+    """A frozen piece of a record; unknown fields, NaN and Inf are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Record(Part):
+    """A frozen record with one file on disk."""
+
+    # Fields that two runs with the same result may differ in; they don't count for the fingerprint.
+    volatile: ClassVar[frozenset[str]] = frozenset()
+
+    schema_version: int = SCHEMA_VERSION
+
+    def fingerprint(self) -> str:
+        """Return the hex SHA-256 of the record's content without its volatile fields."""
+        content = self.model_dump(mode="json", exclude=set(self.volatile))
+        return sha256_of_bytes(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+    def write(self, path: Path) -> None:
+        """Write the record to `path` as indented JSON, atomically."""
+        atomic_write(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return the record at `path`.
+
+        Raises:
+            RecordError: the file is missing, isn't JSON, or isn't such a record; the message names the remedy.
+        """
+        kind = cls.__name__
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        except FileNotFoundError:
+            raise RecordError(f"{path} does not exist; run the step that writes this {kind} first") from None
+        except (OSError, ValueError) as error:  # not UTF-8, not JSON, NaN
+            raise RecordError(f"{path} can't be read as JSON ({error}); delete it and run the step again") from error
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if version != SCHEMA_VERSION:
+            raise RecordError(
+                f"{path} has schema_version {version!r}, this Bitladder reads {SCHEMA_VERSION}; "
+                f"if it is a {kind}, delete it and run the step again"
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "(top level)"
+            raise RecordError(f"{path} is not a {kind}: {where}: {first['msg']}; run the step again") from error
+
+
+class FileDigest(Part):
+    """One file: its path relative to the directory, its size in bytes, its SHA-256."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class ModelSource(Part):
+    """Which model this is, down to the bytes of its weights."""
+
+    path: str
+    revision: str | None = None
+    architecture: str
+    model_type: str
+    sha256: str = Field(description="SHA-256 over the names and digests of the config and weight files")
+    files: tuple[FileDigest, ...] = ()
+
+
+class DataSummary(Part):
+    """What a data set gave: enough to make it again and to see that it is the same."""
+
+    source: str
+    kind: str
+    sha256: str = Field(description="SHA-256 of the token ids and masks (and pixels) that the model is given")
+    samples: int
+    tokens: int = Field(description="positions that count for the loss")
+    sequence_length: int
+    batch_size: int
+    seed: int
+    sample_ids: tuple[str, ...] = Field(default=(), description="digest of each sample's source, to prove a split")
+
+
+class PhaseCost(Part):
+    """What one phase took."""
+
+    phase: str
+    seconds: float
+    peak_rss_bytes: int
+    peak_gpu_bytes: int | None = None
+
+
+class RunInfo(Part):
+    """Where and how a step ran; never part of a fingerprint."""
+
+    started: str
+    hardware: str
+    threads: int
+    versions: dict[str, str]
+    phases: tuple[PhaseCost, ...] = ()
+
+
+class QuantModule(Part):
+    """One linear module: its path in the loaded model, and its weight's tensor name in the source files."""
+
+    name: str
+    tensor: str | None = Field(default=None, description="None where only a published manifest is known")
+    shape: tuple[int, int] | None = Field(default=None, description="[out_features, in_features]")
+
+
+class QuantGroup(Part):
+    """Modules that the runtime fuses (q/k/v, gate/up), so that they share one format and its scales."""
+
+    name: str
+    modules: tuple[QuantModule, ...]
+    weight_elements: int = Field(gt=0)
+
+
+class UntouchedModule(Part):
+    """A linear module that isn't searched, and why."""
+
+    name: str
+    checkpoint_name: str = Field(description="its weight's tensor name in the source files, without `.weight`")
+    reason: str
+
+
+class Candidate(Part):
+    """One format of one group: what it costs, and what it did to the loss or the output in every scoring batch."""
+
+    group: str
+    format: str
+    weight_bits: int = Field(description="all weights of the group together, in bits")
+    scores: tuple[float, ...] = Field(description="raw, one per scoring batch")
+
+
+class Measurement(Record):
+    """One sensitivity measurement: everything that planning and exporting need.
+
+    A group's sensitivity is Σ_batches `score_weights[b]` × `scores[b]`; see `sensitivity`.
+    """
+
+    volatile = frozenset({"run"})
+
+    model: ModelSource
+    calibration: DataSummary
+    engine: str
+    method: str
+    fused_scales_shared: bool
+    compute_dtype: str
+    score_unit: str
+    score_weights: tuple[float, ...]
+    formats: tuple[str, ...]
+    groups: tuple[QuantGroup, ...]
+    candidates: tuple[Candidate, ...]
+    untouched: tuple[UntouchedModule, ...]
+    amax_sha256: str | None = Field(description="SHA-256 of measurement.safetensors; None: no amax, so no export")
+    settings_sha256: str = Field(default="", description="digest of the recipe's settings that led here")
+    run: RunInfo | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        groups = {group.name for group in self.groups}
+        if len(groups) != len(self.groups):
+            raise ValueError("two groups have the same name")
+        seen = set()
+        for candidate in self.candidates:
+            if candidate.group not in groups:
+                raise ValueError(f"candidate of unknown group {candidate.group}")
+            if len(candidate.scores) != len(self.score_weights):
+                raise ValueError(
+                    f"{candidate.group}: {len(candidate.scores)} scores, {len(self.score_weights)} batches"
+                )
+            seen.add((candidate.group, candidate.format))
+        missing = [(g, f) for g in sorted(groups) for f in self.formats if (g, f) not in seen]
+        if missing or len(seen) != len(self.candidates):
+            raise ValueError(f"candidates don't cover every group and format once: {missing[:3]}")
+        return self
+
+    @property
+    def searched_weights(self) -> int:
+        """Number of weight elements in the searched groups: the denominator of effective bits and coverage."""
+        return sum(group.weight_elements for group in self.groups)
+
+    def sensitivity(self, candidate: Candidate) -> float:
+        """Return the candidate's predicted damage in `score_unit`: the weighted sum of its raw batch scores."""
+        return math.fsum(w * s for w, s in zip(self.score_weights, candidate.scores, strict=True))
+
+    def by_group(self) -> dict[str, dict[str, Candidate]]:
+        """Return the candidates as `{group name: {format: candidate}}`, in the order of `groups`."""
+        table: dict[str, dict[str, Candidate]] = {group.name: {} for group in self.groups}
+        for candidate in self.candidates:
+            table[candidate.group][candidate.format] = candidate
+        return table
+
+
+class Scheme(Record):
+    """The format of every quant group, and what it costs and is predicted to do."""
+
+    name: str
+    measurement_sha256: str
+    asked: dict[str, Any] = Field(description="the recipe's entry for this scheme")
+    formats: dict[str, str] = Field(description="group name -> format; `bf16` is left as in the source")
+    effective_bits: float = Field(description="Σ weight bits / Σ weights over the searched groups")
+    coverage: float = Field(description="share of the searched weight elements that are quantised")
+    searched_weights: int
+    weight_bits: int
+    weight_bytes: int = Field(description="the searched weights and their scales on disk")
+    predicted_score: float
+    score_unit: str
+    exclude_modules: tuple[str, ...] = Field(description="exact checkpoint names of the linear modules left alone")
+    nested_in: tuple[str, ...] = Field(default=(), description="schemes that quantise all of its groups and more")
+
+    def quantised_groups(self) -> frozenset[str]:
+        """Return the names of the groups that this scheme quantises."""
+        return frozenset(group for group, format_name in self.formats.items() if format_name != BF16)
+
+
+class ModuleRecord(Part):
+    """One quantised module in a checkpoint: scales are multipliers that restore a value from its code."""
+
+    name: str
+    tensor: str
+    format: str
+    dtype: str
+    weight_scale: float
+    input_scale: float
+
+
+class CheckpointManifest(Record):
+    """What an exported directory holds, written last; `bitladder_manifest.json` in that directory."""
+
+    FILE_NAME: ClassVar[str] = "bitladder_manifest.json"
+
+    scheme: str
+    scheme_sha256: str
+    measurement_sha256: str
+    source_sha256: str
+    files: tuple[FileDigest, ...]
+    modules: tuple[ModuleRecord, ...]
+    kv_cache_format: str | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files listed."""
+        return sum(file.bytes for file in self.files)
+
+
+class Finding(Part):
+    """One thing that is wrong with a checkpoint, where, and what to do."""
+
+    file: str
+    tensor: str | None
+    problem: str
+    remedy: str
+
+
+class CheckpointVerification(Part):
+    """The verdict on one checkpoint."""
+
+    scheme: str
+    manifest_sha256: str
+    tensors_checked: int
+    codes_checked: int = Field(description="FP8 codes compared with the source weight")
+    bytes_identical: int = Field(description="bytes outside the scheme that equal the source's")
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+
+class PairDifference(Part):
+    """How two schemes' checkpoints differ."""
+
+    first: str
+    second: str
+    modules_expected: int = Field(description="modules whose format differs between the two schemes")
+    modules_differing: int = Field(description="modules whose tensors differ between the two directories")
+    findings: tuple[Finding, ...] = ()
+
+
+class Verification(Record):
+    """All checkpoints of one run, each against its scheme and against each other."""
+
+    checkpoints: tuple[CheckpointVerification, ...]
+    pairs: tuple[PairDifference, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no checkpoint and no pair has a finding."""
+        return all(c.ok for c in self.checkpoints) and not any(p.findings for p in self.pairs)
+
+
+class EvalResult(Part):
+    """One number about one checkpoint, or about the original where `checkpoint_sha256` is None."""
+
+    metric: str = Field(description="kl, perplexity, top1_agreement, task_accuracy")
+    unit: str
+    value: float
+    standard_error: float | None
+    samples: int
+    noise_floor: float | None = Field(description="the same metric for the original in BF16 instead of float32")
+    reference: float | None = Field(default=None, description="the same metric for the original, where it has one")
+
+
+class Evaluation(Record):
+    """One checkpoint on held-out data, against the original."""
+
+    volatile = frozenset({"run"})
+
+    scheme: str
+    manifest_sha256: str = Field(description="fingerprint of the checkpoint's manifest")
+    model_sha256: str
+    data: DataSummary
+    arithmetic: str
+    settings_sha256: str = ""
+    results: tuple[EvalResult, ...]
+    run: RunInfo | None = None
+
+    def result(self, metric: str) -> EvalResult | None:
+        """Return the result with this metric, or None."""
+        return next((result for result in self.results if result.metric == metric), None)
+
+
+class RunState(Record):
+    """What a run directory belongs to, and what its steps took; `run.json`, which marks the directory as ours."""
+
+    FILE_NAME: ClassVar[str] = "run.json"
+
+    recipe: dict[str, Any] = Field(description="the recipe with every default filled in")
+    phases: dict[str, tuple[PhaseCost, ...]] = Field(default={}, description="step -> what its phases took")
+    digests: dict[str, tuple[int, int, str]] = Field(
+        default={}, description="file -> size, modification time (ns), SHA-256: spares hashing it again"
+    )
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    """Return the hex SHA-256 over `parts`, each ended by a newline."""
+    return sha256_of_bytes("".join(f"{part}\n" for part in parts).encode())

@@ -1,0 +1,10 @@
+"""Records -> one page: `build_report(...) -> Report`, written as `report.json` and `report.md`.
+
+A report is a record itself, made of records and nothing else: no model, no torch, no clock. `content` decides what it
+says, `render` how that reads (with `report.md.jinja`), for a page and for a terminal.
+"""
+
+from bitladder.report.content import Report, batch_standard_error, build_report
+from bitladder.report.render import closing_table, render_markdown, write_report
+
+__all__ = ["Report", "batch_standard_error", "build_report", "closing_table", "render_markdown", "write_report"]

@@ -1,0 +1,515 @@
+"""What a report says: numbers only, each from a record, so that a program can read it as `report.json`."""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import Field
+
+from bitladder.errors import StaleRecord
+from bitladder.records import (
+    BF16,
+    BF16_BITS,
+    Candidate,
+    CheckpointManifest,
+    DataSummary,
+    EvalResult,
+    Evaluation,
+    Measurement,
+    ModelSource,
+    Part,
+    PhaseCost,
+    QuantGroup,
+    Record,
+    RunInfo,
+    Scheme,
+    Verification,
+)
+
+KL = "kl"
+WITHIN_NOISE_ERRORS = 2.0  # two values closer than so many standard errors of their difference aren't told apart
+_BITS_PER_BYTE = 8
+_WEIGHT_SUFFIX = ".safetensors"
+
+
+class FormatCount(Part):
+    """How much of the searched part one scheme puts in one format."""
+
+    format: str
+    groups: int
+    modules: int
+    weight_elements: int
+    groups_by_kind: dict[str, int] = Field(description="kind (qkv_proj, o_proj, …) -> groups; kinds with none are 0")
+
+
+class ReportedScheme(Part):
+    """One rung of the ladder: what was asked, what it costs, what it does."""
+
+    name: str
+    asked: dict[str, Any]
+    coverage: float
+    effective_bits: float
+    weight_bytes: int = Field(description="searched weights and their scales")
+    weight_file_bytes: int | None = Field(description="*.safetensors of the checkpoint; None: not exported")
+    checkpoint_bytes: int | None = Field(description="all files of the checkpoint; None: not exported")
+    kv_cache_format: str | None
+    predicted_score: float
+    predicted_standard_error: float | None
+    results: tuple[EvalResult, ...] | None = Field(description="None: not evaluated")
+    verified: bool | None = Field(description="None: not verified yet")
+    format_counts: tuple[FormatCount, ...]
+    nested_in: tuple[str, ...] = Field(description="schemes that quantise all of this one's groups alike, and more")
+
+    def result(self, metric: str) -> EvalResult | None:
+        """Return the result with this metric, or None."""
+        return next((result for result in self.results or () if result.metric == metric), None)
+
+
+class GroupSensitivity(Part):
+    """What one format does to one group."""
+
+    format: str
+    score: float = Field(description="sensitivity, in the report's `score_unit`")
+    standard_error: float | None = Field(description="over the scoring batches; None: a single batch")
+    score_per_bit_saved: float | None = Field(description="None: the format saves nothing")
+    rank: int | None = Field(description="1 has the least score per bit saved, and is quantised first")
+
+
+class ReportedGroup(Part):
+    """One quant group, in network order."""
+
+    name: str
+    kind: str = Field(description="last part of the name: qkv_proj, o_proj, gate_up_proj, down_proj, …")
+    modules: tuple[str, ...]
+    weight_elements: int
+    sensitivities: tuple[GroupSensitivity, ...]
+    formats: dict[str, str] = Field(description="scheme -> format")
+
+
+class Comparison(Part):
+    """The held-out KL of two schemes that are neighbours in searched-weight bits."""
+
+    first: str
+    second: str
+    difference: float = Field(description="KL of the second minus KL of the first")
+    standard_error: float | None = Field(description="sqrt(se1² + se2²); None: an error is unknown")
+    within_noise: bool | None = Field(description="|difference| < 2 standard errors; None: can't be said")
+
+
+class Edge(Part):
+    """Where a scheme stops: the most sensitive group that it takes, and the least sensitive one that it leaves."""
+
+    scheme: str
+    taken: str
+    left: str
+    difference: float = Field(description="score per bit saved, left minus taken")
+    standard_error: float | None = Field(description="of the difference, batch by batch; None: a single batch")
+    within_noise: bool | None
+
+
+class ReportedEvaluation(Part):
+    """On what, and in which arithmetic, one checkpoint was evaluated."""
+
+    scheme: str
+    data: DataSummary = Field(description="without sample_ids")
+    arithmetic: str
+    samples_seen_in_calibration: int | None = Field(description="None: the samples carry no digests")
+
+
+class NotSearched(Part):
+    """Modules that are left alone for one reason."""
+
+    reason: str
+    modules: tuple[str, ...]
+
+
+class Environment(Part):
+    """Where some of the steps ran."""
+
+    steps: tuple[str, ...]
+    hardware: str
+    threads: int
+    versions: dict[str, str]
+
+
+class Report(Record):
+    """Everything that one run measured, planned, wrote, checked and evaluated."""
+
+    volatile = frozenset({"environments", "phases"})
+
+    measurement_sha256: str
+    model: ModelSource
+    source_weight_file_bytes: int | None = Field(description="the original's *.safetensors; None: not known")
+    searched_weights: int
+    searched_source_bytes: int = Field(description="the searched weights in 16 bits")
+    calibration: DataSummary = Field(description="without sample_ids")
+    engine: str
+    method: str
+    compute_dtype: str
+    fused_scales_shared: bool
+    formats: tuple[str, ...]
+    score_unit: str
+    score_batches: int
+    schemes: tuple[ReportedScheme, ...] = Field(description="from most to fewest bits")
+    nesting: tuple[tuple[str, ...], ...] = Field(description="chains of schemes, each holding the one before")
+    comparable: bool = Field(description="all evaluations share data, model and arithmetic")
+    comparisons: tuple[Comparison, ...]
+    below_noise_floor: tuple[str, ...] = Field(description="schemes whose KL is below that of BF16 arithmetic")
+    edges: tuple[Edge, ...]
+    groups: tuple[ReportedGroup, ...]
+    evaluations: tuple[ReportedEvaluation, ...]
+    verification: Verification | None
+    not_searched: tuple[NotSearched, ...]
+    settings: dict[str, Any] = Field(description="the recipe with every default")
+    environments: tuple[Environment, ...]
+    phases: tuple[PhaseCost, ...]
+
+    def first_result(self, metric: str) -> EvalResult | None:
+        """Return the metric's result of the first scheme that has one: for its unit, reference and noise floor."""
+        return next((found for scheme in self.schemes if (found := scheme.result(metric))), None)
+
+
+def batch_standard_error(contributions: Sequence[float]) -> float | None:
+    """Return the standard error of Σ `contributions`, one per scoring batch; None for fewer than two.
+
+    The batches are taken as independent draws: sqrt(n · s²), s² being the sample variance.
+    """
+    count = len(contributions)
+    if count < 2:
+        return None
+    mean = math.fsum(contributions) / count
+    return math.sqrt(count / (count - 1) * math.fsum((c - mean) ** 2 for c in contributions))
+
+
+def build_report(
+    recipe: Mapping[str, Any],
+    measurement: Measurement,
+    schemes: Sequence[Scheme],
+    manifests: Mapping[str, CheckpointManifest],
+    verification: Verification | None,
+    evaluations: Mapping[str, Evaluation],
+    phases: Sequence[PhaseCost],
+    standard_errors: Mapping[str, float | None] = MappingProxyType({}),
+) -> Report:
+    """Return the report of one run; steps that haven't run are left out of the arguments.
+
+    Args:
+        recipe: the settings in full, as plain data.
+        measurement: the one that all schemes were planned from.
+        schemes: all of them, in the recipe's order.
+        manifests: of the checkpoints that are exported, by scheme name.
+        verification: of those checkpoints, or None.
+        evaluations: of those checkpoints, by scheme name.
+        phases: what every phase of every step took; empty: the measurement's own phases.
+        standard_errors: of the predicted scores, by scheme name.
+
+    Raises:
+        StaleRecord: a record belongs to another measurement, scheme or checkpoint than the ones given.
+    """
+    _check_provenance(measurement, schemes, manifests, verification, evaluations)
+    ladder = sorted(schemes, key=lambda scheme: -scheme.weight_bits)
+    weight_files = [file.bytes for file in measurement.model.files if file.name.endswith(_WEIGHT_SUFFIX)]
+    contexts = {(e.data.sha256, e.model_sha256, e.arithmetic) for e in evaluations.values()}
+    comparable = len(contexts) <= 1
+    nested_in = _nested_in(ladder)
+    return Report(
+        measurement_sha256=measurement.fingerprint(),
+        model=measurement.model,
+        source_weight_file_bytes=sum(weight_files) if weight_files else None,
+        searched_weights=measurement.searched_weights,
+        searched_source_bytes=measurement.searched_weights * BF16_BITS // _BITS_PER_BYTE,
+        calibration=measurement.calibration.model_copy(update={"sample_ids": ()}),
+        engine=measurement.engine,
+        method=measurement.method,
+        compute_dtype=measurement.compute_dtype,
+        fused_scales_shared=measurement.fused_scales_shared,
+        formats=measurement.formats,
+        score_unit=measurement.score_unit,
+        score_batches=len(measurement.score_weights),
+        schemes=tuple(
+            _reported_scheme(
+                scheme, nested_in[scheme.name], measurement, manifests, verification, evaluations, standard_errors
+            )
+            for scheme in ladder
+        ),
+        nesting=_chains(nested_in),
+        comparable=comparable,
+        comparisons=_comparisons(ladder, evaluations) if comparable else (),
+        below_noise_floor=tuple(s.name for s in ladder if _below_floor(evaluations.get(s.name))),
+        edges=tuple(edge for scheme in ladder if (edge := _edge(scheme, measurement)) is not None),
+        groups=_reported_groups(measurement, ladder),
+        evaluations=tuple(
+            _reported_evaluation(evaluations[s.name], measurement.calibration) for s in ladder if s.name in evaluations
+        ),
+        verification=verification,
+        not_searched=_not_searched(measurement),
+        settings=_plain(recipe),
+        environments=_environments(measurement, ladder, evaluations),
+        phases=tuple(phases) or (measurement.run.phases if measurement.run else ()),
+    )
+
+
+def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `content` as JSON would give it back: tuples are lists, anything else is text."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(content), default=str))
+    return plain
+
+
+def _check_provenance(
+    measurement: Measurement,
+    schemes: Sequence[Scheme],
+    manifests: Mapping[str, CheckpointManifest],
+    verification: Verification | None,
+    evaluations: Mapping[str, Evaluation],
+) -> None:
+    """Refuse records that don't belong together: their numbers would stand side by side and mean nothing.
+
+    Raises:
+        StaleRecord: the message names the record and the step to run again.
+    """
+    by_name = {scheme.name: scheme for scheme in schemes}
+    measured = measurement.fingerprint()
+    for scheme in schemes:
+        if scheme.measurement_sha256 != measured:
+            raise StaleRecord(f"scheme {scheme.name} was planned from another measurement; plan again")
+        if set(scheme.formats) != {group.name for group in measurement.groups}:
+            raise StaleRecord(f"scheme {scheme.name} doesn't name the measurement's quant groups; plan again")
+    for name, manifest in manifests.items():
+        if name not in by_name or manifest.scheme_sha256 != by_name[name].fingerprint():
+            raise StaleRecord(f"checkpoint {name} was exported from another scheme; export it again")
+    digests = {name: manifest.fingerprint() for name, manifest in manifests.items()}
+    for check in verification.checkpoints if verification else ():
+        if digests.get(check.scheme) != check.manifest_sha256:
+            raise StaleRecord(f"another checkpoint {check.scheme} than the one at hand was verified; verify again")
+    for name, evaluation in evaluations.items():
+        if digests.get(name) != evaluation.manifest_sha256:
+            raise StaleRecord(f"another checkpoint {name} than the one at hand was evaluated; evaluate again")
+
+
+def _reported_scheme(
+    scheme: Scheme,
+    nested_in: tuple[str, ...],
+    measurement: Measurement,
+    manifests: Mapping[str, CheckpointManifest],
+    verification: Verification | None,
+    evaluations: Mapping[str, Evaluation],
+    standard_errors: Mapping[str, float | None],
+) -> ReportedScheme:
+    manifest = manifests.get(scheme.name)
+    evaluation = evaluations.get(scheme.name)
+    return ReportedScheme(
+        name=scheme.name,
+        asked=_plain(scheme.asked),
+        coverage=scheme.coverage,
+        effective_bits=scheme.effective_bits,
+        weight_bytes=scheme.weight_bytes,
+        weight_file_bytes=_weight_file_bytes(manifest) if manifest else None,
+        checkpoint_bytes=manifest.total_bytes if manifest else None,
+        kv_cache_format=manifest.kv_cache_format if manifest else None,
+        predicted_score=scheme.predicted_score,
+        predicted_standard_error=standard_errors.get(scheme.name),
+        results=evaluation.results if evaluation else None,
+        verified=_verdict(scheme.name, verification),
+        format_counts=_format_counts(scheme, measurement),
+        nested_in=nested_in,
+    )
+
+
+def _weight_file_bytes(manifest: CheckpointManifest) -> int:
+    return sum(file.bytes for file in manifest.files if file.name.endswith(_WEIGHT_SUFFIX))
+
+
+def _verdict(name: str, verification: Verification | None) -> bool | None:
+    """Return whether nothing was found in the checkpoint or in a pair that it is part of; None: not checked."""
+    check = next((c for c in verification.checkpoints if c.scheme == name), None) if verification else None
+    if verification is None or check is None:
+        return None
+    return check.ok and not any(pair.findings for pair in verification.pairs if name in (pair.first, pair.second))
+
+
+def _kind(group: QuantGroup) -> str:
+    return group.name.rpartition(".")[2]
+
+
+def _format_counts(scheme: Scheme, measurement: Measurement) -> tuple[FormatCount, ...]:
+    kinds = list(dict.fromkeys(_kind(group) for group in measurement.groups))
+    counts = []
+    for format_name in (*measurement.formats, BF16):
+        groups = [group for group in measurement.groups if scheme.formats[group.name] == format_name]
+        counts.append(
+            FormatCount(
+                format=format_name,
+                groups=len(groups),
+                modules=sum(len(group.modules) for group in groups),
+                weight_elements=sum(group.weight_elements for group in groups),
+                groups_by_kind={kind: sum(_kind(group) == kind for group in groups) for kind in kinds},
+            )
+        )
+    return tuple(counts)
+
+
+def _nested_in(ladder: Sequence[Scheme]) -> dict[str, tuple[str, ...]]:
+    """Return for every scheme the others that quantise all of its groups alike, and more; compares the formats."""
+    quantised = {s.name: {item for item in s.formats.items() if item[1] != BF16} for s in ladder}
+    return {name: tuple(other for other in quantised if quantised[name] < quantised[other]) for name in quantised}
+
+
+def _chains(nested_in: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """Return chains of nested schemes that show every direct inclusion once, from the smallest scheme up."""
+    # Direct inclusions only: a ⊂ c is left out where a ⊂ b ⊂ c.
+    direct = {
+        name: [n for n in above if not any(n in nested_in[between] for between in above)]
+        for name, above in nested_in.items()
+    }
+    chains = []
+    for name in direct:
+        while direct[name]:
+            chain = [name]
+            while direct[chain[-1]]:
+                chain.append(direct[chain[-1]].pop(0))
+            chains.append(tuple(chain))
+    return tuple(chains)
+
+
+def _comparisons(ladder: Sequence[Scheme], evaluations: Mapping[str, Evaluation]) -> tuple[Comparison, ...]:
+    """Return the KL differences of neighbours among the evaluated schemes."""
+    results = [(s.name, evaluations[s.name].result(KL)) for s in ladder if s.name in evaluations]
+    known = [(name, result) for name, result in results if result is not None]
+    comparisons = []
+    for (first, one), (second, other) in itertools.pairwise(known):
+        difference = other.value - one.value
+        error = None
+        if one.standard_error is not None and other.standard_error is not None:
+            error = math.hypot(one.standard_error, other.standard_error)
+        comparisons.append(
+            Comparison(
+                first=first,
+                second=second,
+                difference=difference,
+                standard_error=error,
+                within_noise=None if error is None else abs(difference) < WITHIN_NOISE_ERRORS * error,
+            )
+        )
+    return tuple(comparisons)
+
+
+def _below_floor(evaluation: Evaluation | None) -> bool:
+    result = evaluation.result(KL) if evaluation else None
+    return result is not None and result.noise_floor is not None and result.value < result.noise_floor
+
+
+def _bits_saved(group: QuantGroup, candidate: Candidate) -> int:
+    return group.weight_elements * BF16_BITS - candidate.weight_bits
+
+
+def _contributions(measurement: Measurement, candidate: Candidate) -> list[float]:
+    """Return what each scoring batch adds to the candidate's sensitivity."""
+    return [w * s for w, s in zip(measurement.score_weights, candidate.scores, strict=True)]
+
+
+def _reported_groups(measurement: Measurement, ladder: Sequence[Scheme]) -> tuple[ReportedGroup, ...]:
+    table = measurement.by_group()
+    density: dict[tuple[str, str], float] = {}
+    for group in measurement.groups:
+        for candidate in table[group.name].values():
+            saved = _bits_saved(group, candidate)
+            if saved > 0:
+                density[group.name, candidate.format] = measurement.sensitivity(candidate) / saved
+    ranks: dict[tuple[str, str], int] = {}
+    for format_name in measurement.formats:
+        keys = sorted((key for key in density if key[1] == format_name), key=density.__getitem__)
+        ranks.update((key, rank) for rank, key in enumerate(keys, start=1))
+    reported = []
+    for group in measurement.groups:
+        sensitivities = []
+        for format_name in measurement.formats:
+            candidate = table[group.name][format_name]
+            sensitivities.append(
+                GroupSensitivity(
+                    format=format_name,
+                    score=measurement.sensitivity(candidate),
+                    standard_error=batch_standard_error(_contributions(measurement, candidate)),
+                    score_per_bit_saved=density.get((group.name, format_name)),
+                    rank=ranks.get((group.name, format_name)),
+                )
+            )
+        reported.append(
+            ReportedGroup(
+                name=group.name,
+                kind=_kind(group),
+                modules=tuple(module.name for module in group.modules),
+                weight_elements=group.weight_elements,
+                sensitivities=tuple(sensitivities),
+                formats={scheme.name: scheme.formats[group.name] for scheme in ladder},
+            )
+        )
+    return tuple(reported)
+
+
+def _edge(scheme: Scheme, measurement: Measurement) -> Edge | None:
+    """Return where the scheme stops in the order of score per bit saved; None where it doesn't follow that order."""
+    table = measurement.by_group()
+    taken: list[tuple[float, str, list[float]]] = []  # score per bit saved, group, its parts batch by batch
+    left: list[tuple[float, str, list[float]]] = []
+    for group in measurement.groups:
+        format_name = scheme.formats[group.name]
+        quantised = format_name != BF16
+        if not quantised and len(measurement.formats) != 1:
+            return None  # one order a format: there is no single edge
+        candidate = table[group.name][format_name if quantised else measurement.formats[0]]
+        saved = _bits_saved(group, candidate)
+        if saved <= 0:
+            continue
+        scores = [contribution / saved for contribution in _contributions(measurement, candidate)]
+        (taken if quantised else left).append((math.fsum(scores), group.name, scores))
+    if not taken or not left:
+        return None
+    last, first = max(taken, key=lambda entry: entry[0]), min(left, key=lambda entry: entry[0])
+    difference = first[0] - last[0]
+    if difference < 0:
+        return None  # chosen otherwise (by name, at random), or a smaller group filled the budget
+    error = batch_standard_error([b - a for a, b in zip(last[2], first[2], strict=True)])
+    return Edge(
+        scheme=scheme.name,
+        taken=last[1],
+        left=first[1],
+        difference=difference,
+        standard_error=error,
+        within_noise=None if error is None else difference < WITHIN_NOISE_ERRORS * error,
+    )
+
+
+def _reported_evaluation(evaluation: Evaluation, calibration: DataSummary) -> ReportedEvaluation:
+    held_out, seen = evaluation.data.sample_ids, calibration.sample_ids
+    return ReportedEvaluation(
+        scheme=evaluation.scheme,
+        data=evaluation.data.model_copy(update={"sample_ids": ()}),
+        arithmetic=evaluation.arithmetic,
+        samples_seen_in_calibration=len(set(held_out) & set(seen)) if held_out and seen else None,
+    )
+
+
+def _not_searched(measurement: Measurement) -> tuple[NotSearched, ...]:
+    reasons: dict[str, list[str]] = {}
+    for module in measurement.untouched:
+        reasons.setdefault(module.reason, []).append(module.name)
+    return tuple(NotSearched(reason=reason, modules=tuple(names)) for reason, names in reasons.items())
+
+
+def _environments(
+    measurement: Measurement, ladder: Sequence[Scheme], evaluations: Mapping[str, Evaluation]
+) -> tuple[Environment, ...]:
+    """Return the machines and versions, each with the steps that ran there."""
+    runs: list[tuple[str, RunInfo | None]] = [("measure", measurement.run)]
+    runs += [(f"evaluate {s.name}", evaluations[s.name].run) for s in ladder if s.name in evaluations]
+    found: dict[str, Environment] = {}
+    for step, run in runs:
+        if run is None:
+            continue
+        key = json.dumps([run.hardware, run.threads, run.versions], sort_keys=True)
+        steps = (*found[key].steps, step) if key in found else (step,)
+        found[key] = Environment(steps=steps, hardware=run.hardware, threads=run.threads, versions=run.versions)
+    return tuple(found.values())

@@ -1,0 +1,509 @@
+"""How a report reads: Markdown for a page, a table for a terminal. Numbers are rounded here and nowhere else.
+
+A column keeps one number of decimals, set by the smallest standard error in it, so that values can be compared by eye.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import jinja2
+import yaml
+from rich.table import Table
+
+from bitladder.records import BF16, BF16_BITS, EvalResult
+from bitladder.report.content import KL, WITHIN_NOISE_ERRORS, Report, ReportedScheme
+from bitladder.storage import atomic_write
+
+MARKDOWN_FILE = "report.md"
+JSON_FILE = "report.json"
+NOT_RUN = "not run"
+NONE = "–"
+LEFT_ALONE = "·"  # a group that stays in 16 bits
+KL_EXPONENT = -3  # KL is shown in 10⁻³ nats per token
+ORIGINAL = "original"
+NOISE_FLOOR = "original in BF16 arithmetic (noise floor)"
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_MAX_DECIMALS = 5
+_SHARES = ("top1_agreement", "task_accuracy")  # metrics shown in percent
+_METRIC_NAMES = {
+    KL: "KL to the original",
+    "perplexity": "perplexity",
+    "top1_agreement": "top-1 agreement",
+    "task_accuracy": "task accuracy",
+}
+_MIB = 1 << 20
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class _Column:
+    """How the numbers of one column are shown: times 10^-exponent, with so many decimals."""
+
+    exponent: int
+    decimals: int
+
+    def show(self, value: float | None, error: float | None = None) -> str:
+        if value is None:
+            return NONE
+        text = self._number(value)
+        return text if error is None else f"{text} ± {self._number(error)}"
+
+    def _number(self, value: float) -> str:
+        return f"{value * 10.0**-self.exponent:,.{self.decimals}f}"
+
+
+def _column(values: Iterable[float | None], errors: Iterable[float | None], exponent: int, digits: int = 3) -> _Column:
+    """Return a column that shows 2 digits of the smallest error, or `digits` of the smallest value without errors."""
+    positive = [abs(error) for error in errors if error]
+    kept = 2
+    if not positive:
+        positive, kept = [abs(value) for value in values if value], digits
+    if not positive:
+        return _Column(exponent=exponent, decimals=0)
+    decimals = kept - 1 - math.floor(math.log10(min(positive))) + exponent
+    return _Column(exponent=exponent, decimals=min(max(decimals, 0), _MAX_DECIMALS))
+
+
+def power_of_ten(exponent: int) -> str:
+    """Return `10⁻³` for -3."""
+    return f"10{str(exponent).translate(_SUPERSCRIPTS)}"
+
+
+def _with_unit(exponent: int, unit: str) -> str:
+    return f"{power_of_ten(exponent)} {unit}" if exponent else unit
+
+
+def scientific(value: float | None) -> str:
+    """Return `value` with three significant digits, in the same form for every magnitude."""
+    return NONE if value is None else f"{value:.2e}"
+
+
+def percent(value: float | None, decimals: int = 2) -> str:
+    """Return a share as a percentage."""
+    return NONE if value is None else f"{100 * value:.{decimals}f}%"
+
+
+def byte_size(count: int | None) -> str:
+    """Return bytes in GiB from 10 GiB on, in MiB below; four digits or more have no decimals."""
+    if count is None:
+        return NONE
+    if count >= 10 * _GIB:
+        return f"{count / _GIB:,.2f} GiB"
+    return f"{count / _MIB:,.{0 if count >= 1000 * _MIB else 1}f} MiB"
+
+
+def exact(count: int | None) -> str:
+    """Return an integer in full, with separators."""
+    return NONE if count is None else f"{count:,}"
+
+
+def _size_of(count: int | None, whole: int | None) -> str:
+    """Return a size, and its share of `whole`."""
+    if count is None:
+        return NOT_RUN
+    return byte_size(count) + (f" ({percent(count / whole, 1)})" if whole else "")
+
+
+def asked_of(asked: dict[str, Any]) -> str:
+    """Return in words what a recipe's scheme entry asks for."""
+    given = {key: value for key, value in asked.items() if key != "name" and value not in (None, (), [], "")}
+    words = []
+    for key, value in given.items():
+        if key == "coverage":
+            words.append(f"coverage ≤ {percent(value, 0) if float(100 * value).is_integer() else percent(value)}")
+        elif key in ("effective_bits", "max_predicted_score"):
+            words.append(f"{key.removeprefix('max_').replace('_', ' ')} ≤ {value:g}")
+        elif isinstance(value, list | tuple):
+            words.append(f"{key} {', '.join(f'`{item}`' for item in value)}")
+        else:
+            words.append(f"{key} {value}")
+    return "; ".join(words) or NONE
+
+
+def cell(value: object) -> str:
+    """Return `value` so that it stays inside one cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
+    """Return a Markdown table; the first `left` columns are aligned left, the others right."""
+    lines = [
+        [cell(name) for name in header],
+        [":---" if index < left else "---:" for index in range(len(header))],
+        *([cell(value) for value in row] for row in rows),
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _verified(verified: bool | None) -> str:
+    return NOT_RUN if verified is None else "yes" if verified else "NO"
+
+
+def _exponent_for(values: Iterable[float], unit: str) -> int:
+    """Return the power of ten to show values in; 10⁻³ where they are predicted KL, beside the measured one."""
+    if unit == "nats per token":
+        return KL_EXPONENT
+    largest = max((abs(value) for value in values), default=0.0)
+    exponent = math.floor(math.log10(largest)) if largest else 0
+    return 0 if -1 <= exponent <= 3 else exponent
+
+
+class _Ladder:
+    """The rows that the page's summary and the terminal's closing table share."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.evaluated = any(scheme.results is not None for scheme in report.schemes)
+        kls = [result for scheme in report.schemes if (result := scheme.result(KL))]
+        first = report.first_result(KL)
+        self.kl_unit = _with_unit(KL_EXPONENT, first.unit if first else "nats per token")
+        self.kl_column = _column([r.value for r in kls], [r.standard_error for r in kls], KL_EXPONENT)
+        predicted = [scheme.predicted_score for scheme in report.schemes]
+        exponent = _exponent_for(predicted, report.score_unit)
+        self.predicted_unit = _with_unit(exponent, report.score_unit)
+        self.predicted_column = _column(predicted, [s.predicted_standard_error for s in report.schemes], exponent)
+        self.has_task = report.first_result("task_accuracy") is not None
+
+    def _quality(self, kl: str, perplexity: float | None, top1: float | None, task: str) -> list[str]:
+        cells = [kl, NONE if perplexity is None else f"{perplexity:,.2f}", percent(top1)]
+        return [*cells, task] if self.has_task else cells
+
+    def scheme(self, scheme: ReportedScheme) -> list[str]:
+        """Return a scheme's KL, perplexity, top-1 agreement and, where there is one, task accuracy."""
+        if scheme.results is None:
+            return [NOT_RUN] * (4 if self.has_task else 3)
+        kl, perplexity, top1, task = (
+            scheme.result(metric) for metric in (KL, "perplexity", "top1_agreement", "task_accuracy")
+        )
+        return self._quality(
+            self.kl_column.show(kl.value, kl.standard_error) if kl else NONE,
+            perplexity.value if perplexity else None,
+            top1.value if top1 else None,
+            _share_with_error(task),
+        )
+
+    def original(self) -> list[str]:
+        """Return the original's own values of these metrics."""
+        if not self.evaluated:
+            return [NOT_RUN] * 3
+        perplexity, task = self._reference("perplexity"), self._reference("task_accuracy")
+        return self._quality("0", perplexity, 1.0, percent(task, 1))
+
+    def noise_floor(self) -> list[str]:
+        """Return what BF16 arithmetic alone does to the original."""
+        if not self.evaluated:
+            return [NOT_RUN] * 3
+        kl, perplexity, top1, task = (
+            result.noise_floor if (result := self.report.first_result(metric)) else None
+            for metric in (KL, "perplexity", "top1_agreement", "task_accuracy")
+        )
+        return self._quality(self.kl_column.show(kl), perplexity, top1, percent(task, 1))
+
+    def _reference(self, metric: str) -> float | None:
+        result = self.report.first_result(metric)
+        return result.reference if result else None
+
+
+def _share_with_error(result: EvalResult | None) -> str:
+    if result is None:
+        return NONE
+    error = result.standard_error
+    return percent(result.value, 1) + ("" if error is None else f" ± {percent(error, 1)}")
+
+
+def _summary(report: Report, ladder: _Ladder) -> str:
+    quality = [f"held-out KL ± SE, {ladder.kl_unit}", "perplexity", "top-1 agreement"]
+    quality += ["task accuracy ± SE"] if ladder.has_task else []
+    header = ["scheme", "asked", "coverage", "effective bits", "searched weights", "weight files"]
+    header += [f"predicted score ± SE, {ladder.predicted_unit}", *quality, "verified"]
+    searched, source = report.searched_source_bytes, report.source_weight_file_bytes
+    costs = ["0.00%", f"{BF16_BITS:.2f}", byte_size(searched), byte_size(source), "0"]
+    rows = [
+        [ORIGINAL, NONE, *costs, *ladder.original(), NONE],
+        [NOISE_FLOOR, *[NONE] * 6, *ladder.noise_floor(), NONE],
+    ]
+    for scheme in report.schemes:
+        costs = [
+            percent(scheme.coverage),
+            f"{scheme.effective_bits:.2f}",
+            _size_of(scheme.weight_bytes, searched),
+            _size_of(scheme.weight_file_bytes, source),
+            ladder.predicted_column.show(scheme.predicted_score, scheme.predicted_standard_error),
+        ]
+        rows.append([scheme.name, asked_of(scheme.asked), *costs, *ladder.scheme(scheme), _verified(scheme.verified)])
+    return markdown_table(header, rows, left=2)
+
+
+def _noise_lines(report: Report, ladder: _Ladder) -> list[str]:
+    """Return one sentence for everything that the evaluation can't tell apart, or one that says that it can."""
+    if not ladder.evaluated:
+        return [f"Held-out evaluation: {NOT_RUN}."]
+    if not report.comparable:
+        return ["The schemes were evaluated on different data or in different arithmetic: their KL can't be compared."]
+    lines = []
+    for pair in report.comparisons:
+        if pair.within_noise:
+            column = _column([], [pair.standard_error], KL_EXPONENT)
+            shown = column.show(pair.difference, pair.standard_error)
+            lines.append(
+                f"Within noise: `{pair.first}` and `{pair.second}`. Their KL differs by ({shown}) × {ladder.kl_unit}, "
+                f"less than {WITHIN_NOISE_ERRORS:g} standard errors of the difference: "
+                "this evaluation doesn't tell them apart."
+            )
+    for name in report.below_noise_floor:
+        result = next(s for s in report.schemes if s.name == name).result(KL)
+        assert result is not None
+        column = _column([result.value, result.noise_floor], [result.standard_error], KL_EXPONENT)
+        lines.append(
+            f"Below the noise floor: `{name}`. Its KL is {column.show(result.value)} × {ladder.kl_unit}; BF16 "
+            f"arithmetic alone moves the original by {column.show(result.noise_floor)}."
+        )
+    unknown = [f"`{pair.first}` and `{pair.second}`" for pair in report.comparisons if pair.within_noise is None]
+    if unknown:
+        lines.append(f"No standard error of the KL, so no statement about noise: {'; '.join(unknown)}.")
+    floors_known = all(r.noise_floor is not None for s in report.schemes if (r := s.result(KL)))
+    if not lines and report.comparisons and floors_known:
+        lines.append(
+            "Every evaluated scheme's KL differs from its neighbour's by at least "
+            f"{WITHIN_NOISE_ERRORS:g} standard errors of the difference, and none is below the noise floor."
+        )
+    return lines
+
+
+def _nesting_lines(report: Report) -> list[str]:
+    """Return the chains of nested schemes, and which neighbours aren't nested."""
+    lines = [
+        f"Nested: {' ⊂ '.join(f'`{name}`' for name in chain)}. Each quantises every group of the one before, and more."
+        for chain in report.nesting
+    ]
+    for first, second in itertools.pairwise(report.schemes):
+        if second.name not in first.nested_in:
+            lines.append(
+                f"Not nested: `{first.name}` and `{second.name}`. Each quantises groups that the other "
+                "leaves or has in another format."
+            )
+    return lines
+
+
+def _edge_lines(report: Report, prefix: str) -> list[str]:
+    """Return a sentence for every scheme whose last group taken and first group left can't be told apart."""
+    return [
+        f"Edge within noise: `{edge.scheme}` takes `{edge.taken.removeprefix(prefix)}` and leaves "
+        f"`{edge.left.removeprefix(prefix)}`; their scores per bit saved differ by less than "
+        f"{WITHIN_NOISE_ERRORS:g} standard errors over the scoring batches, so either could have been chosen."
+        for edge in report.edges
+        if edge.within_noise
+    ]
+
+
+def _sizes(report: Report) -> str:
+    rows: list[list[str]] = [
+        [ORIGINAL, exact(report.searched_source_bytes), exact(report.source_weight_file_bytes), NONE]
+    ]
+    for scheme in report.schemes:
+        files = [scheme.weight_file_bytes, scheme.checkpoint_bytes]
+        rows.append([scheme.name, exact(scheme.weight_bytes), *(NOT_RUN if n is None else exact(n) for n in files)])
+    header = ["scheme", "searched weights and scales, bytes", "weight files, bytes", "all files, bytes"]
+    return markdown_table(header, rows)
+
+
+def _layer_counts(report: Report) -> str:
+    kinds = list(dict.fromkeys(group.kind for group in report.groups))
+    header = ["scheme", "format", "groups", "modules", "weights", *kinds]
+    rows = [
+        [scheme.name, count.format.upper(), count.groups, count.modules, exact(count.weight_elements)]
+        + [count.groups_by_kind[kind] for kind in kinds]
+        for scheme in report.schemes
+        for count in scheme.format_counts
+    ]
+    return markdown_table(header, rows, left=2)
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """Return the dotted path, its last dot included, that all names begin with; "" where there is none."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) != 1:
+            break
+        shared.append(level[0])
+    return "".join(f"{part}." for part in shared)
+
+
+def _groups(report: Report, prefix: str) -> str:
+    header = ["group", "weights"]
+    for name in report.formats:
+        suffix = f" {name.upper()}" if len(report.formats) > 1 else ""
+        header += [f"sensitivity{suffix}", f"SE{suffix}", f"rank{suffix}"]
+    header += [scheme.name for scheme in report.schemes]
+    rows = []
+    for group in report.groups:
+        row: list[object] = [group.name.removeprefix(prefix), exact(group.weight_elements)]
+        for found in group.sensitivities:
+            rank = NONE if found.rank is None else found.rank
+            row += [scientific(found.score), scientific(found.standard_error), rank]
+        formats = (group.formats[scheme.name] for scheme in report.schemes)
+        rows.append(row + [LEFT_ALONE if name == BF16 else name.upper() for name in formats])
+    return markdown_table(header, rows)
+
+
+def _evaluation(report: Report, ladder: _Ladder) -> str:
+    header = ["scheme", "metric", "value", "SE", "noise floor", "original", "samples", "unit"]
+    rows = []
+    for scheme in report.schemes:
+        if scheme.results is None:
+            rows.append([scheme.name, *[NOT_RUN] * 7])
+        for result in scheme.results or ():
+            show, unit = _metric_format(result, ladder)
+            rows.append(
+                [
+                    scheme.name,
+                    _METRIC_NAMES.get(result.metric, result.metric),
+                    *(show(v) for v in (result.value, result.standard_error, result.noise_floor, result.reference)),
+                    exact(result.samples),
+                    unit,
+                ]
+            )
+    return markdown_table(header, rows, left=2)
+
+
+def _metric_format(result: EvalResult, ladder: _Ladder) -> tuple[Any, str]:
+    """Return how a metric's numbers are shown, and in which unit."""
+    if result.metric == KL:
+        return ladder.kl_column.show, _with_unit(KL_EXPONENT, result.unit)
+    if result.metric in _SHARES:
+        return percent, "percent"
+    column = _Column(exponent=0, decimals=3)
+    return column.show, result.unit
+
+
+def _held_out(report: Report) -> list[dict[str, Any]]:
+    """Return the held-out data sets, each with the schemes that were evaluated on it."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for evaluation in report.evaluations:
+        key = (evaluation.data.sha256, evaluation.arithmetic)
+        found.setdefault(key, {"evaluation": evaluation, "schemes": []})["schemes"].append(evaluation.scheme)
+    return list(found.values())
+
+
+def _verification(report: Report) -> dict[str, Any]:
+    """Return the tables of the verification, and its findings."""
+    verification = report.verification
+    if verification is None:
+        return {}
+    checks = {check.scheme: check for check in verification.checkpoints}
+    rows: list[list[object]] = []
+    for scheme in report.schemes:
+        check = checks.get(scheme.name)
+        if check is None:
+            rows.append([scheme.name, *[NOT_RUN] * 5])
+            continue
+        counts = (check.tensors_checked, check.codes_checked, check.bytes_identical, len(check.findings))
+        rows.append([scheme.name, *(exact(count) for count in counts), "yes" if check.ok else "NO"])
+    header = ["checkpoint", "tensors checked", "codes checked", "bytes equal to the source's", "findings", "matches"]
+    pairs = [
+        [f"{p.first} / {p.second}", p.modules_expected, p.modules_differing, len(p.findings)]
+        for p in verification.pairs
+    ]
+    findings = [(check.scheme, finding) for check in verification.checkpoints for finding in check.findings]
+    findings += [(f"{pair.first} / {pair.second}", finding) for pair in verification.pairs for finding in pair.findings]
+    return {
+        "checkpoints": markdown_table(header, rows),
+        "pairs": markdown_table(["pair", "modules that should differ", "modules that differ", "findings"], pairs)
+        if pairs
+        else "",
+        "findings": [
+            f"{where}: `{finding.file}`{f', `{finding.tensor}`' if finding.tensor else ''}: {finding.problem}; "
+            f"{finding.remedy}"
+            for where, finding in findings
+        ],
+    }
+
+
+def _phases(report: Report) -> str:
+    header = ["phase", "seconds", "peak memory", "peak GPU memory"]
+    rows = [
+        [phase.phase, f"{phase.seconds:,.1f}", byte_size(phase.peak_rss_bytes), byte_size(phase.peak_gpu_bytes)]
+        for phase in report.phases
+    ]
+    rows.append(["total", f"{sum(phase.seconds for phase in report.phases):,.1f}", "", ""])
+    return markdown_table(header, rows)
+
+
+def render_markdown(report: Report) -> str:
+    """Return the report as Markdown (GitHub's tables), the same for the same report."""
+    ladder = _Ladder(report)
+    prefix = common_prefix([group.name for group in report.groups])
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters.update(exact=exact, percent=percent, byte_size=byte_size)
+    return environment.get_template("report.md.jinja").render(
+        report=report,
+        title=PurePath(report.model.path).name or report.model.path,
+        summary=_summary(report, ladder),
+        noise_lines=_noise_lines(report, ladder),
+        edge_lines=_edge_lines(report, prefix),
+        nesting_lines=_nesting_lines(report),
+        failed=[scheme.name for scheme in report.schemes if scheme.verified is False],
+        is_predicted_kl=report.score_unit == "nats per token",
+        kv_caches={s.name: s.kv_cache_format for s in report.schemes if s.kv_cache_format},
+        sizes=_sizes(report),
+        layer_counts=_layer_counts(report),
+        prefix=prefix.rstrip("."),
+        groups=_groups(report, prefix),
+        evaluated=ladder.evaluated,
+        evaluation=_evaluation(report, ladder),
+        held_out=_held_out(report),
+        verification=_verification(report),
+        settings=yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=120),
+        phases=_phases(report) if report.phases else "",
+        not_run=NOT_RUN,
+    )
+
+
+def write_report(report: Report, directory: Path) -> None:
+    """Write `report.json` and `report.md` into `directory`, each atomically.
+
+    Raises:
+        OutputError: no space, no permission.
+    """
+    report.write(directory / JSON_FILE)
+    atomic_write(directory / MARKDOWN_FILE, render_markdown(report))
+
+
+def closing_table(report: Report) -> Table:
+    """Return the ladder as a table for a terminal of 120 columns."""
+    ladder = _Ladder(report)
+    table = Table(title=PurePath(report.model.path).name, caption_justify="left")
+    table.add_column("scheme", overflow="fold")
+    quality = [f"held-out KL ± SE\n{ladder.kl_unit.replace(' per ', '/')}", "per-\nplexity", "top-1\nagreement"]
+    quality += ["task accuracy\n± SE"] if ladder.has_task else []
+    for name in ("coverage", "effective\nbits", "weight\nfiles", *quality):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verified", no_wrap=True)
+    table.add_row(
+        ORIGINAL, "0.00%", f"{BF16_BITS:.2f}", byte_size(report.source_weight_file_bytes), *ladder.original(), NONE
+    )
+    table.add_row("noise floor", NONE, NONE, NONE, *ladder.noise_floor(), NONE, end_section=True)
+    for scheme in report.schemes:
+        style = "bold red" if scheme.verified is False else None
+        table.add_row(
+            scheme.name,
+            percent(scheme.coverage),
+            f"{scheme.effective_bits:.2f}",
+            NOT_RUN if scheme.weight_file_bytes is None else byte_size(scheme.weight_file_bytes),
+            *ladder.scheme(scheme),
+            _verified(scheme.verified),
+            style=style,
+        )
+    return table

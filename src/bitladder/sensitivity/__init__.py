@@ -1,0 +1,319 @@
+"""One sensitivity measurement of a model: `measure(...) -> Measurement`.
+
+An engine gives amax values and raw scores, batch by batch; this module turns them into records, and keeps what is
+done in `measuring/` beside the result, so that a killed run goes on where it stopped and ends with the same bytes.
+
+    measuring/key.json             what the files in here belong to
+    measuring/amax.safetensors     after calibration
+    measuring/scores-00007.json    one per scored batch
+    measurement.safetensors        amax of every searched module
+    measurement.json               the Measurement, written last
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bitladder.calibration import Batch, DataSet
+from bitladder.errors import MeasurementError, ModelError, RecordError
+from bitladder.formats import get_format
+from bitladder.recipe import MeasureSpec
+from bitladder.records import Candidate, Measurement, ModelSource, digest_of
+from bitladder.runinfo import Meter, Progress, no_progress
+from bitladder.storage import atomic_path, atomic_write, remove_leftovers, sha256_of_file
+from bitladder.targets import Target, checkpoint_tensor_names, load_model
+from bitladder.weights import WeightFiles
+
+MEASUREMENT_FILE = "measurement.json"
+AMAX_FILE = "measurement.safetensors"
+_PARTIAL = "measuring"
+
+Amax = dict[str, torch.Tensor]  # "<module>.weight_amax" and "<module>.input_amax": float32 scalars
+BatchScores = dict[str, dict[str, float]]  # group -> format -> raw score of one batch
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an engine is asked to do."""
+
+    target: Target
+    batches: tuple[Batch, ...]  # all are calibrated on
+    score_batches: int  # the first so many are scored
+    spec: MeasureSpec
+    device: str
+    progress: Progress
+
+
+class Partial:
+    """What a measurement has so far, on disk."""
+
+    def __init__(self, directory: Path, key: str) -> None:
+        self.directory = directory
+        path = directory / "key.json"
+        known = None
+        if path.exists():
+            try:
+                known = json.loads(path.read_text())
+            except ValueError:
+                known = None
+        if known != {"key": key}:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            atomic_write(path, json.dumps({"key": key}))
+        remove_leftovers(directory)
+
+    def amax(self) -> Amax | None:
+        """Return the amax values of a finished calibration, or None."""
+        path = self.directory / "amax.safetensors"
+        return load_file(path) if path.exists() else None
+
+    def keep_amax(self, amax: Amax) -> None:
+        """Store the amax values."""
+        with atomic_path(self.directory / "amax.safetensors") as temporary:
+            save_file(amax, temporary)
+
+    def scores(self, batch: int) -> BatchScores | None:
+        """Return the scores of a finished batch, or None."""
+        path = self.directory / f"scores-{batch:05}.json"
+        if not path.exists():
+            return None
+        scores: BatchScores = json.loads(path.read_text())
+        return scores
+
+    def keep_scores(self, batch: int, scores: BatchScores) -> None:
+        """Store the scores of one batch (floats survive JSON exactly)."""
+        atomic_write(self.directory / f"scores-{batch:05}.json", json.dumps(scores))
+
+    def remove(self) -> None:
+        """Remove everything, once the measurement is written."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def resolve_device(device: str) -> str:
+    """Return the device to run on; `auto` is a GPU where there is one.
+
+    Raises:
+        MeasurementError: a GPU was asked for and there is none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise MeasurementError(f"device {device} was asked for, but torch sees no GPU; use device: cpu")
+    return device
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """Return the arithmetic to score in: float32 on a CPU, bfloat16 on a GPU, unless the recipe says otherwise."""
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def score_batch_count(data: DataSet, spec: MeasureSpec) -> int:
+    """Return how many of the batches are scored.
+
+    Raises:
+        MeasurementError: more samples are to be scored than there are.
+    """
+    if spec.score_samples is None:
+        return len(data.batches)
+    if spec.score_samples > data.summary.samples:
+        raise MeasurementError(
+            f"measurement.score_samples is {spec.score_samples}, calibration.samples is {data.summary.samples}; "
+            "score at most as many as are calibrated"
+        )
+    return math.ceil(spec.score_samples / data.summary.batch_size)
+
+
+def settings_sha256(source: ModelSource, data: DataSet, spec: MeasureSpec) -> str:
+    """Return the digest of everything that decides a measurement: model, data, settings."""
+    return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json()])
+
+
+def score_weights(method: str, batches: tuple[Batch, ...]) -> tuple[str, tuple[float, ...]]:
+    """Return the unit of a sensitivity, and the weight of each batch's raw score in it.
+
+    ModelOpt's gradient score of a batch is Σ (∂loss/∂y · Δy)² with `loss` the mean over the batch's n tokens: it
+    shrinks with n², so a batch of few tokens would weigh most. n² / Σn makes it the score of the summed loss, per
+    token. A KL score is a sum over tokens: 1 / Σn.
+    """
+    tokens = [batch.loss_tokens for batch in batches]
+    total = sum(tokens)
+    if method == "gradient":
+        return "nats² per token", tuple(n * n / total for n in tokens)
+    return "nats per token", tuple(1.0 / total for _ in tokens)
+
+
+def check_weights(model: torch.nn.Module, directory: Path, target: Target) -> None:
+    """Check that the loaded weights are finite, and that every searched one equals its tensor in the files.
+
+    Raises:
+        ModelError: NaN, Inf, or a tensor name that leads to another weight.
+    """
+    names = checkpoint_tensor_names(model, WeightFiles.open(directory).tensors)
+    tensor_of = {parameter: tensor for tensor, parameter in names.items()}
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(f"{directory}: tensor {tensor_of.get(name, name)} holds NaN or Inf; fetch the model again")
+    files = WeightFiles.open(directory)
+    for group in target.groups:
+        for module in group.modules:
+            parameter = model.get_parameter(f"{module.name}.weight")
+            assert module.tensor is not None
+            stored = files.load(module.tensor)
+            if not torch.equal(stored.to(parameter.dtype), parameter.detach().cpu()):
+                raise ModelError(f"{directory}: {module.tensor} is not what transformers loads into {module.name}")
+
+
+def check_amax(amax: Amax, target: Target) -> None:
+    """Check that every searched module has finite, positive amax values.
+
+    Raises:
+        MeasurementError: the message names the module.
+    """
+    for group in target.groups:
+        for module in group.modules:
+            for kind, what in (("weight_amax", "weights"), ("input_amax", "activations")):
+                value = amax.get(f"{module.name}.{kind}")
+                if value is None:
+                    raise MeasurementError(f"{module.name}: calibration gave no {kind}; no sample reaches this module")
+                if not bool(torch.isfinite(value)):
+                    raise MeasurementError(
+                        f"{module.name}: its {what} hold NaN or Inf during calibration; check the model and the data, "
+                        "or measure in float32 (measurement.dtype)"
+                    )
+                if float(value) == 0:
+                    raise MeasurementError(
+                        f"{module.name}: its {what} are all zero, so they have no FP8 scale; "
+                        "check the model, or calibrate on data that reaches this module"
+                    )
+
+
+def measure(
+    directory: Path,
+    source: ModelSource,
+    target: Target,
+    data: DataSet,
+    spec: MeasureSpec,
+    output: Path,
+    progress: Progress = no_progress,
+) -> Measurement:
+    """Measure the sensitivity of every quant group once; write `measurement.json` and `measurement.safetensors`.
+
+    Args:
+        directory: the model's files.
+        source: their identity (`weights.model_source`).
+        target: what is searched (`targets.find_target`).
+        data: calibration batches.
+        spec: engine, method, formats, arithmetic.
+        output: where the two files go; `measuring/` in it holds what is done so far.
+        progress: told of every calibrated and scored batch.
+
+    Raises:
+        ModelError: NaN or Inf in weights. MeasurementError: NaN or Inf in activations or scores.
+    """
+    from bitladder.sensitivity import modelopt
+
+    for name in spec.formats:
+        get_format(name)
+    meter = Meter()
+    device = resolve_device(spec.device)
+    dtype = resolve_dtype(spec.dtype, device)
+    key = settings_sha256(source, data, spec)
+    partial = Partial(output / _PARTIAL, key)
+    count = score_batch_count(data, spec)
+    job = Job(target, data.batches, count, spec, device, progress)
+
+    if partial.amax() is None or any(partial.scores(batch) is None for batch in range(count)):
+        with meter.phase("load model"):
+            model = load_model(directory, dtype, device)
+            check_weights(model, directory, target)
+        modelopt.run(model, job, partial, meter)
+        del model
+    amax = partial.amax()
+    assert amax is not None
+    unit, weights = score_weights(spec.method, data.batches[:count])
+    batches = [partial.scores(batch) or {} for batch in range(count)]
+    candidates = tuple(
+        Candidate(
+            group=group.name,
+            format=name,
+            weight_bits=group.weight_elements * get_format(name).bits,
+            scores=tuple(_finite(batch[group.name][name], group.name, name) for batch in batches),
+        )
+        for group in target.groups
+        for name in spec.formats
+    )
+    if all(score == 0 for candidate in candidates for score in candidate.scores):
+        raise MeasurementError("all scores are zero: no token counted for the loss, or no gradient reached the groups")
+    with atomic_path(output / AMAX_FILE) as temporary:
+        save_file(dict(sorted(amax.items())), temporary)
+    measurement = Measurement(
+        model=source,
+        calibration=data.summary,
+        engine=spec.engine,
+        method=spec.method,
+        fused_scales_shared=spec.share_fused_scales,
+        compute_dtype=str(dtype).removeprefix("torch."),
+        score_unit=unit,
+        score_weights=weights,
+        formats=spec.formats,
+        groups=target.groups,
+        candidates=candidates,
+        untouched=target.untouched,
+        amax_sha256=sha256_of_file(output / AMAX_FILE),
+        settings_sha256=key,
+        run=meter.info(),
+    )
+    measurement.write(output / MEASUREMENT_FILE)
+    partial.remove()
+    return measurement
+
+
+def _finite(score: float, group: str, format_name: str) -> float:
+    """Return the score.
+
+    Raises:
+        MeasurementError: it is NaN or Inf.
+    """
+    if not math.isfinite(score):
+        raise MeasurementError(
+            f"the score of {group} in {format_name} is {score}; "
+            "measure in float32 (measurement.dtype) or check the calibration data"
+        )
+    return score
+
+
+def read_amax(measurement: Measurement, directory: Path) -> Amax:
+    """Return the amax values that belong to a measurement, `directory` being where its files lie.
+
+    Raises:
+        MeasurementError: it has none (an imported manifest, or measured without shared scales).
+        RecordError: the file is missing, damaged, or of another measurement.
+    """
+    if measurement.amax_sha256 is None:
+        raise MeasurementError(
+            f"this measurement ({measurement.engine}, imported) has no amax values: it is good for planning, "
+            "not for export; run `bitladder measure` on the model itself"
+        )
+    if not measurement.fused_scales_shared:
+        raise MeasurementError(
+            "this measurement was made with share_fused_scales: false, for comparison only: a runtime would requantise "
+            "its fused modules; measure again with share_fused_scales: true"
+        )
+    path = directory / AMAX_FILE
+    if not path.exists():
+        raise RecordError(f"{path} is missing; run `bitladder measure` again")
+    if sha256_of_file(path) != measurement.amax_sha256:
+        raise RecordError(f"{path} is not the file that {MEASUREMENT_FILE} was written with; measure again")
+    try:
+        amax: Amax = load_file(path)
+        return amax
+    except SafetensorError as error:
+        raise RecordError(f"{path} is damaged ({error}); measure again") from error

@@ -1,0 +1,230 @@
+"""The reference engine: NVIDIA ModelOpt's AutoQuantize, called once.
+
+`mtq.auto_quantize` calibrates and scores in one call and adds the scores of all batches up in the model's
+hyperparameters. We give it a data loader that knows when a batch is done: there it reads that batch's scores, stores
+them, and clears them. Before the first batch is scored it makes fused modules share their scales, as the runtime will.
+ModelOpt's own solver runs at the end too; its choice, its clamped scores and its pickled state are not used.
+
+Source: modelopt.torch.quantization.algorithms, version 0.47: `_AutoQuantizeBaseSearcher.before_search` iterates the
+loader once per format to calibrate, then once to score; `QuantRecipeHparam._importance_dict` holds the running scores.
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitladder.calibration import Batch
+from bitladder.errors import EngineError, MeasurementError
+from bitladder.formats import get_format
+from bitladder.runinfo import Meter
+from bitladder.sensitivity import Amax, BatchScores, Job, Partial, check_amax
+
+_KEEP_EVERYTHING_BITS = 16.0  # a budget that ModelOpt's own solver, whose result we don't use, always meets
+
+
+class _Session:
+    """The state of one `auto_quantize` call, shared by the callbacks that ModelOpt is given."""
+
+    def __init__(self, model: nn.Module, job: Job, partial: Partial) -> None:
+        from modelopt.torch.quantization.algorithms import QuantRecipe
+
+        self.model, self.job, self.partial = model, job, partial
+        self.no_quant = QuantRecipe(quant_cfg=None)
+        self.known_amax = partial.amax()
+        self.iterations = 0
+        self.calibrating = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Called once per format for calibration, then once for scoring."""
+        self.iterations += 1
+        if self.iterations <= len(self.job.spec.formats):
+            return self._calibration()
+        return self._scoring()
+
+    def _calibration(self) -> Iterator[Batch]:
+        if self.known_amax is not None:
+            return  # a run that was killed while scoring: the amax values are installed before it goes on
+        self.calibrating = True
+        total = len(self.job.batches)
+        self.job.progress("calibrate", 0, total)
+        for index, batch in enumerate(self.job.batches):
+            yield batch.to(self.job.device)
+            self.job.progress("calibrate", index + 1, total)
+        self.calibrating = False
+
+    def _scoring(self) -> Iterator[Batch]:
+        groups = self.searched()
+        if self.known_amax is None:
+            if self.job.spec.share_fused_scales:
+                self._share_fused_scales(groups)
+            amax = self._read_amax(groups)
+            check_amax(amax, self.job.target)
+            self.partial.keep_amax(amax)
+        else:
+            self._install_amax(groups, self.known_amax)
+        total = self.job.score_batches
+        for index in range(total):
+            self.job.progress("score", index, total)
+            if self.partial.scores(index) is not None:
+                continue
+            for hparam in groups.values():
+                self._clear(hparam)
+            yield self.job.batches[index].to(self.job.device)
+            self.partial.keep_scores(index, self._read_scores(groups))
+        self.job.progress("score", total, total)
+
+    def searched(self) -> dict[str, Any]:
+        """Return ModelOpt's hyperparameter of each of our groups.
+
+        Raises:
+            EngineError: ModelOpt groups the modules differently.
+        """
+        from modelopt.torch.opt.utils import named_hparams
+        from modelopt.torch.quantization.algorithms import QuantRecipeHparam
+
+        theirs = {
+            frozenset(hparam.quant_module_names): hparam
+            for _, hparam in named_hparams(self.model, unique=True)
+            if isinstance(hparam, QuantRecipeHparam) and hparam.is_configurable
+        }
+        ours = {frozenset(module.name for module in group.modules): group.name for group in self.job.target.groups}
+        if set(theirs) != set(ours):
+            odd = sorted(min(names) for names in set(theirs) ^ set(ours))[0]
+            raise EngineError(
+                f"ModelOpt and Bitladder group the modules differently around {odd}; this version of ModelOpt is "
+                "not supported for this model"
+            )
+        return {name: theirs[members] for members, name in ours.items()}
+
+    def recipe(self, hparam: Any, format_name: str) -> Any:
+        """Return ModelOpt's name for one of our formats, as this hyperparameter knows it."""
+        wanted = get_format(format_name).modelopt_config
+        return next(choice for choice in hparam.choices if str(choice).startswith(wanted.removesuffix("_CFG")))
+
+    @contextlib.contextmanager
+    def _active(self, hparam: Any, recipe: Any) -> Iterator[None]:
+        """Make the recipe's quantisers those of the group's modules for a while."""
+        before = hparam.active
+        hparam.active = recipe
+        try:
+            yield
+        finally:
+            hparam.active = before
+
+    def _share_fused_scales(self, groups: dict[str, Any]) -> None:
+        from modelopt.torch.export.quant_utils import preprocess_linear_fusion
+
+        for hparam in groups.values():
+            for name in self.job.spec.formats:
+                with self._active(hparam, self.recipe(hparam, name)):
+                    preprocess_linear_fusion(hparam.quant_modules)
+
+    def _quantisers(self, groups: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield ("<module>.weight_amax" or "<module>.input_amax", quantiser) for every searched module."""
+        for group in self.job.target.groups:
+            hparam = groups[group.name]
+            for name in self.job.spec.formats:
+                with self._active(hparam, self.recipe(hparam, name)):
+                    for module in group.modules:
+                        linear: Any = self.model.get_submodule(module.name)
+                        yield f"{module.name}.weight_amax", linear.weight_quantizer
+                        yield f"{module.name}.input_amax", linear.input_quantizer
+
+    def _read_amax(self, groups: dict[str, Any]) -> Amax:
+        return {
+            key: quantiser.amax.detach().float().reshape(()).cpu().clone()
+            for key, quantiser in self._quantisers(groups)
+            if quantiser.amax is not None
+        }
+
+    def _install_amax(self, groups: dict[str, Any], amax: Amax) -> None:
+        for key, quantiser in self._quantisers(groups):
+            quantiser.amax = amax[key].to(self.job.device)
+
+    def _clear(self, hparam: Any) -> None:
+        for scores in hparam._importance_dict.values():
+            for module in scores:
+                scores[module] = None
+
+    def _read_scores(self, groups: dict[str, Any]) -> BatchScores:
+        return {
+            group: {name: float(hparam.get_score(self.recipe(hparam, name))) for name in self.job.spec.formats}
+            for group, hparam in groups.items()
+        }
+
+    def forward_step(self, model: nn.Module, batch: Batch) -> Any:
+        """Return the model's output with the loss, or its logits [tokens that count, vocabulary] for `kl_div`."""
+        if self.calibrating:
+            return model(**batch.inputs)
+        if self.job.spec.method == "kl_div":
+            return model(**batch.inputs).logits[:, :-1][batch.predicted]
+        return model(**batch.inputs, labels=batch.labels)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence ModelOpt's progress bars and chatter: progress is told in our own way."""
+    from modelopt.torch.quantization import algorithms
+
+    bar = algorithms.tqdm
+    algorithms.tqdm = functools.partial(bar, disable=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        algorithms.tqdm = bar
+
+
+def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
+    """Calibrate and score; amax values and each batch's scores go to `partial`. The model is not usable afterwards.
+
+    Raises:
+        MeasurementError: NaN or Inf in activations. EngineError: ModelOpt failed or behaves otherwise than known.
+    """
+    import modelopt.torch.quantization as mtq
+
+    session = _Session(model, job, partial)
+    searched = {module.name for group in job.target.groups for module in group.modules}
+    model.config.use_cache = False  # type: ignore[union-attr]
+    with meter.phase("calibrate and score"), _quiet():
+        try:
+            mtq.auto_quantize(
+                model,
+                constraints={"effective_bits": _KEEP_EVERYTHING_BITS},
+                quantization_formats=[getattr(mtq, get_format(name).modelopt_config) for name in job.spec.formats],
+                data_loader=session,
+                forward_step=session.forward_step,
+                loss_func=(lambda output, _: output.loss) if job.spec.method == "gradient" else None,
+                disabled_layers=[name for name, _ in model.named_modules() if name and name not in searched],
+                num_calib_steps=len(job.batches) + 1,  # one more than there are, so that the last one's end is seen
+                num_score_steps=job.score_batches + 1,
+                method=job.spec.method,
+                verbose=False,
+            )
+        except (AssertionError, RuntimeError, ValueError, TypeError, StopIteration) as error:
+            _explain(error)
+    if session.iterations != len(job.spec.formats) + 1:
+        raise EngineError(
+            f"ModelOpt read the data {session.iterations} times, {len(job.spec.formats) + 1} were expected; "
+            "this version of ModelOpt is not supported"
+        )
+
+
+def _explain(error: Exception) -> None:
+    """Raise what went wrong inside ModelOpt as one of our errors."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        raise MeasurementError(
+            "out of GPU memory while measuring; lower calibration.batch_size or calibration.sequence_length"
+        ) from error
+    if "nan" in text.lower() or "inf " in text.lower():
+        raise MeasurementError(
+            f"NaN or Inf in activations during calibration ({text[:200]}); check the model and the data"
+        ) from error
+    raise EngineError(f"ModelOpt failed: {type(error).__name__}: {text[:300]}") from error

@@ -1,0 +1,176 @@
+"""A model directory's safetensors files: which tensors lie where, without reading them.
+
+Source of the layout: the safetensors format (8 bytes little-endian header length, JSON header, data), as documented
+by huggingface/safetensors.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from bitladder.errors import ModelError
+from bitladder.records import FileDigest, ModelSource, digest_of
+from bitladder.storage import sha256_of_file
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
+SIXTEEN_BIT_DTYPES = ("BF16", "F16")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `begin` and `end` are byte offsets in the file."""
+
+    name: str
+    file: str
+    dtype: str  # as safetensors spells it: BF16, F16, F32, F8_E4M3, ...
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of one safetensors file, in the order of their data.
+
+    Raises:
+        ModelError: not a safetensors file, or truncated.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(_MAX_HEADER_BYTES, size):
+                raise ValueError("header longer than the file")
+            header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        start = 8 + length
+        tensors = [
+            TensorInfo(
+                name, path.name, entry["dtype"], tuple(entry["shape"]), *(start + o for o in entry["data_offsets"])
+            )
+            for name, entry in header.items()
+        ]
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} is not a readable safetensors file ({error}); it is truncated or damaged: fetch it again"
+        ) from error
+    tensors.sort(key=lambda tensor: tensor.begin)
+    end = max((tensor.end for tensor in tensors), default=start)
+    if end != size:
+        raise ModelError(
+            f"{path} has {size:,} bytes, its header describes {end:,}; it is truncated or damaged: fetch it again"
+        )
+    return {tensor.name: tensor for tensor in tensors}
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weights of one model directory."""
+
+    directory: Path
+    files: tuple[str, ...]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, directory: Path) -> "WeightFiles":
+        """Read the headers of the weight files in `directory`.
+
+        Raises:
+            ModelError: the directory or a file is missing, a file is truncated, or the index disagrees with the files.
+        """
+        if not directory.is_dir():
+            raise ModelError(f"model directory {directory} does not exist; check model.path")
+        index = directory / INDEX_FILE
+        wanted: dict[str, str] | None = None
+        if index.exists():
+            try:
+                wanted = json.loads(index.read_text())["weight_map"]
+                files = tuple(sorted(set(wanted.values())))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ModelError(f"{index} is damaged ({error}); fetch it again") from error
+        elif (directory / SINGLE_FILE).exists():
+            files = (SINGLE_FILE,)
+        else:
+            others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+            found = f"; found {', '.join(others[:3])}: convert to safetensors first" if others else ""
+            raise ModelError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            path = directory / file
+            if not path.exists():
+                raise ModelError(f"{index} names {file}, which is missing in {directory}; fetch it again")
+            tensors.update(read_header(path))
+        if wanted is not None and set(wanted) != set(tensors):
+            odd = sorted(set(wanted) ^ set(tensors))[0]
+            raise ModelError(f"{index} and its files disagree about tensor {odd}; fetch the model again")
+        return cls(directory, files, tensors)
+
+    def load(self, name: str) -> torch.Tensor:
+        """Return one tensor, on the CPU."""
+        with safe_open(self.directory / self.tensors[name].file, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
+class DigestCache:
+    """SHA-256 of files, recomputed only where size or modification time changed."""
+
+    def __init__(self, known: dict[str, tuple[int, int, str]] | None = None) -> None:
+        self.known = dict(known or {})
+
+    def sha256(self, path: Path) -> str:
+        """Return the file's hex SHA-256."""
+        stat = path.stat()
+        entry = self.known.get(str(path))
+        if entry is None or tuple(entry[:2]) != (stat.st_size, stat.st_mtime_ns):
+            entry = (stat.st_size, stat.st_mtime_ns, sha256_of_file(path))
+            self.known[str(path)] = entry
+        return entry[2]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the content of `config.json`.
+
+    Raises:
+        ModelError: missing or damaged.
+    """
+    path = directory / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not directory.is_dir():
+            raise ModelError(f"model directory {directory} does not exist; check model.path") from None
+        raise ModelError(f"{directory} has no config.json; name a Hugging Face model directory") from None
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} is damaged ({error}); fetch it again") from error
+    return config
+
+
+def model_source(directory: Path, *, path: str, revision: str | None, cache: DigestCache) -> ModelSource:
+    """Return the identity of the model in `directory`: digests of its config and of every weight file.
+
+    Raises:
+        ModelError: files are missing or truncated.
+    """
+    config = read_config(directory)
+    names = ["config.json", *WeightFiles.open(directory).files]
+    if (directory / INDEX_FILE).exists():
+        names.append(INDEX_FILE)
+    files = tuple(
+        FileDigest(name=n, bytes=(directory / n).stat().st_size, sha256=cache.sha256(directory / n)) for n in names
+    )
+    return ModelSource(
+        path=path,
+        revision=revision,
+        architecture=(config.get("architectures") or ["?"])[0],
+        model_type=config.get("model_type", "?"),
+        sha256=digest_of(f"{file.name} {file.sha256}" for file in files),
+        files=files,
+    )

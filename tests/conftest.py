@@ -1,0 +1,189 @@
+"""Tiny models, data and measurements that many tests share. Everything is made here, from seeds."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from bitladder import calibration, sensitivity, targets, weights
+from bitladder.recipe import DataSpec, MeasureSpec, SchemeSpec
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+WORDS = ("the", "a", "cat", "dog", "sits", "runs", "on", "under", "near", "red", "blue", "small", "large", "tree")
+
+
+def make_text(lines: int, seed: int = 0) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(WORDS), (lines, 9), generator=generator).tolist()
+    return "\n".join(" ".join(WORDS[i] for i in row) + "." for row in picks)
+
+
+def save_tokenizer(directory: Path, vocabulary: int = 384) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(make_text(200).splitlines(), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(directory)
+
+
+def llama_config(**changes):
+    values = dict(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        max_position_embeddings=512,
+    )
+    return transformers.LlamaConfig(**{**values, **changes})
+
+
+_TEXT = dict(
+    vocab_size=384,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+_MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6]))
+
+
+def qwen2_5_vl_config():
+    return transformers.Qwen2_5_VLConfig(
+        text_config={**_TEXT, **_MROPE, "max_window_layers": 2, "tie_word_embeddings": True},
+        vision_config=dict(
+            depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[1]
+        ),
+        tie_word_embeddings=True,
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+    )
+
+
+def qwen2_vl_config():
+    return transformers.Qwen2VLConfig(
+        text_config={**_TEXT, **_MROPE},
+        vision_config=dict(depth=2, embed_dim=64, hidden_size=64, num_heads=2, mlp_ratio=2),
+    )
+
+
+def qwen3_vl_config():
+    return transformers.Qwen3VLConfig(
+        text_config={**_TEXT, **_MROPE, "head_dim": 32},
+        vision_config=dict(
+            depth=2,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=2,
+            out_hidden_size=64,
+            deepstack_visual_indexes=[0],
+            num_position_embeddings=64,
+        ),
+    )
+
+
+def llava_config():
+    vision = dict(
+        model_type="clip_vision_model",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    return transformers.LlavaConfig(
+        text_config={"model_type": "llama", **_TEXT}, vision_config=vision, image_token_index=5
+    )
+
+
+def save_model(cls, config, directory: Path, seed: int = 0, tokenizer: bool = True, **options) -> Path:
+    torch.manual_seed(seed)
+    cls(config).to(torch.bfloat16).save_pretrained(directory, **options)
+    if tokenizer:
+        save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """A tiny random Llama with a tokenizer."""
+    return save_model(transformers.LlamaForCausalLM, llama_config(), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def sharded_llama(tmp_path_factory) -> Path:
+    """The same model in several weight files, with a chat template and a licence beside it."""
+    directory = tmp_path_factory.mktemp("sharded")
+    save_model(transformers.LlamaForCausalLM, llama_config(), directory, max_shard_size="60KB")
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    (directory / "LICENSE").write_text("a licence")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(make_text(400))
+    return path
+
+
+def load_text(directory: Path, path: Path, samples: int = 6, length: int = 24, batch: int = 2, **options):
+    processor = calibration.load_processor(directory)
+    return calibration.load_data(
+        DataSpec(kind="text", path=str(path)),
+        processor,
+        samples=samples,
+        sequence_length=length,
+        batch_size=batch,
+        seed=0,
+        **options,
+    )
+
+
+def source_of(directory: Path):
+    return weights.model_source(directory, path=str(directory), revision=None, cache=weights.DigestCache())
+
+
+def measure_text(directory: Path, path: Path, output: Path, progress=None, samples: int = 6, **spec):
+    options = {} if progress is None else {"progress": progress}
+    return sensitivity.measure(
+        directory,
+        source_of(directory),
+        targets.find_target(directory),
+        load_text(directory, path, samples=samples),
+        MeasureSpec(**spec),
+        output,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def measured(llama, text_file, tmp_path_factory):
+    """(measurement, its directory) of the tiny Llama by the gradient method."""
+    output = tmp_path_factory.mktemp("measured")
+    return measure_text(llama, text_file, output), output
+
+
+def spec(name: str, **target) -> SchemeSpec:
+    return SchemeSpec(name=name, **target)

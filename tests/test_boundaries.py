@@ -1,0 +1,109 @@
+"""Import directions: who may know whom. Read from the source, so that an import inside a function counts too."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "bitladder"
+# module -> modules of ours that it may import; modules not listed may import anything but `cli`
+ALLOWED = {
+    "errors": set(),
+    "storage": {"errors"},
+    "records": {"errors", "storage"},
+    "recipe": {"errors"},
+    "formats": {"errors", "records", "numerics"},
+    "numerics": set(),
+    "weights": {"errors", "records", "storage"},
+    "planning": {"errors", "records", "formats", "recipe"},
+    "importing": {"errors", "records", "formats", "storage"},
+}
+FORBIDDEN = {"verification": {"checkpoint", "weights"}, "evaluation": {"checkpoint", "sensitivity"}}
+NO_TORCH = ("errors", "storage", "records", "recipe", "planning", "importing", "report")
+
+
+def files_of(module):
+    path = SOURCE / module
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+def imports_of(path):
+    """Return the dotted names that a file imports, wherever in it; type-checking imports don't count."""
+    tree = ast.parse(path.read_text())
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            skipped.update(id(child) for child in ast.walk(node))
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def ours(path):
+    known = {p.stem for p in SOURCE.glob("*.py")} | {p.name for p in SOURCE.iterdir() if p.is_dir()}
+    parts = [name.split(".") for name in imports_of(path)]
+    return {part[1] for part in parts if part[0] == "bitladder" and len(part) > 1 and part[1] in known}
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_imports_only_what_it_may(module):
+    for path in files_of(module):
+        assert ours(path) <= ALLOWED[module], path
+
+
+@pytest.mark.parametrize("module", sorted(FORBIDDEN))
+def test_a_second_opinion_shares_no_code(module):
+    for path in files_of(module):
+        assert not ours(path) & FORBIDDEN[module], path
+
+
+def test_report_knows_records_only():
+    for path in files_of("report"):
+        assert ours(path) <= {"errors", "storage", "records", "formats", "report"}, path
+
+
+def test_nobody_imports_the_command_line():
+    for path in SOURCE.rglob("*.py"):
+        assert "cli" not in ours(path) or path.name == "__main__.py", path
+
+
+def test_vllm_is_never_imported_at_the_top():
+    for path in SOURCE.rglob("*.py"):
+        top = {node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)}
+        assert not any("vllm" in ast.unparse(node) for node in top), path
+
+
+def test_no_pickle_anywhere():
+    for path in SOURCE.rglob("*.py"):
+        assert not {"pickle", "torch.save", "torch.load"} & imports_of(path), path
+        text = path.read_text()
+        assert "torch.load(" not in text, path
+        assert "torch.save(" not in text, path
+
+
+@pytest.mark.parametrize("module", NO_TORCH)
+def test_planning_and_reporting_work_without_torch(module):
+    code = f"import sys; sys.modules['torch'] = None; import bitladder.{module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_check_above_can_fail():
+    code = "import sys; sys.modules['torch'] = None; import bitladder.numerics"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode != 0
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported():
+    heavy = ("torch", "transformers", "modelopt")
+    code = f"import sys; import bitladder.cli; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

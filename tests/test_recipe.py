@@ -1,0 +1,275 @@
+"""A wrong recipe is one line that names the key and the remedy; a right one has absolute paths."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import bitladder
+from bitladder.errors import RecipeError
+from bitladder.recipe import Recipe, parse_schemes, read_recipe, resolve_path
+
+GOOD: dict[str, Any] = {
+    "model": {"path": "./model"},
+    "calibration": {"data": {"kind": "text", "path": "data/text.txt"}, "samples": 8},
+    "held_out": {"data": {"kind": "jsonl", "path": "data/held.jsonl"}, "samples": 4},
+    "schemes": [{"name": "top25", "coverage": 0.25}, {"name": "full", "coverage": 1}],
+    "output": "runs/one",
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """The good recipe with `value` at a dotted path."""
+    recipe = copy.deepcopy(GOOD)
+    *parents, last = path.split(".")
+    place: Any = recipe
+    for part in parents:
+        place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+    place[last] = value
+    return recipe
+
+
+def write(directory: Path, content: Any) -> Path:
+    path = directory / "recipe.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def error_of(path: Path) -> str:
+    """The message of the RecipeError for this file, which is one line."""
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    assert "pydantic" not in message
+    return message
+
+
+def test_the_good_recipe_is_read(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, GOOD))
+    assert [scheme.name for scheme in recipe.schemes] == ["top25", "full"]
+    assert recipe.measurement.formats == ("fp8",)
+    assert recipe.kv_cache == "none"
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("modle", "model"),
+        ("kv_cahce", "kv_cache"),
+        ("model.pth", "path"),
+        ("measurement.metod", "method"),
+        ("export.share_file", "share_files"),
+        ("calibration.sample", "samples"),
+        ("calibration.data.textfield", "text_field"),
+        ("held_out.data.pat", "path"),
+        ("held_out.tasks", "task"),
+        ("schemes.0.covrage", "coverage"),
+        ("schemes.1.effective_bit", "effective_bits"),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_nearest(tmp_path: Path, path: str, near: str) -> None:
+    message = error_of(write(tmp_path, changed(path, "x")))
+    assert f"unknown key '{path}'; did you mean '{near}'?" in message
+
+
+def test_an_unknown_key_without_a_near_one_lists_the_known(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path, changed("calibration.data.zzz", 1)))
+    assert "unknown key 'calibration.data.zzz'; known here: kind, path, text_field, split, subset, prompt" in message
+
+
+def test_a_misspelt_key_is_named_rather_than_the_missing_one(tmp_path: Path) -> None:
+    content = changed("model", {"pth": "./model"})
+    assert "unknown key 'model.pth'; did you mean 'path'?" in error_of(write(tmp_path, content))
+    content = changed("held_out.data", {"knd": "text", "path": "x"})
+    assert "unknown key 'held_out.data.knd'; did you mean 'kind'?" in error_of(write(tmp_path, content))
+
+
+def test_a_key_that_is_not_text(tmp_path: Path) -> None:
+    assert "1" in error_of(write(tmp_path, {**GOOD, 1: 2}))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("calibration.samples", 0, "greater than 0 (got 0)"),
+        ("calibration.samples", "many", "(got 'many')"),
+        ("calibration.sequence_length", 1, "greater than 1 (got 1)"),
+        ("calibration.batch_size", -1, "(got -1)"),
+        ("calibration.seed", 1.5, "(got 1.5)"),
+        ("calibration.data.kind", "csv", "'text', 'jsonl', 'huggingface' or 'image_text' (got 'csv')"),
+        ("calibration.data", None, "(got None)"),
+        ("held_out.samples", 0, "(got 0)"),
+        ("held_out.data.kind", "csv", "(got 'csv')"),
+        ("measurement.method", "fisher", "'gradient' or 'kl_div' (got 'fisher')"),
+        ("measurement.engine", "own", "'modelopt' (got 'own')"),
+        ("measurement.formats", [], "(got [])"),
+        ("measurement.dtype", "fp16", "'auto', 'float32' or 'bfloat16' (got 'fp16')"),
+        ("measurement.score_samples", 0, "(got 0)"),
+        ("model.search", "vision", "(got 'vision')"),
+        ("schemes", [], "(got [])"),
+        ("schemes.0.coverage", 0, "greater than 0 (got 0)"),
+        ("schemes.0.coverage", 1.01, "less than or equal to 1 (got 1.01)"),
+        ("schemes.0.coverage", float("nan"), "(got nan)"),
+        ("schemes.0.exclude", "*.0.*", "(got '*.0.*')"),
+        ("kv_cache", "int8", "'none' or 'fp8' (got 'int8')"),
+        ("output", 3, "(got 3)"),
+    ],
+)
+def test_wrong_values_name_key_and_value(tmp_path: Path, path: str, value: Any, expected: str) -> None:
+    message = error_of(write(tmp_path, changed(path, value)))
+    assert f": {path}: " in message
+    assert expected in message
+
+
+@pytest.mark.parametrize("key", ["model", "calibration", "schemes", "output"])
+def test_missing_keys_are_named(tmp_path: Path, key: str) -> None:
+    content = {name: value for name, value in GOOD.items() if name != key}
+    assert error_of(write(tmp_path, content)).endswith(f": {key}: Field required")
+
+
+def test_a_long_wrong_value_is_shortened(tmp_path: Path) -> None:
+    assert len(error_of(write(tmp_path, changed("calibration.data", ["x" * 5000])))) < 1000
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        ({"name": "a", "coverage": 0.5, "effective_bits": 12}, "got ['coverage', 'effective_bits']"),
+        ({"name": "a", "include": ["*"], "max_predicted_score": 1.0}, "got ['max_predicted_score', 'include']"),
+        ({"name": "a"}, "got none"),
+    ],
+)
+def test_a_scheme_is_asked_for_in_one_way(tmp_path: Path, scheme: dict[str, Any], expected: str) -> None:
+    message = error_of(write(tmp_path, changed("schemes", [scheme])))
+    assert "scheme a: give exactly one of coverage, effective_bits, max_predicted_score, include" in message
+    assert message.endswith(expected)
+    assert "Value error" not in message
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "-x", "é"])
+def test_scheme_names_are_file_names(tmp_path: Path, name: str) -> None:
+    message = error_of(write(tmp_path, changed("schemes.0.name", name)))
+    assert "use letters, digits, '.', '_' and '-'" in message
+
+
+def test_duplicate_names(tmp_path: Path) -> None:
+    assert "two schemes are named full; rename one" in error_of(write(tmp_path, changed("schemes.0.name", "full")))
+
+
+def test_a_task_needs_answers(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path, changed("held_out.task", "exact_match")))
+    assert "held_out.task needs held-out data of kind image_text" in message
+
+
+def test_files_that_are_not_recipes(tmp_path: Path) -> None:
+    assert "does not exist; see recipes/" in error_of(tmp_path / "absent.yaml")
+    assert "is a directory" in error_of(tmp_path)
+    assert "is not YAML" in error_of(write(tmp_path, "model: {path: [\n"))
+    assert "is not YAML" in error_of(write(tmp_path, "a: b: c\n"))
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "is not YAML" in error_of(tmp_path / "recipe.yaml")
+    assert "(top level)" in error_of(write(tmp_path, ""))
+    assert "(top level)" in error_of(write(tmp_path, "- a\n- b\n"))
+    assert "(top level)" in error_of(write(tmp_path, "just text\n"))
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, GOOD)
+
+    def refuse(*args: Any, **kwargs: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert "Permission denied" in error_of(path)
+
+
+def test_a_yaml_tag_runs_nothing(tmp_path: Path) -> None:
+    assert "is not YAML" in error_of(write(tmp_path, "output: !!python/object/apply:os.getcwd []\n"))
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes, elsewhere = tmp_path / "recipes", tmp_path / "elsewhere"
+    recipes.mkdir()
+    elsewhere.mkdir()
+    path = write(recipes, GOOD)
+    monkeypatch.chdir(elsewhere)
+    recipe = read_recipe(Path("../recipes") / path.name)
+    assert recipe.model.path == str(recipes / "model")
+    assert recipe.calibration.data.path == str(recipes / "data/text.txt")
+    assert recipe.held_out.data is not None
+    assert recipe.held_out.data.path == str(recipes / "data/held.jsonl")
+
+
+def test_the_output_is_relative_to_where_the_user_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    path = write(tmp_path / "recipes", GOOD)
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe(path).output == str(tmp_path / "runs/one")
+
+
+def test_absolute_paths_and_home_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    content = changed("model.path", "/models/qwen")
+    content["calibration"]["data"]["path"] = "~/text.txt"
+    content["output"] = "~/out"
+    recipe = read_recipe(write(tmp_path, content))
+    assert recipe.model.path == "/models/qwen"
+    assert recipe.calibration.data.path == str(tmp_path / "home/text.txt")
+    assert recipe.output == str(tmp_path / "home/out")
+
+
+def test_package_paths_lie_in_the_installed_package(tmp_path: Path) -> None:
+    package = Path(bitladder.__file__).parent
+    content = changed("model.path", "package:demo/model")
+    content["calibration"]["data"]["path"] = "package:demo/data/text.txt"
+    recipe = read_recipe(write(tmp_path, content))
+    assert recipe.model.path == str(package / "demo/model")
+    assert recipe.calibration.data.path == str(package / "demo/data/text.txt")
+    assert resolve_path("package:demo", tmp_path) == str(package / "demo")
+
+
+def test_hub_ids_are_untouched(tmp_path: Path) -> None:
+    content = changed("model.path", "Qwen/Qwen2.5-VL-3B-Instruct")
+    content["calibration"]["data"] = {"kind": "huggingface", "path": "org/data"}
+    recipe = read_recipe(write(tmp_path, content))
+    assert recipe.model.path == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert recipe.calibration.data.path == "org/data"
+
+
+def test_what_looks_like_a_hub_id_but_exists_is_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "models/qwen").mkdir(parents=True)
+    (tmp_path / "org/data").mkdir(parents=True)
+    content = changed("model.path", "models/qwen")
+    content["calibration"]["data"] = {"kind": "huggingface", "path": "org/data"}
+    recipe = read_recipe(write(tmp_path, content))
+    assert recipe.model.path == str(tmp_path / "models/qwen")
+    assert recipe.calibration.data.path == str(tmp_path / "org/data")
+
+
+def test_held_out_may_be_what_calibration_leaves(tmp_path: Path) -> None:
+    content = {key: value for key, value in GOOD.items() if key != "held_out"}
+    assert read_recipe(write(tmp_path, content)).held_out.data is None
+
+
+def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, GOOD))
+    resolved = recipe.model_dump(mode="json")
+    (tmp_path / "other").mkdir()
+    again = read_recipe(write(tmp_path / "other", resolved))
+    assert again == recipe
+    assert isinstance(again, Recipe)
+
+
+def test_schemes_from_a_command_line() -> None:
+    (scheme,) = parse_schemes([{"name": "a", "coverage": 0.5}])
+    assert scheme.coverage == 0.5
+    with pytest.raises(RecipeError, match="no scheme is asked for"):
+        parse_schemes([])
+    with pytest.raises(RecipeError, match="unknown key 'covrage'; did you mean 'coverage'"):
+        parse_schemes([{"name": "a", "covrage": 0.5}])
+    with pytest.raises(RecipeError, match=r"less than or equal to 1 \(got 2\)"):
+        parse_schemes([{"name": "a", "coverage": 2}])

@@ -1,0 +1,438 @@
+"""Records read back as they were written, refuse what isn't theirs, and are described in docs/records.md."""
+
+import errno
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from bitladder import records
+from bitladder.errors import OutputError, RecordError
+from bitladder.records import (
+    Candidate,
+    CheckpointManifest,
+    CheckpointVerification,
+    DataSummary,
+    EvalResult,
+    Evaluation,
+    FileDigest,
+    Finding,
+    Measurement,
+    ModelSource,
+    ModuleRecord,
+    PairDifference,
+    Part,
+    PhaseCost,
+    QuantGroup,
+    QuantModule,
+    Record,
+    RunInfo,
+    RunState,
+    Scheme,
+    UntouchedModule,
+    Verification,
+    digest_of,
+)
+from bitladder.report import content
+from bitladder.storage import sha256_of_bytes
+
+DOCUMENTATION = Path(__file__).parent.parent / "docs" / "records.md"
+
+PHASE = PhaseCost(phase="score", seconds=1.5, peak_rss_bytes=1 << 30)
+RUN = RunInfo(started="2026-01-01T00:00:00+00:00", hardware="h", threads=2, versions={"torch": "2"}, phases=(PHASE,))
+DATA = DataSummary(
+    source="s", kind="text", sha256="a", samples=2, tokens=9, sequence_length=5, batch_size=1, seed=0, sample_ids=("x",)
+)
+GROUP = QuantGroup(name="g", modules=(QuantModule(name="g", tensor="g.weight", shape=(2, 4)),), weight_elements=8)
+FILE = FileDigest(name="model.safetensors", bytes=3, sha256="b")
+MEASUREMENT: dict[str, Any] = {
+    "model": ModelSource(path="p", revision="r", architecture="A", model_type="t", sha256="c", files=(FILE,)),
+    "calibration": DATA,
+    "engine": "modelopt",
+    "method": "gradient",
+    "fused_scales_shared": True,
+    "compute_dtype": "float32",
+    "score_unit": "nats² per token",
+    "score_weights": (0.1, 0.2),
+    "formats": ("fp8",),
+    "groups": (GROUP,),
+    "candidates": (Candidate(group="g", format="fp8", weight_bits=64, scores=(1 / 3, -1e-30)),),
+    "untouched": (UntouchedModule(name="lm_head", checkpoint_name="lm_head", reason="head"),),
+    "amax_sha256": "d",
+    "settings_sha256": "e",
+    "run": RUN,
+}
+SCHEME = Scheme(
+    name="top25",
+    measurement_sha256="m",
+    asked={"name": "top25", "coverage": 0.25, "exclude": ["*.0.*"]},
+    formats={"g": "fp8", "h": "bf16"},
+    effective_bits=12.0,
+    coverage=0.5,
+    searched_weights=16,
+    weight_bits=192,
+    weight_bytes=32,
+    predicted_score=1e-5,
+    score_unit="nats² per token",
+    exclude_modules=("lm_head",),
+    nested_in=("full",),
+)
+FINDING = Finding(file="f", tensor=None, problem="p", remedy="r")
+RESULT = EvalResult(metric="kl", unit="nats per token", value=1e-3, standard_error=None, samples=2, noise_floor=1e-4)
+SAMPLES: list[Record] = [
+    Measurement(**MEASUREMENT),
+    SCHEME,
+    CheckpointManifest(
+        scheme="top25",
+        scheme_sha256="s",
+        measurement_sha256="m",
+        source_sha256="c",
+        files=(FILE,),
+        modules=(
+            ModuleRecord(
+                name="g", tensor="g.weight", format="fp8", dtype="F8_E4M3", weight_scale=0.1, input_scale=1 / 7
+            ),
+        ),
+    ),
+    Verification(
+        checkpoints=(
+            CheckpointVerification(
+                scheme="top25",
+                manifest_sha256="m",
+                tensors_checked=1,
+                codes_checked=8,
+                bytes_identical=0,
+                findings=(FINDING,),
+            ),
+        ),
+        pairs=(PairDifference(first="a", second="b", modules_expected=1, modules_differing=0, findings=(FINDING,)),),
+    ),
+    Evaluation(
+        scheme="top25",
+        manifest_sha256="m",
+        model_sha256="c",
+        data=DATA,
+        arithmetic="float32",
+        results=(RESULT,),
+        run=RUN,
+    ),
+    RunState(recipe={"output": "o"}, phases={"measure": (PHASE,)}, digests={"f": (1, 2, "s")}),
+]
+each_record = pytest.mark.parametrize("record", SAMPLES, ids=lambda record: type(record).__name__)
+
+
+def types_of(module: Any) -> list[type[Part]]:
+    """The records and parts that a module defines."""
+    found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Part)]
+    return [value for value in found if value.__module__ == module.__name__ and value is not Part]
+
+
+def section_of(name: str) -> str:
+    """The part of the documentation under the heading `### name`."""
+    match = re.search(rf"^### {name}\n(.*?)(?=^##|\Z)", DOCUMENTATION.read_text(encoding="utf-8"), re.M | re.S)
+    assert match, f"docs/records.md has no section '### {name}'"
+    return match.group(1)
+
+
+def read_error(kind: type[Record], path: Path) -> str:
+    with pytest.raises(RecordError) as caught:
+        kind.read(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    assert "again" in message or "first" in message  # the remedy
+    return message
+
+
+def changed(record: Record, path: Path, **fields: Any) -> Path:
+    """Write the record with other raw fields to `path`."""
+    path.write_text(json.dumps(record.model_dump(mode="json") | fields))
+    return path
+
+
+# --- the documentation -------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_sample_of_every_record() -> None:
+    assert {type(record) for record in SAMPLES} == {
+        kind for kind in types_of(records) if issubclass(kind, Record) and kind is not Record
+    }
+
+
+@pytest.mark.parametrize("kind", [*types_of(records), *types_of(content)], ids=lambda kind: kind.__name__)
+def test_every_field_is_documented_in_the_section_of_its_class(kind: type[Part]) -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| ([^|]*)\|$", section_of(kind.__name__), re.M)
+    documented = [name for name, type_, meaning, _ in rows if type_.strip() and meaning.strip()]
+    fields = [name for name in kind.model_fields if kind is Record or name != "schema_version"]
+    assert documented == fields
+
+
+@pytest.mark.parametrize("kind", [*types_of(records), *types_of(content)], ids=lambda kind: kind.__name__)
+def test_whether_a_field_may_be_null_is_documented(kind: type[Part]) -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section_of(kind.__name__), re.M))
+    nullable = {name for name, field in kind.model_fields.items() if "None" in str(field.annotation)}
+    assert {name for name, type_ in rows.items() if "or null" in type_} == nullable
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k in [*types_of(records), *types_of(content)] if issubclass(k, Record)], ids=lambda k: k.__name__
+)
+def test_volatile_fields_are_documented(kind: type[Record]) -> None:
+    line = re.search(r"^Not in the fingerprint: (.*)\.$", section_of(kind.__name__), re.M)
+    assert set(re.findall(r"`(\w+)`", line.group(1)) if line else ()) == kind.volatile
+    assert kind.volatile <= set(kind.model_fields)
+
+
+def test_links_in_the_documentation_lead_somewhere() -> None:
+    text = DOCUMENTATION.read_text(encoding="utf-8")
+    headings = {heading.lower() for heading in re.findall(r"^#+ (\w+)$", text, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
+
+
+def test_every_file_name_is_documented() -> None:
+    text = DOCUMENTATION.read_text(encoding="utf-8")
+    for kind in types_of(records):
+        name = getattr(kind, "FILE_NAME", None)
+        assert name is None or name in text
+
+
+# --- reading and writing -----------------------------------------------------------------------------------------
+
+
+@each_record
+def test_round_trip(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "record.json"
+    record.write(path)
+    again = type(record).read(path)
+    assert again == record
+    assert again.fingerprint() == record.fingerprint()
+    before = path.read_bytes()
+    again.write(path)
+    assert path.read_bytes() == before
+
+
+@each_record
+def test_files_say_their_schema_version_and_are_readable(record: Record, tmp_path: Path) -> None:
+    record.write(tmp_path / "record.json")
+    text = (tmp_path / "record.json").read_text(encoding="utf-8")
+    assert json.loads(text)["schema_version"] == 1
+    assert text.endswith("}\n")
+    assert text.count("\n") > 3
+
+
+@each_record
+def test_records_are_frozen(record: Record) -> None:
+    with pytest.raises(ValidationError):
+        record.schema_version = 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_is_refused_in_memory(value: float) -> None:
+    with pytest.raises(ValidationError):
+        Candidate(group="g", format="fp8", weight_bits=64, scores=(value,))
+    with pytest.raises(ValidationError):
+        EvalResult(metric="kl", unit="u", value=value, standard_error=None, samples=1, noise_floor=None)
+
+
+@pytest.mark.parametrize("name", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("field", ["effective_bits", "asked"])
+def test_nan_is_refused_in_a_file(tmp_path: Path, name: str, field: str) -> None:
+    value = float(name.replace("Infinity", "inf"))
+    path = changed(SCHEME, tmp_path / "scheme.json", **{field: {"coverage": value} if field == "asked" else value})
+    assert name in read_error(Scheme, path)
+
+
+@each_record
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b'{"schema_version": 1', b"\x00" * 100])
+def test_corrupt_files_are_refused(record: Record, data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_bytes(data)
+    assert "can't be read as JSON" in read_error(type(record), path)
+
+
+@each_record
+def test_truncated_files_are_refused(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    record.write(path)
+    path.write_bytes(path.read_bytes()[:-3])
+    assert "delete it and run the step again" in read_error(type(record), path)
+
+
+def test_missing_files_name_the_step(tmp_path: Path) -> None:
+    assert "does not exist; run the step that writes this Scheme first" in read_error(Scheme, tmp_path / "absent.json")
+
+
+def test_directories_are_refused(tmp_path: Path) -> None:
+    assert "can't be read" in read_error(Scheme, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"text"', "null", "{}", '{"torch_dtype": "bfloat16"}'])
+def test_foreign_files_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    assert "has schema_version None, this Bitladder reads 1" in read_error(Scheme, path)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
+@each_record
+def test_other_schema_versions_are_refused(record: Record, version: Any, tmp_path: Path) -> None:
+    path = changed(record, tmp_path / "record.json", schema_version=version)
+    assert f"has schema_version {version!r}" in read_error(type(record), path)
+
+
+@each_record
+def test_one_kind_is_not_read_as_another(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    record.write(path)
+    for other in SAMPLES:
+        if type(other) is not type(record):
+            assert f"is not a {type(other).__name__}" in read_error(type(other), path)
+
+
+@each_record
+def test_unknown_fields_are_refused(record: Record, tmp_path: Path) -> None:
+    path = changed(record, tmp_path / "record.json", surprise=1)
+    assert "surprise: " in read_error(type(record), path)
+
+
+def test_a_wrong_field_deep_inside_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "measurement.json"
+    raw = Measurement(**MEASUREMENT).model_dump(mode="json")
+    raw["candidates"][0]["scores"][1] = "high"
+    path.write_text(json.dumps(raw))
+    assert "candidates.0.scores.1" in read_error(Measurement, path)
+
+
+# --- the fingerprint ---------------------------------------------------------------------------------------------
+
+
+@each_record
+def test_fingerprint_follows_its_documented_rule(record: Record) -> None:
+    raw = {name: value for name, value in record.model_dump(mode="json").items() if name not in record.volatile}
+    text = json.dumps(raw, sort_keys=True, separators=(",", ":"))
+    assert record.fingerprint() == sha256_of_bytes(text.encode())
+
+
+def other_value(value: Any) -> Any:
+    """Something of the same type that differs."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, dict):
+        return {}
+    if isinstance(value, tuple):
+        return ()
+    if isinstance(value, Part):
+        name = next(iter(type(value).model_fields))
+        return value.model_copy(update={name: other_value(getattr(value, name))})
+    return f"{value}x"
+
+
+@each_record
+def test_fingerprint_changes_with_every_field_but_the_volatile(record: Record) -> None:
+    for name in type(record).model_fields:
+        other = record.model_copy(update={name: other_value(getattr(record, name))})
+        assert other != record, name
+        assert (other.fingerprint() == record.fingerprint()) == (name in record.volatile), name
+
+
+def test_fingerprint_ignores_when_and_where_it_ran() -> None:
+    record = Measurement(**MEASUREMENT)
+    later = RUN.model_copy(update={"started": "2027", "phases": ()})
+    assert Measurement(**MEASUREMENT | {"run": later}).fingerprint() == record.fingerprint()
+    assert Measurement(**MEASUREMENT | {"run": None}).fingerprint() == record.fingerprint()
+
+
+def test_fingerprint_ignores_the_order_of_keys_and_lists_against_tuples() -> None:
+    formats = dict(reversed(SCHEME.formats.items()))
+    asked = {"exclude": ("*.0.*",), "coverage": 0.25, "name": "top25"}
+    assert SCHEME.model_copy(update={"formats": formats, "asked": asked}).fingerprint() == SCHEME.fingerprint()
+
+
+def test_digest_of_keeps_parts_apart() -> None:
+    assert digest_of(["ab", "c"]) != digest_of(["a", "bc"])
+    assert digest_of([]) != digest_of([""])
+
+
+# --- crashes -----------------------------------------------------------------------------------------------------
+
+
+@each_record
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_keeps_the_old_record(
+    record: Record, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "record.json"
+    record.write(path)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, fail)
+        with pytest.raises(OutputError, match="no space left"):
+            record.model_copy(update={"schema_version": 9}).write(path)
+    assert type(record).read(path) == record
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_crash_while_writing_keeps_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record.json"
+    SCHEME.write(path)
+    real = Path.write_bytes
+
+    def half(self: Path, data: bytes) -> int:
+        real(self, data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(KeyboardInterrupt):
+            SCHEME.model_copy(update={"name": "other"}).write(path)
+    assert Scheme.read(path) == SCHEME
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]
+
+
+# --- what the types compute --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"groups": (GROUP, GROUP)}, "same name"),
+        ({"candidates": ()}, "don't cover"),
+        ({"candidates": MEASUREMENT["candidates"] * 2}, "don't cover"),
+        ({"formats": ("fp8", "nvfp4")}, "don't cover"),
+        ({"score_weights": (1.0,)}, "2 scores, 1 batches"),
+        ({"candidates": (Candidate(group="z", format="fp8", weight_bits=1, scores=(0, 0)),)}, "unknown group z"),
+    ],
+)
+def test_a_measurement_is_consistent(fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
+        Measurement(**MEASUREMENT | fields)
+
+
+def test_sensitivity_is_the_weighted_sum_of_raw_scores() -> None:
+    measurement = Measurement(**MEASUREMENT)
+    assert measurement.sensitivity(measurement.candidates[0]) == pytest.approx(0.1 / 3)
+    assert measurement.searched_weights == 8
+    assert measurement.by_group() == {"g": {"fp8": measurement.candidates[0]}}
+
+
+def test_verdicts_and_lookups() -> None:
+    verification = next(record for record in SAMPLES if isinstance(record, Verification))
+    assert not verification.ok
+    assert not verification.checkpoints[0].ok
+    clean = verification.checkpoints[0].model_copy(update={"findings": ()})
+    assert not verification.model_copy(update={"checkpoints": (clean,)}).ok  # the pair still has one
+    assert verification.model_copy(update={"checkpoints": (clean,), "pairs": ()}).ok
+    evaluation = next(record for record in SAMPLES if isinstance(record, Evaluation))
+    assert evaluation.result("kl") == RESULT
+    assert evaluation.result("perplexity") is None
+    assert SCHEME.quantised_groups() == {"g"}
+    assert next(r for r in SAMPLES if isinstance(r, CheckpointManifest)).total_bytes == 3

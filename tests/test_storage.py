@@ -1,0 +1,190 @@
+"""Files are old or new, never half; a full disk or a missing permission is one line for the user."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitladder.errors import OutputError
+from bitladder.storage import (
+    TEMPORARY_PREFIX,
+    atomic_directory,
+    atomic_path,
+    atomic_write,
+    remove_leftovers,
+    sha256_of_bytes,
+    sha256_of_file,
+)
+
+
+def failing(number: int) -> Any:
+    """A function that raises the operating system's error `number`, whatever it is called with."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_write_replaces_and_makes_directories(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file.json"
+    atomic_write(path, "old")
+    atomic_write(path, b"new \xc3\xa9")
+    assert path.read_text(encoding="utf-8") == "new é"
+    assert names(path.parent) == ["file.json"]
+
+
+def test_text_is_utf_8(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "file", "⊂")
+    assert (tmp_path / "file").read_bytes() == b"\xe2\x8a\x82"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_an_exception_while_writing_keeps_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "file"
+    atomic_write(path, "old")
+    with pytest.raises(type(error)), atomic_path(path) as temporary:  # noqa: PT012
+        temporary.write_text("ne")
+        raise error
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_killed_writer_leaves_the_old_file_and_one_leftover(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    atomic_write(path, "old")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from bitladder.storage import atomic_path\n"
+        "with atomic_path(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('ne')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode != 0
+    assert path.read_text() == "old"
+    leftover = next(name for name in names(tmp_path) if name != "file")
+    assert leftover.startswith(TEMPORARY_PREFIX)
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_space_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int) -> None:
+    path = tmp_path / "file"
+    atomic_write(path, "old")
+    monkeypatch.setattr(os, step, failing(number))
+    with pytest.raises(OutputError, match="no space left") as caught:
+        atomic_write(path, "new")
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+@pytest.mark.parametrize("step", ["mkdir", "replace"])
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int) -> None:
+    path = tmp_path / "new" / "file"
+    monkeypatch.setattr(os, step, failing(number))
+    with pytest.raises(OutputError, match=r"no permission to write .*; choose another output directory"):
+        atomic_write(path, "new")
+    assert not path.exists()
+
+
+def test_a_file_where_a_directory_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="in the way"):
+        atomic_write(tmp_path / "out" / "record.json", "new")
+    with pytest.raises(OutputError, match="in the way"):
+        atomic_write(tmp_path / "out" / "deeper" / "record.json", "new")
+    with pytest.raises(OutputError, match="in the way"), atomic_directory(tmp_path / "out" / "checkpoint"):
+        pass
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_directory_where_a_file_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "record.json").mkdir()
+    with pytest.raises(OutputError, match="in the way"):
+        atomic_write(tmp_path / "record.json", "new")
+    assert names(tmp_path) == ["record.json"]
+
+
+def test_other_errors_of_the_system_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "replace", failing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        atomic_write(tmp_path / "file", "new")
+    assert names(tmp_path) == []
+
+
+def test_directory_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    for content in ("old", "new"):
+        with atomic_directory(path) as temporary:
+            (temporary / content).write_text(content)
+    assert names(path) == ["new"]
+    assert names(tmp_path) == ["checkpoint"]
+
+
+def test_an_exception_while_filling_keeps_the_old_directory(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    with atomic_directory(path) as temporary:
+        (temporary / "old").write_text("old")
+    with pytest.raises(RuntimeError), atomic_directory(path) as temporary:  # noqa: PT012
+        (temporary / "new").write_text("ne")
+        raise RuntimeError("stop")
+    assert names(path) == ["old"]
+    assert names(tmp_path) == ["checkpoint"]
+
+
+def test_no_space_while_filling_keeps_the_old_directory(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    with atomic_directory(path) as temporary:
+        (temporary / "old").write_text("old")
+    with pytest.raises(OutputError, match="no space left"), atomic_directory(path):
+        failing(errno.ENOSPC)()
+    assert names(path) == ["old"]
+    assert names(tmp_path) == ["checkpoint"]
+
+
+def test_a_failed_second_rename_does_not_lose_the_old_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint"
+    with atomic_directory(path) as temporary:
+        (temporary / "old").write_text("old")
+    real = os.replace
+
+    def replace(source: Path, destination: Path) -> None:
+        if Path(destination) == path and "-old-" not in Path(source).name:
+            failing(errno.ENOSPC)()
+        real(source, destination)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OutputError), atomic_directory(path) as temporary:
+        (temporary / "new").write_text("new")
+    assert names(path) == ["old"]
+    assert names(tmp_path) == ["checkpoint"]
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / f"{TEMPORARY_PREFIX}1-a").mkdir()
+    (tmp_path / f"{TEMPORARY_PREFIX}1-a" / "file").write_text("x")
+    (tmp_path / f"{TEMPORARY_PREFIX}2-b").write_text("x")
+    (tmp_path / "mine").write_text("x")
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path / "absent")
+    assert names(tmp_path) == ["mine"]
+
+
+def test_digests(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc" * 2_000_000)
+    assert sha256_of_file(tmp_path / "file") == sha256_of_bytes(b"abc" * 2_000_000)
+    assert sha256_of_bytes(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
