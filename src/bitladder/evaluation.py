@@ -1,0 +1,384 @@
+"""Evaluates exported checkpoints against the original, from the files, on held-out data.
+
+`Reference.compute(original, data)` runs the original once; `evaluate_checkpoint(reference, directory)` reads a
+checkpoint's files and compares. transformers' own loader would cast the FP8 codes and drop the scales, so the files are
+read here: weights dequantised, and every quantised linear's input rounded through E4M3 with its *stored* scale.
+
+Arithmetic is float32. The noise floor of each metric is that of the original in BF16 arithmetic. Over rows r with n_r
+counted tokens and sums x_r, a mean is Σ x_r / Σ n_r and its standard error (tokens of one row are not independent)
+
+    sqrt(R / (R - 1) · Σ (x_r - mean · n_r)²) / Σ n_r
+"""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bitladder import numerics
+from bitladder.calibration import DataSet, Sample, prompt_inputs, tokenizer_of
+from bitladder.errors import ModelError, StaleRecord
+from bitladder.records import CheckpointManifest, EvalResult, Evaluation
+from bitladder.runinfo import Meter, Progress, no_progress
+from bitladder.targets import checkpoint_tensor_names, load_model
+from bitladder.weights import WeightFiles
+
+ARITHMETIC = "float32; weights dequantised, inputs of quantised linears rounded to E4M3 with the stored scale"
+# The original's log-probabilities are kept in memory up to this size, and in a temporary directory beyond.
+MAX_REFERENCE_BYTES_IN_MEMORY = 4 << 30
+_EXPORT_AGAIN = "export this scheme again"
+_TOKENS_AT_ONCE = 2048  # rows of [tokens, vocabulary] compared at a time
+_PROMPTS_AT_ONCE = 50
+
+
+class FakeQuantLinear(nn.Module):
+    """A linear module with dequantised weights [out_features, in_features] and a static FP8 input."""
+
+    def __init__(self, linear: nn.Linear, input_scale: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("input_scale", input_scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product of the rounded input [..., in_features]: [..., out_features]."""
+        assert isinstance(self.input_scale, torch.Tensor)
+        return nn.functional.linear(numerics.fake_quantise(x, self.input_scale), self.weight, self.bias)
+
+
+def _scale(files: WeightFiles, name: str) -> torch.Tensor:
+    if name not in files.tensors:
+        raise ModelError(f"{files.directory}: {name} is missing; {_EXPORT_AGAIN}")
+    scale = files.load(name)
+    if scale.dtype != torch.float32 or scale.numel() != 1 or not 0 < float(scale) < math.inf:
+        raise ModelError(f"{files.directory}: {name} is not one positive float32 number; {_EXPORT_AGAIN}")
+    return scale.reshape(())
+
+
+def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """Return the model that an exported directory holds, with dequantised weights and fake-quantised inputs.
+
+    Raises:
+        ModelError: a scale or weight is missing or left over, or is not what it should be; names file and tensor.
+    """
+    files = WeightFiles.open(directory)
+    config = json.loads((directory / "config.json").read_text())
+    codes = {name for name, info in files.tensors.items() if info.dtype == "F8_E4M3"}
+    if codes and "quantization_config" not in config:
+        raise ModelError(f"{directory}: config.json has no quantization_config, but weights are FP8; {_EXPORT_AGAIN}")
+    state, input_scales, used = {}, {}, set()
+    for name in codes:
+        prefix = name.removesuffix(".weight")
+        used |= {f"{prefix}.weight_scale", f"{prefix}.input_scale"}
+        state[name] = numerics.dequantise(files.load(name), _scale(files, f"{prefix}.weight_scale"), dtype)
+        if not bool(torch.isfinite(state[name]).all()):
+            raise ModelError(f"{directory}: {name} holds NaN; {_EXPORT_AGAIN}")
+        input_scales[name] = _scale(files, f"{prefix}.input_scale")
+    for name in files.tensors:
+        if name in codes or name in used:
+            continue
+        if name.endswith(("_scale", "_scale_inv", "_scale_2")):
+            raise ModelError(f"{directory}: {name} belongs to no FP8 weight; {_EXPORT_AGAIN}")
+        state[name] = files.load(name)
+    names = sorted(state)
+    model = load_model(directory, dtype, state_dict=state)
+    modules = checkpoint_tensor_names(model, names)
+    for name, scale in input_scales.items():
+        path = modules.get(name, "").removesuffix(".weight")
+        linear = model.get_submodule(path) if path else None
+        if not isinstance(linear, nn.Linear):
+            raise ModelError(f"{directory}: {name} is FP8, but it is no linear module's weight")
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, FakeQuantLinear(linear, scale))
+    return model.to(device).eval()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions about pictures, answered greedily; an answer counts when it is exactly the expected text."""
+
+    samples: tuple[Sample, ...]
+    prompts: Callable[[Sequence[Sample]], dict[str, torch.Tensor]]
+    tokenizer: Any
+
+    @classmethod
+    def exact_match(cls, samples: Sequence[Sample], processor: Any) -> Self:
+        """Return the task of answering every sample's prompt with its text."""
+        return cls(tuple(samples), lambda some: prompt_inputs(some, processor), tokenizer_of(processor))
+
+    @torch.no_grad()
+    def correct(self, model: Any, device: str, progress: Progress, phase: str) -> int:
+        """Return how many of the samples the model answers exactly."""
+        longest = max(len(self.tokenizer(sample.text)["input_ids"]) for sample in self.samples)
+        right = 0
+        for start in range(0, len(self.samples), _PROMPTS_AT_ONCE):
+            progress(phase, start, len(self.samples))
+            some = self.samples[start : start + _PROMPTS_AT_ONCE]
+            inputs = {key: value.to(device) for key, value in self.prompts(some).items()}
+            output = model.generate(
+                **inputs, max_new_tokens=longest + 4, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
+            )
+            for sample, row in zip(some, output[:, inputs["input_ids"].shape[1] :], strict=True):
+                answer = self.tokenizer.decode(row, skip_special_tokens=True)
+                right += answer.strip() == sample.text.strip()
+        progress(phase, len(self.samples), len(self.samples))
+        return right
+
+
+@dataclass
+class _Sums:
+    """Per row of the data: counted tokens, and sums over them."""
+
+    tokens: list[int] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+    agree: list[int] = field(default_factory=list)
+
+    def ratio(self, values: Sequence[float]) -> tuple[float, float | None]:
+        """Return Σ values / Σ tokens and its standard error (None with one row)."""
+        total, rows = sum(self.tokens), len(self.tokens)
+        mean = math.fsum(values) / total
+        if rows < 2:
+            return mean, None
+        squares = math.fsum((v - mean * n) ** 2 for v, n in zip(values, self.tokens, strict=True))
+        return mean, math.sqrt(rows / (rows - 1) * squares) / total
+
+    def perplexity(self) -> tuple[float, float | None]:
+        """Return exp(mean negative log-likelihood) and its standard error, to first order."""
+        mean, error = self.ratio(self.nll)
+        value = math.exp(mean)
+        return value, None if error is None else value * error
+
+
+def _log_probabilities(model: Any, batch: Any, device: str, what: str) -> torch.Tensor:
+    """Return the log-probabilities [counted tokens, vocabulary] of a batch in float32, on the CPU.
+
+    Raises:
+        ModelError: NaN or Inf in the logits.
+    """
+    moved = batch.to(device)
+    logits = model(**moved.inputs).logits[:, :-1][moved.predicted].float()
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(f"{what} gives NaN or Inf; {_EXPORT_AGAIN}, or check the original")
+    return torch.log_softmax(logits, -1).cpu()
+
+
+class _Store:
+    """The original's log-probabilities, batch by batch: in memory, or in files where they are large."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.memory: list[torch.Tensor] = []
+        self.count = 0
+        large = total_bytes > MAX_REFERENCE_BYTES_IN_MEMORY
+        self.directory = Path(tempfile.mkdtemp(prefix="bitladder-")) if large else None
+
+    def add(self, values: torch.Tensor) -> None:
+        if self.directory is None:
+            self.memory.append(values)
+        else:
+            save_file({"values": values}, self.directory / f"{self.count}.safetensors")
+        self.count += 1
+
+    def get(self, index: int) -> torch.Tensor:
+        if self.directory is None:
+            return self.memory[index]
+        return load_file(self.directory / f"{index}.safetensors")["values"]
+
+    def close(self) -> None:
+        self.memory = []
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _compare(model: Any, data: DataSet, store: _Store, device: str, what: str, progress: Progress, phase: str) -> _Sums:
+    """Return the sums of KL(original ‖ model), the model's own NLL and the agreement, row by row."""
+    sums = _Sums()
+    for index, batch in enumerate(data.batches):
+        progress(phase, index, len(data.batches))
+        ours = _log_probabilities(model, batch, device, f"{what}, batch {index},")
+        _add_rows(sums, batch, store.get(index), ours)
+    progress(phase, len(data.batches), len(data.batches))
+    return sums
+
+
+def _add_rows(sums: _Sums, batch: Any, reference: torch.Tensor, ours: torch.Tensor) -> None:
+    mask = batch.predicted
+    targets = batch.labels[:, 1:][mask]
+    kl, nll, agree = [], [], []
+    for start in range(0, len(ours), _TOKENS_AT_ONCE):
+        p, q = reference[start : start + _TOKENS_AT_ONCE], ours[start : start + _TOKENS_AT_ONCE]
+        kl.append((p.exp() * (p - q)).sum(-1).double())
+        nll.append(-q.gather(-1, targets[start : start + _TOKENS_AT_ONCE, None])[:, 0].double())
+        agree.append(p.argmax(-1) == q.argmax(-1))
+    per_row = mask.sum(-1).tolist()
+    for row_kl, row_nll, row_agree in zip(
+        torch.cat(kl).split(per_row), torch.cat(nll).split(per_row), torch.cat(agree).split(per_row), strict=True
+    ):
+        if not len(row_kl):
+            continue
+        sums.tokens.append(len(row_kl))
+        sums.kl.append(float(row_kl.sum()))
+        sums.nll.append(float(row_nll.sum()))
+        sums.agree.append(int(row_agree.sum()))
+
+
+@dataclass
+class Reference:
+    """What the original gives on the held-out data, in float32 and (as the noise floor) in BF16 arithmetic.
+
+    A context manager: leaving it frees what is kept of the original's outputs.
+    """
+
+    data: DataSet
+    device: str
+    task: Task | None
+    store: _Store
+    perplexity: float
+    bf16: _Sums
+    correct: int | None
+    bf16_correct: int | None
+
+    @classmethod
+    @torch.no_grad()
+    def compute(
+        cls,
+        directory: Path,
+        data: DataSet,
+        *,
+        task: Task | None = None,
+        device: str = "cpu",
+        progress: Progress = no_progress,
+    ) -> Self:
+        """Run the original on the data.
+
+        Raises:
+            ModelError: it can't be loaded, or gives NaN or Inf.
+        """
+        model = load_model(directory, torch.float32, device)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        store = _Store(4 * data.summary.tokens * vocabulary)
+        own = _Sums()
+        for index, batch in enumerate(data.batches):
+            progress("evaluate original", index, len(data.batches))
+            values = _log_probabilities(model, batch, device, f"the original {directory}, batch {index},")
+            store.add(values)
+            _add_rows(own, batch, values, values)
+        progress("evaluate original", len(data.batches), len(data.batches))
+        correct = task.correct(model, device, progress, "answer: original") if task else None
+        model = model.to(torch.bfloat16)
+        bf16 = _compare(model, data, store, device, f"{directory} in BF16", progress, "evaluate original in BF16")
+        bf16_correct = task.correct(model, device, progress, "answer: original in BF16") if task else None
+        return cls(data, device, task, store, own.perplexity()[0], bf16, correct, bf16_correct)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.store.close()
+
+
+@torch.no_grad()
+def evaluate_checkpoint(reference: Reference, directory: Path, progress: Progress = no_progress) -> Evaluation:
+    """Return the checkpoint's KL to the original, perplexity, agreement, and task accuracy where there is a task.
+
+    Args:
+        reference: the original on the same data.
+        directory: the exported checkpoint, with its manifest.
+        progress: told of every batch.
+
+    Raises:
+        RecordError: no manifest. ModelError: the files are not a whole checkpoint, or give NaN or Inf.
+    """
+    manifest = CheckpointManifest.read(directory / CheckpointManifest.FILE_NAME)
+    meter = Meter()
+    with meter.phase("load"):
+        model = load_checkpoint(directory, device=reference.device)
+        quantised = sum(isinstance(module, FakeQuantLinear) for module in model.modules())
+        if quantised != len(manifest.modules):
+            raise StaleRecord(
+                f"{directory} holds {quantised} FP8 modules, its manifest lists {len(manifest.modules)}; "
+                f"{_EXPORT_AGAIN}"
+            )
+    with meter.phase("compare"):
+        sums = _compare(
+            model,
+            reference.data,
+            reference.store,
+            reference.device,
+            str(directory),
+            progress,
+            f"evaluate {manifest.scheme}",
+        )
+    results = _results(reference, sums)
+    if reference.task is not None:
+        with meter.phase("answer"):
+            right = reference.task.correct(model, reference.device, progress, f"answer: {manifest.scheme}")
+        results.append(_accuracy(reference, right))
+    return Evaluation(
+        scheme=manifest.scheme,
+        manifest_sha256=manifest.fingerprint(),
+        model_sha256=manifest.source_sha256,
+        data=reference.data.summary,
+        arithmetic=ARITHMETIC,
+        results=tuple(results),
+        run=meter.info(),
+    )
+
+
+def _results(reference: Reference, sums: _Sums) -> list[EvalResult]:
+    rows, floor = len(sums.tokens), reference.bf16
+    kl, kl_error = sums.ratio(sums.kl)
+    perplexity, perplexity_error = sums.perplexity()
+    agreement, agreement_error = sums.ratio(sums.agree)
+    return [
+        EvalResult(
+            metric="kl",
+            unit="nats per token",
+            value=kl,
+            standard_error=kl_error,
+            samples=rows,
+            noise_floor=floor.ratio(floor.kl)[0],
+        ),
+        EvalResult(
+            metric="perplexity",
+            unit="",
+            value=perplexity,
+            standard_error=perplexity_error,
+            samples=rows,
+            noise_floor=floor.perplexity()[0],
+            reference=reference.perplexity,
+        ),
+        EvalResult(
+            metric="top1_agreement",
+            unit="share of tokens",
+            value=agreement,
+            standard_error=agreement_error,
+            samples=rows,
+            noise_floor=floor.ratio(floor.agree)[0],
+        ),
+    ]
+
+
+def _accuracy(reference: Reference, right: int) -> EvalResult:
+    assert reference.task is not None
+    assert reference.correct is not None
+    assert reference.bf16_correct is not None
+    count = len(reference.task.samples)
+    share = right / count
+    return EvalResult(
+        metric="task_accuracy",
+        unit="share of samples",
+        value=share,
+        standard_error=math.sqrt(share * (1 - share) / count),
+        samples=count,
+        noise_floor=reference.bf16_correct / count,
+        reference=reference.correct / count,
+    )
