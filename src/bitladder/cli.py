@@ -21,6 +21,8 @@ from bitladder import __version__
 from bitladder.errors import BitladderError, RecipeError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from bitladder.pipeline import Workspace
     from bitladder.records import Measurement, Scheme
 
@@ -31,8 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console()
+console = Console(file=sys.stdout)  # this very stream: ModelOpt's prints are silenced by replacing sys.stdout
 complaints = Console(stderr=True)
+_WIDE = 160  # columns
 _debug = False
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
@@ -88,6 +91,11 @@ def _workspace(recipe: Path, output: Path | None) -> Iterator["Workspace"]:
         yield Workspace(parsed, (output or Path(parsed.output)).expanduser().resolve(), progress)
 
 
+def _print_table(table: "Table") -> None:
+    """Print a table at the width it needs: a narrow terminal or a pipe must not swallow columns."""
+    Console(file=sys.stdout, width=max(console.width, _WIDE)).print(table, crop=False)
+
+
 def _quiet_libraries() -> None:
     """Silence the progress bars and the chatter of transformers and ModelOpt."""
     if _debug:
@@ -108,7 +116,7 @@ def run(recipe: RecipePath, output: Output = None) -> None:
 
     with _workspace(recipe, output) as work:
         result = pipeline.run(work)
-    console.print(report.closing_table(result))
+    _print_table(report.closing_table(result))
     if not work.done:
         console.print("Nothing to do: every step is done and valid.")
     console.print(f"Report: {work.output / 'report.md'}", soft_wrap=True)
@@ -196,7 +204,7 @@ def _print_schemes(measurement: "Measurement", schemes: "tuple[Scheme, ...]") ->
             "-" if error is None else f"{error:.2g}",
             f"{len(scheme.quantised_groups())}/{len(scheme.formats)}",
         )
-    console.print(table)
+    _print_table(table)
     console.print(f"predicted score in {measurement.score_unit}")
 
 
@@ -284,7 +292,7 @@ def report(recipe: RecipePath, output: Output = None) -> None:
 
     with _workspace(recipe, output) as work, work.locked():
         result = pipeline.make_report(work)
-    console.print(reports.closing_table(result))
+    _print_table(reports.closing_table(result))
     console.print(f"Report: {work.output / 'report.md'}", soft_wrap=True)
 
 

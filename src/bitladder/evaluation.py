@@ -190,7 +190,8 @@ class _Store:
     def get(self, index: int) -> torch.Tensor:
         if self.directory is None:
             return self.memory[index]
-        return load_file(self.directory / f"{index}.safetensors")["values"]
+        values: torch.Tensor = load_file(self.directory / f"{index}.safetensors")["values"]
+        return values
 
     def close(self) -> None:
         self.memory = []
@@ -219,9 +220,8 @@ def _add_rows(sums: _Sums, batch: Any, reference: torch.Tensor, ours: torch.Tens
         nll.append(-q.gather(-1, targets[start : start + _TOKENS_AT_ONCE, None])[:, 0].double())
         agree.append(p.argmax(-1) == q.argmax(-1))
     per_row = mask.sum(-1).tolist()
-    for row_kl, row_nll, row_agree in zip(
-        torch.cat(kl).split(per_row), torch.cat(nll).split(per_row), torch.cat(agree).split(per_row), strict=True
-    ):
+    columns = [torch.split(torch.cat(values), per_row) for values in (kl, nll, agree)]
+    for row_kl, row_nll, row_agree in zip(*columns, strict=True):
         if not len(row_kl):
             continue
         sums.tokens.append(len(row_kl))

