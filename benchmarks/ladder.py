@@ -110,8 +110,8 @@ def evaluate(model: Path, directories: dict[str, Path]) -> dict:
     table = {}
     with evaluation.Reference.compute(model, data) as reference:
         for name, directory in directories.items():
-            result = evaluation.evaluate_checkpoint(reference, directory)
-            table[name] = {r.metric: r.model_dump() for r in result.results}
+            results, _ = evaluation.compare(reference, directory, name)
+            table[name] = {r.metric: r.model_dump() for r in results}
     return table
 
 

@@ -115,7 +115,7 @@ def flip_embedding(tensors, name):
 
 
 DAMAGE = {
-    "one code moved by a step": (move_one_code, ["q_proj.weight"], "nearest"),
+    "one code moved by a step": (move_one_code, [".weight"], "1 of"),
     "NaN code": (nan_code, ["weight"], "NaN"),
     "weight_scale missing": (lambda t, n: t.pop(prefix(n) + "weight_scale"), ["weight_scale"], "missing"),
     "input_scale missing": (lambda t, n: t.pop(prefix(n) + "input_scale"), ["input_scale"], "missing"),

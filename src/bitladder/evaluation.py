@@ -286,49 +286,53 @@ class Reference:
 
 
 @torch.no_grad()
-def evaluate_checkpoint(reference: Reference, directory: Path, progress: Progress = no_progress) -> Evaluation:
-    """Return the checkpoint's KL to the original, perplexity, agreement, and task accuracy where there is a task.
+def compare(
+    reference: Reference, directory: Path, name: str, progress: Progress = no_progress
+) -> tuple[tuple[EvalResult, ...], int]:
+    """Return the results of any FP8 checkpoint directory in ModelOpt's layout, and how many of its modules are FP8.
 
     Args:
         reference: the original on the same data.
-        directory: the exported checkpoint, with its manifest.
+        directory: the exported checkpoint; a manifest isn't needed.
+        name: what it is called in the progress.
         progress: told of every batch.
 
     Raises:
-        RecordError: no manifest. ModelError: the files are not a whole checkpoint, or give NaN or Inf.
+        ModelError: the files are not a whole checkpoint, or give NaN or Inf.
+    """
+    model = load_checkpoint(directory, device=reference.device)
+    quantised = sum(isinstance(module, FakeQuantLinear) for module in model.modules())
+    sums = _compare(
+        model, reference.data, reference.store, reference.device, str(directory), progress, f"evaluate {name}"
+    )
+    results = _results(reference, sums)
+    if reference.task is not None:
+        right = reference.task.correct(model, reference.device, progress, f"answer: {name}")
+        results.append(_accuracy(reference, right))
+    return tuple(results), quantised
+
+
+def evaluate_checkpoint(reference: Reference, directory: Path, progress: Progress = no_progress) -> Evaluation:
+    """Return the checkpoint's KL to the original, perplexity, agreement, and task accuracy where there is a task.
+
+    Raises:
+        RecordError: no manifest. StaleRecord: the manifest is of other files. ModelError: see `compare`.
     """
     manifest = CheckpointManifest.read(directory / CheckpointManifest.FILE_NAME)
     meter = Meter()
-    with meter.phase("load"):
-        model = load_checkpoint(directory, device=reference.device)
-        quantised = sum(isinstance(module, FakeQuantLinear) for module in model.modules())
-        if quantised != len(manifest.modules):
-            raise StaleRecord(
-                f"{directory} holds {quantised} FP8 modules, its manifest lists {len(manifest.modules)}; "
-                f"{_EXPORT_AGAIN}"
-            )
-    with meter.phase("compare"):
-        sums = _compare(
-            model,
-            reference.data,
-            reference.store,
-            reference.device,
-            str(directory),
-            progress,
-            f"evaluate {manifest.scheme}",
+    with meter.phase(f"evaluate {manifest.scheme}"):
+        results, quantised = compare(reference, directory, manifest.scheme, progress)
+    if quantised != len(manifest.modules):
+        raise StaleRecord(
+            f"{directory} holds {quantised} FP8 modules, its manifest lists {len(manifest.modules)}; {_EXPORT_AGAIN}"
         )
-    results = _results(reference, sums)
-    if reference.task is not None:
-        with meter.phase("answer"):
-            right = reference.task.correct(model, reference.device, progress, f"answer: {manifest.scheme}")
-        results.append(_accuracy(reference, right))
     return Evaluation(
         scheme=manifest.scheme,
         manifest_sha256=manifest.fingerprint(),
         model_sha256=manifest.source_sha256,
         data=reference.data.summary,
         arithmetic=ARITHMETIC,
-        results=tuple(results),
+        results=results,
         run=meter.info(),
     )
 

@@ -48,4 +48,4 @@ def half_step(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """
     exponent = torch.frexp(values.float() / scale.float()).exponent - 1  # x = m · 2^exponent with 1 <= |m| < 2
     step_exponent = exponent.clamp_min(E4M3_MIN_EXPONENT) - E4M3_MANTISSA_BITS
-    return torch.ldexp(scale.float() / 2, step_exponent)
+    return scale.float() / 2 * torch.exp2(step_exponent.float())

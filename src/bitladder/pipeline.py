@@ -16,6 +16,7 @@ import fcntl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from bitladder import calibration, checkpoint, evaluation, planning, report, sensitivity, targets, verification
@@ -83,8 +84,6 @@ class Workspace:
                 )
             self.state = RunState(recipe={})
         self.cache = DigestCache(self.state.digests)
-        remove_leftovers(self.output)
-        remove_leftovers(self.output / "checkpoints")
         self.state = self.state.model_copy(update={"recipe": self.recipe.model_dump(mode="json")})
         self.save()
 
@@ -110,9 +109,11 @@ class Workspace:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise OutputError(f"another bitladder process is working in {self.output}; wait for it") from None
+            for directory in (self.output, self.output / "checkpoints"):
+                remove_leftovers(directory)  # of a killed run
             yield
 
-    @property
+    @cached_property
     def model_directory(self) -> Path:
         """Where the original model's files are."""
         return fetch_model(self.recipe.model.path, self.recipe.model.revision)
@@ -328,9 +329,10 @@ def evaluate(work: Workspace) -> dict[str, Evaluation]:
     missing = [name for name in manifests if name not in results]
     if missing:
         meter = Meter()
+        device = sensitivity.resolve_device(work.recipe.measurement.device)
         task = evaluation.Task.exact_match(data.samples, processor) if spec.task == "exact_match" else None
         with meter.phase("evaluate original"):
-            reference = evaluation.Reference.compute(directory, data, task=task, progress=work.progress)
+            reference = evaluation.Reference.compute(directory, data, task=task, device=device, progress=work.progress)
         with reference:
             for name in missing:
                 with meter.phase(f"evaluate {name}"):

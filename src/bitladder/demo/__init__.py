@@ -1,5 +1,5 @@
 """The embedded model and data of `recipes/demo.yaml`: a tiny Qwen2.5-VL that reads handwritten digits.
 
-`qwen2_5_vl_digits/` is a Hugging Face directory as the real Qwen2.5-VL's is; `data/` holds image+text pairs and captions;
+`qwen2_5_vl_digits/` is a Hugging Face directory as the real one; `data/` holds image+text pairs and captions;
 `train.py` made both.
 """

@@ -1,0 +1,187 @@
+import base64
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import bitladder
+from bitladder.calibration import load_data, load_processor, prompt_inputs
+from bitladder.errors import DataError, ModelError
+from bitladder.recipe import DataSpec
+from conftest import make_text
+
+DEMO = Path(bitladder.__file__).parent / "demo"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama):
+    return load_processor(llama)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_processor(DEMO / "qwen2_5_vl_digits")
+
+
+def load(spec, processor, **changes):
+    options = {"samples": 4, "sequence_length": 16, "batch_size": 2, "seed": 0, **changes}
+    return load_data(spec, processor, **options)
+
+
+def text_spec(path, **changes):
+    return DataSpec(**{"kind": "text", "path": str(path), **changes})
+
+
+def test_rows_are_the_tokenised_stream(tokenizer, text_file):
+    data = load(text_spec(text_file), tokenizer)
+    stream = tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"]
+    rows = [tuple(stream[i : i + 16]) for i in range(0, len(stream) - 15, 16)]
+    got = [tuple(row) for batch in data.batches for row in batch.inputs["input_ids"].tolist()]
+    assert len(got) == 4
+    assert set(got) <= set(rows)
+    for batch in data.batches:
+        assert torch.equal(batch.labels, batch.inputs["input_ids"])
+        assert bool(batch.inputs["attention_mask"].all())
+    assert data.summary.tokens == 4 * 15
+
+
+def test_same_seed_same_data_other_seed_other_data(tokenizer, text_file):
+    first, again, other = (load(text_spec(text_file), tokenizer, seed=seed).summary for seed in (0, 0, 1))
+    assert first == again
+    assert first.sha256 != other.sha256
+
+
+def test_held_out_rows_are_never_calibrated_on(tokenizer, text_file):
+    calibration = load(text_spec(text_file), tokenizer, samples=20).summary
+    held_out = load_data(
+        text_spec(text_file), tokenizer, samples=20, sequence_length=16, batch_size=4, seed=0, avoid=calibration
+    ).summary
+    assert not set(calibration.sample_ids) & set(held_out.sample_ids)
+    assert len(set(held_out.sample_ids)) == 20
+
+
+def test_jsonl_documents_are_separated(tokenizer, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"body": line}) + "\n" for line in make_text(60).splitlines()))
+    data = load(text_spec(path, kind="jsonl", text_field="body"), tokenizer)
+    ids = torch.cat([batch.inputs["input_ids"] for batch in data.batches])
+    assert bool((ids == tokenizer.eos_token_id).any())
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "words"),
+    [
+        ("", "text", "holds 0 rows of 16 tokens; 4 were asked for"),
+        ("too short", "text", "ask for fewer samples"),
+        ('{"text": "a"', "jsonl", "line 1 is not JSON"),
+        ("[1]", "jsonl", "not a JSON object"),
+        ('{"body": "a"}', "jsonl", "set data.text_field"),
+    ],
+)
+def test_bad_text(content, kind, words, tokenizer, tmp_path):
+    path = tmp_path / "data"
+    path.write_text(content)
+    with pytest.raises(DataError, match=words):
+        load(text_spec(path, kind=kind), tokenizer)
+
+
+def test_missing_and_binary_files(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        load(text_spec(tmp_path / "nowhere"), tokenizer)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(DataError, match="UTF-8"):
+        load(text_spec(tmp_path / "binary"), tokenizer)
+
+
+def test_huggingface_needs_its_package(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"bitladder\[data\]"):
+        load(text_spec("some/dataset", kind="huggingface"), tokenizer)
+
+
+def test_a_data_set_directory(tokenizer, tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in make_text(60).splitlines()))
+    data = load(text_spec(tmp_path, kind="huggingface", text_field="body"), tokenizer)
+    assert data.summary.samples == 4
+    for changes, words in (
+        ({"text_field": "text"}, "no column 'text'; it has body"),
+        ({"split": "x"}, "can't be loaded"),
+    ):
+        with pytest.raises(DataError, match=words):
+            load(text_spec(tmp_path, kind="huggingface", **{"text_field": "body", **changes}), tokenizer)
+
+
+def test_no_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        load_processor(tmp_path)
+
+
+def pairs(processor, **changes):
+    spec = DataSpec(kind="image_text", path=str(DEMO / "data" / "calibration.jsonl"))
+    return load(spec, processor, **{"samples": 12, "sequence_length": 64, "batch_size": 4, **changes})
+
+
+def test_labels_are_the_answers_tokens(processor):
+    data = pairs(processor)
+    tokenizer = processor.tokenizer
+    samples = iter(data.samples)
+    for batch in data.batches:
+        for row, mask, ids in zip(batch.labels, batch.inputs["attention_mask"], batch.inputs["input_ids"], strict=True):
+            sample = next(samples)
+            text = tokenizer.decode(row[row != -100])
+            assert text == f"{sample.text}<|im_end|>\n"
+            assert bool((row[mask == 0] == -100).all())
+            assert sample.prompt in tokenizer.decode(ids)
+            image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            assert not bool((row == image_token).any())
+            assert bool((ids == image_token).any())
+    assert data.summary.tokens == sum(batch.loss_tokens for batch in data.batches)
+    assert any(not bool(batch.inputs["attention_mask"].all()) for batch in data.batches), "no padding was tested"
+
+
+def test_pixels_are_the_image_processors(processor):
+    data = pairs(processor, samples=4)
+    images = [sample.load_image() for sample in data.samples]
+    wanted = processor.image_processor(images=images, return_tensors="pt")
+    assert torch.equal(data.batches[0].inputs["pixel_values"], wanted["pixel_values"])
+
+
+def test_prompts_end_at_the_assistants_turn(processor):
+    samples = pairs(processor, samples=4).samples
+    inputs = prompt_inputs(samples, processor)
+    for ids in inputs["input_ids"]:
+        assert processor.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+
+
+def test_image_files_and_default_prompt(processor, tmp_path):
+    Image.new("RGB", (56, 56), "white").save(tmp_path / "white.png")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"image": "white.png", "text": "nothing"}\n')
+    data = load(DataSpec(kind="image_text", path=str(path), prompt="What?"), processor, samples=1, sequence_length=64)
+    assert data.samples[0].prompt == "What?"
+
+
+def test_bad_pairs(processor, tokenizer, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    spec = DataSpec(kind="image_text", path=str(path))
+    for line, words in (
+        ('{"text": "a"}', "has no 'image'"),
+        ('{"image": "nowhere.png", "text": "a"}', "can't be read"),
+        ('{"image": "data:image/png;base64,AAAA", "text": "a"}', "can't be read"),
+    ):
+        path.write_text(line + "\n")
+        with pytest.raises(DataError, match=words):
+            load(spec, processor, samples=1, sequence_length=64)
+    with pytest.raises(DataError, match="takes no images"):
+        load(spec, tokenizer, samples=1)
+    buffer = io.BytesIO()
+    Image.new("L", (448, 448)).save(buffer, "PNG")
+    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    path.write_text(json.dumps({"image": uri, "text": "a"}) + "\n")
+    with pytest.raises(DataError, match="sequence_length is 64"):
+        load(spec, processor, samples=1, sequence_length=64)

@@ -1,0 +1,170 @@
+"""The command line as a user meets it: one line and exit status 2 for bad input, no traceback, nothing lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import make_text
+
+MANIFEST = Path(__file__).parent / "data" / "qwen2_5_vl_3b_instruct_fp8_autoquant_manifest.json"
+
+
+def bitladder(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "bitladder.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+
+
+def refused(result, *words):
+    """Check for one line on standard error, exit status 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.fixture(scope="module")
+def recipe(llama, text_file, tmp_path_factory):
+    """A function that writes a recipe with changes and returns its path; its output lies beside it."""
+    other = tmp_path_factory.mktemp("other") / "held_out.txt"
+    other.write_text(make_text(300, seed=9))
+
+    def write(directory, **changes):
+        data = {"samples": 4, "sequence_length": 24, "batch_size": 2}
+        content = {
+            "model": {"path": str(llama)},
+            "calibration": {"data": {"kind": "text", "path": str(text_file)}, **data},
+            "held_out": {"data": {"kind": "text", "path": str(other)}, **data},
+            "schemes": [{"name": "top50", "coverage": 0.5}, {"name": "full", "coverage": 1.0}],
+            "output": str(directory / "out"),
+            **changes,
+        }
+        path = directory / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def test_run_prints_progress_table_and_report_and_then_nothing_to_do(recipe, tmp_path):
+    path = recipe(tmp_path)
+    result = bitladder("run", path)
+    assert result.returncode == 0, result.stderr
+    for word in ("calibrate", "score", "export top50", "verify", "evaluate full", "held-out KL", "verified", "yes"):
+        assert word in result.stdout
+    assert f"Report: {tmp_path / 'out' / 'report.md'}" in result.stdout
+    assert "Inserted" not in result.stdout  # ModelOpt's own chatter
+    assert "Nothing to do" not in result.stdout
+    again = bitladder("run", path)
+    assert again.returncode == 0
+    assert "Nothing to do: every step is done and valid." in again.stdout
+
+
+def test_each_step_alone(recipe, tmp_path):
+    path = recipe(tmp_path)
+    refused(bitladder("export", path), "measurement.json does not exist", "run the step")
+    outputs = {}
+    for step in ("measure", "plan", "export", "verify", "evaluate", "report"):
+        result = bitladder(step, path)
+        assert result.returncode == 0, (step, result.stderr)
+        outputs[step] = result.stdout
+    assert "12 groups" in outputs["measure"]
+    assert "predicted score" in outputs["plan"]
+    assert "quantised modules" in outputs["export"]
+    assert "within half a step" in outputs["verify"]
+    assert "noise floor" in outputs["evaluate"]
+    frontier = bitladder("frontier", tmp_path / "out" / "measurement.json", "--points", "0")
+    rows = frontier.stdout.splitlines()
+    assert rows[0] == "effective_bits,weight_bits,predicted_score"
+    assert rows[1].startswith("8.000000,")
+    assert rows[-1].startswith("16.000000,")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"modell": {}}, ["unknown key 'modell'", "did you mean 'model'?"]),
+        ({"measurement": {"methode": "gradient"}}, ["measurement.methode", "'method'"]),
+        ({"measurement": {"formats": ["fp6"]}}, ["fp6", "fp8"]),
+        ({"schemes": [{"name": "x", "effective_bits": 4.5}]}, ["4.5", "minimum 8.00", "NVFP4"]),
+        ({"schemes": [{"name": "x", "effective_bits": 17}]}, ["quantise nothing"]),
+        ({"schemes": [{"name": "a", "coverage": 1.0}, {"name": "b", "effective_bits": 8.0}]}, ["a", "b", "same"]),
+        ({"model": {"path": "/nowhere/at/all"}}, ["/nowhere/at/all does not exist"]),
+        ({"kv_cache": "fp8"}, ["kv_cache"]),
+    ],
+)
+def test_bad_recipes(changes, words, recipe, tmp_path):
+    refused(bitladder("run", recipe(tmp_path, **changes)), *words)
+
+
+def test_bad_data(recipe, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    data = {"data": {"kind": "text", "path": str(tmp_path / "empty.txt")}, "samples": 4}
+    refused(bitladder("run", recipe(tmp_path, calibration=data)), "holds 0 rows", "4 were asked for")
+
+
+def test_debug_shows_the_traceback(recipe, tmp_path):
+    result = bitladder("--debug", "run", recipe(tmp_path, model={"path": "/nowhere"}))
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr
+    assert "ModelError" in result.stderr
+
+
+def test_unknown_command_and_option():
+    for arguments in (["fly"], ["run"], ["run", "--fast", "x"]):
+        result = bitladder(*arguments)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+
+
+def test_missing_recipe(tmp_path):
+    refused(bitladder("run", tmp_path / "nowhere.yaml"), "does not exist")
+
+
+def test_import_and_plan_without_the_model(tmp_path):
+    measurement = tmp_path / "m.json"
+    result = bitladder("import", MANIFEST, measurement)
+    assert result.returncode == 0, result.stderr
+    assert "144 groups" in result.stdout
+    refused(bitladder("import", MANIFEST, measurement), "exists already")
+    result = bitladder(
+        "plan", "--measurement", measurement, "--coverage", 0.25, "--effective-bits", 11, "--output", tmp_path / "plans"
+    )
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "plans").iterdir()) == ["bits11.json", "top25.json"]
+    assert json.loads((tmp_path / "plans" / "bits11.json").read_text())["effective_bits"] <= 11
+    refused(bitladder("plan", "--measurement", measurement), "no scheme is asked for")
+    refused(bitladder("plan", "--measurement", measurement, "--effective-bits", 4.5), "minimum 8.00")
+    refused(bitladder("plan"), "either a recipe or --measurement")
+
+
+def test_inspect(llama):
+    result = bitladder("inspect", llama)
+    assert result.returncode == 0, result.stderr
+    assert "12 groups, 110,592 weights are searched" in result.stdout
+    assert "vocabulary head" in result.stdout
+
+
+def test_version_and_help():
+    assert bitladder("--version").stdout.startswith("bitladder ")
+    assert "measure" in bitladder("--help").stdout
+
+
+def test_smollm2_refuses_what_is_not_its_wheel(tmp_path):
+    (tmp_path / "x.whl").write_text("no")
+    refused(bitladder("smollm2", tmp_path / "out", "--wheel", tmp_path / "x.whl"), "is not the wheel")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "there").mkdir()
+    refused(bitladder("smollm2", tmp_path / "there"), "exists already")

@@ -1,0 +1,308 @@
+"""A whole run: what is done is skipped, what depends on a change is redone, a killed run ends with the same bytes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitladder import pipeline
+from bitladder.errors import (
+    DuplicateSchemes,
+    OutputError,
+    RecipeError,
+    RecordError,
+    StaleRecord,
+    VerificationFailed,
+)
+from bitladder.pipeline import Workspace
+from bitladder.recipe import parse_recipe
+from bitladder.records import CheckpointManifest
+from bitladder.storage import TEMPORARY_PREFIX
+from conftest import make_text
+
+
+@pytest.fixture(scope="module")
+def files(llama, text_file, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "held_out.txt"
+    other.write_text(make_text(300, seed=9))
+    return llama, text_file, other
+
+
+def recipe_of(files, output, **changes):
+    model, text, other = files
+    content = {
+        "model": {"path": str(model)},
+        "calibration": {
+            "data": {"kind": "text", "path": str(text)},
+            "samples": 6,
+            "sequence_length": 24,
+            "batch_size": 2,
+        },
+        "held_out": {
+            "data": {"kind": "text", "path": str(other)},
+            "samples": 4,
+            "sequence_length": 24,
+            "batch_size": 2,
+        },
+        "schemes": [{"name": "top50", "coverage": 0.5}, {"name": "full", "coverage": 1.0}],
+        "output": str(output),
+    }
+    return parse_recipe({**content, **changes}, "recipe")
+
+
+def work_of(files, output, progress=lambda *_: None, **changes):
+    recipe = recipe_of(files, output, **changes)
+    return Workspace(recipe, output, progress)
+
+
+def bytes_of(directory):
+    """Content of every file of a run that must not depend on when or how often it was started."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory).as_posix()
+        if path.is_file() and relative.startswith(("checkpoints/", "schemes/", "measurement.safetensors")):
+            found[relative] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "out"
+    work = work_of(files, output)
+    pipeline.run(work)
+    assert work.done == ["measure", "plan", "export", "verify", "evaluate"]
+    return output
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, with the same modification times."""
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    return output
+
+
+def test_everything_is_written(finished):
+    assert sorted(path.name for path in finished.iterdir() if not path.name.startswith(".")) == [
+        "checkpoints",
+        "evaluations",
+        "measurement.json",
+        "measurement.safetensors",
+        "report.json",
+        "report.md",
+        "run.json",
+        "schemes",
+        "verification.json",
+    ]
+    assert json.loads((finished / "run.json").read_text())["recipe"]["measurement"]["method"] == "gradient"
+    report = (finished / "report.md").read_text()
+    for word in ("top50", "full", "held-out KL", "verified"):
+        assert word in report
+
+
+def test_a_second_run_does_nothing(files, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    work = work_of(files, finished)
+    pipeline.run(work)
+    assert work.done == []
+    changed = {p.name for p in finished.rglob("*") if p.is_file() and before.get(p) != p.stat().st_mtime_ns}
+    assert changed <= {".lock", "report.md", "report.json"}
+
+
+def test_another_scheme_redoes_only_what_depends_on_it(files, copied):
+    schemes = [
+        {"name": "top50", "coverage": 0.5},
+        {"name": "bits11", "effective_bits": 11.0},
+        {"name": "full", "coverage": 1.0},
+    ]
+    kept = (copied / "checkpoints/full/model.safetensors").stat().st_ino
+    work = work_of(files, copied, schemes=schemes)
+    pipeline.run(work)
+    assert work.done == ["plan", "export", "verify", "evaluate"]
+    assert (copied / "checkpoints/full/model.safetensors").stat().st_ino == kept
+    assert (copied / "checkpoints/bits11/model.safetensors").exists()
+
+
+def test_other_held_out_data_redoes_only_the_evaluation(files, copied):
+    model, text, other = files
+    held_out = {"data": {"kind": "text", "path": str(other)}, "samples": 5, "sequence_length": 24, "batch_size": 2}
+    work = work_of(files, copied, held_out=held_out)
+    pipeline.run(work)
+    assert work.done == ["evaluate"]
+
+
+def test_another_method_redoes_everything(files, copied):
+    before = bytes_of(copied)
+    work = work_of(files, copied, measurement={"method": "kl_div"})
+    pipeline.run(work)
+    assert work.done == ["measure", "plan", "export", "verify", "evaluate"]
+    assert bytes_of(copied) != before
+
+
+def test_a_damaged_checkpoint_is_exported_again(files, copied):
+    before = bytes_of(copied)
+    path = copied / "checkpoints/full/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    work = work_of(files, copied)
+    pipeline.run(work)
+    assert work.done == ["export"]  # the same bytes again: verification and evaluation still hold
+    assert bytes_of(copied) == before
+
+
+def test_a_deleted_measurement_is_made_again_with_the_same_result(files, copied):
+    before = bytes_of(copied)
+    (copied / "measurement.json").unlink()
+    work = work_of(files, copied)
+    pipeline.run(work)
+    assert work.done == ["measure"]
+    assert bytes_of(copied) == before
+
+
+def test_corrupt_records_are_refused_by_name(files, copied):
+    (copied / "measurement.json").write_text('{"schema_version": 1, "groups":')
+    with pytest.raises(RecordError, match=r"measurement\.json can't be read as JSON.*run the step again"):
+        pipeline.run(work_of(files, copied))
+
+
+def test_changed_weights_make_the_measurement_stale(files, copied, tmp_path):
+    model = tmp_path / "changed"
+    shutil.copytree(files[0], model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    work = work_of((model, *files[1:]), copied)
+    for step in (pipeline.plan, pipeline.export, pipeline.verify, pipeline.evaluate):
+        with pytest.raises(StaleRecord, match="other weights"):
+            step(work)
+    assert (copied / "checkpoints/full/model.safetensors").exists()
+
+
+def test_steps_without_their_input_say_what_to_run(files, tmp_path):
+    work = work_of(files, tmp_path / "out")
+    for step in (pipeline.plan, pipeline.export, pipeline.verify, pipeline.evaluate, pipeline.make_report):
+        with pytest.raises(RecordError, match="run the step that writes"):
+            step(work)
+
+
+def test_the_output_holds_something_else(files, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years")
+    with pytest.raises(OutputError, match="didn't write"):
+        work_of(files, tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        work_of(files, tmp_path / "file")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years"
+
+
+def test_two_equal_schemes_stop_before_the_export(files, tmp_path):
+    schemes = [{"name": "all", "coverage": 1.0}, {"name": "eight", "effective_bits": 8.0}]
+    with pytest.raises(DuplicateSchemes, match="all.*eight"):
+        pipeline.run(work_of(files, tmp_path / "out", schemes=schemes))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_fp8_kv_cache_is_refused(files, tmp_path):
+    with pytest.raises(RecipeError, match="kv_cache"):
+        work_of(files, tmp_path / "out", kv_cache="fp8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_in_one_directory(files, copied):
+    first, second = work_of(files, copied), work_of(files, copied)
+    with first.locked(), pytest.raises(OutputError, match="another bitladder process"), second.locked():
+        pass
+
+
+def test_verification_failures_name_file_tensor_and_remedy(files, copied):
+    """A checkpoint that was wrong when it was sealed: its digests match, its content doesn't."""
+    directory = copied / "checkpoints/full"
+    tensors = load_file(directory / "model.safetensors")
+    name = next(name for name, t in tensors.items() if t.dtype == torch.float8_e4m3fn)
+    tensors[name] = (tensors[name].view(torch.uint8) ^ 0x40).view(torch.float8_e4m3fn)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    from bitladder.storage import sha256_of_file
+
+    manifest = CheckpointManifest.read(directory / CheckpointManifest.FILE_NAME)
+    digest = sha256_of_file(directory / "model.safetensors")
+    size = (directory / "model.safetensors").stat().st_size
+    entries = tuple(
+        entry.model_copy(update={"sha256": digest, "bytes": size}) if entry.name == "model.safetensors" else entry
+        for entry in manifest.files
+    )
+    manifest.model_copy(update={"files": entries}).write(directory / CheckpointManifest.FILE_NAME)
+    with pytest.raises(VerificationFailed, match=f"full: .*{name}.*export this scheme again"):
+        pipeline.run(work_of(files, copied))
+    assert "full" in (copied / "verification.json").read_text()
+
+
+def test_share_files(files, tmp_path):
+    output = tmp_path / "out"
+    pipeline.run(work_of(files, output, export={"share_files": True}))
+    assert (output / "checkpoints/top50/tokenizer.json").samefile(output / "checkpoints/full/tokenizer.json")
+    work = work_of(files, output, export={"share_files": True})
+    pipeline.run(work)
+    assert work.done == []
+
+
+def test_held_out_rows_of_the_calibration_file(files, tmp_path):
+    output = tmp_path / "out"
+    held_out = {"samples": 4, "sequence_length": 24, "batch_size": 2}
+    work = work_of(files, output, held_out=held_out)
+    pipeline.run(work)
+    content = json.loads((output / "evaluations/full.json").read_text())
+    calibration = json.loads((output / "measurement.json").read_text())["calibration"]
+    assert content["data"]["source"] == calibration["source"]
+    assert not set(content["data"]["sample_ids"]) & set(calibration["sample_ids"])
+
+
+CHILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_pipeline
+from bitladder import pipeline
+from bitladder.pipeline import Workspace
+from bitladder.recipe import Recipe
+
+def progress(phase, done, total):
+    print(phase, done, file=sys.__stdout__, flush=True)
+    if (phase, done) == {moment!r}:
+        sys.stdin.read()  # until it is killed
+
+pipeline.run(Workspace(Recipe.model_validate_json({recipe!r}), Path({output!r}), progress))
+"""
+
+
+@pytest.mark.parametrize(
+    "moment", [("calibrate", 1), ("score", 1), ("export full", 0), ("export full", 1), ("evaluate full", 1)]
+)
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(moment, files, finished, tmp_path):
+    output = tmp_path / "out"
+    recipe = recipe_of(files, output)
+    code = CHILD.format(
+        tests=str(Path(__file__).parent), moment=moment, recipe=recipe.model_dump_json(), output=str(output)
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
+    ) as child:
+        for line in child.stdout:
+            if line.strip() == f"{moment[0]} {moment[1]}":
+                time.sleep(0.05)
+                child.send_signal(signal.SIGKILL)
+                break
+        else:
+            pytest.fail("the child ended before the moment came")
+    work = work_of(files, output)
+    pipeline.run(work)
+    assert "evaluate" in work.done
+    assert bytes_of(output) == bytes_of(finished)
+    assert not list(output.rglob(f"{TEMPORARY_PREFIX}*"))

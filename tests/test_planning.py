@@ -1,0 +1,332 @@
+"""Plans are exact: against brute force on small cases, against HiGHS on 144 real groups; never over budget."""
+
+import itertools
+import math
+import random
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from bitladder import formats, importing, planning
+from bitladder.errors import DuplicateSchemes, InfeasibleTarget, MeasurementError, PlanError
+from bitladder.records import (
+    BF16,
+    Candidate,
+    DataSummary,
+    Measurement,
+    ModelSource,
+    QuantGroup,
+    QuantModule,
+    UntouchedModule,
+)
+from conftest import spec
+
+MANIFEST = Path(__file__).parent / "data" / "qwen2_5_vl_3b_instruct_fp8_autoquant_manifest.json"
+BITS = {"fp8": 8, "int4": 4}
+
+
+def measurement_of(sizes, scores, names=("fp8",), batches=1):
+    """Return a measurement by hand: scores[group][format] is a number, or one per batch."""
+    groups = tuple(
+        QuantGroup(
+            name=f"layers.{i}",
+            modules=(QuantModule(name=f"layers.{i}.a", tensor=f"model.layers.{i}.a.weight", shape=(1, size)),),
+            weight_elements=size,
+        )
+        for i, size in enumerate(sizes)
+    )
+    candidates = tuple(
+        Candidate(
+            group=f"layers.{i}",
+            format=name,
+            weight_bits=sizes[i] * BITS[name],
+            scores=tuple(row[name]) if isinstance(row[name], list | tuple) else (row[name],) * batches,
+        )
+        for i, row in enumerate(scores)
+        for name in names
+    )
+    return Measurement(
+        model=ModelSource(path="m", architecture="A", model_type="t", sha256="0" * 64),
+        calibration=DataSummary(
+            source="s", kind="text", sha256="0", samples=1, tokens=1, sequence_length=2, batch_size=1, seed=0
+        ),
+        engine="modelopt",
+        method="gradient",
+        fused_scales_shared=True,
+        compute_dtype="float32",
+        score_unit="nats",
+        score_weights=(1.0,) * (len(candidates[0].scores)),
+        formats=names,
+        groups=groups,
+        candidates=candidates,
+        untouched=(UntouchedModule(name="lm_head", checkpoint_name="lm_head", reason="head"),),
+        amax_sha256=None,
+    )
+
+
+def random_measurement(rng, groups, names=("fp8",)):
+    sizes = [rng.choice([16, 32, 48, 160, 7 * 16]) for _ in range(groups)]
+    scores = [{name: rng.random() * (5 if name == "int4" else 1) for name in names} for _ in range(groups)]
+    return measurement_of(sizes, scores, names)
+
+
+@pytest.fixture
+def int4(monkeypatch):
+    """A second format beside fp8, as a runtime with 4-bit weights would have it."""
+    import dataclasses
+
+    four = dataclasses.replace(formats.FP8, name="int4", bits=4)
+    monkeypatch.setitem(formats.FORMATS, "int4", four)
+    return ("fp8", "int4")
+
+
+@pytest.fixture(scope="module")
+def real():
+    return importing.import_manifest(MANIFEST)
+
+
+def brute_force(measurement):
+    """Yield (bits, score) of every assignment."""
+    table = measurement.by_group()
+    options = []
+    for group in measurement.groups:
+        row = [(group.weight_elements * 16, 0.0)]
+        row += [(c.weight_bits, measurement.sensitivity(c)) for c in table[group.name].values()]
+        options.append(row)
+    for choice in itertools.product(*options):
+        yield sum(bits for bits, _ in choice), math.fsum(score for _, score in choice)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_optimal_against_brute_force(seed, int4):
+    rng = random.Random(seed)
+    names = int4 if seed % 2 else ("fp8",)
+    measurement = random_measurement(rng, 7, names)
+    everything = list(brute_force(measurement))
+    total = measurement.searched_weights
+    lowest = min(bits for bits, _ in everything) / total
+    for _ in range(10):
+        target = round(rng.uniform(lowest, 15.9), 2)
+        try:
+            scheme = planning.plan(measurement, spec("x", effective_bits=target))
+        except InfeasibleTarget:
+            best = min(score for bits, score in everything if bits <= Fraction(str(target)) * total)
+            assert best == 0.0
+            continue
+        best = min(score for bits, score in everything if bits <= Fraction(str(target)) * total)
+        assert scheme.predicted_score == pytest.approx(best, rel=1e-12)
+        assert scheme.weight_bits <= target * total
+        limit = rng.uniform(best, best + 1)
+        by_score = planning.plan(measurement, spec("y", max_predicted_score=limit))
+        fewest = min(bits for bits, score in everything if score <= limit)
+        assert by_score.weight_bits == fewest
+        assert by_score.predicted_score <= limit
+
+
+def test_frontier_is_every_pareto_point(int4):
+    measurement = random_measurement(random.Random(5), 6, int4)
+    edge = planning.frontier(measurement)
+    best: dict[int, float] = {}
+    for bits, score in brute_force(measurement):
+        best[bits] = min(score, best.get(bits, math.inf))
+    wanted, lowest = [], math.inf
+    for bits in sorted(best):
+        if best[bits] < lowest - 1e-12:
+            lowest = best[bits]
+            wanted.append((bits, lowest))
+    assert [int(bits) for bits in edge.bits] == [bits for bits, _ in wanted]
+    assert np.allclose(edge.scores, [score for _, score in wanted], rtol=1e-12)
+    table = measurement.by_group()
+    for index in range(len(edge.bits)):
+        chosen = [table[g][f] for g, f in edge.assignment(index).items() if f != BF16]
+        assert math.fsum(measurement.sensitivity(c) for c in chosen) == pytest.approx(edge.scores[index], abs=1e-12)
+
+
+@pytest.mark.parametrize("target", [8.0, 8.5, 9.0, 10.0, 11.0, 12.0, 13.37, 14.0, 15.5])
+def test_optimal_against_highs_on_144_real_groups(real, target):
+    scheme = planning.plan(real, spec("x", effective_bits=target))
+    table = real.by_group()
+    saved = np.array([g.weight_elements * 8 for g in real.groups], dtype=float)
+    score = np.array([real.sensitivity(table[g.name]["fp8"]) for g in real.groups])
+    unit = 2.0**19
+    needed = (16 - target) * real.searched_weights
+    result = milp(
+        score / score.max(),
+        integrality=np.ones(len(score)),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(saved[None] / unit, lb=needed / unit),
+        options={"mip_rel_gap": 0},
+    )
+    assert result.success
+    theirs = math.fsum(s for s, x in zip(score, result.x, strict=True) if x > 0.5)
+    assert scheme.predicted_score == pytest.approx(theirs, rel=1e-6)
+    assert scheme.weight_bits <= Fraction(str(target)) * real.searched_weights
+
+
+def test_never_over_budget_on_2000_feasible_problems():
+    rng = random.Random(0)
+    for _ in range(2000):
+        measurement = random_measurement(rng, rng.randrange(2, 30))
+        target = round(rng.uniform(8.01, 15.0), 2)
+        try:
+            scheme = planning.plan(measurement, spec("x", effective_bits=target))
+        except InfeasibleTarget as error:
+            assert "would quantise nothing" in str(error)
+            continue
+        bits = sum(g.weight_elements * (8 if scheme.formats[g.name] == "fp8" else 16) for g in measurement.groups)
+        assert bits == scheme.weight_bits
+        assert bits <= Fraction(str(target)) * measurement.searched_weights
+
+
+def test_deterministic_with_ties():
+    measurement = measurement_of([16] * 8, [{"fp8": 1.0}] * 8)
+    first = planning.plan(measurement, spec("x", effective_bits=12.0))
+    assert all(planning.plan(measurement, spec("x", effective_bits=12.0)) == first for _ in range(3))
+    assert first.coverage == 0.5
+
+
+def test_coverage_schemes_are_nested_and_optimal_at_their_size(real):
+    shares = [i / 10 for i in range(1, 11)]
+    schemes = planning.plan_all(real, [spec(f"top{round(100 * s)}", coverage=s) for s in shares])
+    edge = planning.frontier(real)
+    for share, scheme, following in zip(shares, schemes, [*schemes[1:], None], strict=True):
+        assert scheme.coverage <= share
+        assert scheme.predicted_score == pytest.approx(edge.scores[edge.within_bits(scheme.weight_bits)], rel=1e-9)
+        if following is not None:
+            assert scheme.quantised_groups() < following.quantised_groups()
+            assert following.name in scheme.nested_in
+    assert schemes[-1].effective_bits == 8.0
+    assert schemes[-1].nested_in == ()
+
+
+def test_least_sensitive_per_bit_goes_first_not_the_lowest_score():
+    # a large group of a higher score, but the lowest score per weight
+    measurement = measurement_of([160, 16, 16], [{"fp8": 1.0}, {"fp8": 0.5}, {"fp8": 0.6}])
+    assert planning.density_order(measurement, "fp8") == ["layers.0", "layers.1", "layers.2"]
+    assert planning.plan(measurement, spec("x", coverage=0.9)).quantised_groups() == {"layers.0"}
+
+
+@pytest.mark.parametrize(("share", "groups"), [(0.25, 1), (0.2499, None), (0.5, 2), (0.7499, 2), (0.75, 3), (1, 4)])
+def test_coverage_is_an_exact_ceiling(share, groups):
+    measurement = measurement_of([16] * 4, [{"fp8": float(i + 1)} for i in range(4)])
+    if groups is None:
+        with pytest.raises(InfeasibleTarget, match=r"smallest attainable is 0\.25 \(layers\.0\)"):
+            planning.plan(measurement, spec("x", coverage=share))
+    else:
+        assert len(planning.plan(measurement, spec("x", coverage=share)).quantised_groups()) == groups
+
+
+def test_attainable_range_of_the_frontier(real):
+    edge = planning.frontier(real)
+    assert edge.effective_bits[0] == 8.0
+    assert edge.effective_bits[-1] == 16.0
+    assert (np.diff(edge.bits) > 0).all()
+    assert (np.diff(edge.scores) < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"effective_bits": 4.5}, ["4.5 effective bits", "minimum 8.00", "8.00 to 16.00", "NVFP4"]),
+        ({"effective_bits": 7.99}, ["minimum 8.00"]),
+        ({"effective_bits": 2}, ["none in the field"]),
+        ({"effective_bits": 16}, ["quantise nothing", "less than 16"]),
+        ({"effective_bits": 40.0}, ["quantise nothing"]),
+        ({"coverage": 0.0001}, ["smallest attainable"]),
+        ({"max_predicted_score": 1e-12}, ["attainable", "raise it"]),
+        ({"max_predicted_score": -1.0}, ["attainable"]),
+    ],
+)
+def test_infeasible_targets_name_the_range(real, target, words):
+    with pytest.raises(InfeasibleTarget) as caught:
+        planning.plan(real, spec("x", **target))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_a_format_that_would_allow_it_is_named(real, int4):
+    with pytest.raises(InfeasibleTarget, match=r"add int4 to measurement\.formats"):
+        planning.plan(real, spec("x", effective_bits=4.5))
+
+
+def test_two_equal_schemes_are_named(real):
+    with pytest.raises(DuplicateSchemes, match="all.*everything"):
+        planning.plan_all(real, [spec("all", coverage=1.0), spec("everything", effective_bits=8.0)])
+
+
+def test_patterns():
+    measurement = measurement_of([16] * 12, [{"fp8": float(i + 1)} for i in range(12)])
+    by_group = planning.plan(measurement, spec("x", include=["layers.1"]))
+    assert by_group.quantised_groups() == {"layers.1"}  # not layers.10 and layers.11
+    by_module = planning.plan(measurement, spec("x", include=["*.2.a", "model.layers.3.a"]))
+    assert by_module.quantised_groups() == {"layers.2", "layers.3"}
+    assert planning.plan(measurement, spec("x", include=["*"], exclude=["layers.1*"])).coverage == pytest.approx(9 / 12)
+    with pytest.raises(PlanError, match=r"'leyers\.1' matches no group.*nearest is '.*layers\.1'"):
+        planning.plan(measurement, spec("x", include=["leyers.1"]))
+    with pytest.raises(InfeasibleTarget, match="quantise nothing"):
+        planning.plan(measurement, spec("x", include=["layers.1"], exclude=["layers.1"]))
+
+
+def test_excluded_groups_stay_and_move_the_range():
+    measurement = measurement_of([16] * 4, [{"fp8": float(i + 1)} for i in range(4)])
+    for target in ({"coverage": 1.0}, {"effective_bits": 10.0}, {"max_predicted_score": 9.0}):
+        scheme = planning.plan(measurement, spec("x", exclude=["layers.0"], **target))
+        assert scheme.quantised_groups() == {"layers.1", "layers.2", "layers.3"}
+    with pytest.raises(InfeasibleTarget, match=r"minimum 10\.00"):
+        planning.plan(measurement, spec("x", effective_bits=9.0, exclude=["layers.0"]))
+
+
+def test_several_formats_need_a_choice_for_coverage(int4):
+    measurement = random_measurement(random.Random(1), 5, int4)
+    with pytest.raises(PlanError, match="names no format"):
+        planning.plan(measurement, spec("x", coverage=0.8))
+    assert set(planning.plan(measurement, spec("x", coverage=0.8, format="int4")).formats.values()) == {"int4", BF16}
+    with pytest.raises(PlanError, match="asks for format nvfp4"):
+        planning.plan(measurement, spec("x", coverage=0.8, format="nvfp4"))
+    everything = planning.plan(measurement, spec("x", effective_bits=4.0))
+    assert set(everything.formats.values()) == {"int4"}
+
+
+def test_nan_scores_are_refused():
+    measurement = measurement_of([16, 16], [{"fp8": 1.0}, {"fp8": 2.0}])
+    broken = Candidate.model_construct(group="layers.1", format="fp8", weight_bits=128, scores=(float("nan"),))
+    poisoned = measurement.model_copy(update={"candidates": (measurement.candidates[0], broken)})
+    for target in ({"coverage": 0.5}, {"effective_bits": 12.0}):
+        with pytest.raises(MeasurementError, match=r"layers\.1 in fp8 is nan"):
+            planning.plan(poisoned, spec("x", **target))
+
+
+def test_negative_scores_are_welcome():
+    """KL scores may be slightly negative by rounding; such a group is quantised first."""
+    measurement = measurement_of([16, 16], [{"fp8": -1e-9}, {"fp8": 2.0}])
+    assert planning.plan(measurement, spec("x", effective_bits=15.0)).quantised_groups() == {"layers.0"}
+    assert planning.plan(measurement, spec("x", max_predicted_score=0.0)).quantised_groups() == {"layers.0"}
+
+
+def test_the_scheme_record():
+    measurement = measurement_of([16, 32], [{"fp8": (1.0, 3.0)}, {"fp8": (5.0, 5.0)}])
+    scheme = planning.plan(measurement, spec("x", coverage=0.4))
+    assert scheme.formats == {"layers.0": "fp8", "layers.1": BF16}
+    assert scheme.exclude_modules == ("model.layers.1.a", "lm_head")
+    assert scheme.weight_bits == 16 * 8 + 32 * 16
+    assert scheme.weight_bytes == 16 + 64 + 8  # two float32 scales
+    assert scheme.effective_bits == pytest.approx(640 / 48)
+    assert scheme.coverage == pytest.approx(16 / 48)
+    assert scheme.predicted_score == 4.0
+    assert scheme.asked == {"name": "x", "coverage": 0.4}
+    # two batches of 1 and 3: mean 2, Σ(c - 2)² = 2, times 2 / 1
+    assert planning.standard_error(measurement, scheme.formats) == pytest.approx(2.0)
+
+
+def test_one_batch_has_no_standard_error(real):
+    scheme = planning.plan(real, spec("x", coverage=0.5))
+    assert planning.standard_error(real, scheme.formats) is None
+
+
+def test_a_frontier_too_large_is_refused(real, monkeypatch):
+    monkeypatch.setattr(planning, "MAX_FRONTIER_CHOICES", 1000)
+    with pytest.raises(PlanError, match="use coverage"):
+        planning.frontier(real)
