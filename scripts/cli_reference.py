@@ -6,14 +6,13 @@ import sys
 os.environ["TERMINAL_WIDTH"] = os.environ["COLUMNS"] = "100"
 
 import typer.main
-from click import Command, Context, Group
+from typer.testing import CliRunner
 
 from bitladder.cli import app
 
 
 def reference() -> str:
     """Return the Markdown text of the command-line reference."""
-    root = typer.main.get_command(app)
     lines = [
         "# Command line",
         "",
@@ -21,15 +20,9 @@ def reference() -> str:
         "(one line on standard error), 130 interrupted, 1 a bug.",
         "",
     ]
-
-    def add(command: Command, path: str) -> None:
-        text = command.get_help(Context(command, info_name=path, max_content_width=100))
-        lines.extend([f"## {path}", "", "```", text.rstrip(), "```", ""])
-        if isinstance(command, Group):
-            for name, child in command.commands.items():
-                add(child, f"{path} {name}")
-
-    add(root, "bitladder")
+    for arguments in ([], *([name] for name in typer.main.get_command(app).commands)):
+        result = CliRunner().invoke(app, [*arguments, "--help"], prog_name="bitladder")
+        lines += [f"## {' '.join(['bitladder', *arguments])}", "", "```", result.output.strip(), "```", ""]
     return "\n".join(lines)
 
 

@@ -60,8 +60,10 @@ def modelopt_export(source, measurement, scheme, destination, dtype):
     mtq.quantize(model, config, forward_loop=lambda m: m(input_ids=ids))
     for name in quantised:
         linear = model.get_submodule(name)
-        linear.weight_quantizer.amax = amax[f"{name}.weight_amax"]
-        linear.input_quantizer.amax = amax[f"{name}.input_amax"]
+        for kind in ("weight", "input"):
+            quantizer = getattr(linear, f"{kind}_quantizer")
+            quantizer.reset_amax()  # its buffer has the model's dtype; ours is float32
+            quantizer.amax = amax[f"{name}.{kind}_amax"]
     for group in measurement.groups:
         if scheme.formats[group.name] != BF16 and len(group.modules) > 1:
             preprocess_linear_fusion([model.get_submodule(m.name) for m in group.modules])

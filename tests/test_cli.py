@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,3 +170,16 @@ def test_smollm2_refuses_what_is_not_its_wheel(tmp_path):
     assert not (tmp_path / "out").exists()
     (tmp_path / "there").mkdir()
     refused(bitladder("smollm2", tmp_path / "there"), "exists already")
+
+
+def test_ctrl_c_says_how_to_go_on(recipe, tmp_path):
+    path = recipe(tmp_path)
+    command = [sys.executable, "-m", "bitladder.cli", "run", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        while not (tmp_path / "out" / "run.json").exists():
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        _, complaint = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "run the same command again" in complaint
+    assert "Traceback" not in complaint

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -37,6 +36,11 @@ console = Console(file=sys.stdout)  # this very stream: ModelOpt's prints are si
 complaints = Console(stderr=True)
 _WIDE = 160  # columns
 _debug = False
+
+
+class _Interrupted(Exception):
+    """The user pressed Ctrl-C."""
+
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of the recipe's `output`.")]
@@ -88,7 +92,10 @@ def _workspace(recipe: Path, output: Path | None) -> Iterator["Workspace"]:
                 tasks[phase] = bars.add_task(phase, total=total)
             bars.update(tasks[phase], completed=done, total=total)  # type: ignore[arg-type]
 
-        yield Workspace(parsed, (output or Path(parsed.output)).expanduser().resolve(), progress)
+        try:
+            yield Workspace(parsed, (output or Path(parsed.output)).expanduser().resolve(), progress)
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
 
 
 def _print_table(table: "Table") -> None:
@@ -361,22 +368,15 @@ def smollm2(
 def main() -> None:
     """Run the command line; exit status 0, 2 for an error with a remedy, 130 where interrupted, 1 for a bug."""
     try:
-        status = app(standalone_mode=False)
-    except click.exceptions.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        app()  # exits by itself, with status 2 where a command or an option is unknown
     except BitladderError as error:
         _complain(error, f"error: {error}", 2)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        complaints.print("interrupted; run the same command again to go on where it stopped")
-        sys.exit(130)
+    except _Interrupted as error:
+        _complain(error, "interrupted; run the same command again to go on where it stopped", 130)
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "")
-        _complain(
-            error, f"unexpected {type(error).__name__}: {first} (a bug: please report it with --debug's output)", 1
-        )
-    else:
-        sys.exit(status if isinstance(status, int) else 0)
+        kind = type(error).__name__
+        _complain(error, f"unexpected {kind}: {first} (a bug: please report it with --debug's output)", 1)
 
 
 def _complain(error: Exception, line: str, status: int) -> None:
