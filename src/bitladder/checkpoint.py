@@ -13,18 +13,19 @@ import json
 import math
 import os
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from bitladder.errors import MeasurementError, OutputError, StaleRecord
-from bitladder.formats import get_format
+from bitladder.formats import Format, get_format
 from bitladder.records import (
     BF16,
     CheckpointManifest,
@@ -41,12 +42,14 @@ from bitladder.weights import INDEX_FILE, TensorInfo, WeightFiles, read_config
 
 CONFIG_FILE = "config.json"
 QUANT_CONFIG_FILE = "hf_quant_config.json"
-_COPY_BLOCK_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 22
+_QUEUED_BLOCKS = 8  # so many blocks may wait to be hashed and written: 32 MiB
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _NOT_COPIED = (CONFIG_FILE, QUANT_CONFIG_FILE, INDEX_FILE, CheckpointManifest.FILE_NAME)
 _TEMPLATE_DIRECTORY = "additional_chat_templates"  # transformers keeps named chat templates there
 # The ModelOpt release whose file layout is written; runtimes look at the producer's name and version.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+_TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 Quantised = Mapping[str, tuple[QuantModule, str]]  # tensor name of a quantised weight -> (module, format)
@@ -54,13 +57,14 @@ Quantised = Mapping[str, tuple[QuantModule, str]]  # tensor name of a quantised 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of an output file: copied from the source, or made from a source weight."""
+    """One tensor of an output file: a source tensor's bytes, what is made of a source weight, or a given value."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
-    make: TensorInfo | Callable[[], torch.Tensor]  # where it is copied from, or how it is made
+    content: TensorInfo | torch.Tensor
+    make: Callable[[torch.Tensor], torch.Tensor] | None = None  # from the source weight; None: its bytes as they are
 
 
 def quant_config(scheme: Scheme) -> dict[str, Any]:
@@ -154,18 +158,24 @@ def _entries(weights: WeightFiles, file: str, quantised: Quantised, amax: Amax) 
         format_ = get_format(name)
         weight_amax, input_amax = amax[f"{module.name}.weight_amax"], amax[f"{module.name}.input_amax"]
         prefix = info.name.removesuffix(".weight")
-        size = math.prod(info.shape)
         entries += [
-            _Entry(info.name, format_.code_dtype, info.shape, size, partial(_codes, weights, info, name, weight_amax)),
-            _Entry(f"{prefix}.weight_scale", "F32", (), 4, partial(format_.scale, weight_amax)),
-            _Entry(f"{prefix}.input_scale", "F32", (), 4, partial(format_.scale, input_amax)),
+            _Entry(
+                info.name,
+                format_.code_dtype,
+                info.shape,
+                math.prod(info.shape),
+                info,
+                partial(_codes, format_, weight_amax),
+            ),
+            _Entry(f"{prefix}.weight_scale", "F32", (), 4, format_.scale(weight_amax)),
+            _Entry(f"{prefix}.input_scale", "F32", (), 4, format_.scale(input_amax)),
         ]
     entries.sort(key=lambda entry: (-_DTYPE_BYTES.get(entry.dtype, 1), entry.name))
     return entries
 
 
-def _codes(weights: WeightFiles, info: TensorInfo, name: str, amax: torch.Tensor) -> torch.Tensor:
-    return get_format(name).codes(weights.load(info.name), amax)
+def _codes(format_: Format, amax: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return format_.codes(weight, amax)
 
 
 def _header(entries: Sequence[_Entry]) -> bytes:
@@ -185,46 +195,66 @@ def _header(entries: Sequence[_Entry]) -> bytes:
 
 
 class _HashedFile:
-    """A file that is hashed while it is written: a block is hashed in a thread while the next one is made."""
+    """A file that is written and hashed in two threads of its own, while the caller makes what comes next."""
 
-    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
-        self.path, self._pool = path, pool
-        self._file = path.open("wb")
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
-        self._hashing: Future[None] | None = None
+        self._hasher, self._writer = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hasher.shutdown(cancel_futures=True)
+        self._writer.shutdown(cancel_futures=True)
+        self._file.close()
 
     def write(self, data: bytes | memoryview) -> None:
-        for start in range(0, len(data), _COPY_BLOCK_BYTES):
-            block = data[start : start + _COPY_BLOCK_BYTES]
-            self._file.write(block)
-            self._wait()
-            self._hashing = self._pool.submit(self._digest.update, block)
+        """Queue bytes, which must not change any more; raises what an earlier write raised."""
+        for start in range(0, len(data), _BLOCK_BYTES):
+            block = data[start : start + _BLOCK_BYTES]
+            while len(self._pending) > 2 * _QUEUED_BLOCKS:
+                self._pending.popleft().result()
+            self._pending.append(self._hasher.submit(self._digest.update, block))
+            self._pending.append(self._writer.submit(self._write, block))
 
-    def _wait(self) -> None:
-        if self._hashing is not None:
-            self._hashing.result()
+    def _write(self, block: bytes | memoryview) -> None:
+        while len(block):
+            block = block[self._file.write(block) :]
 
-    def close(self) -> FileDigest:
-        """Flush to the disk and return the file's digest."""
-        self._file.flush()
+    def finish(self) -> FileDigest:
+        """Wait for everything, flush to the disk, and return the file's digest."""
+        while self._pending:
+            self._pending.popleft().result()
         os.fsync(self._file.fileno())
-        self._file.close()
-        self._wait()
         return FileDigest(name=self.path.name, bytes=self.path.stat().st_size, sha256=self._digest.hexdigest())
 
 
 def _write_weights(weights: WeightFiles, file: str, entries: Sequence[_Entry], destination: Path) -> FileDigest:
     """Write one weight file and return its digest."""
-    source = np.memmap(weights.directory / file, dtype=np.uint8, mode="r").data
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        output = _HashedFile(destination / file, pool)
+    source = np.memmap(weights.directory / file, dtype=np.uint8, mode="c")  # read as needed, never written back
+    with _HashedFile(destination / file) as output:
         output.write(_header(entries))
         for entry in entries:
-            if isinstance(entry.make, TensorInfo):
-                output.write(source[entry.make.begin : entry.make.end])
+            if isinstance(entry.content, torch.Tensor):
+                output.write(_bytes(entry.content))
+                continue
+            info = entry.content
+            stored = source[info.begin : info.end]
+            if entry.make is None:
+                output.write(stored.data)
             else:
-                output.write(entry.make().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return output.close()
+                weight = torch.from_numpy(stored).view(_TORCH_DTYPE[info.dtype]).view(info.shape)
+                output.write(_bytes(entry.make(weight)))
+        return output.finish()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    data: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def _write_file(path: Path, data: bytes) -> None:
