@@ -1,8 +1,11 @@
 """Plans are exact: against brute force on small cases, against HiGHS on 144 real groups; never over budget."""
 
+import dataclasses
 import itertools
+import json
 import math
 import random
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -76,8 +79,6 @@ def random_measurement(rng, groups, names=("fp8",)):
 @pytest.fixture
 def int4(monkeypatch):
     """A second format beside fp8, as a runtime with 4-bit weights would have it."""
-    import dataclasses
-
     four = dataclasses.replace(formats.FP8, name="int4", bits=4)
     monkeypatch.setitem(formats.FORMATS, "int4", four)
     return ("fp8", "int4")
@@ -109,16 +110,11 @@ def test_optimal_against_brute_force(seed, int4):
     total = measurement.searched_weights
     lowest = min(bits for bits, _ in everything) / total
     for _ in range(10):
-        target = round(rng.uniform(lowest, 15.9), 2)
-        try:
-            scheme = planning.plan(measurement, spec("x", effective_bits=target))
-        except InfeasibleTarget:
-            best = min(score for bits, score in everything if bits <= Fraction(str(target)) * total)
-            assert best == 0.0
-            continue
+        target = round(rng.uniform(lowest + 0.01, 15.9), 2)
+        scheme = planning.plan(measurement, spec("x", effective_bits=target))
         best = min(score for bits, score in everything if bits <= Fraction(str(target)) * total)
         assert scheme.predicted_score == pytest.approx(best, rel=1e-12)
-        assert scheme.weight_bits <= target * total
+        assert scheme.weight_bits <= Fraction(str(target)) * total
         limit = rng.uniform(best, best + 1)
         by_score = planning.plan(measurement, spec("y", max_predicted_score=limit))
         fewest = min(bits for bits, score in everything if score <= limit)
@@ -166,16 +162,26 @@ def test_optimal_against_highs_on_144_real_groups(real, target):
     assert scheme.weight_bits <= Fraction(str(target)) * real.searched_weights
 
 
+def test_equals_modelopts_own_choice_over_all_275_groups(monkeypatch, tmp_path):
+    """Its published scheme: the gradient method's LP at 11.0 bits, the vision tower in the denominator."""
+    content = json.loads(MANIFEST.read_text())
+    content["layers"]["visual.patch_embed.proj"] = {"quantized": True}
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    monkeypatch.setattr(importing, "LANGUAGE_MODEL", re.compile(""))
+    everything = importing.import_manifest(tmp_path / "all.json")
+    assert len(everything.groups) == 275
+    scheme = planning.plan(everything, spec("x", effective_bits=content["scheme"]["auto_quantize_bits"]))
+    theirs = content["autoquant_state"]
+    assert scheme.effective_bits == theirs["constraints"]["effective_bits"]
+    assert scheme.predicted_score == pytest.approx(theirs["score"], rel=1e-12)
+
+
 def test_never_over_budget_on_2000_feasible_problems():
     rng = random.Random(0)
     for _ in range(2000):
         measurement = random_measurement(rng, rng.randrange(2, 30))
         target = round(rng.uniform(8.01, 15.0), 2)
-        try:
-            scheme = planning.plan(measurement, spec("x", effective_bits=target))
-        except InfeasibleTarget as error:
-            assert "would quantise nothing" in str(error)
-            continue
+        scheme = planning.plan(measurement, spec("x", effective_bits=target))
         bits = sum(g.weight_elements * (8 if scheme.formats[g.name] == "fp8" else 16) for g in measurement.groups)
         assert bits == scheme.weight_bits
         assert bits <= Fraction(str(target)) * measurement.searched_weights
@@ -186,6 +192,16 @@ def test_deterministic_with_ties():
     first = planning.plan(measurement, spec("x", effective_bits=12.0))
     assert all(planning.plan(measurement, spec("x", effective_bits=12.0)) == first for _ in range(3))
     assert first.coverage == 0.5
+    # documented: among equal points the earlier choice, bf16, so that the last groups are quantised last
+    assert first.quantised_groups() == {f"layers.{i}" for i in range(4)}
+
+
+def test_the_order_of_the_candidates_does_not_matter(int4):
+    measurement = measurement_of([16] * 5, [{"fp8": 1.0, "int4": 2.0}] * 5, int4)
+    mixed = measurement.model_copy(update={"candidates": measurement.candidates[::-1]})
+    for bits in (6.0, 9.0, 11.0, 13.0):
+        wanted = spec("x", effective_bits=bits)
+        assert planning.plan(measurement, wanted).formats == planning.plan(mixed, wanted).formats
 
 
 def test_coverage_schemes_are_nested_and_optimal_at_their_size(real):
@@ -230,10 +246,13 @@ def test_attainable_range_of_the_frontier(real):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ({"effective_bits": 4.5}, ["4.5 effective bits", "minimum 8.00", "8.00 to 16.00", "NVFP4"]),
-        ({"effective_bits": 7.99}, ["minimum 8.00"]),
-        ({"effective_bits": 2}, ["none in the field"]),
-        ({"effective_bits": 16}, ["quantise nothing", "less than 16"]),
+        (
+            {"effective_bits": 4.5},
+            ["x: 4.5 effective bits", "minimum 8.00", "fp8, bf16: attainable 8.00 to 16.00", "knows: fp8", "NVFP4"],
+        ),
+        ({"effective_bits": 7.9999999}, ["7.9999999 effective bits", "minimum 8.00"]),
+        ({"effective_bits": 2}, ["raise the target", "no known format"]),
+        ({"effective_bits": 16}, ["quantise nothing", "8.00 to 16.00", "less than 16"]),
         ({"effective_bits": 40.0}, ["quantise nothing"]),
         ({"coverage": 0.0001}, ["smallest attainable"]),
         ({"max_predicted_score": 1e-12}, ["attainable", "raise it"]),
@@ -250,11 +269,84 @@ def test_infeasible_targets_name_the_range(real, target, words):
 def test_a_format_that_would_allow_it_is_named(real, int4):
     with pytest.raises(InfeasibleTarget, match=r"add int4 to measurement\.formats"):
         planning.plan(real, spec("x", effective_bits=4.5))
+    with pytest.raises(InfeasibleTarget, match="no known format has so few bits"):
+        planning.plan(real, spec("x", effective_bits=3.9))
+
+
+def test_what_is_excluded_counts_when_a_format_is_recommended(int4):
+    """Half is excluded, which takes 8 of the effective bits: int4 reaches 10, fp8 12."""
+    measurement = measurement_of([16] * 4, [{"fp8": 1.0}] * 4)
+    exclude = ["layers.0", "layers.1"]
+    with pytest.raises(InfeasibleTarget, match=r"minimum 12\.00.*add int4 to"):
+        planning.plan(measurement, spec("x", effective_bits=11.0, exclude=exclude))
+    with pytest.raises(InfeasibleTarget, match=r"minimum 12\.00.*exclude less than 50\.00%"):
+        planning.plan(measurement, spec("x", effective_bits=9.0, exclude=exclude))
+
+
+@pytest.mark.parametrize("way", ["effective_bits", "coverage", "max_predicted_score"])
+def test_the_edge_that_a_message_names_can_be_asked_for(way):
+    """What is printed as attainable is rounded to the safe side."""
+    rng = random.Random(3)
+    for _ in range(30):
+        groups = rng.randrange(2, 9)
+        sizes = [rng.randrange(1, 1000) for _ in range(groups)]
+        measurement = measurement_of(sizes, [{"fp8": rng.random() / 7} for _ in sizes])
+        words = {
+            "effective_bits": ("minimum ", 8.0001),
+            "coverage": ("attainable is ", 1e-9),
+            "max_predicted_score": ("attainable ", 1e-12),
+        }
+        before, asked = words[way]
+        with pytest.raises(InfeasibleTarget) as caught:
+            planning.plan(measurement, spec("x", exclude=["layers.0"], **{way: asked}))
+        named = float(str(caught.value).split(before)[1].split()[0])
+        if way == "effective_bits" and named >= 16:
+            continue
+        assert planning.plan(measurement, spec("x", exclude=["layers.0"], **{way: named})).quantised_groups()
+
+
+def test_a_score_is_met_exactly_in_spite_of_rounding():
+    # 0.1 + 0.2 + 0.3 is 0.6000000000000001 when added up, and 0.6 by fsum
+    measurement = measurement_of([16] * 3, [{"fp8": 0.1}, {"fp8": 0.2}, {"fp8": 0.3}])
+    assert planning.plan(measurement, spec("x", max_predicted_score=0.6)).coverage == 1.0
+    rng = random.Random(0)
+    for _ in range(200):
+        groups = rng.randrange(3, 12)
+        sizes = [16 * rng.randrange(1, 4) for _ in range(groups)]
+        measurement = measurement_of(sizes, [{"fp8": rng.randrange(1, 10) / 10} for _ in sizes])
+        first = planning.plan(measurement, spec("x", effective_bits=rng.choice([9.0, 10.0, 12.0])))
+        again = planning.plan(measurement, spec("y", max_predicted_score=first.predicted_score))
+        assert again.predicted_score <= first.predicted_score
+        assert again.weight_bits <= first.weight_bits
+
+
+def test_points_of_the_frontier_outside_it_are_none(real):
+    edge = planning.frontier(real)
+    last = len(edge.bits) - 1
+    assert edge.within_bits(int(edge.bits[0])) == 0
+    assert edge.within_bits(int(edge.bits[0]) - 1) is None
+    assert edge.within_bits(10**18) == last
+    assert edge.within_score(math.inf) == 0
+    assert edge.within_score(float(edge.scores[last])) == last
+    assert edge.within_score(-1.0) is None
+
+
+def test_a_shared_frontier_gives_the_same_plans(real):
+    edge = planning.frontier(real)
+    for target in ({"effective_bits": 11.0}, {"max_predicted_score": 0.002}):
+        for exclude in ([], planning.density_order(real, "fp8")[:1]):
+            wanted = spec("x", exclude=exclude, **target)
+            assert planning.plan(real, wanted, frontier=edge) == planning.plan(real, wanted)
+    other = measurement_of([16, 16], [{"fp8": 1.0}, {"fp8": 2.0}])
+    with pytest.raises(PlanError, match="another measurement"):
+        planning.plan(other, spec("x", effective_bits=12.0), frontier=edge)
 
 
 def test_two_equal_schemes_are_named(real):
-    with pytest.raises(DuplicateSchemes, match="all.*everything"):
+    with pytest.raises(DuplicateSchemes, match="all.*everything.*drop one or change its target"):
         planning.plan_all(real, [spec("all", coverage=1.0), spec("everything", effective_bits=8.0)])
+    with pytest.raises(PlanError, match="two schemes are named same; rename one"):
+        planning.plan_all(real, [spec("same", coverage=1.0), spec("same", coverage=0.5)])
 
 
 def test_patterns():
@@ -266,8 +358,13 @@ def test_patterns():
     assert planning.plan(measurement, spec("x", include=["*"], exclude=["layers.1*"])).coverage == pytest.approx(9 / 12)
     with pytest.raises(PlanError, match=r"'leyers\.1' matches no group.*nearest is '.*layers\.1'"):
         planning.plan(measurement, spec("x", include=["leyers.1"]))
-    with pytest.raises(InfeasibleTarget, match="quantise nothing"):
+    with pytest.raises(InfeasibleTarget, match="quantise nothing.*leaves no group; include more"):
         planning.plan(measurement, spec("x", include=["layers.1"], exclude=["layers.1"]))
+    for target in ({"coverage": 1.0}, {"effective_bits": 12.0}, {"include": ["layers.1"]}):
+        with pytest.raises(InfeasibleTarget, match="leaves no group; exclude less"):
+            planning.plan(measurement, spec("x", exclude=["layers*"], **target))
+    with pytest.raises(PlanError, match=r"only modules that no scheme quantises.*lm_head \(head\)"):
+        planning.plan(measurement, spec("x", coverage=1.0, exclude=["lm_*"]))
 
 
 def test_excluded_groups_stay_and_move_the_range():
@@ -275,14 +372,27 @@ def test_excluded_groups_stay_and_move_the_range():
     for target in ({"coverage": 1.0}, {"effective_bits": 10.0}, {"max_predicted_score": 9.0}):
         scheme = planning.plan(measurement, spec("x", exclude=["layers.0"], **target))
         assert scheme.quantised_groups() == {"layers.1", "layers.2", "layers.3"}
-    with pytest.raises(InfeasibleTarget, match=r"minimum 10\.00"):
+    with pytest.raises(InfeasibleTarget, match=r"minimum 10\.00.*exclude less than 25\.00%"):
         planning.plan(measurement, spec("x", effective_bits=9.0, exclude=["layers.0"]))
+    with pytest.raises(InfeasibleTarget, match=r"attainable is 0\.25 \(layers\.1\)"):
+        planning.plan(measurement, spec("x", coverage=0.2, exclude=["layers.0"]))
+
+
+def test_exclude_modules_are_in_network_order():
+    measurement = measurement_of([16] * 12, [{"fp8": float(i + 1)} for i in range(12)])
+    scheme = planning.plan(measurement, spec("x", include=["layers.0"]))
+    assert scheme.exclude_modules == (*(f"model.layers.{i}.a" for i in range(1, 12)), "lm_head")
 
 
 def test_several_formats_need_a_choice_for_coverage(int4):
     measurement = random_measurement(random.Random(1), 5, int4)
-    with pytest.raises(PlanError, match="names no format"):
-        planning.plan(measurement, spec("x", coverage=0.8))
+    for target in ({"coverage": 0.8}, {"include": ["*"]}):
+        with pytest.raises(PlanError, match="names no format.*fp8, int4$"):
+            planning.plan(measurement, spec("x", **target))
+    with pytest.raises(PlanError, match="`format` goes with coverage or include"):
+        planning.plan(measurement, spec("x", effective_bits=12.0, format="fp8"))
+    with pytest.raises(PlanError, match="format nvfp4 is not measured; measured: fp8, int4"):
+        planning.density_order(measurement, "nvfp4")
     assert set(planning.plan(measurement, spec("x", coverage=0.8, format="int4")).formats.values()) == {"int4", BF16}
     with pytest.raises(PlanError, match="asks for format nvfp4"):
         planning.plan(measurement, spec("x", coverage=0.8, format="nvfp4"))
@@ -297,6 +407,30 @@ def test_nan_scores_are_refused():
     for target in ({"coverage": 0.5}, {"effective_bits": 12.0}):
         with pytest.raises(MeasurementError, match=r"layers\.1 in fp8 is nan"):
             planning.plan(poisoned, spec("x", **target))
+
+
+def test_bits_that_contradict_the_format_are_refused():
+    measurement = measurement_of([16, 16], [{"fp8": 1.0}, {"fp8": 2.0}])
+    cheap = measurement.candidates[1].model_copy(update={"weight_bits": 1})
+    broken = measurement.model_copy(update={"candidates": (measurement.candidates[0], cheap)})
+    for target in ({"coverage": 0.5}, {"effective_bits": 12.0}):
+        with pytest.raises(MeasurementError, match=r"layers\.1 in fp8 is recorded with 1 bits.*16 weights take 128"):
+            planning.plan(broken, spec("x", **target))
+
+
+def test_a_measurement_of_nothing_is_refused():
+    measurement = measurement_of([16], [{"fp8": 1.0}])
+    empty = measurement.model_copy(update={"groups": (), "candidates": ()})
+    with pytest.raises(MeasurementError, match="nothing to plan"):
+        planning.plan(empty, spec("x", coverage=0.5))
+
+
+def test_a_broken_plan_is_never_handed_out(monkeypatch):
+    """The check in integers at the end can fail."""
+    measurement = measurement_of([16] * 4, [{"fp8": 1.0}] * 4)
+    monkeypatch.setattr(planning.Frontier, "within_bits", lambda self, max_bits: len(self.bits) - 2)
+    with pytest.raises(PlanError, match="exceeds its budget"):
+        planning.plan(measurement, spec("x", effective_bits=9.0))
 
 
 def test_negative_scores_are_welcome():
@@ -319,6 +453,18 @@ def test_the_scheme_record():
     assert scheme.asked == {"name": "x", "coverage": 0.4}
     # two batches of 1 and 3: mean 2, Σ(c - 2)² = 2, times 2 / 1
     assert planning.standard_error(measurement, scheme.formats) == pytest.approx(2.0)
+
+
+def test_standard_error_weighs_the_batches(int4):
+    measurement = measurement_of(
+        [16, 16, 16],
+        [{"fp8": (1.0, 3.0, 2.5), "int4": (4.0, 1.0, 0.0)}] * 2 + [{"fp8": (9.0, 9.0, 1.0), "int4": (1.0, 1.0, 1.0)}],
+        int4,
+    ).model_copy(update={"score_weights": (0.5, 0.25, 2.0)})
+    formats_of = {"layers.0": "fp8", "layers.1": "int4", "layers.2": BF16}
+    parts = np.array([0.5 * (1.0 + 4.0), 0.25 * (3.0 + 1.0), 2.0 * 2.5])
+    assert planning.standard_error(measurement, formats_of) == pytest.approx(math.sqrt(3 * parts.var(ddof=1)))
+    assert planning.standard_error(measurement, dict.fromkeys(formats_of, BF16)) is None
 
 
 def test_one_batch_has_no_standard_error(real):

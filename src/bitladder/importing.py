@@ -1,16 +1,23 @@
 """Turns a published ModelOpt AutoQuantize manifest into a Measurement: good for planning, refused for export.
 
 The manifest lists quant groups under their first module's name, with parallel lists of formats, scores and costs (a
-cost is bits/16 times the number of weights). It has no amax values, no batches, and no tensor names.
+cost is bits/16 times the number of weights). It has no amax values, no batches, and no tensor names. Only the language
+model's groups are searched; ModelOpt may have searched the vision tower as well.
+
+Source: ModelOpt's `candidate_stats` and `QuantRecipe` (modelopt/torch/quantization/algorithms.py), written as JSON by
+CodeGandee/auto-quantize-model, qwen2_5_vl_3b_autoquant_fp8_schemes.py.
 """
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from bitladder.errors import RecordError
-from bitladder.formats import get_format
+from bitladder.formats import bits_of
 from bitladder.records import (
     BF16,
     BF16_BITS,
@@ -30,40 +37,146 @@ FUSED = {
     "q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
 }
-_FORMAT = re.compile(r"(?P<name>\w+)\(effective-bits: (?P<bits>[\d.]+)\)")
-_CUSTOM = re.compile(r"CUSTOM_(\d+)")
+# ModelOpt's configuration -> our format. Its other FP8 configurations (per channel, block-wise, weight only) are
+# other formats under the same number of bits.
+FORMAT_OF = {
+    "NONE": BF16,
+    "FP8_DEFAULT_CFG": "fp8",
+    "FP8_ALL_LAYERS_CFG": "fp8",  # of the manifests' source: FP8_DEFAULT_CFG without its list of skipped layers
+}
+_FORMAT = re.compile(r"(?P<name>\w+)\(effective-bits: (?P<bits>\d+(\.\d+)?)\)")
+_CUSTOM = re.compile(r"CUSTOM_(\d+)")  # the n-th configuration of the search, given as a dictionary
+_SUFFIX = ".quant_recipe"
 
 
-def _format_name(spelled: str, configs: list[str], path: Path) -> str:
+def _format_name(spelled: str, configs: Sequence[str]) -> str:
     """Return our name for ModelOpt's `FP8_DEFAULT_CFG(effective-bits: 8.0)` or `CUSTOM_0(...)`.
 
     Raises:
-        RecordError: a format that Bitladder doesn't know.
+        ValueError: a format that Bitladder doesn't know.
     """
     match = _FORMAT.fullmatch(spelled)
     if match is None:
-        raise RecordError(f"{path}: format {spelled!r} isn't in ModelOpt's form NAME(effective-bits: N)")
-    name, bits = match["name"], float(match["bits"])
-    if name == "NONE":
-        return BF16
+        raise ValueError(f"format {spelled!r} isn't in ModelOpt's form NAME(effective-bits: N)")
+    name = match["name"]
     custom = _CUSTOM.fullmatch(name)
     if custom and int(custom[1]) < len(configs):
         name = configs[int(custom[1])]
-    if name.startswith("FP8_") and bits == get_format("fp8").bits:
-        return "fp8"
-    raise RecordError(f"{path}: format {spelled!r} ({name}) is not one that Bitladder knows (fp8)")
+    ours = FORMAT_OF.get(name)
+    if ours is None or float(match["bits"]) != bits_of(ours):
+        raise ValueError(f"format {spelled!r} ({name}) is not one that Bitladder knows ({', '.join(FORMAT_OF)})")
+    return ours
 
 
-def _group(first: str, modules: set[str], elements: int) -> QuantGroup:
-    """Return the group that ModelOpt names after its first module."""
+def _group(first: str, modules: Iterable[str], elements: int) -> QuantGroup:
+    """Return the group that ModelOpt names after its first module; `modules` are all that the manifest lists.
+
+    Raises:
+        ValueError: only a part of the group is listed.
+    """
+    known = set(modules)
     parent, _, leaf = first.rpartition(".")
     fused, members = FUSED.get(leaf, (leaf, (leaf,)))
     names = [f"{parent}.{member}" for member in members]
-    if not set(names) <= modules:
-        fused, names = leaf, [first]
+    listed = [name for name in names if name in known]
+    if listed == [first]:  # nothing to fuse it with
+        fused, names = leaf, listed
+    if listed != names:
+        raise ValueError(f"`layers` lists {listed} of the group {names}, not all")
     return QuantGroup(
         name=f"{parent}.{fused}", modules=tuple(QuantModule(name=name) for name in names), weight_elements=elements
     )
+
+
+def _candidates(
+    first: str, entry: dict[str, Any], modules: Iterable[str], configs: Sequence[str]
+) -> tuple[QuantGroup, list[Candidate]]:
+    """Return one group of the manifest and its formats without the unquantised one.
+
+    Raises:
+        ValueError: the entry contradicts itself, or names a format that Bitladder doesn't know.
+    """
+    names = [_format_name(spelled, configs) for spelled in entry["formats"]]
+    if names.count(BF16) != 1:
+        raise ValueError(f"{first} has no unquantised format NONE(effective-bits: 16.0), so its size is unknown")
+    rows = {n: (score, cost) for n, score, cost in zip(names, entry["scores"], entry["costs"], strict=True)}
+    if len(rows) < len(names):
+        raise ValueError(f"{first} lists a format twice: {entry['formats']}")
+    unquantised, elements = rows.pop(BF16)
+    if unquantised != 0:
+        raise ValueError(f"{first}: the unquantised score is {unquantised}, so the others are no difference to it")
+    if elements != int(elements):
+        raise ValueError(f"{first}: an unquantised cost of {elements} is no number of weights")
+    group = _group(first, modules, int(elements))
+    candidates = []
+    for name, (score, cost) in rows.items():
+        bits = group.weight_elements * bits_of(name)
+        if cost * BF16_BITS != bits:
+            raise ValueError(f"{first}: a cost of {cost} is not that of {group.weight_elements} weights in {name}")
+        candidates.append(Candidate(group=group.name, format=name, weight_bits=bits, scores=(score,)))
+    return group, candidates
+
+
+def _measurement(content: dict[str, Any], path: Path) -> Measurement:
+    """Return the measurement in a manifest's `content`.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it isn't such a manifest.
+    """
+    scheme, modules = content["scheme"], content["layers"]
+    sensitivity = {key.removesuffix(_SUFFIX): entry for key, entry in content["layer_sensitivity"].items()}
+    groups: list[QuantGroup] = []
+    candidates: list[Candidate] = []
+    for first, entry in sensitivity.items():
+        if LANGUAGE_MODEL.search(first):
+            group, found = _candidates(first, entry, modules, scheme["quant_formats"])
+            groups.append(group)
+            candidates += found
+    if not candidates:
+        raise ValueError("`layer_sensitivity` has no quantised format of a language model's layer")
+    searched = {module.name for group in groups for module in group.modules}
+    others = [name for name in dict.fromkeys([*modules, *sensitivity]) if name not in searched]
+    digest = sha256_of_file(path)
+    return Measurement(
+        model=ModelSource(
+            path=content.get("model", {}).get("id") or scheme["name"],
+            architecture="unknown (imported manifest)",
+            model_type="unknown",
+            sha256=digest_of(["manifest", digest]),
+        ),
+        calibration=DataSummary(
+            source=f"unknown: {path.name} doesn't say",
+            kind="unknown",
+            sha256="",
+            samples=scheme["auto_quantize_score_size"],
+            tokens=0,
+            sequence_length=0,
+            batch_size=0,
+            seed=0,
+        ),
+        engine="modelopt (imported)",
+        method=scheme["auto_quantize_method"],
+        fused_scales_shared=False,
+        compute_dtype="unknown",
+        score_unit="ModelOpt score",
+        score_weights=(1.0,),
+        formats=tuple(dict.fromkeys(candidate.format for candidate in candidates)),
+        groups=tuple(groups),
+        candidates=tuple(candidates),
+        untouched=tuple(
+            UntouchedModule(name=name, checkpoint_name=name, reason=_why_not_searched(name)) for name in others
+        ),
+        amax_sha256=None,
+    )
+
+
+def _why_not_searched(name: str) -> str:
+    parts = name.split(".")
+    if "visual" in parts:
+        return "vision tower: not searched"
+    if parts[-1] == "lm_head":
+        return "vocabulary head: not searched"
+    return "outside the language model's searched groups: not searched"
 
 
 def import_manifest(path: Path) -> Measurement:
@@ -73,65 +186,22 @@ def import_manifest(path: Path) -> Measurement:
         RecordError: the file is missing, isn't such a manifest, or names a format that Bitladder doesn't know.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        scheme, layers, sensitivity = content["scheme"], content["layers"], content["layer_sensitivity"]
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecordError(f"{path} does not exist; name a ModelOpt AutoQuantize manifest") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordError(
-            f"{path} is not a ModelOpt AutoQuantize manifest with scheme, layers and layer_sensitivity ({error!r})"
-        ) from error
-    groups, candidates, formats = [], [], []
+    except (OSError, ValueError) as error:  # a directory, not UTF-8, not JSON
+        raise RecordError(f"{path} is not a ModelOpt AutoQuantize manifest: {error}") from error
+    wanted = ("scheme", "layers", "layer_sensitivity")
+    if not isinstance(content, dict) or any(not isinstance(content.get(key), dict) for key in wanted):
+        raise RecordError(f"{path} is not a ModelOpt AutoQuantize manifest: it needs the objects {', '.join(wanted)}")
     try:
-        for key, entry in sensitivity.items():
-            first = key.removesuffix(".quant_recipe")
-            if not LANGUAGE_MODEL.search(first):
-                continue
-            names = [_format_name(f, scheme.get("quant_formats", []), path) for f in entry["formats"]]
-            elements = round(entry["costs"][names.index(BF16)])
-            group = _group(first, set(layers), elements)
-            groups.append(group)
-            for name, score, cost in zip(names, entry["scores"], entry["costs"], strict=True):
-                if name == BF16:
-                    continue
-                bits = round(cost * BF16_BITS)
-                candidates.append(Candidate(group=group.name, format=name, weight_bits=bits, scores=(float(score),)))
-                if name not in formats:
-                    formats.append(name)
-        searched = {module.name for group in groups for module in group.modules}
-        digest = sha256_of_file(path)
-        return Measurement(
-            model=ModelSource(
-                path=scheme.get("name", path.name),
-                architecture="unknown (imported manifest)",
-                model_type="unknown",
-                sha256=digest_of(["manifest", digest]),
-            ),
-            calibration=DataSummary(
-                source=f"unknown; told by {path.name}",
-                kind="unknown",
-                sha256=digest,
-                samples=int(scheme.get("auto_quantize_score_size", 0)),
-                tokens=0,
-                sequence_length=0,
-                batch_size=0,
-                seed=0,
-            ),
-            engine="modelopt (imported)",
-            method=str(scheme.get("auto_quantize_method", "unknown")),
-            fused_scales_shared=False,
-            compute_dtype="unknown",
-            score_unit="ModelOpt score",
-            score_weights=(1.0,),
-            formats=tuple(formats),
-            groups=tuple(groups),
-            candidates=tuple(candidates),
-            untouched=tuple(
-                UntouchedModule(name=name, checkpoint_name=name, reason="outside the language model: not searched")
-                for name in layers
-                if name not in searched
-            ),
-            amax_sha256=None,
-        )
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise RecordError(f"{path} is not a usable ModelOpt AutoQuantize manifest: {error!r}") from error
+        return _measurement(content, path)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or error.title
+        problem = f"{where}: {first['msg']}"
+    except KeyError as error:
+        problem = f"it lacks {error}"
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        problem = str(error)
+    raise RecordError(f"{path} is not a usable ModelOpt AutoQuantize manifest: {problem}")

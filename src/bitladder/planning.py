@@ -6,10 +6,11 @@ that a budget on either side is one look-up:
 
     effective_bits       the least damage within so many bits
     max_predicted_score  the fewest bits within so much damage
-    coverage             a prefix of the order by damage per bit saved (which is on the frontier, too)
+    coverage             a prefix of the order by damage per bit saved, so that coverage schemes are nested
     include              what the patterns name
 
-The frontier grows group by group: shift all points by each candidate, merge, drop what is dominated.
+The frontier grows group by group: shift all points by each candidate, merge, drop what is dominated. With one format
+and no negative score a prefix is on the frontier, too: nothing of its size does less damage.
 
 Source: Nemhauser and Ullmann, "Discrete dynamic programming and capital allocation", Management Science 15(9), 1969.
 """
@@ -18,6 +19,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from itertools import accumulate
@@ -30,7 +32,8 @@ from bitladder.formats import FORMATS, bits_of, get_format
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement, QuantGroup, Scheme
 
-MAX_FRONTIER_CHOICES = 50_000_000  # stored choices of all groups together: 400 MB
+MAX_FRONTIER_CHOICES = 20_000_000  # stored over all groups, 5 bytes each: 100 MB
+SMALLEST_FORMAT_BITS = 4  # in the field, such as NVFP4
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Frontier:
     """
 
     def __init__(self, measurement: Measurement, excluded: Iterable[str] = ()) -> None:
-        left_alone = set(excluded)
-        self.searched_weights = measurement.searched_weights
+        _check_usable(measurement)
+        self.measurement = measurement
+        self.excluded = frozenset(excluded)  # groups that stay in bf16
         self.bits: NDArray[np.int64] = np.zeros(1, dtype=np.int64)
         self.scores: NDArray[np.float64] = np.zeros(1, dtype=np.float64)
         self._stages: list[_Stage] = []
@@ -61,19 +65,16 @@ class Frontier:
         stored = 0
         for group in measurement.groups:
             choices: list[tuple[str, int, float]] = [(BF16, group.weight_elements * BF16_BITS, 0.0)]
-            if group.name not in left_alone:
-                for name, candidate in table[group.name].items():
-                    score = measurement.sensitivity(candidate)
-                    if not math.isfinite(score):
-                        raise MeasurementError(f"the score of {group.name} in {name} is {score}; measure again")
-                    choices.append((name, candidate.weight_bits, score))
-            self._stages.append(self._extend(group, choices))
-            stored += len(self.bits)
-            if stored > MAX_FRONTIER_CHOICES:
+            if group.name not in self.excluded:
+                row = table[group.name]
+                choices += [(n, row[n].weight_bits, measurement.sensitivity(row[n])) for n in measurement.formats]
+            if stored + len(self.bits) * len(choices) > MAX_FRONTIER_CHOICES:
                 raise PlanError(
                     f"the exact frontier of {len(measurement.groups)} groups with {len(measurement.formats)} formats "
                     f"exceeds {MAX_FRONTIER_CHOICES:,} stored choices; use coverage or include, or fewer formats"
                 )
+            self._stages.append(self._extend(group, choices))
+            stored += len(self.bits)
 
     def _extend(self, group: QuantGroup, choices: Sequence[tuple[str, int, float]]) -> _Stage:
         """Add one group's choices to every point, and keep what isn't dominated."""
@@ -95,7 +96,7 @@ class Frontier:
     @property
     def effective_bits(self) -> NDArray[np.float64]:
         """Effective bits of each point."""
-        return np.asarray(self.bits / self.searched_weights, dtype=np.float64)
+        return np.asarray(self.bits / self.measurement.searched_weights, dtype=np.float64)
 
     def assignment(self, index: int) -> dict[str, str]:
         """Return `{group: format}` of a point."""
@@ -105,13 +106,36 @@ class Frontier:
             index = int(stage.parent[index])
         return dict(reversed(formats.items()))
 
-    def within_bits(self, most: int) -> int:
-        """Return the point of the least score with at most so many bits, or -1 where there is none."""
-        return int(np.searchsorted(self.bits, most, side="right")) - 1
+    def within_bits(self, max_bits: int) -> int | None:
+        """Return the point of the least score with at most so many weight bits, or None where there is none."""
+        index = int(np.searchsorted(self.bits, max_bits, side="right")) - 1
+        return index if index >= 0 else None
 
-    def within_score(self, most: float) -> int:
-        """Return the point of the fewest bits with at most this score, or the number of points where there is none."""
-        return int(np.searchsorted(-self.scores, -most, side="left"))
+    def within_score(self, max_score: float) -> int | None:
+        """Return the point of the fewest bits with at most this score, or None where there is none."""
+        index = int(np.searchsorted(-self.scores, -max_score, side="left"))
+        return index if index < len(self.scores) else None
+
+
+def _check_usable(measurement: Measurement) -> None:
+    """Refuse a measurement whose plans would mean nothing.
+
+    Raises:
+        MeasurementError: no candidate, a score that is NaN or Inf, or bits that contradict the format.
+    """
+    if not measurement.candidates:
+        raise MeasurementError("the measurement has no quant group or no format: nothing to plan; measure again")
+    size = {group.name: group.weight_elements for group in measurement.groups}
+    for candidate in measurement.candidates:
+        score = measurement.sensitivity(candidate)
+        if not math.isfinite(score):
+            raise MeasurementError(f"the score of {candidate.group} in {candidate.format} is {score}; measure again")
+        wanted = size[candidate.group] * bits_of(candidate.format)
+        if candidate.weight_bits != wanted:
+            raise MeasurementError(
+                f"{candidate.group} in {candidate.format} is recorded with {candidate.weight_bits} bits, but its "
+                f"{size[candidate.group]} weights take {wanted}; measure again"
+            )
 
 
 def frontier(measurement: Measurement) -> Frontier:
@@ -124,21 +148,26 @@ def frontier(measurement: Measurement) -> Frontier:
 
 
 def density_order(measurement: Measurement, format_name: str) -> list[str]:
-    """Return the groups by predicted damage per bit saved, least first; groups with equal density in network order."""
+    """Return the groups by predicted damage per bit saved, least first; groups with equal density in network order.
+
+    Raises:
+        PlanError: the format isn't measured. MeasurementError: a score is NaN or Inf.
+    """
+    _check_usable(measurement)
+    if format_name not in measurement.formats:
+        raise PlanError(f"format {format_name} is not measured; measured: {', '.join(measurement.formats)}")
     table = measurement.by_group()
 
     def density(group: QuantGroup) -> float:
         candidate = table[group.name][format_name]
-        score = measurement.sensitivity(candidate)
-        if not math.isfinite(score):
-            raise MeasurementError(f"the score of {group.name} in {format_name} is {score}; measure again")
-        return score / (group.weight_elements * BF16_BITS - candidate.weight_bits)
+        return measurement.sensitivity(candidate) / (group.weight_elements * BF16_BITS - candidate.weight_bits)
 
     return [group.name for group in sorted(measurement.groups, key=density)]
 
 
 def standard_error(measurement: Measurement, formats: Mapping[str, str]) -> float | None:
-    """Return the standard error of a scheme's predicted score over the scoring batches, or None with one batch.
+    """Return the standard error of a scheme's predicted score over the scoring batches, or None with one batch
+    or nothing quantised.
 
     With n batches and c_b the scheme's weighted score of batch b, the predicted score is Σ c_b and its standard error
     sqrt(n / (n - 1) · Σ (c_b - mean c)²).
@@ -172,6 +201,12 @@ def _matching(measurement: Measurement, scheme: str, patterns: Iterable[str]) ->
     for pattern in patterns:
         hits = {group for name, group in names.items() if fnmatchcase(name, pattern)}
         if not hits:
+            for left in measurement.untouched:
+                if fnmatchcase(left.name, pattern) or fnmatchcase(left.checkpoint_name, pattern):
+                    raise PlanError(
+                        f"scheme {scheme}: pattern {pattern!r} matches only modules that no scheme quantises, such as "
+                        f"{left.name} ({left.reason}); remove it"
+                    )
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0)[0]
             raise PlanError(f"scheme {scheme}: pattern {pattern!r} matches no group or module; the nearest is {near!r}")
         found |= hits
@@ -187,74 +222,118 @@ def _one_format(measurement: Measurement, spec: SchemeSpec) -> str:
     name = spec.format or (measurement.formats[0] if len(measurement.formats) == 1 else None)
     if name is None or name not in measurement.formats:
         asked = "names no format" if name is None else f"asks for format {name}"
-        raise PlanError(f"scheme {spec.name} {asked}; set `format` to one of those measured: {measurement.formats}")
+        raise PlanError(f"scheme {spec.name} {asked}; set `format` to one of those measured: {_listed(measurement)}")
     return name
 
 
-def _range_of(measurement: Measurement, edge: Frontier) -> str:
-    low, high = edge.effective_bits[0], edge.effective_bits[-1]
-    return f"{', '.join(measurement.formats)} and {BF16}: attainable {low:.2f} to {high:.2f}"
+def _listed(measurement: Measurement) -> str:
+    return ", ".join(measurement.formats)
 
 
-def _by_bits(measurement: Measurement, spec: SchemeSpec, edge: Frontier) -> dict[str, str]:
+def _rounded_up(value: float) -> str:
+    """Return six significant digits that are not below `value`, so that what a message names can be asked for."""
+    return f"{float(Context(prec=6, rounding=ROUND_CEILING).create_decimal_from_float(value)):g}"
+
+
+def _least_bits(edge: Frontier) -> str:
+    """Return the least effective bits, rounded up."""
+    return f"{math.ceil(Fraction(int(edge.bits[0]) * 100, edge.measurement.searched_weights)) / 100:.2f}"
+
+
+def _range_of(edge: Frontier) -> str:
+    """Return the formats and the effective bits that they reach."""
+    return f"{_listed(edge.measurement)}, {BF16}: attainable {_least_bits(edge)} to {edge.effective_bits[-1]:.2f}"
+
+
+def _remedy_for_bits(edge: Frontier, asked: Fraction) -> str:
+    """Return what would make `asked` effective bits attainable."""
+    measurement = edge.measurement
+    total = measurement.searched_weights
+    kept = sum(group.weight_elements for group in measurement.groups if group.name in edge.excluded)
+    # what the groups that aren't excluded may have, so that all together keep the target
+    share = (asked * total - kept * BF16_BITS) / (total - kept)
+    enough = [name for name in FORMATS if name not in measurement.formats and bits_of(name) <= share]
+    known = f"(Bitladder knows: {', '.join(FORMATS)})"
+    if enough:
+        return f"raise the target, or add {' or '.join(enough)} to measurement.formats {known}"
+    if edge.excluded and min(map(bits_of, measurement.formats)) <= asked:
+        return f"raise the target, or exclude less than {kept / total:.2%} of the weights"
+    needed = "; a 4-bit format such as NVFP4 would be needed" if share >= SMALLEST_FORMAT_BITS else ""
+    return f"raise the target; no known format has so few bits {known}{needed}"
+
+
+def _by_bits(spec: SchemeSpec, edge: Frontier) -> dict[str, str]:
+    """Return the least damage within `effective_bits`."""
     assert spec.effective_bits is not None
     asked = Fraction(str(spec.effective_bits))
     if asked >= BF16_BITS:
         raise InfeasibleTarget(
-            f"scheme {spec.name}: {spec.effective_bits:g} effective bits would quantise nothing "
-            f"({_range_of(measurement, edge)}); ask for less than {BF16_BITS}"
+            f"scheme {spec.name}: {spec.effective_bits} effective bits would quantise nothing "
+            f"({_range_of(edge)}); ask for less than {BF16_BITS}"
         )
-    index = edge.within_bits(math.floor(asked * measurement.searched_weights))
-    if index < 0:
-        others = [name for name in FORMATS if name not in measurement.formats and bits_of(name) <= asked]
-        if others:
-            hint = f"or add {' or '.join(others)} to measurement.formats"
-        else:
-            hint = (
-                f"no format that Bitladder knows ({', '.join(FORMATS)}) has {spec.effective_bits:g} bits or fewer, "
-                + ("a 4-bit format such as NVFP4 would be needed" if asked >= 4 else "and none in the field does")
-            )
+    index = edge.within_bits(math.floor(asked * edge.measurement.searched_weights))
+    if index is None:
         raise InfeasibleTarget(
-            f"scheme {spec.name}: {spec.effective_bits:g} effective bits is below the minimum "
-            f"{edge.effective_bits[0]:.2f} ({_range_of(measurement, edge)}); raise it; {hint}"
+            f"scheme {spec.name}: {spec.effective_bits} effective bits is below the minimum {_least_bits(edge)} "
+            f"of these formats ({_range_of(edge)}); {_remedy_for_bits(edge, asked)}"
         )
     return edge.assignment(index)
 
 
-def _by_score(measurement: Measurement, spec: SchemeSpec, edge: Frontier) -> dict[str, str]:
+def _by_score(spec: SchemeSpec, edge: Frontier) -> dict[str, str]:
+    """Return the fewest bits within `max_predicted_score`."""
     assert spec.max_predicted_score is not None
-    index = edge.within_score(spec.max_predicted_score)
-    while index < len(edge.bits):
+    measurement, most = edge.measurement, spec.max_predicted_score
+    # A point's score carries the rounding of adding up group by group: start a little above, compare the exact sum.
+    every = math.fsum(abs(measurement.sensitivity(candidate)) for candidate in measurement.candidates)
+    slack = len(measurement.groups) * float(np.finfo(np.float64).eps) * every
+    start = edge.within_score(most + slack)
+    for index in range(len(edge.bits) if start is None else start, len(edge.bits)):
         formats = edge.assignment(index)
-        # the sum again, without the rounding of adding up group by group
-        if _predicted(measurement, formats) <= spec.max_predicted_score:
-            if all(name == BF16 for name in formats.values()):
-                break
+        if _quantises(formats) and _predicted(measurement, formats) <= most:
             return formats
-        index += 1
-    smallest = next(
-        (edge.scores[i] for i in range(len(edge.bits) - 1, -1, -1) if set(edge.assignment(i).values()) != {BF16}), 0.0
-    )
+    last = edge.assignment(len(edge.bits) - 1)
+    least = last if _quantises(last) else edge.assignment(len(edge.bits) - 2)
+    low, high = _rounded_up(_predicted(measurement, least)), _rounded_up(float(edge.scores[0]))
     raise InfeasibleTarget(
-        f"scheme {spec.name}: no group can be quantised within a predicted score of {spec.max_predicted_score:g}; "
-        f"attainable {smallest:.6g} to {edge.scores[0]:.6g} {measurement.score_unit}: raise it"
+        f"scheme {spec.name}: no group can be quantised within a predicted score of {most}; "
+        f"attainable {low} to {high} {measurement.score_unit}: raise it"
     )
 
 
 def _by_coverage(measurement: Measurement, spec: SchemeSpec, excluded: set[str]) -> dict[str, str]:
+    """Return the longest prefix of the order by damage per bit saved that `coverage` has room for."""
     assert spec.coverage is not None
     name = _one_format(measurement, spec)
+    total = measurement.searched_weights
     size = {group.name: group.weight_elements for group in measurement.groups}
     order = [group for group in density_order(measurement, name) if group not in excluded]
-    budget = Fraction(str(spec.coverage)) * measurement.searched_weights
-    chosen = {group for group, total in zip(order, accumulate(size[g] for g in order), strict=True) if total <= budget}
+    budget = Fraction(str(spec.coverage)) * total
+    chosen = {group for group, taken in zip(order, accumulate(size[g] for g in order), strict=True) if taken <= budget}
     if not chosen:
-        least = size[order[0]] / measurement.searched_weights if order else 0
+        least = math.ceil(Fraction(size[order[0]] * 10**6, total)) / 10**6
         raise InfeasibleTarget(
-            f"scheme {spec.name}: coverage {spec.coverage:g} is less than the first group's share; "
-            f"the smallest attainable is {math.ceil(least * 1e6) / 1e6:g} ({order[0] if order else 'no group is left'})"
+            f"scheme {spec.name}: coverage {spec.coverage} is less than the share of the first group; "
+            f"the smallest attainable is {least:g} ({order[0]})"
         )
     return {group.name: name if group.name in chosen else BF16 for group in measurement.groups}
+
+
+def _by_name(measurement: Measurement, spec: SchemeSpec, excluded: set[str]) -> dict[str, str]:
+    """Return what `include` names, less what is excluded."""
+    assert spec.include is not None
+    name = _one_format(measurement, spec)
+    chosen = _matching(measurement, spec.name, spec.include) - excluded
+    if not chosen:
+        raise InfeasibleTarget(
+            f"scheme {spec.name} would quantise nothing: include {list(spec.include)} without exclude "
+            f"{list(spec.exclude)} leaves no group; include more"
+        )
+    return {group.name: name if group.name in chosen else BF16 for group in measurement.groups}
+
+
+def _quantises(formats: Mapping[str, str]) -> bool:
+    return any(name != BF16 for name in formats.values())
 
 
 def _predicted(measurement: Measurement, formats: Mapping[str, str]) -> float:
@@ -270,7 +349,7 @@ def _scheme(measurement: Measurement, spec: SchemeSpec, formats: dict[str, str])
         name = formats[group.name]
         bits = group.weight_elements * bits_of(name)
         weight_bits += bits
-        weight_bytes += bits // 8
+        weight_bytes += -(-bits // 8)
         if name == BF16:
             excluded += [(m.tensor or m.name).removesuffix(".weight") for m in group.modules]
         else:
@@ -294,30 +373,40 @@ def _scheme(measurement: Measurement, spec: SchemeSpec, formats: dict[str, str])
     )
 
 
-def plan(measurement: Measurement, spec: SchemeSpec, edge: Frontier | None = None) -> Scheme:
+def plan(measurement: Measurement, spec: SchemeSpec, *, frontier: Frontier | None = None) -> Scheme:
     """Return the scheme that `spec` asks for.
 
     Args:
         measurement: what was measured.
         spec: what is asked, in exactly one way, less what `exclude` names.
-        edge: the measurement's frontier where it is at hand; one is made where it is needed.
+        frontier: the measurement's frontier where it is at hand; one is made where it is needed.
 
     Raises:
         InfeasibleTarget: outside the attainable range, which the message names. PlanError: a pattern that matches
         nothing, or a format that isn't measured. MeasurementError: a score is NaN or Inf.
     """
+    _check_usable(measurement)
     excluded = _matching(measurement, spec.name, spec.exclude)
+    if len(excluded) == len(measurement.groups):
+        raise InfeasibleTarget(
+            f"scheme {spec.name} would quantise nothing: exclude {list(spec.exclude)} leaves no group; exclude less"
+        )
     if spec.coverage is not None:
         formats = _by_coverage(measurement, spec, excluded)
     elif spec.include is not None:
-        name = _one_format(measurement, spec)
-        included = _matching(measurement, spec.name, spec.include) - excluded
-        formats = {group.name: name if group.name in included else BF16 for group in measurement.groups}
+        formats = _by_name(measurement, spec, excluded)
     else:
-        if edge is None or excluded:
-            edge = Frontier(measurement, excluded)
+        if spec.format is not None and measurement.formats != (spec.format,):
+            raise PlanError(
+                f"scheme {spec.name}: `format` goes with coverage or include; the others choose among all measured "
+                f"formats ({_listed(measurement)}); leave it out"
+            )
+        if frontier is not None and frontier.measurement != measurement:
+            raise PlanError(f"scheme {spec.name}: the frontier given is of another measurement; leave it out")
+        if frontier is None or frontier.excluded != excluded:
+            frontier = Frontier(measurement, excluded)
         by = _by_bits if spec.effective_bits is not None else _by_score
-        formats = by(measurement, spec, edge)
+        formats = by(spec, frontier)
     scheme = _scheme(measurement, spec, formats)
     _check(measurement, spec, scheme)
     return scheme
@@ -344,7 +433,7 @@ def plan_all(measurement: Measurement, specs: Sequence[SchemeSpec]) -> tuple[Sch
     """
     needs_edge = any(spec.effective_bits is not None or spec.max_predicted_score is not None for spec in specs)
     edge = Frontier(measurement) if needs_edge else None
-    schemes = [plan(measurement, spec, edge) for spec in specs]
+    schemes = [plan(measurement, spec, frontier=edge) for spec in specs]
     for index, scheme in enumerate(schemes):
         for other in schemes[index + 1 :]:
             if scheme.name == other.name:
