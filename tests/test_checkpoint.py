@@ -282,22 +282,23 @@ def test_an_imported_measurement_is_refused(llama, measured, tmp_path):
         checkpoint.export(scheme, imported, sensitivity.read_amax(measurement, directory), llama, tmp_path / "x")
 
 
-def test_memory_stays_within_two_shards(text_file, tmp_path):
-    """Exporting four shards of about 40 MB: the process grows by less than two of them."""
+def test_memory_stays_within_two_shards_and_a_fixed_overhead(text_file, tmp_path):
+    """Exporting ten shards of about 40 MB: the process grows by less than two of them and 64 MB."""
     import psutil
-
-    from bitladder.runinfo import Meter
     from conftest import llama_config
 
+    from bitladder.runinfo import Meter
+
     config = llama_config(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=4
     )
     source = save_model(transformers.LlamaForCausalLM, config, tmp_path / "source", max_shard_size="40MB")
     shards = [path.stat().st_size for path in source.glob("*.safetensors")]
-    assert len(shards) >= 3
     measurement = measure_text(source, text_file, tmp_path, samples=2)
+    limit = 2 * max(shards) + 64e6
+    assert sum(shards) > 2 * limit, "the model is too small to show anything"
     meter = Meter()
     before = psutil.Process().memory_info().rss
     with meter.phase("export"):
         export(source, measurement, tmp_path, "full", coverage=1.0)
-    assert meter.phases[0].peak_rss_bytes - before < 2 * max(shards)
+    assert meter.phases[0].peak_rss_bytes - before < limit

@@ -43,7 +43,7 @@ from bitladder.weights import INDEX_FILE, TensorInfo, WeightFiles, read_config
 CONFIG_FILE = "config.json"
 QUANT_CONFIG_FILE = "hf_quant_config.json"
 _BLOCK_BYTES = 1 << 22
-_QUEUED_BLOCKS = 8  # so many blocks may wait to be hashed and written: 32 MiB
+_QUEUED_BLOCKS = 4  # so many blocks may wait to be hashed and written: 16 MiB
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _NOT_COPIED = (CONFIG_FILE, QUANT_CONFIG_FILE, INDEX_FILE, CheckpointManifest.FILE_NAME)
 _TEMPLATE_DIRECTORY = "additional_chat_templates"  # transformers keeps named chat templates there
