@@ -285,9 +285,9 @@ def test_an_imported_measurement_is_refused(llama, measured, tmp_path):
 def test_memory_stays_within_two_shards_and_a_fixed_overhead(text_file, tmp_path):
     """Exporting ten shards of about 40 MB: the process grows by less than two of them and 64 MB."""
     import psutil
-    from conftest import llama_config
 
     from bitladder.runinfo import Meter
+    from conftest import llama_config
 
     config = llama_config(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=4
