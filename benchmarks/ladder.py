@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 BITS = (14.0, 12.0, 10.0, 9.0, 8.0)
 CALIBRATION = {"samples": 8, "sequence_length": 256, "batch_size": 4, "seed": 0}
@@ -137,6 +139,7 @@ def export_against_copy(model: Path, bitladder_output: Path, scratch: Path, repe
     size = sum(path.stat().st_size for path in model.iterdir())
     scheme = planning.plan(measurement, SchemeSpec(name="half", coverage=0.5))
     copies, exports, meter = [], [], Meter()
+    before = psutil.Process().memory_info().rss
     for _ in range(repeats):
         shutil.rmtree(scratch / "copy", ignore_errors=True)
         copies.append(copy_and_sync(model, scratch / "copy"))
@@ -150,7 +153,7 @@ def export_against_copy(model: Path, bitladder_output: Path, scratch: Path, repe
         "export_seconds": exports,
         "export_speed_over_cp": statistics.median(copies) / statistics.median(exports),
         "export_peak_rss_bytes": max(phase.peak_rss_bytes for phase in meter.phases),
-        "process_rss_before_bytes": __import__("psutil").Process().memory_info().rss,
+        "process_rss_before_bytes": before,
     }
 
 

@@ -1,14 +1,15 @@
 """Writes one Hugging Face checkpoint per scheme, as ModelOpt's FP8 export would: `export(...) -> CheckpointManifest`.
 
-The source is read tensor by tensor and written tensor by tensor, so that host memory holds one tensor and its codes,
-whatever the model's size. What a scheme leaves alone is copied byte for byte under the source's names; a quantised
-weight becomes E4M3 codes with two float32 scalars. A directory appears under its name only when it is complete.
+The source is read and written in blocks of rows, so that host memory stays the same whatever the model's size. What a
+scheme leaves alone is copied byte for byte under the source's names; a quantised weight becomes E4M3 codes with two
+float32 scalars. A directory appears under its name only when it is complete.
 
 Layout of a file: 8 bytes little-endian header length, JSON header padded with spaces to 8 bytes, data ordered by
 dtype size (largest first) and name, which keeps every tensor aligned; so does safetensors' own writer.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from bitladder.errors import MeasurementError, OutputError, StaleRecord
+from bitladder.errors import MeasurementError, ModelError, OutputError, StaleRecord
 from bitladder.formats import Format, get_format
 from bitladder.records import (
     BF16,
@@ -44,6 +45,7 @@ CONFIG_FILE = "config.json"
 QUANT_CONFIG_FILE = "hf_quant_config.json"
 _BLOCK_BYTES = 1 << 22
 _QUEUED_BLOCKS = 4  # so many blocks may wait to be hashed and written: 16 MiB
+_CODED_ELEMENTS = 1 << 18  # of a weight are made into codes at a time: 1 MiB in float32, which a cache holds
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _NOT_COPIED = (CONFIG_FILE, QUANT_CONFIG_FILE, INDEX_FILE, CheckpointManifest.FILE_NAME)
 _TEMPLATE_DIRECTORY = "additional_chat_templates"  # transformers keeps named chat templates there
@@ -202,7 +204,9 @@ class _HashedFile:
         self._file = path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
         self._hasher, self._writer = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
-        self._pending: deque[Future[None]] = deque()
+        # Buffers that are used in turn: freeing blocks in another thread than made them fragments the heap.
+        self._buffers = deque(np.empty(_BLOCK_BYTES, np.uint8) for _ in range(_QUEUED_BLOCKS))
+        self._pending: deque[tuple[Future[None], Future[None]]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -212,48 +216,71 @@ class _HashedFile:
         self._writer.shutdown(cancel_futures=True)
         self._file.close()
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Queue bytes, which must not change any more; raises what an earlier write raised."""
+    def write(self, data: np.ndarray) -> None:
+        """Queue bytes, which may change afterwards; raises what an earlier write raised."""
         for start in range(0, len(data), _BLOCK_BYTES):
-            block = data[start : start + _BLOCK_BYTES]
-            while len(self._pending) > 2 * _QUEUED_BLOCKS:
-                self._pending.popleft().result()
-            self._pending.append(self._hasher.submit(self._digest.update, block))
-            self._pending.append(self._writer.submit(self._write, block))
+            if len(self._pending) == len(self._buffers):
+                self._wait()
+            block = self._buffers[0][: len(data) - start]
+            self._buffers.rotate(-1)
+            block[:] = data[start : start + len(block)]
+            self._pending.append(
+                (self._hasher.submit(self._digest.update, block.data), self._writer.submit(self._write, block.data))
+            )
 
-    def _write(self, block: bytes | memoryview) -> None:
+    def _wait(self) -> None:
+        for future in self._pending.popleft():
+            future.result()
+
+    def _write(self, block: memoryview) -> None:
         while len(block):
             block = block[self._file.write(block) :]
 
     def finish(self) -> FileDigest:
         """Wait for everything, flush to the disk, and return the file's digest."""
         while self._pending:
-            self._pending.popleft().result()
+            self._wait()
         os.fsync(self._file.fileno())
         return FileDigest(name=self.path.name, bytes=self.path.stat().st_size, sha256=self._digest.hexdigest())
 
 
 def _write_weights(weights: WeightFiles, file: str, entries: Sequence[_Entry], destination: Path) -> FileDigest:
     """Write one weight file and return its digest."""
-    source = np.memmap(weights.directory / file, dtype=np.uint8, mode="c")  # read as needed, never written back
-    with _HashedFile(destination / file) as output:
-        output.write(_header(entries))
+    with (weights.directory / file).open("rb", buffering=0) as source, _HashedFile(destination / file) as output:
+        output.write(np.frombuffer(_header(entries), np.uint8))
         for entry in entries:
             if isinstance(entry.content, torch.Tensor):
                 output.write(_bytes(entry.content))
-                continue
-            info = entry.content
-            stored = source[info.begin : info.end]
-            if entry.make is None:
-                output.write(stored.data)
+            elif entry.make is None:
+                for block in _read(source, entry.content, _BLOCK_BYTES):
+                    output.write(block)
             else:
-                weight = torch.from_numpy(stored).view(_TORCH_DTYPE[info.dtype]).view(info.shape)
-                output.write(_bytes(entry.make(weight)))
+                info = entry.content
+                columns = info.shape[1]
+                rows = max(1, _CODED_ELEMENTS // columns)
+                for block in _read(source, info, rows * columns * _DTYPE_BYTES[info.dtype]):
+                    weight = torch.from_numpy(block).view(_TORCH_DTYPE[info.dtype]).view(-1, columns)
+                    output.write(_bytes(entry.make(weight)))
         return output.finish()
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    data: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+def _read(source: io.RawIOBase, info: TensorInfo, block_bytes: int) -> Iterator[np.ndarray]:
+    """Yield a tensor's bytes in blocks; each is good until the next one is asked for."""
+    buffer = np.empty(min(block_bytes, info.end - info.begin), np.uint8)
+    source.seek(info.begin)
+    for start in range(info.begin, info.end, block_bytes):
+        block = buffer[: info.end - start]
+        filled = 0
+        while filled < len(block):
+            count = source.readinto(block[filled:].data)
+            if not count:
+                raise ModelError(f"{info.file} ended inside the tensor {info.name}; it changed while it was read")
+            filled += count
+        yield block
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    data: np.ndarray = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     return data
 
 

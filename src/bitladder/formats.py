@@ -25,7 +25,7 @@ class Format:
     modelopt_config: str  # the name of ModelOpt's configuration, an attribute of modelopt.torch.quantization
     modelopt_algorithm: str  # `quant_algo` in hf_quant_config.json
     code_dtype: str  # of a stored weight, as safetensors spells it; one code an element
-    codes: "Callable[[Tensor, Tensor], Tensor]"  # (weight [out_features, in_features], weight amax) -> codes
+    codes: "Callable[[Tensor, Tensor], Tensor]"  # (rows of a weight [rows, in_features], weight amax) -> codes
     scale: "Callable[[Tensor], Tensor]"  # amax -> what is stored as weight_scale or input_scale: a float32 scalar
 
 
