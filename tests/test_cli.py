@@ -183,3 +183,29 @@ def test_ctrl_c_says_how_to_go_on(recipe, tmp_path):
     assert child.returncode == 130
     assert "run the same command again" in complaint
     assert "Traceback" not in complaint
+
+
+def test_ctrl_c_that_a_library_swallows_still_ends_the_run(recipe, tmp_path):
+    """A library's bare `except:` or a callback from C can lose the first KeyboardInterrupt."""
+    path = recipe(tmp_path)
+    code = """
+import os, signal, sys
+from bitladder import cli, pipeline
+
+def swallow(work):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        pass
+    work.progress("calibrate", 0, 1)
+    print("went on")
+
+pipeline.measure = swallow
+cli.main()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, "run", str(path)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 130
+    assert "run the same command again" in result.stderr
+    assert "went on" not in result.stdout

@@ -5,6 +5,7 @@ The only place that catches our errors: one line on standard error, exit status 
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -86,16 +87,26 @@ def _workspace(recipe: Path, output: Path | None) -> Iterator["Workspace"]:
     )
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, int] = {}
+        asked_to_stop: list[int] = []
+
+        def stop(number: int, _: object) -> None:
+            asked_to_stop.append(number)
+            raise KeyboardInterrupt
 
         def progress(phase: str, done: int, total: int) -> None:
+            if asked_to_stop:  # a library swallowed the first KeyboardInterrupt
+                raise KeyboardInterrupt
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total)
             bars.update(tasks[phase], completed=done, total=total)  # type: ignore[arg-type]
 
+        before = signal.signal(signal.SIGINT, stop)
         try:
             yield Workspace(parsed, (output or Path(parsed.output)).expanduser().resolve(), progress)
         except KeyboardInterrupt as error:
             raise _Interrupted from error
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def _print_table(table: "Table") -> None:
