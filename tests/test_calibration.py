@@ -185,3 +185,52 @@ def test_bad_pairs(processor, tokenizer, tmp_path):
     path.write_text(json.dumps({"image": uri, "text": "a"}) + "\n")
     with pytest.raises(DataError, match="sequence_length is 64"):
         load(spec, processor, samples=1, sequence_length=64)
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A COCO directory: three images; two captions for the first, an empty one for the last."""
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    images = [{"id": number, "file_name": f"{number:012}.jpg"} for number in (7, 3, 5)]
+    for entry in images:
+        Image.new("RGB", (56, 56), (entry["id"] * 20, 0, 0)).save(tmp_path / "val2017" / entry["file_name"])
+    captions = [(11, 3, "second"), (10, 3, " first \n"), (12, 7, "seven"), (13, 5, "  ")]
+    annotations = [{"id": number, "image_id": image, "caption": text} for number, image, text in captions]
+    path = tmp_path / "annotations" / "captions_val2017.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return tmp_path
+
+
+def coco_spec(path, **changes):
+    return DataSpec(**{"kind": "coco", "path": str(path), "split": "val2017", **changes})
+
+
+def test_coco_gives_each_images_first_caption(coco, processor):
+    data = load(coco_spec(coco, prompt="What is it?"), processor, samples=2, sequence_length=64)
+    found = {Path(sample.image).name: (sample.prompt, sample.text) for sample in data.samples}
+    assert found == {"000000000003.jpg": ("What is it?", "first"), "000000000007.jpg": ("What is it?", "seven")}
+    assert data.summary.kind == "coco"
+    assert "pixel_values" in data.batches[0].inputs
+    with pytest.raises(DataError, match=r"holds 2 image\+text pairs; 3 were asked for"):
+        load(coco_spec(coco), processor, samples=3, sequence_length=64)
+
+
+def test_another_annotations_file(coco, processor):
+    path = coco / "annotations" / "captions_val2017.json"
+    path.rename(coco / "mine.json")
+    with pytest.raises(DataError, match=r"captions_val2017\.json does not exist"):
+        load(coco_spec(coco), processor, samples=2, sequence_length=64)
+    assert len(load(coco_spec(coco, annotations="mine.json"), processor, samples=2, sequence_length=64).samples) == 2
+
+
+def test_bad_coco(coco, processor):
+    with pytest.raises(DataError, match="COCO directory .* does not exist"):
+        load(coco_spec(coco / "nowhere"), processor)
+    path = coco / "annotations" / "captions_train2017.json"
+    path.write_text((coco / "annotations" / "captions_val2017.json").read_text())
+    with pytest.raises(DataError, match=r"no images in train2017/; it has annotations, val2017: set data\.split"):
+        load(coco_spec(coco, split=None), processor)
+    path.write_text('{"images": []}')
+    with pytest.raises(DataError, match="not a file of COCO captions"):
+        load(coco_spec(coco, split=None), processor)

@@ -210,7 +210,7 @@ def test_nan_in_scores_names_the_group(llama, text_file, tmp_path, monkeypatch):
 
     def poisoned(self, groups):
         scores = real(self, groups)
-        scores["model.layers.0.mlp.down_proj"]["fp8"] = float("nan")
+        scores["model.layers.0.mlp.down_proj"]["fp8"] = (float("nan"), 0.0)
         return scores
 
     monkeypatch.setattr(_Session, "_read_scores", poisoned)
@@ -219,7 +219,7 @@ def test_nan_in_scores_names_the_group(llama, text_file, tmp_path, monkeypatch):
 
 
 def test_all_zero_scores_are_refused(llama, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(_Session, "_read_scores", lambda self, groups: {g: {"fp8": 0.0} for g in groups})
+    monkeypatch.setattr(_Session, "_read_scores", lambda self, groups: {g: {"fp8": (0.0, 0.0)} for g in groups})
     with pytest.raises(MeasurementError, match="all scores are zero"):
         measure_text(llama, text_file, tmp_path)
 

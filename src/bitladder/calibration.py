@@ -20,7 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from bitladder.errors import DataError, ModelError
-from bitladder.recipe import DataSpec
+from bitladder.recipe import PAIR_KINDS, DataSpec
 from bitladder.records import DataSummary, digest_of
 from bitladder.storage import sha256_of_bytes
 
@@ -192,10 +192,10 @@ def _documents(spec: DataSpec) -> list[str]:
     except ImportError:
         raise DataError("data of kind huggingface needs 'datasets': pip install 'bitladder[data]'") from None
     try:
-        rows = datasets.load_dataset(spec.path, spec.subset, split=spec.split)
+        rows = datasets.load_dataset(spec.path, spec.subset, split=spec.split or "train")
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"data set {spec.path} (split {spec.split}) can't be loaded: {reason}") from error
+        raise DataError(f"data set {spec.path} (split {spec.split or 'train'}) can't be loaded: {reason}") from error
     if spec.text_field not in rows.column_names:
         raise DataError(
             f"data set {spec.path} has no column '{spec.text_field}'; it has {', '.join(rows.column_names)}; "
@@ -217,8 +217,40 @@ def _token_rows(spec: DataSpec, tokenizer: Any, length: int) -> torch.Tensor:
     return torch.tensor(stream[: rows * length], dtype=torch.long).view(rows, length)
 
 
+def _coco_samples(spec: DataSpec) -> list[Sample]:
+    """Return one pair an image of a COCO directory, in the order of the image ids: its caption of the lowest id.
+
+    Source: cocodataset.org, caption annotations: `images[].{id, file_name}`, `annotations[].{id, image_id, caption}`.
+    """
+    root, split = Path(spec.path), spec.split or "train2017"
+    if not root.is_dir():
+        raise DataError(
+            f"COCO directory {root} does not exist; it holds <split>/*.jpg and annotations/captions_<split>.json"
+        )
+    path = root / (spec.annotations or f"annotations/captions_{split}.json")
+    try:
+        content = json.loads(_read_text(path))
+        names = {entry["id"]: str(entry["file_name"]) for entry in content["images"]}
+        captions: dict[Any, str] = {}
+        for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
+            captions.setdefault(entry["image_id"], str(entry["caption"]).strip())
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a file of COCO captions ({type(error).__name__}: {error})") from error
+    images = root / split
+    if not images.is_dir():
+        found = ", ".join(sorted(entry.name for entry in root.iterdir() if entry.is_dir())) or "nothing"
+        raise DataError(f"COCO directory {root} has no images in {split}/; it has {found}: set data.split")
+    return [
+        Sample(image=str(images / names[image]), prompt=spec.prompt, text=captions[image])
+        for image in sorted(set(names) & set(captions))
+        if captions[image]
+    ]
+
+
 def _samples(spec: DataSpec) -> list[Sample]:
-    """Return the image+text pairs of a JSONL file."""
+    """Return the image+text pairs of a JSONL file or a COCO directory."""
+    if spec.kind == "coco":
+        return _coco_samples(spec)
     path = Path(spec.path)
     samples = []
     for number, row in _jsonl_rows(path):
@@ -325,7 +357,7 @@ def load_data(
     avoided = set(avoid.sample_ids) if avoid is not None else set()
     pairs: list[Sample] = []
     rows = torch.empty(0)
-    if spec.kind == "image_text":
+    if spec.kind in PAIR_KINDS:
         if not hasattr(processor, "image_processor"):
             raise DataError("the model takes no images; calibrate it on text")
         pairs = _samples(spec)
@@ -344,7 +376,7 @@ def load_data(
             f"{spec.path} holds {len(ids)} {unit}{left}; {samples} were asked for: "
             "ask for fewer samples, shorten sequence_length, or give more data"
         )
-    if spec.kind == "image_text":
+    if spec.kind in PAIR_KINDS:
         # Pairs of similar length share a batch: less padding, and padding is calibrated on too.
         chosen.sort(key=lambda index: len(pairs[index].prompt) + len(pairs[index].text))
         picked = [pairs[index] for index in chosen]

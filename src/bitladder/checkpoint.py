@@ -25,19 +25,21 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from bitladder import numerics
 from bitladder.errors import MeasurementError, ModelError, OutputError, StaleRecord
 from bitladder.formats import Format, get_format
 from bitladder.records import (
     BF16,
     CheckpointManifest,
     FileDigest,
+    KvScale,
     Measurement,
     ModuleRecord,
     QuantModule,
     Scheme,
 )
 from bitladder.runinfo import Progress, no_progress
-from bitladder.sensitivity import Amax
+from bitladder.sensitivity import Amax, kv_amax
 from bitladder.storage import atomic_directory, remove_leftovers, sha256_of_file
 from bitladder.weights import INDEX_FILE, TensorInfo, WeightFiles, read_config
 
@@ -51,6 +53,7 @@ _NOT_COPIED = (CONFIG_FILE, QUANT_CONFIG_FILE, INDEX_FILE, CheckpointManifest.FI
 _TEMPLATE_DIRECTORY = "additional_chat_templates"  # transformers keeps named chat templates there
 # The ModelOpt release whose file layout is written; runtimes look at the producer's name and version.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+_KV_ALGORITHM = "FP8"  # the one format of a KV cache, as `kv_cache_quant_algo` names it
 _TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -75,7 +78,7 @@ def quant_config(scheme: Scheme) -> dict[str, Any]:
         "producer": dict(_PRODUCER),
         "quantization": {
             "quant_algo": _algorithm(scheme),
-            "kv_cache_quant_algo": None,
+            "kv_cache_quant_algo": None if scheme.kv_cache_format is None else _KV_ALGORITHM,
             "exclude_modules": list(scheme.exclude_modules),
         },
     }
@@ -95,7 +98,7 @@ def _algorithm(scheme: Scheme) -> str:
 def config_with_quantisation(config: dict[str, Any], scheme: Scheme) -> dict[str, Any]:
     """Return the source's config.json with the `quantization_config` that vLLM and transformers read."""
     eight_bit = {"dynamic": False, "num_bits": 8, "type": "float"}
-    quantisation = {
+    quantisation: dict[str, Any] = {
         "config_groups": {
             "group_0": {
                 "input_activations": dict(eight_bit),
@@ -108,6 +111,8 @@ def config_with_quantisation(config: dict[str, Any], scheme: Scheme) -> dict[str
         "producer": dict(_PRODUCER),
         "quant_method": "modelopt",
     }
+    if scheme.kv_cache_format is not None:
+        quantisation["kv_cache_scheme"] = dict(eight_bit)
     return {**config, "quantization_config": quantisation}
 
 
@@ -147,19 +152,24 @@ def _quantised_modules(scheme: Scheme, measurement: Measurement) -> Quantised:
     return table
 
 
-def _entries(weights: WeightFiles, file: str, quantised: Quantised, amax: Amax) -> list[_Entry]:
+def _entries(
+    weights: WeightFiles, file: str, quantised: Quantised, amax: Amax, kv_scales: Mapping[str, torch.Tensor]
+) -> list[_Entry]:
     """Return the tensors of one output file, in the order of their data."""
     entries = []
     for info in weights.tensors.values():
         if info.file != file:
             continue
+        prefix = info.name.removesuffix(".weight")
+        for name in (f"{prefix}.k_scale", f"{prefix}.v_scale"):
+            if name in kv_scales:
+                entries.append(_Entry(name, "F32", (), 4, kv_scales[name]))
         if info.name not in quantised:
             entries.append(_Entry(info.name, info.dtype, info.shape, info.end - info.begin, info))
             continue
         module, name = quantised[info.name]
         format_ = get_format(name)
         weight_amax, input_amax = amax[f"{module.name}.weight_amax"], amax[f"{module.name}.input_amax"]
-        prefix = info.name.removesuffix(".weight")
         entries += [
             _Entry(
                 info.name,
@@ -334,6 +344,9 @@ def export(
         raise StaleRecord(f"scheme {scheme.name} was planned from another measurement; plan again")
     _check_destination(destination)
     quantised = _quantised_modules(scheme, measurement)
+    kv_scales: dict[str, torch.Tensor] = {}
+    if scheme.kv_cache_format is not None:
+        kv_scales = {name: numerics.scale_of(value) for name, value in kv_amax(measurement, amax).items()}
     weights = WeightFiles.open(source)
     lost = sorted(set(quantised) - set(weights.tensors))
     if lost:
@@ -345,7 +358,7 @@ def export(
         placed: dict[str, str] = {}
         for index, file in enumerate(weights.files):
             progress(f"export {scheme.name}", index, len(weights.files))
-            entries = _entries(weights, file, quantised, amax)
+            entries = _entries(weights, file, quantised, amax, kv_scales)
             files.append(_write_weights(weights, file, entries, temporary))
             placed.update(dict.fromkeys((entry.name for entry in entries), file))
             table.update((entry.name, entry) for entry in entries)
@@ -368,6 +381,8 @@ def export(
             source_sha256=measurement.model.sha256,
             files=tuple(sorted(files, key=lambda entry: entry.name)),
             modules=tuple(_module_records(quantised, amax)),
+            kv_cache_format=scheme.kv_cache_format,
+            kv_scales=tuple(KvScale(tensor=name, scale=float(value)) for name, value in kv_scales.items()),
         )
         manifest.write(temporary / CheckpointManifest.FILE_NAME)
     return manifest

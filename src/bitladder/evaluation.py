@@ -26,6 +26,7 @@ from torch import nn
 from bitladder import numerics
 from bitladder.calibration import DataSet, Sample, prompt_inputs, tokenizer_of
 from bitladder.errors import ModelError, StaleRecord
+from bitladder.kv_cache import Fp8Cache, layer_index
 from bitladder.records import CheckpointManifest, EvalResult, Evaluation
 from bitladder.runinfo import Meter, Progress, no_progress
 from bitladder.targets import checkpoint_tensor_names, load_model
@@ -38,7 +39,8 @@ ARITHMETIC = (
 # The original's log-probabilities are kept in memory up to this size, and in a temporary directory beyond.
 MAX_REFERENCE_BYTES_IN_MEMORY = 2 << 30
 _EXPORT_AGAIN = "export this scheme again"
-_SCALE_NAMES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale", "k_scale", "v_scale")
+_SCALE_NAMES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale")
+_KV_SCALE_NAMES = ("k_scale", "v_scale")
 _TOKENS_AT_ONCE = 256  # rows of [tokens, vocabulary] compared at a time
 _MAX_MEAN_NLL = 300.0  # nats per token; chance is log(vocabulary), about 12. Keeps exp() finite
 _PROMPTS_AT_ONCE = 50
@@ -114,6 +116,9 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
         if not bool(torch.isfinite(state[name]).all()):
             raise ModelError(f"{file}: {name} holds NaN or overflows {dtype}; {_EXPORT_AGAIN}")
         input_scales[name] = _scale(files, name, "input_scale")
+    kv_scales = [name for name in files.tensors if name.rpartition(".")[2] in _KV_SCALE_NAMES]
+    _check_kv_scales(directory, files, kv_scales)
+    used.update(kv_scales)
     for name, info in files.tensors.items():
         if name in input_scales or name in used:
             continue
@@ -132,7 +137,35 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
             raise ModelError(f"{file}: {name} is FP8, but it is no linear module's weight; {_EXPORT_AGAIN}")
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, FakeQuantLinear(linear, scale))
+    layers: dict[int, dict[str, torch.Tensor]] = {}
+    for name in kv_scales:
+        weight, _, kind = name.rpartition(".")
+        layer = layer_index(model, modules[f"{weight}.weight"].removesuffix(".weight"))
+        layers.setdefault(layer, {})[kind] = _scale(files, f"{weight}.weight", kind).to(device)
+    model.kv_scales = {layer: (pair["k_scale"], pair["v_scale"]) for layer, pair in layers.items()}
     return model.to(device).eval()
+
+
+def _check_kv_scales(directory: Path, files: WeightFiles, kv_scales: list[str]) -> None:
+    """Check that keys and values have scales exactly where config.json says that the KV cache is FP8."""
+    asked = "kv_cache_scheme" in read_config(directory).get("quantization_config", {})
+    if asked != bool(kv_scales):
+        found = f"{len(kv_scales)} scales of keys and values" if kv_scales else "no scales of keys and values"
+        says = "an FP8 KV cache" if asked else "no FP8 KV cache"
+        raise ModelError(f"{directory / 'config.json'} asks for {says}, but there are {found}; {_EXPORT_AGAIN}")
+    for name in kv_scales:
+        prefix, _, kind = name.rpartition(".")
+        leaf, other = ("k_proj", "v_proj.v_scale") if kind == "k_scale" else ("v_proj", "k_proj.k_scale")
+        partner = f"{prefix.removesuffix(leaf)}{other}"
+        if not prefix.endswith(f".{leaf}") or partner not in files.tensors:
+            file = directory / files.tensors[name].file
+            raise ModelError(f"{file}: {name} has no partner {partner}; {_EXPORT_AGAIN}")
+
+
+def cache_of(model: Any) -> Any:
+    """Return a new, empty KV cache as the checkpoint asks for: FP8, or None for the model's own."""
+    scales = getattr(model, "kv_scales", None)
+    return Fp8Cache(scales) if scales else None
 
 
 @dataclass(frozen=True)
@@ -158,7 +191,11 @@ class Task:
             some = self.samples[start : start + _PROMPTS_AT_ONCE]
             inputs = {key: value.to(device) for key, value in self.prompts(some).items()}
             output = model.generate(
-                **inputs, max_new_tokens=longest + 4, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
+                **inputs,
+                past_key_values=cache_of(model),
+                max_new_tokens=longest + 4,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
             )
             for sample, row in zip(some, output[:, inputs["input_ids"].shape[1] :], strict=True):
                 answer = self.tokenizer.decode(row, skip_special_tokens=True)
@@ -199,7 +236,12 @@ def _log_probabilities(model: Any, batch: Any, device: str, what: str) -> torch.
         ModelError: NaN or Inf in the logits.
     """
     moved = batch.to(device)
-    logits = model(**moved.inputs).logits[:, :-1][moved.predicted].float()
+    cache = cache_of(model)
+    logits = (
+        model(**moved.inputs, past_key_values=cache, use_cache=cache is not None)
+        .logits[:, :-1][moved.predicted]
+        .float()
+    )
     if not bool(torch.isfinite(logits).all()):
         raise ModelError(f"{what} gives NaN or Inf; {_EXPORT_AGAIN}, or check the original")
     return torch.log_softmax(logits, -1).cpu()

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bitladder import calibration, checkpoint, evaluation, planning, report, sensitivity, targets, verification
-from bitladder.errors import ModelError, OutputError, RecipeError, RecordError, StaleRecord, VerificationFailed
+from bitladder.errors import ModelError, OutputError, RecordError, StaleRecord, VerificationFailed
 from bitladder.recipe import Recipe
 from bitladder.records import (
     CheckpointManifest,
@@ -70,8 +70,6 @@ class Workspace:
     done: list[str] = field(default_factory=list)  # the steps that this process had to do
 
     def __post_init__(self) -> None:
-        if self.recipe.kv_cache != "none":
-            raise RecipeError("kv_cache: fp8 can't be calibrated and exported yet; set kv_cache: none")
         path = self.output / RunState.FILE_NAME
         if self.output.exists() and not self.output.is_dir():
             raise OutputError(f"output {self.output} is a file; choose another output directory")
@@ -201,7 +199,7 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
     """
     meter = Meter()
     with meter.phase("plan"):
-        schemes = planning.plan_all(work.measurement(), work.recipe.schemes)
+        schemes = planning.plan_all(work.measurement(), work.recipe.scheme_specs())
     changed = []
     for scheme in schemes:
         path = work.output / "schemes" / f"{scheme.name}.json"

@@ -341,8 +341,8 @@ def _predicted(measurement: Measurement, formats: Mapping[str, str]) -> float:
     return math.fsum(measurement.sensitivity(table[g][name]) for g, name in formats.items() if name != BF16)
 
 
-def _scheme(measurement: Measurement, spec: SchemeSpec, formats: dict[str, str]) -> Scheme:
-    """Return the record of an assignment."""
+def _scheme(measurement: Measurement, fingerprint: str, spec: SchemeSpec, formats: dict[str, str]) -> Scheme:
+    """Return the record of an assignment; `fingerprint` is that of the measurement as it was written."""
     weight_bits = weight_bytes = quantised = 0
     excluded: list[str] = []
     for group in measurement.groups:
@@ -359,7 +359,7 @@ def _scheme(measurement: Measurement, spec: SchemeSpec, formats: dict[str, str])
         raise InfeasibleTarget(f"scheme {spec.name} would quantise nothing; ask for more")
     return Scheme(
         name=spec.name,
-        measurement_sha256=measurement.fingerprint(),
+        measurement_sha256=fingerprint,
         asked=spec.model_dump(mode="json", exclude_defaults=True),
         formats=formats,
         effective_bits=weight_bits / measurement.searched_weights,
@@ -370,6 +370,7 @@ def _scheme(measurement: Measurement, spec: SchemeSpec, formats: dict[str, str])
         predicted_score=_predicted(measurement, formats),
         score_unit=measurement.score_unit,
         exclude_modules=(*excluded, *(module.checkpoint_name for module in measurement.untouched)),
+        kv_cache_format="fp8" if spec.kv_cache == "fp8" else None,
     )
 
 
@@ -385,6 +386,9 @@ def plan(measurement: Measurement, spec: SchemeSpec, *, frontier: Frontier | Non
         InfeasibleTarget: outside the attainable range, which the message names. PlanError: a pattern that matches
         nothing, or a format that isn't measured. MeasurementError: a score is NaN or Inf.
     """
+    fingerprint = measurement.fingerprint()
+    if spec.image_weight != 1.0:
+        measurement, frontier = measurement.weigh_images(spec.image_weight), None
     _check_usable(measurement)
     excluded = _matching(measurement, spec.name, spec.exclude)
     if len(excluded) == len(measurement.groups):
@@ -407,7 +411,7 @@ def plan(measurement: Measurement, spec: SchemeSpec, *, frontier: Frontier | Non
             frontier = Frontier(measurement, excluded)
         by = _by_bits if spec.effective_bits is not None else _by_score
         formats = by(spec, frontier)
-    scheme = _scheme(measurement, spec, formats)
+    scheme = _scheme(measurement, fingerprint, spec, formats)
     _check(measurement, spec, scheme)
     return scheme
 
@@ -431,14 +435,17 @@ def plan_all(measurement: Measurement, specs: Sequence[SchemeSpec]) -> tuple[Sch
     Raises:
         DuplicateSchemes: two schemes come out equal. See `plan` for the others.
     """
-    needs_edge = any(spec.effective_bits is not None or spec.max_predicted_score is not None for spec in specs)
+    needs_edge = any(
+        (spec.effective_bits is not None or spec.max_predicted_score is not None) and spec.image_weight == 1.0
+        for spec in specs
+    )
     edge = Frontier(measurement) if needs_edge else None
     schemes = [plan(measurement, spec, frontier=edge) for spec in specs]
     for index, scheme in enumerate(schemes):
         for other in schemes[index + 1 :]:
             if scheme.name == other.name:
                 raise PlanError(f"two schemes are named {scheme.name}; rename one")
-            if scheme.formats == other.formats:
+            if (scheme.formats, scheme.kv_cache_format) == (other.formats, other.kv_cache_format):
                 raise DuplicateSchemes(
                     f"schemes {scheme.name} ({scheme.asked}) and {other.name} ({other.asked}) assign the same formats "
                     f"(coverage {scheme.coverage:.4f}, {scheme.effective_bits:.3f} bits); drop one or change its target"
@@ -450,6 +457,12 @@ def plan_all(measurement: Measurement, specs: Sequence[SchemeSpec]) -> tuple[Sch
 
 
 def _is_nested(inner: Scheme, outer: Scheme) -> bool:
-    """Return whether `outer` quantises all groups of `inner`, in the same formats, and more."""
+    """Return whether `outer` quantises all of `inner`, KV cache included, in the same formats, and more."""
     mine, theirs = inner.quantised_groups(), outer.quantised_groups()
-    return mine < theirs and all(inner.formats[group] == outer.formats[group] for group in mine)
+    same_cache = inner.kv_cache_format == outer.kv_cache_format
+    return (
+        mine <= theirs
+        and (same_cache or inner.kv_cache_format is None)
+        and not (mine == theirs and same_cache)
+        and all(inner.formats[group] == outer.formats[group] for group in mine)
+    )

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bitladder.errors import RecipeError
 
+PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
 PACKAGE_PREFIX = "package:"
 _MAX_SHOWN = 100  # characters of a wrong value that an error repeats
 _SCHEME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -39,15 +40,17 @@ class DataSpec(Section):
 
     `text`: a UTF-8 file, tokenised as one stream and cut into rows. `jsonl`: one object a line, `text_field` holds the
     text. `huggingface`: a data set of the Hub or a local one, by `datasets.load_dataset`. `image_text`: JSONL with
-    `image` (a path relative to the file, or a `data:` URI), `prompt` (optional) and `text`, the answer.
+    `image` (a path relative to the file, or a `data:` URI), `prompt` (optional) and `text`, the answer. `coco`: a COCO
+    directory, `<split>/*.jpg` with `annotations/captions_<split>.json`; the first caption of each image is its text.
     """
 
-    kind: Literal["text", "jsonl", "huggingface", "image_text"]
+    kind: Literal["text", "jsonl", "huggingface", "image_text", "coco"]
     path: str
     text_field: str = "text"
-    split: str = Field(default="train", description="kind huggingface only")
+    split: str | None = Field(default=None, description="huggingface: default train; coco: default train2017")
+    annotations: str | None = Field(default=None, description="kind coco only: another annotations file, in `path`")
     subset: str | None = Field(default=None, description="kind huggingface only: the configuration's name")
-    prompt: str = Field(default="Describe the image.", description="kind image_text: where a sample has no prompt")
+    prompt: str = Field(default="Describe the image.", description="kinds coco and image_text: where a sample has none")
 
 
 class SampleSpec(Section):
@@ -97,6 +100,10 @@ class SchemeSpec(Section):
     include: tuple[str, ...] | None = Field(default=None, description="glob patterns of groups or modules to quantise")
     exclude: tuple[str, ...] = Field(default=(), description="glob patterns of groups or modules never quantised")
     format: str | None = Field(default=None, description="with coverage or include, where the formats are several")
+    image_weight: float = Field(
+        default=1.0, ge=0, description="weight of image-token positions in the predicted score; text positions have 1"
+    )
+    kv_cache: Literal["none", "fp8"] | None = Field(default=None, description="None: the recipe's")
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -137,6 +144,15 @@ class Recipe(Section):
         if self.held_out.task and data.kind != "image_text":
             raise ValueError("held_out.task needs held-out data of kind image_text, which has answers")
         return self
+
+    def scheme_specs(self) -> tuple[SchemeSpec, ...]:
+        """Return the schemes with what they leave to the recipe filled in."""
+        if self.kv_cache == "none":
+            return self.schemes
+        return tuple(
+            scheme if scheme.kv_cache else scheme.model_copy(update={"kv_cache": self.kv_cache})
+            for scheme in self.schemes
+        )
 
 
 def _known_keys(section: Any, location: tuple[int | str, ...]) -> list[str]:

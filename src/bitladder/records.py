@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bitladder.errors import RecordError
+from bitladder.errors import MeasurementError, RecordError
 from bitladder.storage import atomic_write, sha256_of_bytes
 
 SCHEMA_VERSION = 1
@@ -159,6 +159,9 @@ class Candidate(Part):
     format: str
     weight_bits: int = Field(description="all weights of the group together, in bits")
     scores: tuple[float, ...] = Field(description="raw, one per scoring batch")
+    image_scores: tuple[float, ...] = Field(
+        default=(), description="the part of each score that image-token positions carry; empty where it isn't known"
+    )
 
 
 class Measurement(Record):
@@ -198,6 +201,8 @@ class Measurement(Record):
                 raise ValueError(
                     f"{candidate.group}: {len(candidate.scores)} scores, {len(self.score_weights)} batches"
                 )
+            if candidate.image_scores and len(candidate.image_scores) != len(self.score_weights):
+                raise ValueError(f"{candidate.group}: {len(candidate.image_scores)} image scores")
             seen.add((candidate.group, candidate.format))
         missing = [(g, f) for g in sorted(groups) for f in self.formats if (g, f) not in seen]
         if missing or len(seen) != len(self.candidates):
@@ -209,9 +214,47 @@ class Measurement(Record):
         """Number of weight elements in the searched groups: the denominator of effective bits and coverage."""
         return sum(group.weight_elements for group in self.groups)
 
-    def sensitivity(self, candidate: Candidate) -> float:
-        """Return the candidate's predicted damage in `score_unit`: the weighted sum of its raw batch scores."""
-        return math.fsum(w * s for w, s in zip(self.score_weights, candidate.scores, strict=True))
+    def sensitivity(self, candidate: Candidate, image_weight: float = 1.0) -> float:
+        """Return the candidate's predicted damage in `score_unit`: the weighted sum of its raw batch scores.
+
+        Args:
+            candidate: one of this measurement's.
+            image_weight: what image-token positions count for; text positions count for 1.
+
+        Raises:
+            MeasurementError: `image_weight` isn't 1, and the scores of image positions are not known apart.
+        """
+        return math.fsum(
+            w * s for w, s in zip(self.score_weights, self.batch_scores(candidate, image_weight), strict=True)
+        )
+
+    def batch_scores(self, candidate: Candidate, image_weight: float = 1.0) -> tuple[float, ...]:
+        """Return the candidate's raw score of each batch, image-token positions weighted; see `sensitivity`."""
+        if image_weight == 1.0:
+            return candidate.scores
+        if not candidate.image_scores:
+            raise MeasurementError(
+                f"image_weight {image_weight:g} was asked for, but this measurement ({self.engine}, {self.method}) has "
+                "no scores of image positions apart; measure on image+text with method: gradient, or leave it at 1"
+            )
+        return tuple(
+            (score - image) + image_weight * image
+            for score, image in zip(candidate.scores, candidate.image_scores, strict=True)
+        )
+
+    def weigh_images(self, image_weight: float) -> "Measurement":
+        """Return this measurement with image-token positions weighted; see `sensitivity`. Its fingerprint differs.
+
+        Raises:
+            MeasurementError: the scores of image positions are not known apart.
+        """
+        if image_weight == 1.0:
+            return self
+        weighed = tuple(
+            candidate.model_copy(update={"scores": self.batch_scores(candidate, image_weight), "image_scores": ()})
+            for candidate in self.candidates
+        )
+        return self.model_copy(update={"candidates": weighed})
 
     def by_group(self) -> dict[str, dict[str, Candidate]]:
         """Return the candidates as `{group name: {format: candidate}}`, in the order of `groups`."""
@@ -236,6 +279,7 @@ class Scheme(Record):
     predicted_score: float
     score_unit: str
     exclude_modules: tuple[str, ...] = Field(description="exact checkpoint names of the linear modules left alone")
+    kv_cache_format: str | None = Field(default=None, description="None: 16 bits")
     nested_in: tuple[str, ...] = Field(default=(), description="schemes that quantise all of its groups and more")
 
     def quantised_groups(self) -> frozenset[str]:
@@ -254,6 +298,13 @@ class ModuleRecord(Part):
     input_scale: float
 
 
+class KvScale(Part):
+    """The scale of one layer's cached keys or values: a multiplier that restores a value from its code."""
+
+    tensor: str
+    scale: float
+
+
 class CheckpointManifest(Record):
     """What an exported directory holds, written last; `bitladder_manifest.json` in that directory."""
 
@@ -266,6 +317,7 @@ class CheckpointManifest(Record):
     files: tuple[FileDigest, ...]
     modules: tuple[ModuleRecord, ...]
     kv_cache_format: str | None = None
+    kv_scales: tuple[KvScale, ...] = ()
 
     @property
     def total_bytes(self) -> int:

@@ -153,6 +153,12 @@ def checkpoint_tensor_names(model: nn.Module, names: Iterable[str]) -> dict[str,
     return table
 
 
+def image_token_ids(config: Any) -> list[int]:
+    """Return the token ids that stand for pieces of pictures and videos in the model's input; none for plain text."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    return sorted({int(value) for name in names if (value := getattr(config, name, None)) is not None})
+
+
 def find_language_model(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the language model's module path ("" or dotted) and the module.
 

@@ -41,6 +41,7 @@ from bitladder.storage import sha256_of_file
 _EXPORT_AGAIN = "export this scheme again"
 # float32 rounding of code · scale and of the division that made the code, relative to the half step
 _STEP_TOLERANCE = 1 + 1e-5
+_KV_CACHE_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
 @dataclass
@@ -137,6 +138,13 @@ def _check_configs(exam: _Examination, source: Path, tensors: _Tensors) -> None:
             exam.find(file, odd[0] if odd else None, f"{key} is not the scheme's exclude_modules")
         if any(character in name for name in names for character in "*?["):
             exam.find(file, None, f"{key} holds a wildcard; names must be exact")
+    fp8_cache = exam.scheme.kv_cache_format is not None
+    for file, key, value, meant in (
+        ("hf_quant_config.json", "kv_cache_quant_algo", legacy.get("kv_cache_quant_algo"), "FP8"),
+        ("config.json", "kv_cache_scheme", quantisation.get("kv_cache_scheme"), _KV_CACHE_SCHEME),
+    ):
+        if value != (meant if fp8_cache else None):
+            exam.find(file, None, f"{key} is {value!r}, but the scheme's KV cache is {exam.scheme.kv_cache_format}")
     if quantisation.get("quant_method") != "modelopt":
         exam.find("config.json", None, f"quant_method is {quantisation.get('quant_method')!r}, not 'modelopt'")
     index = "model.safetensors.index.json"
@@ -243,11 +251,37 @@ def _check_tensors(exam: _Examination, measurement: Measurement, manifest: Check
                 )
             elif weight_scale is not None:
                 _check_codes(exam, name, tensor, weight_scale, original)
+        expected |= _check_kv_scales(exam, tensors, measurement, manifest)
         for name in sorted(set(tensors.files) - expected):
             exam.find(tensors.file(name), name, "neither in the source nor asked for by the scheme")
         for group_name, scales in group_scales.items():
             if len(scales) > 1:
                 exam.find("*.safetensors", group_name, "its modules are fused by the runtime, but their scales differ")
+
+
+def _check_kv_scales(
+    exam: _Examination, tensors: _Tensors, measurement: Measurement, manifest: CheckpointManifest
+) -> set[str]:
+    """Check that every layer's keys and values have their scale where the cache is FP8; return the scales' names."""
+    wanted: dict[str, str] = {}  # name of the scale -> what of it counts as a difference between two checkpoints
+    if exam.scheme.kv_cache_format is not None:
+        for group in measurement.groups:
+            for module in group.modules:
+                leaf = module.name.rpartition(".")[2]
+                if module.tensor is not None and leaf in ("k_proj", "v_proj"):
+                    wanted[f"{module.tensor.removesuffix('.weight')}.{leaf[0]}_scale"] = module.name
+        if not wanted:
+            exam.find(CheckpointManifest.FILE_NAME, None, "the KV cache is FP8, but no layer has keys and values")
+    recorded = {entry.tensor: entry.scale for entry in manifest.kv_scales}
+    for name in sorted(set(recorded) - set(wanted)):
+        exam.find(CheckpointManifest.FILE_NAME, name, "recorded, though the scheme has no such scale")
+    for name, owner in wanted.items():
+        exam.tensors += 1
+        scale = _scalar(exam, tensors, name)
+        if scale is not None and recorded.get(name) != scale:
+            exam.find(CheckpointManifest.FILE_NAME, name, "the manifest's scale is not the one in the file")
+        exam.digests[f"{owner} (KV cache)"] = str(scale)
+    return set(wanted)
 
 
 def examine(
@@ -292,6 +326,13 @@ def compare(
         if first.formats[group.name] != second.formats[group.name]
         for module in group.modules
     }
+    if first.kv_cache_format != second.kv_cache_format:
+        expected |= {
+            f"{module.name} (KV cache)"
+            for group in measurement.groups
+            for module in group.modules
+            if module.name.endswith((".k_proj", ".v_proj"))
+        }
     one, other = digests[first.name], digests[second.name]
     differing = {name for name in set(one) | set(other) if one.get(name) != other.get(name)}
     findings = []

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from bitladder.calibration import Batch, DataSet
 from bitladder.errors import MeasurementError, ModelError, RecordError
 from bitladder.formats import get_format
+from bitladder.kv_cache import cached_layers
 from bitladder.recipe import MeasureSpec
 from bitladder.records import Candidate, Measurement, ModelSource, digest_of
 from bitladder.runinfo import Meter, Progress, no_progress
@@ -34,8 +35,10 @@ MEASUREMENT_FILE = "measurement.json"
 AMAX_FILE = "measurement.safetensors"
 _PARTIAL = "measuring"
 
-Amax = dict[str, torch.Tensor]  # "<module>.weight_amax" and "<module>.input_amax": float32 scalars
-BatchScores = dict[str, dict[str, float]]  # group -> format -> raw score of one batch
+# Float32 scalars: "<module>.weight_amax" and "<module>.input_amax"; keys and values as `kv_cache` names them.
+Amax = dict[str, torch.Tensor]
+RawScore = tuple[float, ...]  # (score,) or (score, what of it lies at image-token positions)
+BatchScores = dict[str, dict[str, RawScore]]  # group -> format -> raw score of one batch
 
 
 @dataclass(frozen=True)
@@ -240,12 +243,15 @@ def measure(
     assert amax is not None
     unit, weights = score_weights(spec.method, data.batches[:count])
     batches = [partial.scores(batch) or {} for batch in range(count)]
+    raw = [score for batch in batches for formats in batch.values() for score in formats.values()]
+    apart = all(len(score) == 2 for score in raw) and any(score[1] > 0 for score in raw)
     candidates = tuple(
         Candidate(
             group=group.name,
             format=name,
             weight_bits=group.weight_elements * get_format(name).bits,
-            scores=tuple(_finite(batch[group.name][name], group.name, name) for batch in batches),
+            scores=tuple(_finite(batch[group.name][name][0], group.name, name) for batch in batches),
+            image_scores=tuple(batch[group.name][name][1] for batch in batches) if apart else (),
         )
         for group in target.groups
         for name in spec.formats
@@ -288,6 +294,24 @@ def _finite(score: float, group: str, format_name: str) -> float:
             "measure in float32 (measurement.dtype) or check the calibration data"
         )
     return score
+
+
+def kv_amax(measurement: Measurement, amax: Amax) -> dict[str, torch.Tensor]:
+    """Return `{name in the checkpoint: amax}` of every layer's keys and values.
+
+    Raises:
+        MeasurementError: the measurement doesn't know them.
+    """
+    layers = cached_layers(measurement.groups)
+    missing = [name for layer in layers for name in layer.amax_names if name not in amax]
+    if missing or not layers:
+        raise MeasurementError(
+            "kv_cache: fp8 was asked for, but this measurement has no amax of keys and values (some layer's k_proj or "
+            "v_proj isn't searched, or the model doesn't use transformers' cache); set kv_cache: none"
+        )
+    return {
+        scale: amax[name] for layer in layers for name, scale in zip(layer.amax_names, layer.scale_names, strict=True)
+    }
 
 
 def read_amax(measurement: Measurement, directory: Path) -> Amax:

@@ -22,8 +22,10 @@ from torch import nn
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import get_format
+from bitladder.kv_cache import AmaxCache, cached_layers, layer_index
 from bitladder.runinfo import Meter
-from bitladder.sensitivity import Amax, BatchScores, Job, Partial, check_amax
+from bitladder.sensitivity import Amax, BatchScores, Job, Partial, RawScore, check_amax
+from bitladder.targets import image_token_ids
 
 _KEEP_EVERYTHING_BITS = 16.0  # a budget that ModelOpt's own solver, whose result we don't use, always meets
 
@@ -39,6 +41,9 @@ class _Session:
         self.known_amax = partial.amax()
         self.iterations = 0
         self.calibrating = False
+        self.cache = AmaxCache()
+        self.image_tokens = image_token_ids(model.config)
+        self.images: torch.Tensor | None = None  # of the batch being scored
 
     def __iter__(self) -> Iterator[Batch]:
         """Called once per format for calibration, then once for scoring."""
@@ -65,7 +70,7 @@ class _Session:
                 self._share_fused_scales(groups)
             amax = self._read_amax(groups)
             check_amax(amax, self.job.target)
-            self.partial.keep_amax(amax)
+            self.partial.keep_amax(amax | self._cache_amax())
         else:
             self._install_amax(groups, self.known_amax)
         total = self.job.score_batches
@@ -73,10 +78,11 @@ class _Session:
             self.job.progress("score", index, total)
             if self.partial.scores(index) is not None:
                 continue
-            for hparam in groups.values():
-                self._clear(hparam)
-            yield self.job.batches[index].to(self.job.device)
+            batch = self.job.batches[index].to(self.job.device)
+            self.images = self._image_positions(batch)
+            yield batch
             self.partial.keep_scores(index, self._read_scores(groups))
+            self._forget(groups)
         self.job.progress("score", total, total)
 
     def searched(self) -> dict[str, Any]:
@@ -147,39 +153,96 @@ class _Session:
         for key, quantiser in self._quantisers(groups):
             quantiser.amax = amax[key].to(self.job.device)
 
-    def _clear(self, hparam: Any) -> None:
-        for scores in hparam._importance_dict.values():
-            for module in scores:
-                scores[module] = None
+    def _cache_amax(self) -> Amax:
+        """Return the amax of every layer's keys and values, or nothing where some layer's modules aren't searched."""
+        layers = cached_layers(self.job.target.groups)
+        amax: Amax = {}
+        for layer in layers:
+            seen = self.cache.amax.get(layer_index(self.model, layer.key.name))
+            if seen is not None:
+                amax.update(zip(layer.amax_names, (value.cpu() for value in seen), strict=True))
+        return amax if len(amax) == 2 * len(layers) == 2 * len(self.cache.amax) else {}
+
+    def _image_positions(self, batch: Batch) -> torch.Tensor | None:
+        """Return the mask [rows, tokens] of image-token positions, or None where the batch has none."""
+        ids = batch.inputs["input_ids"]
+        mask = torch.isin(ids, torch.tensor(self.image_tokens, dtype=ids.dtype, device=ids.device))
+        return mask if bool(mask.any()) else None
+
+    def score(self, gradient: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+        """Return ModelOpt's gradient score of one module's output [rows, tokens, features], and what of it lies at
+        image-token positions: [2].
+
+        Source: modelopt.torch.quantization.algorithms._get_auto_quantize_score, which it stands in for.
+        """
+        squares = (gradient.float() * difference.float()).clamp(-1e10, 1e10).square()
+        total = squares.sum()
+        if self.images is None:
+            return torch.stack([total, torch.zeros_like(total)])
+        if squares.shape[:2] != self.images.shape:
+            raise EngineError(
+                f"a module's output has shape {list(squares.shape)}, [rows, tokens, features] was expected: "
+                "image positions can't be told apart"
+            )
+        return torch.stack([total, squares.sum(-1)[self.images].sum()])
+
+    def _forget(self, groups: dict[str, Any]) -> None:
+        """Drop ModelOpt's running scores, and the outputs that it leaves on every module that it scored."""
+        for hparam in groups.values():
+            for scores in hparam._importance_dict.values():
+                for module in scores:
+                    scores[module] = None
+                    if getattr(module, "output_diff_dict", None):
+                        module.output_diff_dict = {}
 
     def _read_scores(self, groups: dict[str, Any]) -> BatchScores:
         return {
-            group: {name: float(hparam.get_score(self.recipe(hparam, name))) for name in self.job.spec.formats}
+            group: {name: self._read_score(hparam, self.recipe(hparam, name)) for name in self.job.spec.formats}
             for group, hparam in groups.items()
         }
+
+    def _read_score(self, hparam: Any, recipe: Any) -> RawScore:
+        """Return a group's score of this batch: (total, image positions), or (total,) where those aren't known apart.
+
+        Source: QuantRecipeHparam.get_score, which adds up Python floats in the same order.
+        """
+        parts = [part.cpu().tolist() for part in hparam._importance_dict[recipe].values() if part is not None]
+        if self.job.spec.method != "gradient":
+            return (sum(parts),)
+        return sum(total for total, _ in parts), sum(image for _, image in parts)
 
     def forward_step(self, model: nn.Module, batch: Batch) -> Any:
         """Return the model's output with the loss, or its logits [tokens that count, vocabulary] for `kl_div`."""
         if self.calibrating:
-            return model(**batch.inputs)
+            return model(**batch.inputs, past_key_values=self.cache, use_cache=True)
         if self.job.spec.method == "kl_div":
             return model(**batch.inputs).logits[:, :-1][batch.predicted]
         return model(**batch.inputs, labels=batch.labels)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence ModelOpt's progress bars and chatter: progress is told in our own way."""
+def _changed(session: _Session) -> Iterator[None]:
+    """Let ModelOpt score in two parts, and silence its progress bars and chatter: progress is told in our own way."""
     from modelopt.torch.quantization import algorithms
 
-    bar = algorithms.tqdm
-    algorithms.tqdm = functools.partial(bar, disable=True)
+    def add(gradient: torch.Tensor, difference: torch.Tensor, score: torch.Tensor) -> None:
+        score += session.score(gradient, difference)
+
+    changes = {
+        "tqdm": functools.partial(algorithms.tqdm, disable=True),
+        "_get_auto_quantize_score": session.score,
+        "_add_auto_quantize_score": add,
+    }
+    before = {name: getattr(algorithms, name) for name in changes}
+    for name, value in changes.items():
+        setattr(algorithms, name, value)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        algorithms.tqdm = bar
+        for name, value in before.items():
+            setattr(algorithms, name, value)
 
 
 def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
@@ -193,7 +256,7 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     session = _Session(model, job, partial)
     searched = {module.name for group in job.target.groups for module in group.modules}
     model.config.use_cache = False  # type: ignore[union-attr]
-    with meter.phase("calibrate and score"), _quiet():
+    with meter.phase("calibrate and score"), _changed(session):
         try:
             mtq.auto_quantize(
                 model,

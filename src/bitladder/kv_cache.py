@@ -1,0 +1,113 @@
+"""The FP8 KV cache: which modules make keys and values, and what the cache sees.
+
+transformers hands every layer's new keys and values (after the rotary embedding, as they would be cached) to
+`Cache.update`, which returns what attention reads. `AmaxCache` looks at them there while calibrating; `Fp8Cache` rounds
+them there while evaluating, as a runtime does that reads back what it stored. Queries stay as they are.
+
+In a measurement a layer's values lie beside those of its modules, as "<k_proj>.k_amax" and "<v_proj>.v_amax"; in a
+checkpoint its scales lie beside the weights, as "<k_proj>.k_scale" and "<v_proj>.v_scale" (ModelOpt's names).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from bitladder import numerics
+from bitladder.errors import ModelError, UnsupportedModel
+from bitladder.records import QuantGroup, QuantModule
+
+KEY_MODULE, VALUE_MODULE = "k_proj", "v_proj"
+
+
+@dataclass(frozen=True)
+class CachedLayer:
+    """The modules that make one attention layer's keys and values."""
+
+    key: QuantModule
+    value: QuantModule
+
+    @property
+    def amax_names(self) -> tuple[str, str]:
+        """What the keys' and the values' amax are called in a measurement."""
+        return f"{self.key.name}.k_amax", f"{self.value.name}.v_amax"
+
+    @property
+    def scale_names(self) -> tuple[str, str]:
+        """What their scales are called in a checkpoint; the modules' tensors must be known."""
+        assert self.key.tensor is not None
+        assert self.value.tensor is not None
+        return (
+            f"{self.key.tensor.removesuffix('.weight')}.k_scale",
+            f"{self.value.tensor.removesuffix('.weight')}.v_scale",
+        )
+
+
+def cached_layers(groups: Iterable[QuantGroup]) -> tuple[CachedLayer, ...]:
+    """Return the attention layers among the searched modules, in network order.
+
+    A layer whose keys and values are not made by searched `k_proj` and `v_proj` modules isn't among them.
+    """
+    modules = {module.name: module for group in groups for module in group.modules}
+    return tuple(
+        CachedLayer(module, modules[value])
+        for name, module in modules.items()
+        if name.rpartition(".")[2] == KEY_MODULE
+        and (value := f"{name.removesuffix(KEY_MODULE)}{VALUE_MODULE}") in modules
+    )
+
+
+def layer_index(model: nn.Module, module: str) -> int:
+    """Return the number under which the attention that holds `module` (a dotted path) addresses the cache.
+
+    Raises:
+        UnsupportedModel: it has none.
+    """
+    attention = model.get_submodule(module.rpartition(".")[0])
+    index = getattr(attention, "layer_idx", None)
+    if index is None:
+        raise UnsupportedModel(
+            f"{type(attention).__name__} ({module}) has no layer_idx: its KV cache can't be told from other layers'; "
+            "set kv_cache: none"
+        )
+    return int(index)
+
+
+class AmaxCache(DynamicCache):  # type: ignore[misc]
+    """Keeps nothing but the largest magnitude of each layer's keys and values, over everything it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.amax: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values [batch, heads, tokens, head size] as they are."""
+        seen = key_states.detach().abs().amax().float(), value_states.detach().abs().amax().float()
+        known = self.amax.get(layer_idx, seen)
+        self.amax[layer_idx] = torch.maximum(known[0], seen[0]), torch.maximum(known[1], seen[1])
+        return key_states, value_states
+
+
+class Fp8Cache(DynamicCache):  # type: ignore[misc]
+    """A cache that rounds what it stores through E4M3 with the scales of a checkpoint."""
+
+    def __init__(self, scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__()
+        self.scales = scales
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all keys and values so far [batch, heads, tokens, head size], as they are read back."""
+        if layer_idx not in self.scales:
+            raise ModelError(f"the KV cache is FP8, but layer {layer_idx} has no scales; export this scheme again")
+        key_scale, value_scale = self.scales[layer_idx]
+        keys = numerics.fake_quantise(key_states, key_scale)
+        values = numerics.fake_quantise(value_states, value_scale)
+        read: tuple[torch.Tensor, torch.Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
+        return read
