@@ -104,7 +104,6 @@ def test_each_step_alone(recipe, tmp_path):
         ({"schemes": [{"name": "x", "effective_bits": 17}]}, ["quantise nothing"]),
         ({"schemes": [{"name": "a", "coverage": 1.0}, {"name": "b", "effective_bits": 8.0}]}, ["a", "b", "same"]),
         ({"model": {"path": "/nowhere/at/all"}}, ["/nowhere/at/all does not exist"]),
-        ({"kv_cache": "fp8"}, ["kv_cache"]),
     ],
 )
 def test_bad_recipes(changes, words, recipe, tmp_path):

@@ -17,7 +17,6 @@ from bitladder import pipeline
 from bitladder.errors import (
     DuplicateSchemes,
     OutputError,
-    RecipeError,
     RecordError,
     StaleRecord,
     VerificationFailed,
@@ -210,10 +209,18 @@ def test_two_equal_schemes_stop_before_the_export(files, tmp_path):
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_fp8_kv_cache_is_refused(files, tmp_path):
-    with pytest.raises(RecipeError, match="kv_cache"):
-        work_of(files, tmp_path / "out", kv_cache="fp8")
-    assert not (tmp_path / "out").exists()
+def test_an_fp8_kv_cache_needs_no_new_measurement(files, copied):
+    work = work_of(files, copied, kv_cache="fp8")
+    pipeline.run(work)
+    assert work.done == ["plan", "export", "verify", "evaluate"]
+    assert {manifest.kv_cache_format for manifest in work.manifests().values()} == {"fp8"}
+    schemes = [{"name": "full", "coverage": 1.0, "kv_cache": "none"}, {"name": "full_kv", "coverage": 1.0}]
+    work = work_of(files, copied, kv_cache="fp8", schemes=schemes)
+    pipeline.run(work)
+    assert {name: manifest.kv_cache_format for name, manifest in work.manifests().items()} == {
+        "full": None,
+        "full_kv": "fp8",
+    }
 
 
 def test_two_processes_in_one_directory(files, copied):

@@ -78,7 +78,10 @@ def test_unknown_keys_are_refused_with_the_nearest(tmp_path: Path, path: str, ne
 
 def test_an_unknown_key_without_a_near_one_lists_the_known(tmp_path: Path) -> None:
     message = error_of(write(tmp_path, changed("calibration.data.zzz", 1)))
-    assert "unknown key 'calibration.data.zzz'; known here: kind, path, text_field, split, subset, prompt" in message
+    assert (
+        "unknown key 'calibration.data.zzz'; known here: kind, path, text_field, split, annotations, subset, prompt"
+        in message
+    )
 
 
 def test_a_misspelt_key_is_named_rather_than_the_missing_one(tmp_path: Path) -> None:
@@ -100,7 +103,7 @@ def test_a_key_that_is_not_text(tmp_path: Path) -> None:
         ("calibration.sequence_length", 1, "greater than 1 (got 1)"),
         ("calibration.batch_size", -1, "(got -1)"),
         ("calibration.seed", 1.5, "(got 1.5)"),
-        ("calibration.data.kind", "csv", "'text', 'jsonl', 'huggingface' or 'image_text' (got 'csv')"),
+        ("calibration.data.kind", "csv", "'text', 'jsonl', 'huggingface', 'image_text' or 'coco' (got 'csv')"),
         ("calibration.data", None, "(got None)"),
         ("held_out.samples", 0, "(got 0)"),
         ("held_out.data.kind", "csv", "(got 'csv')"),

@@ -21,6 +21,7 @@ from bitladder.records import (
     Evaluation,
     FileDigest,
     Finding,
+    KvScale,
     Measurement,
     ModelSource,
     ModuleRecord,
@@ -97,6 +98,7 @@ SAMPLES: list[Record] = [
                 name="g", tensor="g.weight", format="fp8", dtype="F8_E4M3", weight_scale=0.1, input_scale=1 / 7
             ),
         ),
+        kv_scales=(KvScale(tensor="k_proj.k_scale", scale=0.1),),
     ),
     Verification(
         checkpoints=(
