@@ -22,41 +22,41 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ROOT / "recipes/data"
 BITS = (14.0, 12.0, 10.0, 9.0, 8.0)
 CALIBRATION = {"samples": 8, "sequence_length": 256, "batch_size": 4, "seed": 0}
 HELD_OUT = {"samples": 16, "sequence_length": 256, "batch_size": 4, "seed": 0}
 
 
-def data_of(model: Path, file: str, options: dict):
+def data_of(model: Path, path: Path, options: dict):
     from bitladder import calibration
     from bitladder.recipe import DataSpec
 
     processor = calibration.load_processor(model)
-    spec = DataSpec(kind="text", path=str(ROOT / "recipes/data" / file))
-    return calibration.load_data(spec, processor, **options)
+    return calibration.load_data(DataSpec(kind="text", path=str(path)), processor, **options)
 
 
-def run_bitladder(model: Path, output: Path) -> dict:
+def run_bitladder(model: Path, output: Path, data, bits_asked=BITS, dtype="float32", score_samples=None) -> dict:
     from bitladder import checkpoint, planning, sensitivity, targets, verification, weights
     from bitladder.recipe import MeasureSpec, SchemeSpec
     from bitladder.runinfo import Meter
 
-    data = data_of(model, "coco2017_captions.txt", CALIBRATION)
-    directories = {f"bits{bits:g}": output / f"bits{bits:g}" for bits in BITS}
+    directories = {f"bits{bits:g}": output / f"bits{bits:g}" for bits in bits_asked}
     meter = Meter()
     start = time.perf_counter()
     with meter.phase("identify and find groups"):
         source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
         target = targets.find_target(model)
     with meter.phase("measure"):
-        measurement = sensitivity.measure(model, source, target, data, MeasureSpec(dtype="float32"), output)
+        measurement = sensitivity.measure(
+            model, source, target, data, MeasureSpec(dtype=dtype, score_samples=score_samples), output
+        )
     with meter.phase("plan"):
-        specs = [SchemeSpec(name=f"bits{bits:g}", effective_bits=bits) for bits in BITS]
+        specs = [SchemeSpec(name=f"bits{bits:g}", effective_bits=bits) for bits in bits_asked]
         schemes = planning.plan_all(measurement, specs)
     amax = sensitivity.read_amax(measurement, output)
-    for scheme in schemes:
-        with meter.phase(f"export {scheme.name}"):
-            checkpoint.export(scheme, measurement, amax, model, directories[scheme.name])
+    with meter.phase("export"):
+        checkpoint.export_all(schemes, measurement, amax, model, directories)
     seconds = time.perf_counter() - start
     with meter.phase("verify"):
         verified = verification.verify(schemes, measurement, model, directories)
@@ -69,31 +69,34 @@ def run_bitladder(model: Path, output: Path) -> dict:
     }
 
 
-def run_modelopt(model: Path, output: Path, bits: float) -> dict:
+def run_modelopt(
+    model: Path, output: Path, data, bits: float, dtype="float32", left_alone=("*lm_head*",), score_batches=None
+) -> dict:
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.export import export_hf_checkpoint
 
     from bitladder.runinfo import Meter
+    from bitladder.sensitivity import resolve_device
     from bitladder.targets import load_model
 
-    data = data_of(model, "coco2017_captions.txt", CALIBRATION)
+    device = resolve_device("auto")
     meter = Meter()
     start = time.perf_counter()
     with meter.phase("load model"):
-        loaded = load_model(model, torch.float32)
+        loaded = load_model(model, getattr(torch, dtype), device)
         loaded.config.use_cache = False
     with meter.phase("auto_quantize"):
         loaded, state = mtq.auto_quantize(
             loaded,
-            constraints={"effective_bits": bits, "cost": {"excluded_module_name_patterns": ["*lm_head*"]}},
+            constraints={"effective_bits": bits, "cost": {"excluded_module_name_patterns": list(left_alone)}},
             quantization_formats=[mtq.FP8_DEFAULT_CFG],
-            data_loader=list(data.batches),
+            data_loader=[batch.to(device) for batch in data.batches],
             forward_step=lambda m, batch: m(**batch.inputs, labels=batch.labels),
             loss_func=lambda result, batch: result.loss,
             num_calib_steps=len(data.batches),
-            num_score_steps=len(data.batches),
-            disabled_layers=["*lm_head*"],
+            num_score_steps=score_batches or len(data.batches),
+            disabled_layers=list(left_alone),
             verbose=False,
         )
     with meter.phase("export"):
@@ -108,7 +111,7 @@ def run_modelopt(model: Path, output: Path, bits: float) -> dict:
 def evaluate(model: Path, directories: dict[str, Path]) -> dict:
     from bitladder import evaluation
 
-    data = data_of(model, "emma.txt", HELD_OUT)
+    data = data_of(model, TEXTS / "emma.txt", HELD_OUT)
     table = {}
     with evaluation.Reference.compute(model, data) as reference:
         for name, directory in directories.items():
@@ -173,9 +176,9 @@ def plan_real_groups(repeats: int = 5) -> dict:
     return {"groups": len(measurement.groups), "schemes": len(specs), "seconds": seconds}
 
 
-def child(*arguments: str) -> dict:
-    """Run this script as a process of its own and return the JSON of its last line."""
-    command = [sys.executable, __file__, *arguments]
+def child(*arguments: str, script: str = __file__) -> dict:
+    """Run a script as a process of its own and return the JSON of its last line."""
+    command = [sys.executable, script, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(result.stderr[-3000:])
@@ -195,15 +198,18 @@ def main() -> None:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        captions = TEXTS / "coco2017_captions.txt"
         if arguments.only == "bitladder":
-            result = run_bitladder(arguments.model, arguments.output)
+            data = data_of(arguments.model, captions, CALIBRATION)
+            result = run_bitladder(arguments.model, arguments.output, data)
         elif arguments.only == "copy":
             with tempfile.TemporaryDirectory(dir=arguments.output) as scratch:
                 result = export_against_copy(arguments.model, arguments.output, Path(scratch))
         elif arguments.only == "evaluate":
             result = evaluate(arguments.model, {p.name: p for p in sorted(arguments.output.glob("bits*"))})
         else:
-            result = run_modelopt(arguments.model, arguments.output, float(arguments.only))
+            data = data_of(arguments.model, captions, CALIBRATION)
+            result = run_modelopt(arguments.model, arguments.output, data, float(arguments.only))
         print(json.dumps(result))
         return
 

@@ -100,7 +100,7 @@ def test_transformers_own_loader_would_be_wrong(ladder, llama, data):
 
 def test_metrics_equal_an_independent_computation(reference, ladder, llama, data):
     _, directory = ladder["full"]
-    result = evaluation.evaluate_checkpoint(reference, directory)
+    result = evaluation.evaluate_checkpoint([reference], directory)
     quantised, original = evaluation.load_checkpoint(directory), targets.load_model(llama, torch.float32)
     kl, nll, agree, losses, tokens = 0.0, 0.0, 0, 0.0, 0
     with torch.no_grad():
@@ -129,8 +129,31 @@ def test_kl_of_the_original_to_itself_is_zero(reference, llama, data):
     assert sums.perplexity()[0] == reference.perplexity
 
 
+def test_every_held_out_set_is_evaluated_on_one_read_of_the_files(llama, text_file, reference, ladder, monkeypatch):
+    directory, loaded, phases = ladder["half"][1], [], []
+    alone = evaluation.evaluate_checkpoint([reference], directory)
+    other = load_text(llama, text_file, samples=3, length=24)
+    load = evaluation.load_checkpoint
+
+    def note(phase, *_):
+        assert not torch.is_grad_enabled()
+        phases.append(phase)
+
+    with evaluation.Reference.compute(llama, other, split="short") as short:
+        wanted = evaluation.compare(short, directory, "half")[0]
+        monkeypatch.setattr(evaluation, "load_checkpoint", lambda *a, **k: loaded.append(a) or load(*a, **k))
+        both = evaluation.evaluate_checkpoint([reference, short], directory, note)
+    assert len(loaded) == 1
+    assert list(both.data) == ["held_out", "short"]
+    assert both.data["short"] == other.summary
+    assert {result.split for result in wanted} == {"short"}
+    assert both.results == (*alone.results, *wanted)
+    assert both.result("kl").value != both.result("kl", "short").value
+    assert list(dict.fromkeys(phases)) == ["evaluate half", "evaluate half on short"]
+
+
 def test_more_fp8_is_further_away_and_bf16_is_the_floor(reference, ladder):
-    half, full = (evaluation.evaluate_checkpoint(reference, ladder[name][1]) for name in ("half", "full"))
+    half, full = (evaluation.evaluate_checkpoint([reference], ladder[name][1]) for name in ("half", "full"))
     assert 0 < half.result("kl").value < full.result("kl").value
     assert half.result("kl").noise_floor == full.result("kl").noise_floor > 0
     assert half.result("kl").standard_error > 0
@@ -160,19 +183,19 @@ def test_positions_without_a_label_do_not_count(llama, data, ladder):
     values = []
     for token in (3, 7):
         with evaluation.Reference.compute(llama, masked(token)) as reference:
-            result = evaluation.evaluate_checkpoint(reference, ladder["half"][1])
+            result = evaluation.evaluate_checkpoint([reference], ladder["half"][1])
             values.append([r.value for r in result.results])
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 def test_reference_on_disk_gives_the_same(llama, data, ladder, reference, monkeypatch):
-    wanted = evaluation.evaluate_checkpoint(reference, ladder["half"][1]).results
+    wanted = evaluation.evaluate_checkpoint([reference], ladder["half"][1]).results
     monkeypatch.setattr(evaluation, "MAX_REFERENCE_BYTES_IN_MEMORY", 0)
     with evaluation.Reference.compute(llama, data) as stored:
         directory = stored.store.directory
         assert directory is not None
         assert list(directory.iterdir())
-        assert evaluation.evaluate_checkpoint(stored, ladder["half"][1]).results == wanted
+        assert evaluation.evaluate_checkpoint([stored], ladder["half"][1]).results == wanted
     assert not directory.exists()
 
 
@@ -199,7 +222,7 @@ DAMAGE = {
     "zero scale": (lambda t, n: t[n.replace(".weight", ".input_scale")].zero_(), "not one positive float32"),
     "scale of the KV cache": (
         lambda t, n: t.update({"model.layers.0.self_attn.k_scale": torch.ones(())}),
-        "no FP8 weight",
+        "asks for no FP8 KV cache",
     ),
     "FP8 embedding": (lambda t, n: fp8_embedding(t), "no linear module's weight"),
     "NaN codes": (lambda t, n: t.update({n: (t[n].view(torch.uint8) | 0x7F).view(torch.float8_e4m3fn)}), "NaN"),
@@ -235,13 +258,13 @@ def test_manifest_of_other_files_is_refused(reference, ladder, tmp_path):
     other = manifest.modules[0].model_copy(update={"tensor": "model.layers.9.mlp.down_proj.weight"})
     manifest.model_copy(update={"modules": (other, *manifest.modules[1:])}).write(path)
     with pytest.raises(StaleRecord, match="disagree whether"):
-        evaluation.evaluate_checkpoint(reference, tmp_path / "x")
+        evaluation.evaluate_checkpoint([reference], tmp_path / "x")
 
 
 def test_outputs_without_a_finite_perplexity_are_refused(reference, ladder, tmp_path):
     directory = edited(ladder["half"][1], tmp_path / "x", lambda t, n: t["model.norm.weight"].fill_(3e4))
     with pytest.raises(ModelError, match="no perplexity can be stated"):
-        evaluation.evaluate_checkpoint(reference, directory)
+        evaluation.evaluate_checkpoint([reference], directory)
 
 
 def test_missing_quantization_config_is_refused(ladder, tmp_path):
@@ -260,7 +283,7 @@ def test_inf_in_the_outputs_is_refused(reference, ladder, tmp_path):
 
     directory = edited(ladder["half"][1], tmp_path / "x", change)
     with pytest.raises(ModelError, match="NaN or Inf|holds NaN"):
-        evaluation.evaluate_checkpoint(reference, directory)
+        evaluation.evaluate_checkpoint([reference], directory)
 
 
 def by_hand(source, destination, amax):

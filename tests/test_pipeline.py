@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitladder import pipeline
+from bitladder import pipeline, planning
 from bitladder.errors import (
     DuplicateSchemes,
     OutputError,
@@ -22,8 +22,8 @@ from bitladder.errors import (
     VerificationFailed,
 )
 from bitladder.pipeline import Workspace
-from bitladder.recipe import parse_recipe
-from bitladder.records import CheckpointManifest
+from bitladder.recipe import SchemeSpec, parse_recipe
+from bitladder.records import CheckpointManifest, Measurement
 from bitladder.storage import TEMPORARY_PREFIX
 from conftest import make_text
 
@@ -136,6 +136,82 @@ def test_other_held_out_data_redoes_only_the_evaluation(files, copied):
     work = work_of(files, copied, held_out=held_out)
     pipeline.run(work)
     assert work.done == ["evaluate"]
+
+
+def test_a_further_held_out_set_redoes_only_the_evaluation(files, copied):
+    model, text, other = files
+    rows = {"sequence_length": 24, "batch_size": 2}
+    first = {"data": {"kind": "text", "path": str(other)}, "samples": 4, **rows}
+    before = json.loads((copied / "evaluations/full.json").read_text())
+    sets = [first, {"name": "left_over", "samples": 5, **rows}]
+    work = work_of(files, copied, held_out=sets)
+    report = pipeline.run(work)
+    assert work.done == ["evaluate"]
+    after = json.loads((copied / "evaluations/full.json").read_text())
+    assert after["data"]["held_out"] == before["data"]["held_out"]
+    assert after["results"][:3] == before["results"]
+    assert [(r["metric"], r["split"], r["samples"]) for r in after["results"][3:]] == [
+        ("kl", "left_over", 5),
+        ("perplexity", "left_over", 5),
+        ("top1_agreement", "left_over", 5),
+    ]
+    calibration = json.loads((copied / "measurement.json").read_text())["calibration"]
+    assert after["data"]["left_over"]["source"] == calibration["source"]
+    assert not set(after["data"]["left_over"]["sample_ids"]) & set(calibration["sample_ids"])
+    assert report.splits == ("held_out", "left_over")
+    assert "left_over" in (copied / "report.md").read_text()
+    work = work_of(files, copied, held_out=sets)
+    pipeline.run(work)
+    assert work.done == []
+    for changed in ([first, {**sets[1], "samples": 6}], [first, {**sets[1], "name": "rest"}], sets[::-1]):
+        work = work_of(files, copied, held_out=changed)
+        pipeline.run(work)
+        assert work.done == ["evaluate"]
+
+
+def measured_with_images(directory):
+    """The measurement of a run, as if image positions carried all that the first half of the groups' scores hold."""
+    measurement = Measurement.read(directory / "measurement.json")
+    half = len(measurement.candidates) // 2
+    candidates = tuple(
+        c.model_copy(update={"image_scores": c.scores if i < half else tuple(0.0 for _ in c.scores)})
+        for i, c in enumerate(measurement.candidates)
+    )
+    return measurement.model_copy(update={"candidates": candidates})
+
+
+def test_groups_that_change_when_only_text_positions_count(finished):
+    plain, measurement = Measurement.read(finished / "measurement.json"), measured_with_images(finished)
+    text_alone = {"name": "text", "coverage": 0.5, "image_weight": 0.0}
+    entries = [{"name": "both", "coverage": 0.5}, {"name": "full", "coverage": 1.0}, text_alone]
+    specs = [SchemeSpec.model_validate(entry) for entry in entries]
+    schemes = [planning.plan(measurement, spec) for spec in specs]
+    both, _, text = schemes
+    differing = sum(both.formats[group] != text.formats[group] for group in text.formats)
+    assert differing > 0
+    assert pipeline.text_only_changes(measurement, schemes) == {"both": differing, "full": 0, "text": 0}
+    assert pipeline.text_only_changes(plain, schemes) == {}
+
+
+def test_a_bound_that_text_alone_cannot_meet(finished):
+    """A score of less than 0 is attainable only with the image positions, which are made to be negative."""
+    measurement = Measurement.read(finished / "measurement.json")
+    candidates = tuple(
+        c.model_copy(update={"scores": tuple(-s for s in c.scores), "image_scores": tuple(-2 * s for s in c.scores)})
+        for c in measurement.candidates
+    )
+    measurement = measurement.model_copy(update={"candidates": candidates})
+    scheme = planning.plan(measurement, SchemeSpec(name="a", max_predicted_score=0.0))
+    assert pipeline.text_only_changes(measurement, [scheme]) == {"a": None}
+
+
+def test_standard_errors_are_those_of_the_score_that_was_planned(finished):
+    measurement = measured_with_images(finished)
+    text = planning.plan(measurement, SchemeSpec(name="text", coverage=1.0, image_weight=0.0))
+    both = planning.plan(measurement, SchemeSpec(name="both", coverage=1.0))
+    errors = pipeline.standard_errors(measurement, [text, both])
+    assert errors["both"] == planning.standard_error(measurement, both.formats)
+    assert errors["text"] == planning.standard_error(measurement.weigh_images(0.0), text.formats) != errors["both"]
 
 
 def test_another_method_redoes_everything(files, copied):
@@ -267,8 +343,9 @@ def test_held_out_rows_of_the_calibration_file(files, tmp_path):
     pipeline.run(work)
     content = json.loads((output / "evaluations/full.json").read_text())
     calibration = json.loads((output / "measurement.json").read_text())["calibration"]
-    assert content["data"]["source"] == calibration["source"]
-    assert not set(content["data"]["sample_ids"]) & set(calibration["sample_ids"])
+    data = content["data"]["held_out"]
+    assert data["source"] == calibration["source"]
+    assert not set(data["sample_ids"]) & set(calibration["sample_ids"])
 
 
 CHILD = """

@@ -9,6 +9,7 @@ import bitladder
 from bitladder import calibration, numerics, planning, sensitivity, targets
 from bitladder.errors import MeasurementError
 from bitladder.recipe import DataSpec, MeasureSpec
+from bitladder.sensitivity.modelopt import freeze_outside
 from conftest import measure_text, source_of, spec
 
 DEMO = Path(bitladder.__file__).parent / "demo"
@@ -135,3 +136,15 @@ def test_bits_schemes_weigh_positions_too(measured):
     assert schemes[0].predicted_score < sum(
         measurement.sensitivity(table[g]["fp8"]) for g in schemes[1].quantised_groups()
     )
+
+
+def test_no_gradient_enters_the_vision_tower(data):
+    """The scores need none; ModelOpt would run its backward pass through the tower for the patch embedding's sake."""
+    model = targets.load_model(MODEL, torch.float32)
+    freeze_outside(model, targets.find_target(MODEL).language_model)
+    batch = data.batches[0]
+    model(**batch.inputs, labels=batch.labels).loss.backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert not any("visual" in name for name in with_gradient)
+    assert "model.language_model.embed_tokens.weight" in with_gradient
+    assert "model.language_model.layers.0.mlp.down_proj.weight" in with_gradient

@@ -166,6 +166,42 @@ def test_duplicate_names(tmp_path: Path) -> None:
 def test_a_task_needs_answers(tmp_path: Path) -> None:
     message = error_of(write(tmp_path, changed("held_out.task", "exact_match")))
     assert "held_out.task needs held-out data of kind image_text" in message
+    pairs = {"name": "pairs", "data": {"kind": "image_text", "path": "x"}, "task": "exact_match"}
+    assert len(read_recipe(write(tmp_path, changed("held_out", [GOOD["held_out"], pairs]))).held_out) == 2
+    message = error_of(write(tmp_path, changed("held_out", [pairs, {**GOOD["held_out"], "task": "exact_match"}])))
+    assert "held_out.1.task needs held-out data of kind image_text" in message
+
+
+def test_one_held_out_set_or_several(tmp_path: Path) -> None:
+    one = read_recipe(write(tmp_path, GOOD)).held_out
+    assert [(spec.name, spec.samples) for spec in one] == [("held_out", 4)]
+    sets = [{"name": "text", "data": {"kind": "text", "path": "a.txt"}}, {"name": "left.over-1", "samples": 3}]
+    several = read_recipe(write(tmp_path, changed("held_out", sets)))
+    assert [(spec.name, spec.samples) for spec in several.held_out] == [("text", 32), ("left.over-1", 3)]
+    assert several.held_out[0].data is not None
+    assert several.held_out[0].data.path == str(tmp_path / "a.txt")
+    assert Recipe.model_validate_json(several.model_dump_json()) == several
+
+
+def test_held_out_sets_have_names_of_their_own(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path, changed("held_out", [GOOD["held_out"], {"samples": 3}])))
+    assert "two held-out sets are named held_out; give each a `name` of its own" in message
+    message = error_of(write(tmp_path, changed("held_out.name", "a b")))
+    assert "held_out: held-out set name 'a b': use letters, digits, '.', '_' and '-'" in message
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("text.txt", "held_out: give a held-out set or a list of them; got 'text.txt'"),
+        ([], "held_out: Tuple should have at least 1 item"),
+        ([{"name": "a"}, {"name": "b", "sample": 3}], "unknown key 'held_out.1.sample'; did you mean 'samples'?"),
+        ([{"name": "a"}, {"name": "b", "samples": 0}], "held_out.1.samples: "),
+        ([3], "held_out.0: "),
+    ],
+)
+def test_wrong_held_out_sets_are_named_as_they_are_written(tmp_path: Path, value: Any, expected: str) -> None:
+    assert expected in error_of(write(tmp_path, changed("held_out", value)))
 
 
 def test_files_that_are_not_recipes(tmp_path: Path) -> None:
@@ -203,8 +239,9 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     recipe = read_recipe(Path("../recipes") / path.name)
     assert recipe.model.path == str(recipes / "model")
     assert recipe.calibration.data.path == str(recipes / "data/text.txt")
-    assert recipe.held_out.data is not None
-    assert recipe.held_out.data.path == str(recipes / "data/held.jsonl")
+    (held_out,) = recipe.held_out
+    assert held_out.data is not None
+    assert held_out.data.path == str(recipes / "data/held.jsonl")
 
 
 def test_the_output_is_relative_to_where_the_user_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +292,7 @@ def test_what_looks_like_a_hub_id_but_exists_is_a_directory(tmp_path: Path) -> N
 
 def test_held_out_may_be_what_calibration_leaves(tmp_path: Path) -> None:
     content = {key: value for key, value in GOOD.items() if key != "held_out"}
-    assert read_recipe(write(tmp_path, content)).held_out.data is None
+    assert read_recipe(write(tmp_path, content)).held_out[0].data is None
 
 
 def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:

@@ -83,7 +83,15 @@ SCHEME = Scheme(
     nested_in=("full",),
 )
 FINDING = Finding(file="f", tensor=None, problem="p", remedy="r")
-RESULT = EvalResult(metric="kl", unit="nats per token", value=1e-3, standard_error=None, samples=2, noise_floor=1e-4)
+RESULT = EvalResult(
+    metric="kl",
+    split="text",
+    unit="nats per token",
+    value=1e-3,
+    standard_error=None,
+    samples=2,
+    noise_floor=1e-4,
+)
 SAMPLES: list[Record] = [
     Measurement(**MEASUREMENT),
     SCHEME,
@@ -117,7 +125,7 @@ SAMPLES: list[Record] = [
         scheme="top25",
         manifest_sha256="m",
         model_sha256="c",
-        data=DATA,
+        data={"text": DATA},
         arithmetic="float32",
         results=(RESULT,),
         run=RUN,
@@ -237,7 +245,31 @@ def test_nan_is_refused_in_memory(value: float) -> None:
     with pytest.raises(ValidationError):
         Candidate(group="g", format="fp8", weight_bits=64, scores=(value,))
     with pytest.raises(ValidationError):
-        EvalResult(metric="kl", unit="u", value=value, standard_error=None, samples=1, noise_floor=None)
+        EvalResult(metric="kl", split="s", unit="u", value=value, standard_error=None, samples=1, noise_floor=None)
+
+
+def test_a_result_is_that_of_the_first_held_out_set_unless_another_is_named() -> None:
+    other = RESULT.model_copy(update={"split": "images", "value": 2.0})
+    # Neither the order of the names nor that of the results: that of the sets.
+    evaluation = SAMPLES[4].model_copy(update={"data": {"text": DATA, "images": DATA}, "results": (other, RESULT)})
+    assert isinstance(evaluation, Evaluation)
+    assert evaluation.result("kl") == evaluation.result("kl", "text") == RESULT
+    assert evaluation.result("kl", "images") == other
+    assert evaluation.result("perplexity") is evaluation.result("kl", "code") is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": {"images": DATA}}, "unknown held-out set text"),
+        ({"data": {}}, "at least 1 item"),
+        ({"results": (RESULT, RESULT)}, "same metric and held-out set"),
+    ],
+)
+def test_results_are_of_known_held_out_sets(fields: dict[str, Any], message: str) -> None:
+    known = {name: getattr(SAMPLES[4], name) for name in Evaluation.model_fields}
+    with pytest.raises(ValidationError, match=message):
+        Evaluation(**known | fields)
 
 
 @pytest.mark.parametrize("name", ["NaN", "Infinity", "-Infinity"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from scipy.stats import spearmanr
 
 from bitladder.errors import StaleRecord
 from bitladder.records import (
@@ -32,6 +33,7 @@ from bitladder.records import (
     Verification,
 )
 from bitladder.report import Report, batch_standard_error, build_report, closing_table, render_markdown, write_report
+from bitladder.report.content import rank_correlation
 
 LAYERS = 2
 KINDS = {"self_attn.qkv_proj": 300, "self_attn.o_proj": 100, "mlp.gate_up_proj": 400, "mlp.down_proj": 200}
@@ -134,11 +136,20 @@ def make_manifest(scheme: Scheme) -> CheckpointManifest:
 def make_evaluation(
     manifest: CheckpointManifest, kl: float, error: float | None, *, task: float | None = None, **changes: Any
 ) -> Evaluation:
-    floor = changes.pop("floor", 0.96e-3)
+    floor, split = changes.pop("floor", 0.96e-3), changes.pop("split", "held_out")
     results = [
-        EvalResult(metric="kl", unit="nats per token", value=kl, standard_error=error, samples=32, noise_floor=floor),
+        EvalResult(
+            metric="kl",
+            split=split,
+            unit="nats per token",
+            value=kl,
+            standard_error=error,
+            samples=32,
+            noise_floor=floor,
+        ),
         EvalResult(
             metric="perplexity",
+            split=split,
             unit="perplexity",
             value=37.68,
             standard_error=0.4,
@@ -147,13 +158,20 @@ def make_evaluation(
             reference=37.21,
         ),
         EvalResult(
-            metric="top1_agreement", unit="share", value=0.9712, standard_error=0.001, samples=32, noise_floor=0.9934
+            metric="top1_agreement",
+            split=split,
+            unit="share",
+            value=0.9712,
+            standard_error=0.001,
+            samples=32,
+            noise_floor=0.9934,
         ),
     ]
     if task is not None:
         results.append(
             EvalResult(
                 metric="task_accuracy",
+                split=split,
                 unit="share",
                 value=task,
                 standard_error=0.0101,
@@ -166,7 +184,7 @@ def make_evaluation(
         "scheme": manifest.scheme,
         "manifest_sha256": manifest.fingerprint(),
         "model_sha256": "c" * 64,
-        "data": HELD_OUT,
+        "data": {split: HELD_OUT},
         "arithmetic": "float32",
         "results": tuple(results),
         "run": RUN,
@@ -341,13 +359,120 @@ def test_no_standard_error_no_statement() -> None:
     assert "Within noise" not in markdown
 
 
-def test_evaluations_on_different_data_are_not_compared() -> None:
+def two_sets(first: dict[str, float], second: dict[str, float], *, task: str | None = None) -> Report:
+    """A report on two held-out sets, `images` and `text`: KL by scheme on each; `task` names the set that has one."""
+    measurement = make_measurement()
+    schemes = [make_scheme(measurement, "top25", {0, 1}), make_scheme(measurement, "full", set(range(8)))]
+    manifests = {scheme.name: make_manifest(scheme) for scheme in schemes}
+    summary = HELD_OUT.model_copy(update={"sha256": "7" * 64, "source": "prose.txt", "sample_ids": ("one",)})
+    evaluations = {}
+    for name, manifest in manifests.items():
+        parts = [
+            make_evaluation(
+                manifest, kl[name], error, split=split, floor=floor, task=0.944 if task == split else None
+            ).results
+            for split, kl, error, floor in (("images", first, 1e-4, 0.96e-3), ("text", second, 1e-6, 0.5e-3))
+        ]
+        data = {"images": HELD_OUT, "text": summary}
+        evaluations[name] = make_evaluation(manifest, 1.0, 1e-4).model_copy(
+            update={"data": data, "results": tuple(result for part in parts for result in part)}
+        )
+    return build_report({}, measurement, schemes, manifests, None, evaluations, [])
+
+
+def test_a_further_held_out_set_adds_a_column_of_kl() -> None:
+    markdown = render_markdown(two_sets({"top25": 2.8e-3, "full": 29.7e-3}, {"top25": 1.5e-3, "full": 40e-3}))
+    row = summary_row(markdown, "top25")
+    assert list(row)[7:] == [
+        "held-out KL on images ± SE, 10⁻³ nats per token",
+        "KL on text ± SE, 10⁻³ nats per token",
+        "perplexity",
+        "top-1 agreement",
+        "verified",
+    ]
+    assert list(row.values())[7:9] == ["2.80 ± 0.10", "1.5000 ± 0.0010"]
+    assert list(summary_row(markdown, "original").values())[7:9] == ["0", "0"]
+    floor = summary_row(markdown, "original in BF16 arithmetic (noise floor)")
+    assert list(floor.values())[7:9] == ["0.96", "0.5000"]
+    assert "are those of the first held-out set, `images`" in markdown
+    assert "are those of the first held-out set" not in render_markdown(make_report())
+
+
+def test_details_of_every_held_out_set() -> None:
+    report = two_sets({"top25": 2.8e-3, "full": 29.7e-3}, {"top25": 1.5e-3, "full": 40e-3})
+    assert report.splits == ("images", "text")
+    text = section(render_markdown(report), "Held-out evaluation")
+    rows = tables(text)[0][2:]
+    assert [row[:4] for row in rows if "KL" in row[2]] == [
+        ["top25", "images", "KL to the original", "2.80"],
+        ["top25", "text", "KL to the original", "1.5000"],
+        ["full", "images", "KL to the original", "29.70"],
+        ["full", "text", "KL to the original", "40.0000"],
+    ]
+    assert "- `images`, top25, full: `captions.txt`" in text
+    assert "- `text`, top25, full: `prose.txt`" in text
+    assert [e.samples_seen_in_calibration for e in report.evaluations] == [0, 1, 0, 1]
+    assert "`held_out`" not in render_markdown(make_report())  # one set needs no name
+
+
+def test_statements_about_noise_are_about_the_first_held_out_set() -> None:
+    clear = two_sets({"top25": 2.8e-3, "full": 29.7e-3}, {"top25": 0.1e-3, "full": 0.1e-3})
+    assert clear.comparable
+    assert [pair.within_noise for pair in clear.comparisons] == [False]
+    assert clear.below_noise_floor == ()
+    noisy = two_sets({"top25": 0.1e-3, "full": 0.1e-3}, {"top25": 2.8e-3, "full": 29.7e-3})
+    assert [pair.within_noise for pair in noisy.comparisons] == [True]
+    assert noisy.below_noise_floor == ("top25", "full")
+    assert "Below the noise floor: `top25`. Its KL is 0.10 ×" in render_markdown(noisy)
+
+
+@pytest.mark.parametrize(
+    ("split", "column"), [("images", "task accuracy ± SE"), ("text", "task accuracy on text ± SE")]
+)
+def test_the_task_of_any_held_out_set_is_shown(split: str, column: str) -> None:
+    kls = {"top25": 2.8e-3, "full": 29.7e-3}
+    report = two_sets(kls, kls, task=split)
+    markdown = render_markdown(report)
+    assert summary_row(markdown, "full")[column] == "94.4% ± 1.0%"
+    assert summary_row(markdown, "original")[column] == "94.8%"
+    assert any("94.4% ± 1.0%" in line for line in terminal(report))
+
+
+def test_closing_table_of_two_held_out_sets_fits_120_columns() -> None:
+    lines = terminal(two_sets({"top25": 2.8e-3, "full": 29.7e-3}, {"top25": 1.5e-3, "full": 40e-3}, task="images"))
+    assert max(len(line) for line in lines) + len("fp8_autoquant_top25") - len("noise floor") <= 120
+    assert not any("…" in line for line in lines)
+    (row,) = (line for line in lines if "top25" in line)
+    assert [c.strip() for c in row.split("│")[1:-1]] == [
+        "top25", "20.00%", "14.40", "0.0 MiB", "2.80 ± 0.10", "1.5000 ± 0.0010", "37.68", "97.12%", "94.4% ± 1.0%",
+        "not run",
+    ]  # fmt: skip
+    names = next([c.strip() for c in re.split("[┃│]", line)] for line in lines if "images" in line)
+    assert names.index("text") == names.index("images") + 1
+
+
+def test_evaluations_on_different_held_out_sets_are_not_compared() -> None:
     measurement = make_measurement()
     schemes = [make_scheme(measurement, "top25", {0, 1}), make_scheme(measurement, "full", set(range(8)))]
     manifests = {scheme.name: make_manifest(scheme) for scheme in schemes}
     evaluations = {
+        "top25": make_evaluation(manifests["top25"], 2e-3, 1e-3, split="a"),
+        "full": make_evaluation(manifests["full"], 2e-3, 1e-3, split="b"),
+    }
+    report = build_report({}, measurement, schemes, manifests, None, evaluations, [])
+    assert not report.comparable
+    assert report.splits == ("a", "b")
+    assert summary_row(render_markdown(report), "full")["KL on b ± SE, 10⁻³ nats per token"] == "2.0 ± 1.0"
+
+
+def test_evaluations_on_different_data_are_not_compared() -> None:
+    measurement = make_measurement()
+    schemes = [make_scheme(measurement, "top25", {0, 1}), make_scheme(measurement, "full", set(range(8)))]
+    manifests = {scheme.name: make_manifest(scheme) for scheme in schemes}
+    other = HELD_OUT.model_copy(update={"sha256": "9" * 64})
+    evaluations = {
         "top25": make_evaluation(manifests["top25"], 2e-3, 1e-3),
-        "full": make_evaluation(manifests["full"], 2e-3, 1e-3, data=HELD_OUT.model_copy(update={"sha256": "9" * 64})),
+        "full": make_evaluation(manifests["full"], 2e-3, 1e-3, data={"held_out": other}),
     }
     report = build_report({}, measurement, schemes, manifests, None, evaluations, [])
     assert not report.comparable
@@ -399,6 +524,132 @@ def test_group_table_has_a_row_a_group_and_a_column_a_scheme() -> None:
     assert table[4][-3:] == ["·", "FP8", "FP8"]
 
 
+# The share of image positions in the score of each of the eight groups.
+IMAGE_SHARES = (0.0, 0.5, 0.9, 0.0, 0.1, 0.0, 0.0, 0.25)
+
+
+def with_images(shares: tuple[float, ...] = IMAGE_SHARES, **changes: Any) -> Measurement:
+    candidates = tuple(
+        c.model_copy(update={"image_scores": tuple(share * s for s in c.scores)})
+        for c, share in zip(make_measurement().candidates, shares, strict=True)
+    )
+    return make_measurement(candidates=candidates, **changes)
+
+
+def positions_report(measurement: Measurement, changes: dict[str, int | None] | None = None) -> Report:
+    schemes = [make_scheme(measurement, "top25", {0, 1}), make_scheme(measurement, "full", set(range(8)))]
+    return build_report({}, measurement, schemes, {}, None, {}, [], text_only_changes=changes or {})
+
+
+def test_text_and_image_positions_apart() -> None:
+    report = positions_report(with_images(), {"full": None, "top25": 3})
+    assert report.positions is not None
+    (ranking,) = report.positions.rankings
+    scores = [n + 1 for n in range(8)]
+    shares = zip(IMAGE_SHARES, scores, strict=True)
+    assert ranking.image_share == pytest.approx(sum(share * score for share, score in shares) / sum(scores))
+    elements = [group.weight_elements for group in report.groups]
+    both = [score / n for score, n in zip(scores, elements, strict=True)]
+    text = [value * (1 - share) for value, share in zip(both, IMAGE_SHARES, strict=True)]
+    assert ranking.rank_correlation == pytest.approx(float(spearmanr(text, both).statistic))
+    orders = [sorted(range(8), key=side.__getitem__) for side in (text, both)]
+    ranks = [[order.index(group) + 1 for group in range(8)] for order in orders]
+    moves = [(g.name, a, b) for g, a, b in zip(report.groups, *ranks, strict=True) if a != b]
+    assert sorted(moves) == sorted((m.group, m.rank_text, m.rank_both) for m in ranking.moved)
+    distances = [abs(m.rank_text - m.rank_both) for m in ranking.moved]
+    assert distances == sorted(distances, reverse=True)
+    assert len(set(distances)) > 1
+    by_name = {moved.group: moved.image_share for moved in ranking.moved}
+    assert by_name[f"{PREFIX}0.mlp.gate_up_proj"] == pytest.approx(0.9)
+
+
+def test_text_and_image_positions_on_the_page() -> None:
+    report = positions_report(with_images(), {"full": None, "top25": 3})
+    text = section(render_markdown(report), "Text and image positions")
+    assert report.positions is not None
+    (ranking,) = report.positions.rankings
+    assert f"image positions carry {100 * (ranking.image_share or 0):.1f}% of the score summed over all groups" in text
+    assert f"from both: {ranking.rank_correlation:.3f}." in text
+    moved, schemes = tables(text)
+    first = ranking.moved[0]
+    assert moved[2][:3] == [first.group.removeprefix(PREFIX), str(first.rank_text), str(first.rank_both)]
+    assert ["0.mlp.gate_up_proj", "90.0%"] in [[row[0], row[3]] for row in moved]
+    assert schemes[0][1] == "of 8 groups, in another format"
+    assert schemes[2:] == [["top25", "3"], ["full", "can't be met"]]
+    assert Report.model_validate_json(report.model_dump_json()) == report
+
+
+def test_ten_groups_at_most_are_said_to_move() -> None:
+    groups, candidates = [], []
+    for index in range(12):
+        name = f"g.{index}"
+        groups.append(QuantGroup(name=name, modules=(QuantModule(name=name),), weight_elements=100))
+        scores = (1.0 + index, 1.0 + index)  # the order of text alone is the other way round
+        images = tuple(score - 1 / score for score in scores)
+        candidates.append(Candidate(group=name, format="fp8", weight_bits=800, scores=scores, image_scores=images))
+    report = positions_report(make_measurement(groups=tuple(groups), candidates=tuple(candidates)))
+    assert report.positions is not None
+    (ranking,) = report.positions.rankings
+    assert ranking.rank_correlation == pytest.approx(-1)
+    assert [m.group for m in ranking.moved][:4] == ["g.0", "g.11", "g.1", "g.10"]
+    assert len(ranking.moved) == 10
+
+
+def test_image_positions_that_change_no_rank() -> None:
+    text = section(render_markdown(positions_report(with_images((0.5,) * 8))), "Text and image positions")
+    assert "image positions carry 50.0%" in text
+    assert "from both: 1.000. No group's rank differs." in text
+    assert tables(text) == []
+
+
+def test_no_section_without_scores_of_image_positions() -> None:
+    report = positions_report(make_measurement())
+    assert report.positions is None
+    assert "Text and image positions" not in render_markdown(report)
+    partly = with_images().candidates[:4] + make_measurement().candidates[4:]
+    assert positions_report(make_measurement(candidates=partly)).positions is None
+
+
+def test_rank_correlation() -> None:
+    assert rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 25.0]) == pytest.approx(1)
+    assert rank_correlation([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
+    first, second = [3.0, 1.0, 1.0, 2.0, 5.0], [2.0, 2.0, 1.0, 7.0, 2.0]
+    assert rank_correlation(first, second) == pytest.approx(float(spearmanr(first, second).statistic))
+    assert rank_correlation([1.0, 1.0], [1.0, 2.0]) is None
+    assert rank_correlation([], []) is None
+
+
+def test_the_edge_is_that_of_the_scores_that_were_planned_from() -> None:
+    measurement = with_images()
+    # By score of text positions per bit saved the order begins 2, 0; by that of all it begins 0, 2.
+    asked = {"name": "text", "coverage": 0.25, "image_weight": 0.0}
+    text = make_scheme(measurement, "text", {2}, asked=asked)
+    both = make_scheme(measurement, "both", {2})
+    (edge,) = build_report({}, measurement, [text, both], {}, None, {}, []).edges
+    assert (edge.scheme, edge.taken, edge.left) == (
+        "text",
+        f"{PREFIX}0.mlp.gate_up_proj",
+        f"{PREFIX}0.self_attn.qkv_proj",
+    )
+
+
+def test_the_kv_cache_has_a_column_where_a_scheme_has_one() -> None:
+    measurement = with_images()
+    plain = make_scheme(measurement, "full", set(range(8)))
+    asked = {"name": "full_kv", "coverage": 1.0, "image_weight": 0.5, "kv_cache": "fp8"}
+    cached = make_scheme(measurement, "full_kv", set(range(8)), kv_cache_format="fp8", asked=asked)
+    half = make_scheme(measurement, "half_kv", {0, 1}, kv_cache_format="fp8")
+    report = build_report({}, measurement, [plain, cached, half], {}, None, {}, [])
+    markdown = render_markdown(report)
+    names = ("original", "original in BF16 arithmetic (noise floor)", "full", "full_kv")
+    assert [summary_row(markdown, name)["KV cache"] for name in names] == ["BF16", "–", "BF16", "FP8"]
+    assert summary_row(markdown, "full_kv")["asked"] == "coverage ≤ 100%; image weight 0.5; KV cache FP8"
+    assert "KV cache" not in render_markdown(make_report())
+    # Equal groups, and a KV cache besides.
+    assert set(report.nesting) == {("full", "full_kv"), ("half_kv", "full_kv")}
+    assert "Not nested: `half_kv` and `full`. Each quantises groups or a KV cache that the other leaves" in markdown
+
+
 def test_layer_counts_by_kind_add_up() -> None:
     (table,) = tables(section(render_markdown(make_report()), "Layers per scheme"))
     assert table[0][5:] == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -419,7 +670,7 @@ def test_samples_seen_in_calibration_are_counted() -> None:
     scheme = make_scheme(measurement, "top25", {0, 1})
     manifest = make_manifest(scheme)
     leaky = HELD_OUT.model_copy(update={"sample_ids": ("two", "three")})
-    evaluation = make_evaluation(manifest, 1e-3, 1e-4, data=leaky)
+    evaluation = make_evaluation(manifest, 1e-3, 1e-4, data={"held_out": leaky})
     report = build_report({}, measurement, [scheme], {"top25": manifest}, None, {"top25": evaluation}, [])
     assert report.evaluations[0].samples_seen_in_calibration == 1
 

@@ -250,11 +250,12 @@ def test_gpu_asked_for_but_absent(llama, text_file, tmp_path):
 
 def test_amax_must_belong_to_the_measurement(measured, tmp_path):
     measurement, directory = measured
+    kinds = {"k_proj": ("k_amax",), "v_proj": ("v_amax",)}
     assert set(sensitivity.read_amax(measurement, directory)) == {
         f"{module.name}.{kind}"
         for group in measurement.groups
         for module in group.modules
-        for kind in ("weight_amax", "input_amax")
+        for kind in ("weight_amax", "input_amax", *kinds.get(module.name.rpartition(".")[2], ()))
     }
     with pytest.raises(RecordError, match="missing"):
         sensitivity.read_amax(measurement, tmp_path)

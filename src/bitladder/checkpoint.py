@@ -46,6 +46,7 @@ from bitladder.weights import INDEX_FILE, TensorInfo, WeightFiles, read_config
 CONFIG_FILE = "config.json"
 QUANT_CONFIG_FILE = "hf_quant_config.json"
 _BLOCK_BYTES = 1 << 22
+_CORES_PER_EXPORT = 4
 _QUEUED_BLOCKS = 4  # so many blocks may wait to be hashed and written: 16 MiB
 _CODED_ELEMENTS = 1 << 18  # of a weight are made into codes at a time: 1 MiB in float32, which a cache holds
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
@@ -351,7 +352,6 @@ def export(
     lost = sorted(set(quantised) - set(weights.tensors))
     if lost:
         raise StaleRecord(f"{source} has no tensor {lost[0]}, which was measured; it is another model: measure again")
-    remove_leftovers(destination.parent)
     with atomic_directory(destination) as temporary:
         files = []
         table: dict[str, _Entry] = {}
@@ -386,6 +386,35 @@ def export(
         )
         manifest.write(temporary / CheckpointManifest.FILE_NAME)
     return manifest
+
+
+def export_all(
+    schemes: Sequence[Scheme],
+    measurement: Measurement,
+    amax: Amax,
+    source: Path,
+    directories: Mapping[str, Path],
+    progress: Progress = no_progress,
+) -> dict[str, CheckpointManifest]:
+    """Write the checkpoints of several schemes, `{scheme name: directory}`; at once where there are cores for it.
+
+    Hashing and writing one checkpoint keeps two to three threads busy.
+
+    Raises:
+        BitladderError: see `export`; what other schemes have finished stays.
+    """
+    for parent in {directory.parent for directory in directories.values()}:
+        remove_leftovers(parent)
+
+    def write(scheme: Scheme) -> CheckpointManifest:
+        return export(scheme, measurement, amax, source, directories[scheme.name], progress)
+
+    at_once = max(1, min(len(schemes), len(os.sched_getaffinity(0)) // _CORES_PER_EXPORT))
+    pool = ThreadPoolExecutor(max_workers=at_once)
+    try:
+        return {scheme.name: manifest for scheme, manifest in zip(schemes, pool.map(write, schemes), strict=True)}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _module_records(quantised: Quantised, amax: Amax) -> Iterator[ModuleRecord]:

@@ -1,8 +1,9 @@
 """Evaluates exported checkpoints against the original, from the files, on held-out data.
 
-`Reference.compute(original, data)` runs the original once; `evaluate_checkpoint(reference, directory)` reads a
-checkpoint's files and compares. transformers' own loader would cast the FP8 codes and drop the scales, so the files are
-read here: weights dequantised, and every quantised linear's input rounded through E4M3 with its *stored* scale.
+`Reference.compute(original, data)` runs the original on one held-out set; `evaluate_checkpoint(references, directory)`
+reads a checkpoint's files once and compares on every set. transformers' own loader would cast the FP8 codes and drop
+the scales, so the files are read here: weights dequantised, and every quantised linear's input rounded through E4M3
+with its *stored* scale.
 
 Arithmetic is float32. The noise floor of each metric is that of the original loaded in BF16 (which keeps the rotary
 frequencies in float32, as serving does; casting the float32 model would round them too). Over rows r with n_r
@@ -27,6 +28,7 @@ from bitladder import numerics
 from bitladder.calibration import DataSet, Sample, prompt_inputs, tokenizer_of
 from bitladder.errors import ModelError, StaleRecord
 from bitladder.kv_cache import Fp8Cache, layer_index
+from bitladder.recipe import DEFAULT_SPLIT
 from bitladder.records import CheckpointManifest, EvalResult, Evaluation
 from bitladder.runinfo import Meter, Progress, no_progress
 from bitladder.targets import checkpoint_tensor_names, load_model
@@ -149,11 +151,14 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
 def _check_kv_scales(directory: Path, files: WeightFiles, kv_scales: list[str]) -> None:
     """Check that keys and values have scales exactly where config.json says that the KV cache is FP8."""
     asked = "kv_cache_scheme" in read_config(directory).get("quantization_config", {})
-    if asked != bool(kv_scales):
-        found = f"{len(kv_scales)} scales of keys and values" if kv_scales else "no scales of keys and values"
-        says = "an FP8 KV cache" if asked else "no FP8 KV cache"
-        raise ModelError(f"{directory / 'config.json'} asks for {says}, but there are {found}; {_EXPORT_AGAIN}")
+    if asked and not kv_scales:
+        raise ModelError(
+            f"{directory / 'config.json'} asks for an FP8 KV cache, but keys and values have no scales; {_EXPORT_AGAIN}"
+        )
     for name in kv_scales:
+        if not asked:
+            file = directory / files.tensors[name].file
+            raise ModelError(f"{file}: {name} is there, but config.json asks for no FP8 KV cache; {_EXPORT_AGAIN}")
         prefix, _, kind = name.rpartition(".")
         leaf, other = ("k_proj", "v_proj.v_scale") if kind == "k_scale" else ("v_proj", "k_proj.k_scale")
         partner = f"{prefix.removesuffix(leaf)}{other}"
@@ -247,6 +252,11 @@ def _log_probabilities(model: Any, batch: Any, device: str, what: str) -> torch.
     return torch.log_softmax(logits, -1).cpu()
 
 
+def _on(split: str) -> str:
+    """Return what the name of a phase adds for a held-out set with a name of its own."""
+    return "" if split == DEFAULT_SPLIT else f" on {split}"
+
+
 class _Store:
     """The original's log-probabilities, batch by batch: in memory, or in files where they are large."""
 
@@ -328,7 +338,7 @@ def _add_rows(sums: _Sums, batch: Any, reference: torch.Tensor, ours: torch.Tens
 
 @dataclass
 class Reference:
-    """What the original gives on the held-out data, in float32 and (as the noise floor) in BF16 arithmetic.
+    """What the original gives on one held-out set, in float32 and (as the noise floor) in BF16 arithmetic.
 
     A context manager: leaving it frees what is kept of the original's outputs.
     """
@@ -341,6 +351,7 @@ class Reference:
     bf16: _Sums
     correct: int | None
     bf16_correct: int | None
+    split: str = DEFAULT_SPLIT
 
     @classmethod
     @torch.no_grad()
@@ -350,10 +361,19 @@ class Reference:
         data: DataSet,
         *,
         task: Task | None = None,
+        split: str = DEFAULT_SPLIT,
         device: str = "cpu",
         progress: Progress = no_progress,
     ) -> Self:
         """Run the original on the data.
+
+        Args:
+            directory: the original.
+            data: the samples of the set.
+            task: what is answered beside.
+            split: the name of the set.
+            device: where everything runs.
+            progress: told of every batch.
 
         Raises:
             ModelError: it can't be loaded, or gives NaN or Inf.
@@ -361,24 +381,26 @@ class Reference:
         model = load_model(directory, torch.float32, device)
         vocabulary = model.get_output_embeddings().weight.shape[0]
         store = _Store(4 * data.summary.tokens * vocabulary)
+        on = _on(split)
         try:
             own = _Sums()
             for index, batch in enumerate(data.batches):
-                progress("evaluate original", index, len(data.batches))
+                progress(f"evaluate original{on}", index, len(data.batches))
                 values = _log_probabilities(model, batch, device, f"the original {directory}, batch {index},")
                 store.add(values)
                 _add_rows(own, batch, values, values)
-            progress("evaluate original", len(data.batches), len(data.batches))
+            progress(f"evaluate original{on}", len(data.batches), len(data.batches))
             _check_nll(own, f"the original {directory}")
-            correct = task.correct(model, device, progress, "answer: original") if task else None
+            correct = task.correct(model, device, progress, f"answer: original{on}") if task else None
             del model  # one model in memory at a time
             model = load_model(directory, torch.bfloat16, device)
-            bf16 = _compare(model, data, store, device, f"{directory} in BF16", progress, "evaluate original in BF16")
-            bf16_correct = task.correct(model, device, progress, "answer: original in BF16") if task else None
+            phase = f"evaluate original in BF16{on}"
+            bf16 = _compare(model, data, store, device, f"{directory} in BF16", progress, phase)
+            bf16_correct = task.correct(model, device, progress, f"answer: original in BF16{on}") if task else None
         except BaseException:  # a kill too: gigabytes in the temporary directory
             store.close()
             raise
-        return cls(data, device, task, store, own.perplexity()[0], bf16, correct, bf16_correct)
+        return cls(data, device, task, store, own.perplexity()[0], bf16, correct, bf16_correct, split)
 
     def __enter__(self) -> Self:
         return self
@@ -404,18 +426,34 @@ def compare(
     """
     model = load_checkpoint(directory, device=reference.device)
     quantised = sum(isinstance(module, FakeQuantLinear) for module in model.modules())
+    return tuple(_compare_loaded(reference, model, directory, name, progress)), quantised
+
+
+@torch.no_grad()
+def _compare_loaded(
+    reference: Reference, model: Any, directory: Path, name: str, progress: Progress
+) -> list[EvalResult]:
+    """Return the results of the model that `directory` holds on one held-out set."""
+    phase = f"{name}{_on(reference.split)}"
     sums = _compare(
-        model, reference.data, reference.store, reference.device, str(directory), progress, f"evaluate {name}"
+        model, reference.data, reference.store, reference.device, str(directory), progress, f"evaluate {phase}"
     )
     results = _results(reference, sums)
     if reference.task is not None:
-        right = reference.task.correct(model, reference.device, progress, f"answer: {name}")
+        right = reference.task.correct(model, reference.device, progress, f"answer: {phase}")
         results.append(_accuracy(reference, right))
-    return tuple(results), quantised
+    return results
 
 
-def evaluate_checkpoint(reference: Reference, directory: Path, progress: Progress = no_progress) -> Evaluation:
+def evaluate_checkpoint(
+    references: Sequence[Reference], directory: Path, progress: Progress = no_progress
+) -> Evaluation:
     """Return the checkpoint's KL to the original, perplexity, agreement, and task accuracy where there is a task.
+
+    Args:
+        references: the original on each held-out set, at least one, all on one device.
+        directory: the exported checkpoint.
+        progress: told of every batch.
 
     Raises:
         RecordError: no manifest. StaleRecord: the manifest is of other files. ModelError: see `compare`.
@@ -429,14 +467,19 @@ def evaluate_checkpoint(reference: Reference, directory: Path, progress: Progres
         )
     meter = Meter()
     with meter.phase(f"evaluate {manifest.scheme}"):
-        results, _ = compare(reference, directory, manifest.scheme, progress)
+        model = load_checkpoint(directory, device=references[0].device)
+        results = [
+            result
+            for reference in references
+            for result in _compare_loaded(reference, model, directory, manifest.scheme, progress)
+        ]
     return Evaluation(
         scheme=manifest.scheme,
         manifest_sha256=manifest.fingerprint(),
         model_sha256=manifest.source_sha256,
-        data=reference.data.summary,
+        data={reference.split: reference.data.summary for reference in references},
         arithmetic=ARITHMETIC,
-        results=results,
+        results=tuple(results),
         run=meter.info(),
     )
 
@@ -449,6 +492,7 @@ def _results(reference: Reference, sums: _Sums) -> list[EvalResult]:
     return [
         EvalResult(
             metric="kl",
+            split=reference.split,
             unit="nats per token",
             value=kl,
             standard_error=kl_error,
@@ -457,6 +501,7 @@ def _results(reference: Reference, sums: _Sums) -> list[EvalResult]:
         ),
         EvalResult(
             metric="perplexity",
+            split=reference.split,
             unit="",
             value=perplexity,
             standard_error=perplexity_error,
@@ -466,6 +511,7 @@ def _results(reference: Reference, sums: _Sums) -> list[EvalResult]:
         ),
         EvalResult(
             metric="top1_agreement",
+            split=reference.split,
             unit="share of tokens",
             value=agreement,
             standard_error=agreement_error,
@@ -483,6 +529,7 @@ def _accuracy(reference: Reference, right: int) -> EvalResult:
     share = right / count
     return EvalResult(
         metric="task_accuracy",
+        split=reference.split,
         unit="share of samples",
         value=share,
         standard_error=math.sqrt(share * (1 - share) / count),

@@ -14,14 +14,14 @@ settings; a checkpoint that of scheme and measurement; an evaluation that of che
 
 import fcntl
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from bitladder import calibration, checkpoint, evaluation, planning, report, sensitivity, targets, verification
-from bitladder.errors import ModelError, OutputError, RecordError, StaleRecord, VerificationFailed
-from bitladder.recipe import Recipe
+from bitladder.errors import InfeasibleTarget, ModelError, OutputError, RecordError, StaleRecord, VerificationFailed
+from bitladder.recipe import Recipe, SchemeSpec
 from bitladder.records import (
     CheckpointManifest,
     Evaluation,
@@ -241,22 +241,17 @@ def export(work: Workspace) -> dict[str, CheckpointManifest]:
     """
     measurement, schemes = work.measurement(), work.schemes()
     amax = sensitivity.read_amax(measurement, work.output)
-    meter = Meter()
-    for scheme in schemes:
-        directory = work.checkpoint_directory(scheme.name)
-        if _is_intact(work, scheme, directory):
-            continue
-        with meter.phase(f"export {scheme.name}"):
-            checkpoint.export(scheme, measurement, amax, work.model_directory, directory, work.progress)
-    if meter.phases:
+    missing = [s for s in schemes if not _is_intact(work, s, work.checkpoint_directory(s.name))]
+    if missing:
+        meter = Meter()
+        with meter.phase(f"export {len(missing)} scheme{'s' if len(missing) > 1 else ''}"):
+            directories = {scheme.name: work.checkpoint_directory(scheme.name) for scheme in missing}
+            checkpoint.export_all(missing, measurement, amax, work.model_directory, directories, work.progress)
         if work.recipe.export.share_files:
             checkpoint.share_equal_files([work.checkpoint_directory(scheme.name) for scheme in schemes])
         for scheme in schemes:
             _is_intact(work, scheme, work.checkpoint_directory(scheme.name))  # fills the cache of digests
-        earlier = {phase.phase: phase for phase in work.state.phases.get("export", ())}
-        earlier.update((phase.phase, phase) for phase in meter.phases)
-        wanted = [f"export {scheme.name}" for scheme in schemes]
-        work.finished("export", [earlier[name] for name in wanted if name in earlier])
+        work.finished("export", meter.phases)
     return work.manifests()
 
 
@@ -297,24 +292,28 @@ def verify(work: Workspace) -> Verification:
 
 
 def evaluate(work: Workspace) -> dict[str, Evaluation]:
-    """Evaluate every checkpoint on held-out data, unless it was.
+    """Evaluate every checkpoint on every held-out set, unless it was.
 
     Raises:
         BitladderError: see `calibration.load_data` and `evaluation`.
     """
     measurement, manifests = work.measurement(), work.manifests()
-    spec, directory = work.recipe.held_out, work.model_directory
-    processor = calibration.load_processor(directory)
-    data = calibration.load_data(
-        spec.data or work.recipe.calibration.data,
-        processor,
-        samples=spec.samples,
-        sequence_length=spec.sequence_length,
-        batch_size=spec.batch_size,
-        seed=spec.seed,
-        avoid=measurement.calibration,
-    )
-    key = digest_of([measurement.model.sha256, data.summary.sha256, evaluation.ARITHMETIC, str(spec.task)])
+    directory, processor = work.model_directory, calibration.load_processor(work.model_directory)
+    sets = [
+        calibration.load_data(
+            spec.data or work.recipe.calibration.data,
+            processor,
+            samples=spec.samples,
+            sequence_length=spec.sequence_length,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            avoid=measurement.calibration,
+        )
+        for spec in work.recipe.held_out
+    ]
+    splits = list(zip(work.recipe.held_out, sets, strict=True))
+    parts = [part for spec, data in splits for part in (spec.name, data.summary.sha256, str(spec.task))]
+    key = digest_of([measurement.model.sha256, evaluation.ARITHMETIC, *parts])
     results: dict[str, Evaluation] = {}
     for name, manifest in manifests.items():
         path = work.output / "evaluations" / f"{name}.json"
@@ -328,14 +327,19 @@ def evaluate(work: Workspace) -> dict[str, Evaluation]:
     if missing:
         meter = Meter()
         device = sensitivity.resolve_device(work.recipe.measurement.device)
-        task = evaluation.Task.exact_match(data.samples, processor) if spec.task == "exact_match" else None
-        with meter.phase("evaluate original"):
-            reference = evaluation.Reference.compute(directory, data, task=task, device=device, progress=work.progress)
-        with reference:
+        with ExitStack() as stack:
+            references = []
+            with meter.phase("evaluate original"):
+                for spec, data in splits:
+                    task = evaluation.Task.exact_match(data.samples, processor) if spec.task == "exact_match" else None
+                    reference = evaluation.Reference.compute(
+                        directory, data, task=task, split=spec.name, device=device, progress=work.progress
+                    )
+                    references.append(stack.enter_context(reference))
             for name in missing:
                 with meter.phase(f"evaluate {name}"):
                     result = evaluation.evaluate_checkpoint(
-                        reference, work.checkpoint_directory(name), progress=work.progress
+                        references, work.checkpoint_directory(name), progress=work.progress
                     )
                 results[name] = result.model_copy(update={"settings_sha256": key})
                 results[name].write(work.output / "evaluations" / f"{name}.json")
@@ -378,6 +382,7 @@ def make_report(work: Workspace) -> report.Report:
         evaluations=evaluations,
         phases=[phase for step in work.state.phases.values() for phase in step],
         standard_errors=standard_errors(measurement, schemes),
+        text_only_changes=text_only_changes(measurement, schemes),
     )
     report.write_report(result, work.output)
     return result
@@ -385,7 +390,31 @@ def make_report(work: Workspace) -> report.Report:
 
 def standard_errors(measurement: Measurement, schemes: Sequence[Scheme]) -> Mapping[str, float | None]:
     """Return the standard error of each scheme's predicted score over the scoring batches."""
-    return {scheme.name: planning.standard_error(measurement, scheme.formats) for scheme in schemes}
+    return {
+        scheme.name: planning.standard_error(
+            measurement.weigh_images(SchemeSpec.model_validate(scheme.asked).image_weight), scheme.formats
+        )
+        for scheme in schemes
+    }
+
+
+def text_only_changes(measurement: Measurement, schemes: Sequence[Scheme]) -> Mapping[str, int | None]:
+    """Return in how many groups each scheme would have another format if only text positions counted.
+
+    None: what was asked can't be met then. Empty where the scores of image positions are not known apart.
+    """
+    if not all(candidate.image_scores for candidate in measurement.candidates):
+        return {}
+    changes: dict[str, int | None] = {}
+    for scheme in schemes:
+        spec = SchemeSpec.model_validate(scheme.asked).model_copy(update={"image_weight": 0.0})
+        try:
+            formats = planning.plan(measurement, spec).formats
+        except InfeasibleTarget:  # a bound on the predicted score below what text alone gives
+            changes[scheme.name] = None
+        else:
+            changes[scheme.name] = sum(scheme.formats.get(group) != name for group, name in formats.items())
+    return changes
 
 
 def run(work: Workspace) -> report.Report:

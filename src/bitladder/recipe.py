@@ -6,19 +6,20 @@ names files that ship with Bitladder. `docs/guide.md` shows every key.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bitladder.errors import RecipeError
 
 PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
 PACKAGE_PREFIX = "package:"
+DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
 _MAX_SHOWN = 100  # characters of a wrong value that an error repeats
-_SCHEME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Section(BaseModel):
@@ -64,8 +65,9 @@ class SampleSpec(Section):
 
 
 class HeldOutSpec(Section):
-    """What the checkpoints are evaluated on: data of its own, or rows that calibration leaves over."""
+    """One set that the checkpoints are evaluated on: data of its own, or rows that calibration leaves over."""
 
+    name: str = Field(default=DEFAULT_SPLIT, description="what the report calls the set")
     data: DataSpec | None = Field(default=None, description="None: the calibration data, rows that it doesn't use")
     samples: int = Field(default=32, gt=0)
     sequence_length: int = Field(default=512, gt=1)
@@ -74,6 +76,12 @@ class HeldOutSpec(Section):
     task: Literal["exact_match"] | None = Field(
         default=None, description="also generate the answer to each image_text sample and count exact matches"
     )
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"held-out set name {self.name!r}: use letters, digits, '.', '_' and '-'")
+        return self
 
 
 class MeasureSpec(Section):
@@ -107,7 +115,7 @@ class SchemeSpec(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if not _SCHEME_NAME.fullmatch(self.name):
+        if not _NAME.fullmatch(self.name):
             raise ValueError(f"scheme name {self.name!r}: use letters, digits, '.', '_' and '-'")
         ways = ("coverage", "effective_bits", "max_predicted_score", "include")
         given = [way for way in ways if getattr(self, way) is not None]
@@ -127,12 +135,21 @@ class Recipe(Section):
 
     model: ModelSpec
     calibration: SampleSpec
-    held_out: HeldOutSpec = HeldOutSpec()
+    held_out: tuple[HeldOutSpec, ...] = Field(default=(HeldOutSpec(),), min_length=1)
     measurement: MeasureSpec = MeasureSpec()
     schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
     kv_cache: Literal["none", "fp8"] = "none"
     export: ExportSpec = ExportSpec()
     output: str
+
+    @field_validator("held_out", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return (value,)
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"give a held-out set or a list of them; got {_shortened(value)}")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -140,9 +157,15 @@ class Recipe(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two schemes are named {twice[0]}; rename one")
-        data = self.held_out.data or self.calibration.data
-        if self.held_out.task and data.kind != "image_text":
-            raise ValueError("held_out.task needs held-out data of kind image_text, which has answers")
+        sets = [held_out.name for held_out in self.held_out]
+        twice = sorted({name for name in sets if sets.count(name) > 1})
+        if twice:
+            raise ValueError(f"two held-out sets are named {twice[0]}; give each a `name` of its own")
+        for index, held_out in enumerate(self.held_out):
+            data = held_out.data or self.calibration.data
+            if held_out.task and data.kind != "image_text":
+                where = "held_out" if len(sets) == 1 else f"held_out.{index}"
+                raise ValueError(f"{where}.task needs held-out data of kind image_text, which has answers")
         return self
 
     def scheme_specs(self) -> tuple[SchemeSpec, ...]:
@@ -166,11 +189,26 @@ def _known_keys(section: Any, location: tuple[int | str, ...]) -> list[str]:
     return list(section.model_fields)
 
 
-def _one_line(error: ValidationError, origin: str, section: type[Section]) -> RecipeError:
+def _as_written(location: tuple[int | str, ...], content: Any) -> tuple[int | str, ...]:
+    """Return where `location` is in what was written: without the index where one mapping stands for a list of one."""
+    written: list[int | str] = []
+    for part in location:
+        if isinstance(part, int) and isinstance(content, Mapping):
+            continue
+        written.append(part)
+        known = isinstance(content, Mapping) and part in content
+        if known or (isinstance(part, int) and isinstance(content, list | tuple) and part < len(content)):
+            content = content[part]
+        else:
+            content = None
+    return tuple(written)
+
+
+def _one_line(error: ValidationError, origin: str, section: type[Section], content: Any = None) -> RecipeError:
     """Return the first validation error as one line: where, what was given, what is possible."""
     # A misspelt key is also a missing one: the unknown key says more.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    location = first["loc"]
+    location = _as_written(first["loc"], content)
     where = ".".join(str(part) for part in location) or "(top level)"
     if first["type"] == "extra_forbidden":
         known = _known_keys(section, location)
@@ -197,7 +235,7 @@ def parse_recipe(content: Any, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise _one_line(error, origin, Recipe) from error
+        raise _one_line(error, origin, Recipe, content) from error
 
 
 def parse_schemes(entries: Sequence[dict[str, Any]]) -> tuple[SchemeSpec, ...]:
@@ -253,9 +291,9 @@ def read_recipe(path: Path) -> Recipe:
             return spec  # a Hub id
         return spec.model_copy(update={"path": resolve_path(spec.path, base)})
 
-    held_out = recipe.held_out
-    if held_out.data is not None:
-        held_out = held_out.model_copy(update={"data": data(held_out.data)})
+    held_out = tuple(
+        spec if spec.data is None else spec.model_copy(update={"data": data(spec.data)}) for spec in recipe.held_out
+    )
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"path": _resolve_model(recipe.model.path, base)}),

@@ -376,6 +376,7 @@ class EvalResult(Part):
     """One number about one checkpoint, or about the original where `checkpoint_sha256` is None."""
 
     metric: str = Field(description="kl, perplexity, top1_agreement, task_accuracy")
+    split: str = Field(description="name of the held-out set")
     unit: str
     value: float
     standard_error: float | None
@@ -385,22 +386,33 @@ class EvalResult(Part):
 
 
 class Evaluation(Record):
-    """One checkpoint on held-out data, against the original."""
+    """One checkpoint on every held-out set, against the original."""
 
     volatile = frozenset({"run"})
 
     scheme: str
     manifest_sha256: str = Field(description="fingerprint of the checkpoint's manifest")
     model_sha256: str
-    data: DataSummary
+    data: dict[str, DataSummary] = Field(min_length=1, description="name of the held-out set -> its samples")
     arithmetic: str
     settings_sha256: str = ""
     results: tuple[EvalResult, ...]
     run: RunInfo | None = None
 
-    def result(self, metric: str) -> EvalResult | None:
-        """Return the result with this metric, or None."""
-        return next((result for result in self.results if result.metric == metric), None)
+    @model_validator(mode="after")
+    def _of_known_sets(self) -> Self:
+        seen = [(result.split, result.metric) for result in self.results]
+        unknown = sorted({split for split, _ in seen} - set(self.data))
+        if unknown:
+            raise ValueError(f"result on unknown held-out set {unknown[0]}")
+        if len(set(seen)) != len(seen):
+            raise ValueError("two results have the same metric and held-out set")
+        return self
+
+    def result(self, metric: str, split: str | None = None) -> EvalResult | None:
+        """Return the metric's result on the held-out set `split` (None: the first set), or None."""
+        wanted = (metric, next(iter(self.data)) if split is None else split)
+        return next((result for result in self.results if (result.metric, result.split) == wanted), None)
 
 
 class RunState(Record):

@@ -15,6 +15,7 @@ tensor by tensor. What is checked:
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,10 @@ from bitladder.records import (
     CheckpointVerification,
     Finding,
     Measurement,
+    ModuleRecord,
     PairDifference,
+    QuantGroup,
+    QuantModule,
     Scheme,
     Verification,
 )
@@ -41,6 +45,9 @@ from bitladder.storage import sha256_of_file
 _EXPORT_AGAIN = "export this scheme again"
 # float32 rounding of code · scale and of the division that made the code, relative to the half step
 _STEP_TOLERANCE = 1 + 1e-5
+_BLOCK = 1 << 18  # codes compared at a time: what a cache holds
+_THREADS = 8
+_Scales = tuple[float | None, float | None]  # weight scale, input scale; None where there is no usable one
 _KV_CACHE_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
@@ -55,6 +62,18 @@ class _Examination:
     tensors: int = 0
     codes: int = 0
     bytes_identical: int = 0
+
+    def part(self) -> "_Examination":
+        """Return an empty examination of the same checkpoint, to be merged."""
+        return _Examination(self.directory, self.scheme)
+
+    def merge(self, part: "_Examination") -> None:
+        """Add what a part has found."""
+        self.findings += part.findings
+        self.digests |= part.digests
+        self.tensors += part.tensors
+        self.codes += part.codes
+        self.bytes_identical += part.bytes_identical
 
     def find(self, file: str, tensor: str | None, problem: str, remedy: str = _EXPORT_AGAIN) -> None:
         self.findings.append(Finding(file=file, tensor=tensor, problem=problem, remedy=remedy))
@@ -82,9 +101,9 @@ class _Tensors:
         return str(self.files[name][0]) if name in self.files else "*.safetensors"
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return data
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor's bytes, [bytes] uint8."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _check_files(exam: _Examination, manifest: CheckpointManifest) -> None:
@@ -97,12 +116,14 @@ def _check_files(exam: _Examination, manifest: CheckpointManifest) -> None:
         exam.find(name, None, "listed in the manifest, but missing")
     for name in sorted(present - set(listed)):
         exam.find(name, None, "not listed in the manifest", "remove it, or export this scheme again")
-    for name in sorted(present & set(listed)):
-        path, entry = exam.directory / name, listed[name]
-        size = path.stat().st_size
+    both = sorted(present & set(listed))
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        digests = dict(zip(both, pool.map(lambda name: sha256_of_file(exam.directory / name), both), strict=True))
+    for name, digest in digests.items():
+        size, entry = (exam.directory / name).stat().st_size, listed[name]
         if size != entry.bytes:
             exam.find(name, None, f"has {size:,} bytes, the manifest says {entry.bytes:,}")
-        elif sha256_of_file(path) != entry.sha256:
+        elif digest != entry.sha256:
             exam.find(name, None, "its SHA-256 is not the manifest's: the content changed after the export")
 
 
@@ -166,7 +187,7 @@ def _check_copied(exam: _Examination, name: str, tensor: torch.Tensor, original:
             f"is {tensor.dtype} {list(tensor.shape)}, the source has {original.dtype} {list(original.shape)}, "
             "and the scheme leaves it alone",
         )
-    elif _bytes(tensor) != _bytes(original):
+    elif not torch.equal(_bytes(tensor), _bytes(original)):
         exam.find(file, name, "differs from the source, though the scheme leaves it alone")
     else:
         exam.bytes_identical += tensor.nbytes
@@ -191,17 +212,59 @@ def _scalar(exam: _Examination, tensors: _Tensors, name: str) -> float | None:
 def _check_codes(exam: _Examination, name: str, codes: torch.Tensor, scale: float, original: torch.Tensor) -> None:
     """Check that every code restores its source weight within half an E4M3 step."""
     exam.codes += codes.numel()
-    restored = codes.float() * scale
-    if not bool(torch.isfinite(restored).all()):
-        exam.find("*.safetensors", name, "holds NaN codes")
-        return
-    weight = original.float()
-    allowed = numerics.half_step(weight, torch.tensor(scale)) * _STEP_TOLERANCE
-    saturated = (codes.float().abs() == numerics.E4M3_MAX) & (weight.abs() >= restored.abs())
-    wrong = ((restored - weight).abs() > allowed) & ~saturated
-    count = int(wrong.sum())
-    if count:
-        exam.find("*.safetensors", name, f"{count:,} of {codes.numel():,} codes are not the ones nearest to the source")
+    step = torch.tensor(scale)
+    wrong = 0
+    flat, source = codes.view(-1), original.reshape(-1)
+    for start in range(0, len(flat), _BLOCK):
+        some = flat[start : start + _BLOCK]
+        restored, wanted = some.float() * step, source[start : start + _BLOCK].float()
+        if not bool(torch.isfinite(restored).all()):
+            exam.find("*.safetensors", name, "holds NaN codes")
+            return
+        allowed = numerics.half_step(wanted, step) * _STEP_TOLERANCE
+        saturated = (some.float().abs() == numerics.E4M3_MAX) & (wanted.abs() >= restored.abs())
+        wrong += int((((restored - wanted).abs() > allowed) & ~saturated).sum())
+    if wrong:
+        exam.find("*.safetensors", name, f"{wrong:,} of {codes.numel():,} codes are not the ones nearest to the source")
+
+
+def _check_tensor(
+    exam: _Examination,
+    name: str,
+    group: QuantGroup | None,
+    module: QuantModule | None,
+    entry: ModuleRecord | None,
+    tensors: _Tensors,
+    originals: _Tensors,
+) -> _Scales | None:
+    """Check one tensor of the source in the checkpoint; return its weight and input scale where it is quantised."""
+    if name not in tensors.files:
+        exam.find("*.safetensors", name, "missing")
+        return None
+    exam.tensors += 1
+    tensor, original, file = tensors.get(name), originals.get(name), tensors.file(name)
+    if module is not None:
+        content = hashlib.sha256(str(tensor.dtype).encode())
+        content.update(_bytes(tensor).numpy().data)
+        exam.digests[module.name] = content.hexdigest()
+    if group is None or exam.scheme.formats[group.name] == BF16:
+        _check_copied(exam, name, tensor, original, file)
+        return None
+    prefix = name.removesuffix(".weight")
+    exam.tensors += 2
+    weight_scale = _scalar(exam, tensors, f"{prefix}.weight_scale")
+    input_scale = _scalar(exam, tensors, f"{prefix}.input_scale")
+    if entry is None or (entry.weight_scale, entry.input_scale) != (weight_scale, input_scale):
+        exam.find(CheckpointManifest.FILE_NAME, name, "the manifest's scales are not those in the file")
+    if tensor.dtype != numerics.E4M3_DTYPE or tensor.shape != original.shape:
+        exam.find(
+            file,
+            name,
+            f"is {tensor.dtype} {list(tensor.shape)}, the scheme says FP8 codes {list(original.shape)}",
+        )
+    elif weight_scale is not None:
+        _check_codes(exam, name, tensor, weight_scale, original)
+    return weight_scale, input_scale
 
 
 def _check_tensors(exam: _Examination, measurement: Measurement, manifest: CheckpointManifest, source: Path) -> None:
@@ -219,43 +282,28 @@ def _check_tensors(exam: _Examination, measurement: Measurement, manifest: Check
             if module.tensor is not None
         }
         expected = set(originals.files)
-        group_scales: dict[str, set[tuple[float | None, float | None]]] = {}
-        for name in originals.files:
-            if name not in tensors.files:
-                exam.find("*.safetensors", name, "missing")
-                continue
-            exam.tensors += 1
-            tensor, original, file = tensors.get(name), originals.get(name), tensors.file(name)
+        for name in set(originals.files) & set(modules):
+            if exam.scheme.formats[modules[name][0].name] != BF16:
+                prefix = name.removesuffix(".weight")
+                expected |= {f"{prefix}.weight_scale", f"{prefix}.input_scale"}
+
+        def check(name: str) -> tuple[_Examination, _Scales | None]:
+            part = exam.part()
             group, module = modules.get(name, (None, None))
-            if group is not None and module is not None:
-                content = hashlib.sha256(str(tensor.dtype).encode())
-                content.update(_bytes(tensor))
-                exam.digests[module.name] = content.hexdigest()
-            if group is None or module is None or exam.scheme.formats[group.name] == BF16:
-                _check_copied(exam, name, tensor, original, file)
-                continue
-            prefix = name.removesuffix(".weight")
-            expected |= {f"{prefix}.weight_scale", f"{prefix}.input_scale"}
-            exam.tensors += 2
-            weight_scale = _scalar(exam, tensors, f"{prefix}.weight_scale")
-            input_scale = _scalar(exam, tensors, f"{prefix}.input_scale")
-            group_scales.setdefault(group.name, set()).add((weight_scale, input_scale))
-            entry = recorded.get(module.name)
-            if entry is None or (entry.weight_scale, entry.input_scale) != (weight_scale, input_scale):
-                exam.find(CheckpointManifest.FILE_NAME, name, "the manifest's scales are not those in the file")
-            if tensor.dtype != numerics.E4M3_DTYPE or tensor.shape != original.shape:
-                exam.find(
-                    file,
-                    name,
-                    f"is {tensor.dtype} {list(tensor.shape)}, the scheme says FP8 codes {list(original.shape)}",
-                )
-            elif weight_scale is not None:
-                _check_codes(exam, name, tensor, weight_scale, original)
+            entry = recorded.get(module.name) if module is not None else None
+            return part, _check_tensor(part, name, group, module, entry, tensors, originals)
+
+        group_scales: dict[str, set[_Scales]] = {}
+        with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+            for name, (part, scales) in zip(originals.files, pool.map(check, originals.files), strict=True):
+                exam.merge(part)
+                if scales is not None:
+                    group_scales.setdefault(modules[name][0].name, set()).add(scales)
         expected |= _check_kv_scales(exam, tensors, measurement, manifest)
         for name in sorted(set(tensors.files) - expected):
             exam.find(tensors.file(name), name, "neither in the source nor asked for by the scheme")
-        for group_name, scales in group_scales.items():
-            if len(scales) > 1:
+        for group_name, different in group_scales.items():
+            if len(different) > 1:
                 exam.find("*.safetensors", group_name, "its modules are fused by the runtime, but their scales differ")
 
 

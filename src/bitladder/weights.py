@@ -6,6 +6,7 @@ by huggingface/safetensors.
 
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from bitladder.storage import sha256_of_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_HASHED_AT_ONCE = 4
 _MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 SIXTEEN_BIT_DTYPES = ("BF16", "F16")
 
@@ -163,8 +165,11 @@ def model_source(directory: Path, *, path: str, revision: str | None, cache: Dig
     names = ["config.json", *WeightFiles.open(directory).files]
     if (directory / INDEX_FILE).exists():
         names.append(INDEX_FILE)
+    with ThreadPoolExecutor(max_workers=_HASHED_AT_ONCE) as pool:
+        digests = list(pool.map(lambda name: cache.sha256(directory / name), names))
     files = tuple(
-        FileDigest(name=n, bytes=(directory / n).stat().st_size, sha256=cache.sha256(directory / n)) for n in names
+        FileDigest(name=name, bytes=(directory / name).stat().st_size, sha256=digest)
+        for name, digest in zip(names, digests, strict=True)
     )
     return ModelSource(
         path=path,

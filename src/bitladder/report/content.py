@@ -32,6 +32,8 @@ from bitladder.records import (
 KL = "kl"
 WITHIN_NOISE_ERRORS = 2.0  # two values closer than so many standard errors of their difference aren't told apart
 _BITS_PER_BYTE = 8
+_KV_CACHE = "KV cache"  # stands beside the groups where schemes are compared; no group's name has a blank
+_MAX_MOVED = 10  # groups shown whose rank moves most
 _WEIGHT_SUFFIX = ".safetensors"
 
 
@@ -55,7 +57,7 @@ class ReportedScheme(Part):
     weight_bytes: int = Field(description="searched weights and their scales")
     weight_file_bytes: int | None = Field(description="*.safetensors of the checkpoint; None: not exported")
     checkpoint_bytes: int | None = Field(description="all files of the checkpoint; None: not exported")
-    kv_cache_format: str | None
+    kv_cache_format: str | None = Field(description="None: 16 bits")
     predicted_score: float
     predicted_standard_error: float | None
     results: tuple[EvalResult, ...] | None = Field(description="None: not evaluated")
@@ -63,9 +65,9 @@ class ReportedScheme(Part):
     format_counts: tuple[FormatCount, ...]
     nested_in: tuple[str, ...] = Field(description="schemes that quantise all of this one's groups alike, and more")
 
-    def result(self, metric: str) -> EvalResult | None:
-        """Return the result with this metric, or None."""
-        return next((result for result in self.results or () if result.metric == metric), None)
+    def result(self, metric: str, split: str) -> EvalResult | None:
+        """Return the metric's result on a held-out set, or None."""
+        return next((r for r in self.results or () if (r.metric, r.split) == (metric, split)), None)
 
 
 class GroupSensitivity(Part):
@@ -89,8 +91,37 @@ class ReportedGroup(Part):
     formats: dict[str, str] = Field(description="scheme -> format")
 
 
+class MovedGroup(Part):
+    """A group whose rank depends on whether image positions count."""
+
+    group: str
+    rank_text: int = Field(description="by score per bit saved, from text positions only")
+    rank_both: int = Field(description="from text and image positions: the measurement's own")
+    image_share: float | None = Field(description="of its score; None: the score is 0")
+
+
+class PositionRanking(Part):
+    """How the order of the groups in one format depends on image-token positions."""
+
+    format: str
+    image_share: float | None = Field(description="of the score summed over all groups; None: the sum is 0")
+    rank_correlation: float | None = Field(
+        description="Spearman's, of score per bit saved from text positions and from both; None: all are equal"
+    )
+    moved: tuple[MovedGroup, ...] = Field(description="the groups whose rank moves most, at most 10")
+
+
+class Positions(Part):
+    """Text and image positions apart: what each says about the groups."""
+
+    rankings: tuple[PositionRanking, ...]
+    scheme_changes: dict[str, int | None] = Field(
+        description="scheme -> groups in another format if only text positions counted; None: it can't be met then"
+    )
+
+
 class Comparison(Part):
-    """The held-out KL of two schemes that are neighbours in searched-weight bits."""
+    """The KL on the first held-out set of two schemes that are neighbours in searched-weight bits."""
 
     first: str
     second: str
@@ -111,9 +142,10 @@ class Edge(Part):
 
 
 class ReportedEvaluation(Part):
-    """On what, and in which arithmetic, one checkpoint was evaluated."""
+    """On which held-out set, and in which arithmetic, one checkpoint was evaluated."""
 
     scheme: str
+    split: str
     data: DataSummary = Field(description="without sample_ids")
     arithmetic: str
     samples_seen_in_calibration: int | None = Field(description="None: the samples carry no digests")
@@ -156,10 +188,12 @@ class Report(Record):
     schemes: tuple[ReportedScheme, ...] = Field(description="from most to fewest bits")
     nesting: tuple[tuple[str, ...], ...] = Field(description="chains of schemes, each holding the one before")
     comparable: bool = Field(description="all evaluations share data, model and arithmetic")
+    splits: tuple[str, ...] = Field(description="names of the held-out sets; the first is compared")
     comparisons: tuple[Comparison, ...]
     below_noise_floor: tuple[str, ...] = Field(description="schemes whose KL is below that of BF16 arithmetic")
     edges: tuple[Edge, ...]
     groups: tuple[ReportedGroup, ...]
+    positions: Positions | None = Field(description="None: scores of image positions are not known apart")
     evaluations: tuple[ReportedEvaluation, ...]
     verification: Verification | None
     not_searched: tuple[NotSearched, ...]
@@ -167,9 +201,9 @@ class Report(Record):
     environments: tuple[Environment, ...]
     phases: tuple[PhaseCost, ...]
 
-    def first_result(self, metric: str) -> EvalResult | None:
+    def first_result(self, metric: str, split: str) -> EvalResult | None:
         """Return the metric's result of the first scheme that has one: for its unit, reference and noise floor."""
-        return next((found for scheme in self.schemes if (found := scheme.result(metric))), None)
+        return next((found for scheme in self.schemes if (found := scheme.result(metric, split))), None)
 
 
 def batch_standard_error(contributions: Sequence[float]) -> float | None:
@@ -193,6 +227,7 @@ def build_report(
     evaluations: Mapping[str, Evaluation],
     phases: Sequence[PhaseCost],
     standard_errors: Mapping[str, float | None] = MappingProxyType({}),
+    text_only_changes: Mapping[str, int | None] = MappingProxyType({}),
 ) -> Report:
     """Return the report of one run; steps that haven't run are left out of the arguments.
 
@@ -205,6 +240,7 @@ def build_report(
         evaluations: of those checkpoints, by scheme name.
         phases: what every phase of every step took; empty: the measurement's own phases.
         standard_errors: of the predicted scores, by scheme name.
+        text_only_changes: groups of each scheme that would change if only text positions counted; None: can't be met.
 
     Raises:
         StaleRecord: a record belongs to another measurement, scheme or checkpoint than the ones given.
@@ -212,7 +248,10 @@ def build_report(
     _check_provenance(measurement, schemes, manifests, verification, evaluations)
     ladder = sorted(schemes, key=lambda scheme: -scheme.weight_bits)
     weight_files = [file.bytes for file in measurement.model.files if file.name.endswith(_WEIGHT_SUFFIX)]
-    contexts = {(e.data.sha256, e.model_sha256, e.arithmetic) for e in evaluations.values()}
+    contexts = {
+        (tuple((split, data.sha256) for split, data in e.data.items()), e.model_sha256, e.arithmetic)
+        for e in evaluations.values()
+    }
     comparable = len(contexts) <= 1
     nested_in = _nested_in(ladder)
     return Report(
@@ -237,12 +276,19 @@ def build_report(
         ),
         nesting=_chains(nested_in),
         comparable=comparable,
+        splits=tuple(
+            dict.fromkeys(split for s in ladder if s.name in evaluations for split in evaluations[s.name].data)
+        ),
         comparisons=_comparisons(ladder, evaluations) if comparable else (),
         below_noise_floor=tuple(s.name for s in ladder if _below_floor(evaluations.get(s.name))),
         edges=tuple(edge for scheme in ladder if (edge := _edge(scheme, measurement)) is not None),
         groups=_reported_groups(measurement, ladder),
+        positions=_positions(measurement, ladder, text_only_changes),
         evaluations=tuple(
-            _reported_evaluation(evaluations[s.name], measurement.calibration) for s in ladder if s.name in evaluations
+            reported
+            for s in ladder
+            if s.name in evaluations
+            for reported in _reported_evaluations(evaluations[s.name], measurement.calibration)
         ),
         verification=verification,
         not_searched=_not_searched(measurement),
@@ -308,7 +354,7 @@ def _reported_scheme(
         weight_bytes=scheme.weight_bytes,
         weight_file_bytes=_weight_file_bytes(manifest) if manifest else None,
         checkpoint_bytes=manifest.total_bytes if manifest else None,
-        kv_cache_format=manifest.kv_cache_format if manifest else None,
+        kv_cache_format=scheme.kv_cache_format,
         predicted_score=scheme.predicted_score,
         predicted_standard_error=standard_errors.get(scheme.name),
         results=evaluation.results if evaluation else None,
@@ -352,8 +398,11 @@ def _format_counts(scheme: Scheme, measurement: Measurement) -> tuple[FormatCoun
 
 
 def _nested_in(ladder: Sequence[Scheme]) -> dict[str, tuple[str, ...]]:
-    """Return for every scheme the others that quantise all of its groups alike, and more; compares the formats."""
-    quantised = {s.name: {item for item in s.formats.items() if item[1] != BF16} for s in ladder}
+    """Return for every scheme the others that quantise all of its groups (and KV cache) alike, and more."""
+    quantised = {
+        s.name: {item for item in [*s.formats.items(), (_KV_CACHE, s.kv_cache_format or BF16)] if item[1] != BF16}
+        for s in ladder
+    }
     return {name: tuple(other for other in quantised if quantised[name] < quantised[other]) for name in quantised}
 
 
@@ -410,18 +459,86 @@ def _contributions(measurement: Measurement, candidate: Candidate) -> list[float
     return [w * s for w, s in zip(measurement.score_weights, candidate.scores, strict=True)]
 
 
+def _densities(measurement: Measurement, format_name: str, image_weight: float = 1.0) -> dict[str, float]:
+    """Return each group's score per bit saved in one format, in network order, without those that save nothing."""
+    table = measurement.by_group()
+    density = {}
+    for group in measurement.groups:
+        candidate = table[group.name][format_name]
+        saved = _bits_saved(group, candidate)
+        if saved > 0:
+            density[group.name] = measurement.sensitivity(candidate, image_weight) / saved
+    return density
+
+
+def _ranks(density: Mapping[str, float]) -> dict[str, int]:
+    """Return each group's rank, from 1, in increasing order; equal ones in the order they come in."""
+    return {name: rank for rank, name in enumerate(sorted(density, key=density.__getitem__), start=1)}
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation of two sequences; None where all values of one are equal.
+
+    The correlation of the ranks, equal values having the mean of theirs. Source: Kendall, Rank Correlation Methods.
+    """
+    ranks = []
+    for values in (first, second):
+        order = sorted(values)
+        # Mean position, from 0, of a value's equals.
+        mean = {value: order.index(value) + (order.count(value) - 1) / 2 for value in set(values)}
+        middle = (len(values) - 1) / 2
+        ranks.append([mean[value] - middle for value in values])
+    norm = math.sqrt(math.prod(math.fsum(rank * rank for rank in side) for side in ranks))
+    return math.fsum(a * b for a, b in zip(*ranks, strict=True)) / norm if norm else None
+
+
+def _positions(
+    measurement: Measurement, ladder: Sequence[Scheme], text_only_changes: Mapping[str, int | None]
+) -> Positions | None:
+    """Return what text and image positions say apart; None where it isn't known of every candidate."""
+    if not all(candidate.image_scores for candidate in measurement.candidates):
+        return None
+    return Positions(
+        rankings=tuple(_position_ranking(measurement, format_name) for format_name in measurement.formats),
+        scheme_changes={s.name: text_only_changes[s.name] for s in ladder if s.name in text_only_changes},
+    )
+
+
+def _position_ranking(measurement: Measurement, format_name: str) -> PositionRanking:
+    table = measurement.by_group()
+    text, both = (_densities(measurement, format_name, weight) for weight in (0.0, 1.0))
+    rank_text, rank_both = _ranks(text), _ranks(both)
+    scores: dict[str, tuple[float, float]] = {}  # group -> score of image positions, of all
+    for name in table:
+        score = measurement.sensitivity(table[name][format_name])
+        scores[name] = (score - measurement.sensitivity(table[name][format_name], 0.0), score)
+    moved = sorted(
+        (name for name in both if rank_text[name] != rank_both[name]), key=lambda n: -abs(rank_text[n] - rank_both[n])
+    )
+    return PositionRanking(
+        format=format_name,
+        image_share=_share(math.fsum(i for i, _ in scores.values()), math.fsum(s for _, s in scores.values())),
+        rank_correlation=rank_correlation(list(text.values()), list(both.values())),
+        moved=tuple(
+            MovedGroup(
+                group=name,
+                rank_text=rank_text[name],
+                rank_both=rank_both[name],
+                image_share=_share(*scores[name]),
+            )
+            for name in moved[:_MAX_MOVED]
+        ),
+    )
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
 def _reported_groups(measurement: Measurement, ladder: Sequence[Scheme]) -> tuple[ReportedGroup, ...]:
     table = measurement.by_group()
-    density: dict[tuple[str, str], float] = {}
-    for group in measurement.groups:
-        for candidate in table[group.name].values():
-            saved = _bits_saved(group, candidate)
-            if saved > 0:
-                density[group.name, candidate.format] = measurement.sensitivity(candidate) / saved
-    ranks: dict[tuple[str, str], int] = {}
-    for format_name in measurement.formats:
-        keys = sorted((key for key in density if key[1] == format_name), key=density.__getitem__)
-        ranks.update((key, rank) for rank, key in enumerate(keys, start=1))
+    density = {name: _densities(measurement, name) for name in measurement.formats}
+    ranks = {name: _ranks(found) for name, found in density.items()}
     reported = []
     for group in measurement.groups:
         sensitivities = []
@@ -432,8 +549,8 @@ def _reported_groups(measurement: Measurement, ladder: Sequence[Scheme]) -> tupl
                     format=format_name,
                     score=measurement.sensitivity(candidate),
                     standard_error=batch_standard_error(_contributions(measurement, candidate)),
-                    score_per_bit_saved=density.get((group.name, format_name)),
-                    rank=ranks.get((group.name, format_name)),
+                    score_per_bit_saved=density[format_name].get(group.name),
+                    rank=ranks[format_name].get(group.name),
                 )
             )
         reported.append(
@@ -450,7 +567,11 @@ def _reported_groups(measurement: Measurement, ladder: Sequence[Scheme]) -> tupl
 
 
 def _edge(scheme: Scheme, measurement: Measurement) -> Edge | None:
-    """Return where the scheme stops in the order of score per bit saved; None where it doesn't follow that order."""
+    """Return where the scheme stops in the order of score per bit saved; None where it doesn't follow that order.
+
+    The scores are those that it was planned from: image positions count for what was asked.
+    """
+    measurement = measurement.weigh_images(float(scheme.asked.get("image_weight", 1.0)))
     table = measurement.by_group()
     taken: list[tuple[float, str, list[float]]] = []  # score per bit saved, group, its parts batch by batch
     left: list[tuple[float, str, list[float]]] = []
@@ -482,14 +603,18 @@ def _edge(scheme: Scheme, measurement: Measurement) -> Edge | None:
     )
 
 
-def _reported_evaluation(evaluation: Evaluation, calibration: DataSummary) -> ReportedEvaluation:
-    held_out, seen = evaluation.data.sample_ids, calibration.sample_ids
-    return ReportedEvaluation(
-        scheme=evaluation.scheme,
-        data=evaluation.data.model_copy(update={"sample_ids": ()}),
-        arithmetic=evaluation.arithmetic,
-        samples_seen_in_calibration=len(set(held_out) & set(seen)) if held_out and seen else None,
-    )
+def _reported_evaluations(evaluation: Evaluation, calibration: DataSummary) -> list[ReportedEvaluation]:
+    seen = set(calibration.sample_ids)
+    return [
+        ReportedEvaluation(
+            scheme=evaluation.scheme,
+            split=split,
+            data=data.model_copy(update={"sample_ids": ()}),
+            arithmetic=evaluation.arithmetic,
+            samples_seen_in_calibration=len(set(data.sample_ids) & seen) if data.sample_ids and seen else None,
+        )
+        for split, data in evaluation.data.items()
+    ]
 
 
 def _not_searched(measurement: Measurement) -> tuple[NotSearched, ...]:

@@ -5,6 +5,7 @@ A column keeps one number of decimals, set by the smallest standard error in it,
 
 import itertools
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -37,6 +38,7 @@ _METRIC_NAMES = {
 }
 _MIB = 1 << 20
 _GIB = 1 << 30
+_NARROW = 14  # characters of a terminal column's header where there are several held-out sets
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,10 @@ def asked_of(asked: dict[str, Any]) -> str:
             words.append(f"coverage ≤ {percent(value, 0) if float(100 * value).is_integer() else percent(value)}")
         elif key in ("effective_bits", "max_predicted_score"):
             words.append(f"{key.removeprefix('max_').replace('_', ' ')} ≤ {value:g}")
+        elif key == "image_weight":
+            words.append(f"image weight {value:g}")
+        elif key == "kv_cache":
+            words.append(f"KV cache {value.upper() if value != 'none' else 'in 16 bits'}")
         elif isinstance(value, list | tuple):
             words.append(f"{key} {', '.join(f'`{item}`' for item in value)}")
         else:
@@ -158,54 +164,77 @@ class _Ladder:
     def __init__(self, report: Report) -> None:
         self.report = report
         self.evaluated = any(scheme.results is not None for scheme in report.schemes)
-        kls = [result for scheme in report.schemes if (result := scheme.result(KL))]
-        first = report.first_result(KL)
+        self.split = report.splits[0] if report.splits else ""
+        self.further = report.splits[1:]
+        first = report.first_result(KL, self.split)
         self.kl_unit = _with_unit(KL_EXPONENT, first.unit if first else "nats per token")
-        self.kl_column = _column([r.value for r in kls], [r.standard_error for r in kls], KL_EXPONENT)
+        self.kl_columns = {split: self._kl_column_of(split) for split in (self.split, *self.further)}
+        self.kl_column = self.kl_columns[self.split]
         predicted = [scheme.predicted_score for scheme in report.schemes]
         exponent = _exponent_for(predicted, report.score_unit)
         self.predicted_unit = _with_unit(exponent, report.score_unit)
         self.predicted_column = _column(predicted, [s.predicted_standard_error for s in report.schemes], exponent)
-        self.has_task = report.first_result("task_accuracy") is not None
+        # The first set that has a task.
+        self.task_split = next((s for s in report.splits if report.first_result("task_accuracy", s)), None)
+        self.has_task = self.task_split is not None
 
-    def _quality(self, kl: str, perplexity: float | None, top1: float | None, task: str) -> list[str]:
-        cells = [kl, NONE if perplexity is None else f"{perplexity:,.2f}", percent(top1)]
+    def _kl_column_of(self, split: str) -> _Column:
+        kls = [result for scheme in self.report.schemes if (result := scheme.result(KL, split))]
+        return _column([r.value for r in kls], [r.standard_error for r in kls], KL_EXPONENT)
+
+    def _cells(self, kls: Sequence[str], perplexity: float | None, top1: float | None, task: str) -> list[str]:
+        cells = [*kls, NONE if perplexity is None else f"{perplexity:,.2f}", percent(top1)]
         return [*cells, task] if self.has_task else cells
 
+    def _not_run(self) -> list[str]:
+        return [NOT_RUN] * (len(self.kl_columns) + 2 + self.has_task)
+
     def scheme(self, scheme: ReportedScheme) -> list[str]:
-        """Return a scheme's KL, perplexity, top-1 agreement and, where there is one, task accuracy."""
+        """Return a scheme's KL on each held-out set, perplexity, top-1 agreement and, where there is one, accuracy."""
         if scheme.results is None:
-            return [NOT_RUN] * (4 if self.has_task else 3)
-        kl, perplexity, top1, task = (
-            scheme.result(metric) for metric in (KL, "perplexity", "top1_agreement", "task_accuracy")
-        )
-        return self._quality(
-            self.kl_column.show(kl.value, kl.standard_error) if kl else NONE,
+            return self._not_run()
+        kls = []
+        for split, column in self.kl_columns.items():
+            kl = scheme.result(KL, split)
+            kls.append(column.show(kl.value, kl.standard_error) if kl else NONE)
+        perplexity, top1 = (scheme.result(metric, self.split) for metric in ("perplexity", "top1_agreement"))
+        return self._cells(
+            kls,
             perplexity.value if perplexity else None,
             top1.value if top1 else None,
-            _share_with_error(task),
+            _share_with_error(scheme.result("task_accuracy", self.task_split) if self.task_split else None),
         )
 
     def original(self) -> list[str]:
         """Return the original's own values of these metrics."""
         if not self.evaluated:
-            return [NOT_RUN] * 3
-        perplexity, task = self._reference("perplexity"), self._reference("task_accuracy")
-        return self._quality("0", perplexity, 1.0, percent(task, 1))
+            return self._not_run()
+        perplexity, task = self._first("perplexity"), self._first("task_accuracy")
+        return self._cells(
+            ["0"] * len(self.kl_columns),
+            perplexity.reference if perplexity else None,
+            1.0,
+            percent(task.reference if task else None, 1),
+        )
 
     def noise_floor(self) -> list[str]:
         """Return what BF16 arithmetic alone does to the original."""
         if not self.evaluated:
-            return [NOT_RUN] * 3
-        kl, perplexity, top1, task = (
-            result.noise_floor if (result := self.report.first_result(metric)) else None
-            for metric in (KL, "perplexity", "top1_agreement", "task_accuracy")
+            return self._not_run()
+        kls = []
+        for split, column in self.kl_columns.items():
+            kl = self.report.first_result(KL, split)
+            kls.append(column.show(kl.noise_floor if kl else None))
+        perplexity, top1, task = (
+            result.noise_floor if (result := self._first(metric)) else None
+            for metric in ("perplexity", "top1_agreement", "task_accuracy")
         )
-        return self._quality(self.kl_column.show(kl), perplexity, top1, percent(task, 1))
+        return self._cells(kls, perplexity, top1, percent(task, 1))
 
-    def _reference(self, metric: str) -> float | None:
-        result = self.report.first_result(metric)
-        return result.reference if result else None
+    def _first(self, metric: str) -> EvalResult | None:
+        """Return a scheme's result of the metric, on the held-out set that the table shows it of."""
+        split = self.task_split if metric == "task_accuracy" else self.split
+        return self.report.first_result(metric, split) if split is not None else None
 
 
 def _share_with_error(result: EvalResult | None) -> str:
@@ -215,21 +244,37 @@ def _share_with_error(result: EvalResult | None) -> str:
     return percent(result.value, 1) + ("" if error is None else f" ± {percent(error, 1)}")
 
 
+def _of(split: str, ladder: _Ladder) -> str:
+    """Return how a column names its held-out set, where there are several."""
+    return f" on {split}" if ladder.further else ""
+
+
+def _task_of(ladder: _Ladder) -> str:
+    """Return how the task's column names its held-out set, where it isn't that of the columns beside it."""
+    return f" on {ladder.task_split}" if ladder.task_split != ladder.split else ""
+
+
 def _summary(report: Report, ladder: _Ladder) -> str:
-    quality = [f"held-out KL ± SE, {ladder.kl_unit}", "perplexity", "top-1 agreement"]
-    quality += ["task accuracy ± SE"] if ladder.has_task else []
-    header = ["scheme", "asked", "coverage", "effective bits", "searched weights", "weight files"]
-    header += [f"predicted score ± SE, {ladder.predicted_unit}", *quality, "verified"]
+    quality = [f"held-out KL{_of(ladder.split, ladder)} ± SE, {ladder.kl_unit}"]
+    quality += [f"KL{_of(split, ladder)} ± SE, {ladder.kl_unit}" for split in ladder.further]
+    quality += ["perplexity", "top-1 agreement"]
+    quality += [f"task accuracy{_task_of(ladder)} ± SE"] if ladder.has_task else []
+    has_cache = any(scheme.kv_cache_format for scheme in report.schemes)
+    header = ["scheme", "asked", "coverage", "effective bits", *(["KV cache"] if has_cache else [])]
+    header += ["searched weights", "weight files", f"predicted score ± SE, {ladder.predicted_unit}"]
+    header += [*quality, "verified"]
     searched, source = report.searched_source_bytes, report.source_weight_file_bytes
-    costs = ["0.00%", f"{BF16_BITS:.2f}", byte_size(searched), byte_size(source), "0"]
+    cache = [BF16.upper()] if has_cache else []
+    costs = ["0.00%", f"{BF16_BITS:.2f}", *cache, byte_size(searched), byte_size(source), "0"]
     rows = [
         [ORIGINAL, NONE, *costs, *ladder.original(), NONE],
-        [NOISE_FLOOR, *[NONE] * 6, *ladder.noise_floor(), NONE],
+        [NOISE_FLOOR, NONE, *[NONE] * len(costs), *ladder.noise_floor(), NONE],
     ]
     for scheme in report.schemes:
         costs = [
             percent(scheme.coverage),
             f"{scheme.effective_bits:.2f}",
+            *([(scheme.kv_cache_format or BF16).upper()] if has_cache else []),
             _size_of(scheme.weight_bytes, searched),
             _size_of(scheme.weight_file_bytes, source),
             ladder.predicted_column.show(scheme.predicted_score, scheme.predicted_standard_error),
@@ -255,7 +300,7 @@ def _noise_lines(report: Report, ladder: _Ladder) -> list[str]:
                 "this evaluation doesn't tell them apart."
             )
     for name in report.below_noise_floor:
-        result = next(s for s in report.schemes if s.name == name).result(KL)
+        result = next(s for s in report.schemes if s.name == name).result(KL, ladder.split)
         assert result is not None
         column = _column([result.value, result.noise_floor], [result.standard_error], KL_EXPONENT)
         lines.append(
@@ -265,7 +310,7 @@ def _noise_lines(report: Report, ladder: _Ladder) -> list[str]:
     unknown = [f"`{pair.first}` and `{pair.second}`" for pair in report.comparisons if pair.within_noise is None]
     if unknown:
         lines.append(f"No standard error of the KL, so no statement about noise: {'; '.join(unknown)}.")
-    floors_known = all(r.noise_floor is not None for s in report.schemes if (r := s.result(KL)))
+    floors_known = all(r.noise_floor is not None for s in report.schemes if (r := s.result(KL, ladder.split)))
     if not lines and report.comparisons and floors_known:
         lines.append(
             "Every evaluated scheme's KL differs from its neighbour's by at least "
@@ -282,9 +327,10 @@ def _nesting_lines(report: Report) -> list[str]:
     ]
     for first, second in itertools.pairwise(report.schemes):
         if second.name not in first.nested_in:
+            caches = first.kv_cache_format or second.kv_cache_format
             lines.append(
-                f"Not nested: `{first.name}` and `{second.name}`. Each quantises groups that the other "
-                "leaves or has in another format."
+                f"Not nested: `{first.name}` and `{second.name}`. Each quantises groups"
+                f"{' or a KV cache' if caches else ''} that the other leaves or has in another format."
             )
     return lines
 
@@ -351,30 +397,59 @@ def _groups(report: Report, prefix: str) -> str:
     return markdown_table(header, rows)
 
 
+def _positions(report: Report, prefix: str) -> dict[str, Any]:
+    """Return one entry a format with its table of groups that move, and the table of schemes; {} where unknown."""
+    if report.positions is None:
+        return {}
+    rankings = []
+    for ranking in report.positions.rankings:
+        rows = [
+            [moved.group.removeprefix(prefix), moved.rank_text, moved.rank_both, percent(moved.image_share, 1)]
+            for moved in ranking.moved
+        ]
+        header = ["group", "rank, text only", "rank, text and image", "image share of its score"]
+        correlation = ranking.rank_correlation
+        rankings.append(
+            {
+                "format": ranking.format,
+                "image_share": ranking.image_share,
+                "rank_correlation": NONE if correlation is None else f"{correlation:.3f}",
+                "moved": markdown_table(header, rows) if rows else "",
+            }
+        )
+    changes = report.positions.scheme_changes
+    rows = [[name, "can't be met" if count is None else exact(count)] for name, count in changes.items()]
+    header = ["scheme", f"of {len(report.groups)} groups, in another format"]
+    return {"rankings": rankings, "schemes": markdown_table(header, rows) if rows else ""}
+
+
 def _evaluation(report: Report, ladder: _Ladder) -> str:
-    header = ["scheme", "metric", "value", "SE", "noise floor", "original", "samples", "unit"]
+    several = bool(ladder.further)
+    header = ["scheme", *(["set"] if several else []), "metric"]
+    header += ["value", "SE", "noise floor", "original", "samples", "unit"]
     rows = []
     for scheme in report.schemes:
         if scheme.results is None:
-            rows.append([scheme.name, *[NOT_RUN] * 7])
+            rows.append([scheme.name, *[NOT_RUN] * (len(header) - 1)])
         for result in scheme.results or ():
             show, unit = _metric_format(result, ladder)
             rows.append(
                 [
                     scheme.name,
+                    *([result.split] if several else []),
                     _METRIC_NAMES.get(result.metric, result.metric),
                     *(show(v) for v in (result.value, result.standard_error, result.noise_floor, result.reference)),
                     exact(result.samples),
                     unit,
                 ]
             )
-    return markdown_table(header, rows, left=2)
+    return markdown_table(header, rows, left=3 if several else 2)
 
 
 def _metric_format(result: EvalResult, ladder: _Ladder) -> tuple[Any, str]:
     """Return how a metric's numbers are shown, and in which unit."""
     if result.metric == KL:
-        return ladder.kl_column.show, _with_unit(KL_EXPONENT, result.unit)
+        return ladder.kl_columns[result.split].show, _with_unit(KL_EXPONENT, result.unit)
     if result.metric in _SHARES:
         return percent, "percent"
     column = _Column(exponent=0, decimals=3)
@@ -383,9 +458,9 @@ def _metric_format(result: EvalResult, ladder: _Ladder) -> tuple[Any, str]:
 
 def _held_out(report: Report) -> list[dict[str, Any]]:
     """Return the held-out data sets, each with the schemes that were evaluated on it."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for evaluation in report.evaluations:
-        key = (evaluation.data.sha256, evaluation.arithmetic)
+        key = (evaluation.split, evaluation.data.sha256, evaluation.arithmetic)
         found.setdefault(key, {"evaluation": evaluation, "schemes": []})["schemes"].append(evaluation.scheme)
     return list(found.values())
 
@@ -456,11 +531,12 @@ def render_markdown(report: Report) -> str:
         nesting_lines=_nesting_lines(report),
         failed=[scheme.name for scheme in report.schemes if scheme.verified is False],
         is_predicted_kl=report.score_unit == "nats per token",
-        kv_caches={s.name: s.kv_cache_format for s in report.schemes if s.kv_cache_format},
         sizes=_sizes(report),
         layer_counts=_layer_counts(report),
         prefix=prefix.rstrip("."),
         groups=_groups(report, prefix),
+        positions=_positions(report, prefix),
+        several=bool(ladder.further),
         evaluated=ladder.evaluated,
         evaluation=_evaluation(report, ladder),
         held_out=_held_out(report),
@@ -481,14 +557,24 @@ def write_report(report: Report, directory: Path) -> None:
     atomic_write(directory / MARKDOWN_FILE, render_markdown(report))
 
 
+def _narrow(*lines: str | None) -> str:
+    """Return a column's header whose lines are broken to `_NARROW` characters."""
+    return "\n".join(piece for line in lines for piece in textwrap.wrap(line or "", _NARROW))
+
+
 def closing_table(report: Report) -> Table:
-    """Return the ladder as a table for a terminal of 120 columns."""
+    """Return the ladder as a table for a terminal of 120 columns; several held-out sets cost it blanks and letters."""
     ladder = _Ladder(report)
-    table = Table(title=PurePath(report.model.path).name, caption_justify="left")
+    several = bool(ladder.further)
+    table = Table(title=PurePath(report.model.path).name, caption_justify="left", padding=(0, 0 if several else 1))
     table.add_column("scheme", overflow="fold")
-    quality = [f"held-out KL ± SE\n{ladder.kl_unit.replace(' per ', '/')}", "per-\nplexity", "top-1\nagreement"]
-    quality += ["task accuracy\n± SE"] if ladder.has_task else []
-    for name in ("coverage", "effective\nbits", "weight\nfiles", *quality):
+    unit = ladder.kl_unit.replace(" per ", "/")
+    quality = [_narrow("KL ± SE", split, unit) for split in ladder.kl_columns] if several else []
+    quality = [*(quality or [f"held-out KL ± SE\n{unit}"]), "per-\nplexity"]
+    quality += ["top-1\nagr." if several else "top-1\nagreement"]
+    if ladder.has_task:
+        quality += ["task accuracy\n± SE" if ladder.task_split == ladder.split else _narrow("task", ladder.task_split)]
+    for name in ("coverage", "eff.\nbits" if several else "effective\nbits", "weight\nfiles", *quality):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verified", no_wrap=True)
     table.add_row(

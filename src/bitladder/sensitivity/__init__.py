@@ -170,7 +170,7 @@ def check_weights(model: torch.nn.Module, directory: Path, target: Target) -> No
             parameter = model.get_parameter(f"{module.name}.weight")
             assert module.tensor is not None
             stored = files.load(module.tensor)
-            if not torch.equal(stored.to(parameter.dtype), parameter.detach().cpu()):
+            if not torch.equal(stored.to(parameter.device, parameter.dtype), parameter.detach()):
                 raise ModelError(f"{directory}: {module.tensor} is not what transformers loads into {module.name}")
 
 

@@ -245,6 +245,23 @@ def _changed(session: _Session) -> Iterator[None]:
             setattr(algorithms, name, value)
 
 
+def freeze_outside(model: nn.Module, language_model: str) -> None:
+    """Let no gradient into the vision tower and the projector: ModelOpt asks for one at every parameter whose name has
+    "embed" in it, a vision tower's patch embedding included, and the backward pass would run through all of it.
+
+    Args:
+        model: the whole model; its modules' `forward` is replaced.
+        language_model: dotted path of the language model in it.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    parts = language_model.split(".")
+    for depth, part in enumerate(parts):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        for name, child in parent.named_children():
+            if name != part and child is not head:
+                child.forward = torch.no_grad()(child.forward)
+
+
 def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     """Calibrate and score; amax values and each batch's scores go to `partial`. The model is not usable afterwards.
 
@@ -256,6 +273,7 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     session = _Session(model, job, partial)
     searched = {module.name for group in job.target.groups for module in group.modules}
     model.config.use_cache = False  # type: ignore[union-attr]
+    freeze_outside(model, job.target.language_model)
     with meter.phase("calibrate and score"), _changed(session):
         try:
             mtq.auto_quantize(
