@@ -11,7 +11,8 @@ below the vocabulary's size; the special tokens' ids in the configuration are it
 `compare`: Bitladder (identify, measure, plan, export three schemes) and ModelOpt (load, auto_quantize, export, three
 times) get the same batches of text, the same BF16 arithmetic and the same targets in effective bits; sizes are the
 defaults of ModelOpt's `hf_ptq` example (512 samples to calibrate, 128 to score). Each run is a process of its own,
-timed after its imports. ModelOpt's CUDA extension is compiled before, outside the clock.
+timed after its imports; both flush what they write to the disk. ModelOpt's CUDA extension is compiled before, outside
+the clock.
 
 `images`: measures on image+text pairs of random pictures with real captions, which ModelOpt's own script refuses.
 """
@@ -168,10 +169,12 @@ def compare(model: Path, result: Path, scratch: Path, sizes: dict, score_samples
         print(f"{kind}: {json.dumps(found)[:2000]}", flush=True)
         return found
 
-    ours, theirs = [], []
+    ours, theirs, copies = [], [], []
     for repeat in range(repeats):
         output = scratch / str(repeat)
         ours.append(child("bitladder", output / "ours"))
+        shutil.rmtree(output)
+        copies.append(round(ladder.copy_and_sync(model, output), 3))
         shutil.rmtree(output)
         runs = []
         for bits in BITS:
@@ -192,6 +195,7 @@ def compare(model: Path, result: Path, scratch: Path, sizes: dict, score_samples
             "sizes": {**sizes, "score_samples": score_samples, "effective_bits": BITS},
             "speedup": their_seconds / our_seconds,
             "peak_gpu_bytes": {"bitladder": peaks[0], "modelopt": peaks[1]},
+            "cp_of_the_source_seconds": copies,
             "bitladder": ours,
             "modelopt": theirs,
         }
