@@ -38,7 +38,7 @@ from bitladder.records import (
     QuantModule,
     Scheme,
 )
-from bitladder.runinfo import Progress, no_progress
+from bitladder.runinfo import Progress, no_progress, one_core_each
 from bitladder.sensitivity import Amax, kv_amax
 from bitladder.storage import atomic_directory, remove_leftovers, sha256_of_file
 from bitladder.weights import INDEX_FILE, TensorInfo, WeightFiles, read_config
@@ -410,11 +410,8 @@ def export_all(
         return export(scheme, measurement, amax, source, directories[scheme.name], progress)
 
     at_once = max(1, min(len(schemes), len(os.sched_getaffinity(0)) // _CORES_PER_EXPORT))
-    pool = ThreadPoolExecutor(max_workers=at_once)
-    try:
+    with one_core_each(at_once) as pool:
         return {scheme.name: manifest for scheme, manifest in zip(schemes, pool.map(write, schemes), strict=True)}
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _module_records(quantised: Quantised, amax: Amax) -> Iterator[ModuleRecord]:

@@ -14,6 +14,7 @@ tensor by tensor. What is checked:
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -39,14 +40,14 @@ from bitladder.records import (
     Scheme,
     Verification,
 )
-from bitladder.runinfo import Progress, no_progress
+from bitladder.runinfo import Progress, no_progress, one_core_each
 from bitladder.storage import sha256_of_file
 
 _EXPORT_AGAIN = "export this scheme again"
 # float32 rounding of code · scale and of the division that made the code, relative to the half step
 _STEP_TOLERANCE = 1 + 1e-5
 _BLOCK = 1 << 18  # codes compared at a time: what a cache holds
-_THREADS = 8
+_THREADS = min(8, os.cpu_count() or 1)
 _Scales = tuple[float | None, float | None]  # weight scale, input scale; None where there is no usable one
 _KV_CACHE_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
 
@@ -294,7 +295,7 @@ def _check_tensors(exam: _Examination, measurement: Measurement, manifest: Check
             return part, _check_tensor(part, name, group, module, entry, tensors, originals)
 
         group_scales: dict[str, set[_Scales]] = {}
-        with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        with one_core_each(_THREADS) as pool:
             for name, (part, scales) in zip(originals.files, pool.map(check, originals.files), strict=True):
                 exam.merge(part)
                 if scales is not None:
