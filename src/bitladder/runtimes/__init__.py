@@ -1,0 +1,1 @@
+"""What serves the checkpoints. One module a runtime; each imports its runtime inside functions only."""

@@ -1,0 +1,290 @@
+"""The entry points of scripts/qwen: names, flags and places, on the embedded model; plans of the published scores."""
+
+import base64
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from bitladder.errors import DataError, MeasurementError, ModelError, OutputError, RecipeError, RecordError, StaleRecord
+from bitladder.recipe import read_recipe
+from bitladder.records import CheckpointManifest, Evaluation, Measurement, RunState, Scheme
+from conftest import save_tokenizer
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts" / "qwen"
+DRIVER = SCRIPTS / "qwen2_5_vl_3b_autoquant_fp8_schemes.py"
+DEMO = ROOT / "src" / "bitladder" / "demo"
+MANIFEST = Path(__file__).parent / "data" / "qwen2_5_vl_3b_instruct_fp8_autoquant_manifest.json"
+TINY = ["--calib-size", "4", "--calib-seq-len", "64", "--batch-size", "2", "--held-out-size", "4"]
+
+
+def load(name):
+    """Return a script as a module."""
+    specification = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+driver = load("qwen2_5_vl_3b_autoquant_fp8_schemes")
+published = load("plan_published_measurement")
+
+
+def call(*command):
+    environment = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+
+
+def run_driver(root, *flags):
+    return call(sys.executable, DRIVER, "--out-root", root, *flags)
+
+
+def here(root, *flags):
+    """Run the driver in this process."""
+    driver.run(driver.parse(["--out-root", str(root), *map(str, flags)]))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """An out-root where two schemes were asked for, calibrated on image+text pairs."""
+    root = tmp_path_factory.mktemp("qwen")
+    where = ["--model-dir", DEMO / "qwen2_5_vl_digits", "--captions", DEMO / "data" / "calibration.jsonl"]
+    held_out = ["--held-out", DEMO / "data" / "heldout.jsonl", "--held-out", DEMO / "data" / "captions.txt"]
+    result = run_driver(root, *where, *held_out, *TINY, "--schemes", "top25,fp8_autoquant_full")
+    assert result.returncode == 0, result.stderr
+    assert str(root / "reports" / "report-fp8-autoquant-schemes.md") in result.stdout
+    return root
+
+
+def digests(root):
+    """Name, modification time and bytes of the measurement's files."""
+    files = [root / "autoquant" / name for name in ("measurement.json", "measurement.safetensors")]
+    return [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
+
+
+def test_checkpoints_manifests_and_report_are_where_the_plan_says(root):
+    for name, share in (("fp8_autoquant_top25", 0.25), ("fp8_autoquant_full", 1.0)):
+        directory = root / "quantized" / f"{name}_coco2017"
+        assert (directory / "config.json").exists()
+        assert (directory / "chat_template.jinja").exists()
+        content = json.loads((root / "quantized" / f"{name}_coco2017.manifest.json").read_text())
+        assert Scheme.model_validate(content["scheme"]).asked["coverage"] == share
+        inside = CheckpointManifest.read(directory / CheckpointManifest.FILE_NAME)
+        assert CheckpointManifest.model_validate(content["checkpoint"]) == inside
+    report = (root / "reports" / "report-fp8-autoquant-schemes.md").read_text()
+    assert report == (root / "autoquant" / "report.md").read_text()
+    assert "fp8_autoquant_top25" in report
+    assert not (root / "autoquant" / "checkpoints").exists()
+
+
+def test_a_second_call_uses_the_measurement_again_and_keeps_the_first_schemes(root):
+    before = digests(root)
+    result = run_driver(root, "--scheme-name", "fp8_autoquant_top50")
+    assert result.returncode == 0, result.stderr
+    assert digests(root) == before
+    assert (root / "quantized" / "fp8_autoquant_top50_coco2017" / "model.safetensors").exists()
+    report = (root / "reports" / "report-fp8-autoquant-schemes.md").read_text()
+    assert all(f"fp8_autoquant_{name}" in report for name in ("top25", "top50", "full"))
+
+
+def test_the_baseline_script_passes_flags_on(root):
+    before = digests(root)
+    result = call("bash", SCRIPTS / "quantize_qwen2_5_vl_3b_fp8_coco2017.sh", "--out-root", root)
+    assert result.returncode == 0, result.stderr
+    assert "qwen2_5_vl_3b_autoquant_fp8_schemes.py" in result.stderr
+    assert digests(root) == before
+    directory = root / "quantized" / "fp8_fp8_coco2017"
+    assert json.loads((directory / "hf_quant_config.json").read_text())["quantization"]["kv_cache_quant_algo"] == "FP8"
+
+
+def test_bits_out_of_reach_are_refused_in_one_line(root):
+    before = RunState.read(root / "autoquant" / "run.json").recipe
+    result = run_driver(root, "--auto-quantize-bits", "4.5")
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "4.5 effective bits" in result.stderr
+    assert "8.00 or more, and less than 16.00" in result.stderr
+    assert RunState.read(root / "autoquant" / "run.json").recipe == before
+
+
+def test_what_was_refused_is_no_setting_of_the_next_call(root):
+    before = RunState.read(root / "autoquant" / "run.json").recipe
+    with pytest.raises(DataError, match="nowhere"):
+        here(root, "--captions", "nowhere.txt")
+    with pytest.raises(ModelError, match="nowhere"):
+        here(root, "--model-dir", "nowhere")
+    assert RunState.read(root / "autoquant" / "run.json").recipe == before
+
+
+def test_a_measurement_of_another_place_is_taken_over(root, tmp_path):
+    where = ["--model-dir", DEMO / "qwen2_5_vl_digits", "--captions", DEMO / "data" / "captions.txt"]
+    here(
+        tmp_path / "other",
+        *where,
+        *TINY,
+        *("--measurement", root / "autoquant" / "measurement.json", "--scheme-name", "nine", "--auto-quantize-bits", 9),
+    )
+    assert [content for _, content in digests(tmp_path / "other")] == [content for _, content in digests(root)]
+    scheme = Scheme.read(tmp_path / "other" / "autoquant" / "schemes" / "nine.json")
+    assert scheme.effective_bits <= 9
+    before = digests(tmp_path / "other")
+    here(tmp_path / "other", "--coverage", 0.3)  # nothing is measured now, either
+    assert digests(tmp_path / "other") == before
+    assert (tmp_path / "other" / "quantized" / "fp8_autoquant_top30_coco2017").exists()
+
+
+def test_a_measurement_that_does_not_fit_is_refused(root, llama, tmp_path):
+    own = root / "autoquant" / "measurement.json"
+    text = ["--captions", DEMO / "data" / "captions.txt", "--out-root", tmp_path / "out"]
+    with pytest.raises(StaleRecord, match="other weights"):
+        here(tmp_path / "out", "--model-dir", llama, *text, "--measurement", own)
+    alone = tmp_path / "measurement.json"
+    alone.write_bytes(own.read_bytes())
+    demo = ["--model-dir", DEMO / "qwen2_5_vl_digits"]
+    with pytest.raises(RecordError, match="copy both"):
+        here(tmp_path / "out", *demo, *text, "--measurement", alone)
+    with pytest.raises(RecordError, match="does not exist"):
+        here(tmp_path / "out", *demo, *text, "--measurement", tmp_path / "nowhere.json")
+    published.importing.import_manifest(MANIFEST).write(tmp_path / "imported.json")
+    with pytest.raises(MeasurementError, match="planning only"):
+        here(tmp_path / "out", *demo, *text, "--measurement", tmp_path / "imported.json")
+
+
+def test_a_directory_of_others_is_not_replaced(root, tmp_path):
+    theirs = tmp_path / "out" / "quantized" / "fp8_autoquant_top25_coco2017"
+    theirs.mkdir(parents=True)
+    (theirs / "model.safetensors").write_text("precious")
+    flags = ["--model-dir", DEMO / "qwen2_5_vl_digits", "--captions", DEMO / "data" / "captions.txt", *TINY]
+    with pytest.raises(OutputError, match="didn't write"):
+        here(tmp_path / "out", *flags, "--measurement", root / "autoquant" / "measurement.json", "--schemes", "top25")
+    assert (theirs / "model.safetensors").read_text() == "precious"
+
+
+def schemes(*flags):
+    return driver.schemes_of(driver.parse(list(flags)))
+
+
+def test_a_scheme_s_name_says_its_target():
+    assert [(e["name"], e["coverage"]) for e in schemes()] == [
+        ("fp8_autoquant_top25", 0.25),
+        ("fp8_autoquant_top50", 0.5),
+        ("fp8_autoquant_full", 1.0),
+    ]
+    entry = {"name": "fp8_autoquant_top50", "coverage": 0.5, "kv_cache": "none"}
+    assert schemes("--scheme-name", "fp8_autoquant_top50") == schemes("--scheme-name", "top50") == [entry]
+    assert schemes("--scheme-name", "fp8_autoquant_top50_coco2017") == [entry]
+    assert schemes("--scheme-name", "mine", "--coverage", "0.3", "--kv-cache", "fp8") == [
+        {"name": "mine", "coverage": 0.3, "kv_cache": "fp8"}
+    ]
+    assert schemes("--auto-quantize-bits", "11.5")[0]["name"] == "fp8_autoquant_11.5bits"
+
+
+@pytest.mark.parametrize("name", ["fp8_mine", "top0", "top101", "fp8_autoquant_half", ""])
+def test_a_name_without_a_target_is_refused(name):
+    with pytest.raises(RecipeError, match="says no target"):
+        schemes("--scheme-name", name)
+
+
+def test_flags_that_contradict_each_other(tmp_path):
+    with pytest.raises(RecipeError, match="--schemes goes without"):
+        schemes("--schemes", "top25", "--coverage", "0.5")
+    with pytest.raises(RecipeError, match="--images goes with"):
+        here(tmp_path, "--images", "x")
+    with pytest.raises(RecipeError, match="nothing is measured"):
+        here(tmp_path, "--measurement", "m.json", "--score-size", "4")
+
+
+def test_what_captions_may_be(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "captions_val2017.json").write_text("{}")
+    annotations = str(tmp_path / "annotations" / "captions_val2017.json")
+    coco = {"kind": "coco", "path": str(tmp_path), "split": "val2017", "annotations": annotations}
+    assert driver.data_of(tmp_path) == driver.data_of(Path(annotations)) == coco
+    elsewhere = driver.data_of(Path(annotations), tmp_path / "pictures" / "few")
+    assert elsewhere == {**coco, "path": str(tmp_path / "pictures"), "split": "few"}
+    assert driver.data_of(tmp_path / "pairs.jsonl")["kind"] == "image_text"
+    assert driver.data_of(tmp_path / "captions.txt")["kind"] == "text"
+    with pytest.raises(RecipeError, match="--images"):
+        driver.data_of(tmp_path / "captions.txt", tmp_path)
+
+
+def test_coco_pairs_get_room_and_a_second_set_of_plain_text(tmp_path):
+    flags = driver.parse(["--captions", str(tmp_path), "--out-root", str(tmp_path)])
+    recipe = driver.recipe_of(flags, tmp_path / "autoquant", {})
+    assert recipe.calibration.sequence_length == 1024
+    assert [(s.name, s.sequence_length) for s in recipe.held_out] == [("image_text", 1024), ("prose", 512)]
+
+
+def test_coco_directory_from_end_to_end(tmp_path):
+    pairs = [json.loads(line) for line in (DEMO / "data" / "heldout.jsonl").read_text().splitlines()[:10]]
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    (tmp_path / "coco" / "val2017").mkdir()
+    names = [f"{index:012d}.png" for index in range(len(pairs))]
+    for name, pair in zip(names, pairs, strict=True):
+        (tmp_path / "coco" / "val2017" / name).write_bytes(base64.b64decode(pair["image"].partition(",")[2]))
+    content = {
+        "images": [{"id": index, "file_name": name} for index, name in enumerate(names)],
+        "annotations": [{"id": i, "image_id": i, "caption": pair["text"]} for i, pair in enumerate(pairs)],
+    }
+    (tmp_path / "coco" / "annotations" / "captions_val2017.json").write_text(json.dumps(content))
+    where = ["--model-dir", DEMO / "qwen2_5_vl_digits", "--captions", tmp_path / "coco"]
+    here(tmp_path / "out", *where, *TINY, "--schemes", "top50", "--kv-cache", "fp8")
+    record = Measurement.read(tmp_path / "out" / "autoquant" / "measurement.json")
+    assert record.calibration.kind == "coco"
+    assert all(candidate.image_scores for candidate in record.candidates)  # image positions apart
+    evaluation = Evaluation.read(tmp_path / "out" / "autoquant" / "evaluations" / "fp8_autoquant_top50.json")
+    assert list(evaluation.data) == ["image_text", "prose"]
+
+
+def test_the_recipe_is_what_the_driver_does_by_default(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = read_recipe(ROOT / "recipes" / "qwen2_5_vl_3b_fp8_coco2017.yaml")
+    assert driver.recipe_of(driver.parse([]), Path(recipe.output), {}) == recipe
+
+
+def test_serving_says_what_is_missing(tmp_path):
+    script = SCRIPTS / "run_qwen2_5_vl_3b_vllm_fp8.py"
+    result = call(sys.executable, script, "--out-root", tmp_path, "--scheme-name", "fp8_autoquant_top50")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {tmp_path / 'quantized' / 'fp8_autoquant_top50_coco2017'} holds no checkp")
+    if importlib.util.find_spec("vllm") is None:
+        (tmp_path / "config.json").write_text("{}")
+        save_tokenizer(tmp_path)
+        result = call(sys.executable, script, "--model-dir", tmp_path)
+        assert result.returncode == 2
+        assert "make vllm-env" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def files_of(directory):
+    return {path.relative_to(directory): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_the_plans_of_the_published_measurement_are_what_the_script_writes(tmp_path):
+    published.write(MANIFEST, tmp_path)
+    assert files_of(tmp_path) == files_of(published.EXAMPLE)
+    assert len(list((tmp_path / "schemes").iterdir())) == 15
+
+
+def test_modelopts_own_choice_is_the_optimum_by_another_solver():
+    content = json.loads(MANIFEST.read_text())
+    entries = list(content["layer_sensitivity"].values())
+    elements = np.array([max(entry["costs"]) for entry in entries])
+    scores = np.array([max(entry["scores"]) for entry in entries])
+    saved = LinearConstraint(8 * elements[None], lb=5 * elements.sum())  # 16 bits less 8 of what is chosen: 11 at most
+    result = milp(
+        scores, integrality=np.ones(len(scores)), bounds=Bounds(0, 1), constraints=saved, options=dict(mip_rel_gap=0)
+    )
+    chosen = result.x > 0.5
+    bits = 16 - 8 * elements[chosen].sum() / elements.sum()
+    state = content["autoquant_state"]
+    assert state["score"] == pytest.approx(scores[chosen].sum(), rel=1e-12)
+    assert state["constraints"]["effective_bits"] == pytest.approx(bits, rel=1e-12)
+    assert len(entries) == 275
