@@ -248,7 +248,7 @@ def _changed(session: _Session) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_cudnn_attention() -> Iterator[None]:
     """Leave cuDNN's attention out: it builds a plan for every new shape, and image+text batches each have their own."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
