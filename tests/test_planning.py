@@ -476,3 +476,14 @@ def test_a_frontier_too_large_is_refused(real, monkeypatch):
     monkeypatch.setattr(planning, "MAX_FRONTIER_CHOICES", 1000)
     with pytest.raises(PlanError, match="use coverage"):
         planning.frontier(real)
+
+
+@pytest.mark.parametrize("bits", [4.5, 3.0, 7.99, 16, 20.0])
+def test_unattainable_bits_are_refused_before_measuring_as_after(real, bits):
+    asked = spec("x", effective_bits=bits)
+    with pytest.raises(InfeasibleTarget) as before:
+        planning.refuse_unattainable([asked], real.formats)
+    with pytest.raises(InfeasibleTarget) as after:
+        planning.plan(real, asked)
+    assert str(before.value) == str(after.value)
+    planning.refuse_unattainable([spec("y", effective_bits=8.0), spec("z", coverage=0.1)], real.formats)

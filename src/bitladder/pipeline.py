@@ -33,11 +33,8 @@ from bitladder.errors import (
     StaleRecord,
     VerificationFailed,
 )
-from bitladder.formats import bits_of
 from bitladder.recipe import SCHEME_PLACE, Recipe, SchemeSpec
 from bitladder.records import (
-    BF16,
-    BF16_BITS,
     CheckpointManifest,
     Evaluation,
     Measurement,
@@ -495,22 +492,6 @@ def text_only_changes(measurement: Measurement, schemes: Sequence[Scheme]) -> Ma
     return changes
 
 
-def refuse_unattainable(recipe: Recipe) -> None:
-    """Refuse effective bits that no measurement with the recipe's formats can reach, before anything is measured.
-
-    Raises:
-        InfeasibleTarget: with the attainable range.
-    """
-    low = min(bits_of(name) for name in recipe.measurement.formats)
-    for spec in recipe.schemes:
-        if spec.effective_bits is not None and not low <= spec.effective_bits < BF16_BITS:
-            raise InfeasibleTarget(
-                f"scheme {spec.name}: {spec.effective_bits} effective bits is not attainable with "
-                f"{', '.join(recipe.measurement.formats)} and {BF16}; ask for {low:.2f} or more, and less than "
-                f"{BF16_BITS:.2f}"
-            )
-
-
 def run(work: Workspace, measurement: Path | None = None) -> report.Report:
     """Do every step that isn't done; `work.done` names those that were needed.
 
@@ -521,7 +502,7 @@ def run(work: Workspace, measurement: Path | None = None) -> report.Report:
     Raises:
         BitladderError: the first step that fails; what is finished stays.
     """
-    refuse_unattainable(work.recipe)
+    planning.refuse_unattainable(work.recipe.schemes, work.recipe.measurement.formats)
     for spec in work.recipe.schemes:
         work.check_place(work.checkpoint_directory(spec.name))
     with work.locked():

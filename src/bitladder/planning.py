@@ -252,14 +252,48 @@ def _remedy_for_bits(edge: Frontier, asked: Fraction) -> str:
     kept = sum(group.weight_elements for group in measurement.groups if group.name in edge.excluded)
     # what the groups that aren't excluded may have, so that all together keep the target
     share = (asked * total - kept * BF16_BITS) / (total - kept)
-    enough = [name for name in FORMATS if name not in measurement.formats and bits_of(name) <= share]
+    enough = any(name not in measurement.formats and bits_of(name) <= share for name in FORMATS)
+    if edge.excluded and not enough and min(map(bits_of, measurement.formats)) <= asked:
+        return f"raise the target, or exclude less than {kept / total:.2%} of the weights"
+    return _formats_for(share, measurement.formats)
+
+
+def _formats_for(bits: Fraction, measured: Sequence[str]) -> str:
+    """Return which formats would allow so few bits per weight."""
+    enough = [name for name in FORMATS if name not in measured and bits_of(name) <= bits]
     known = f"(Bitladder knows: {', '.join(FORMATS)})"
     if enough:
         return f"raise the target, or add {' or '.join(enough)} to measurement.formats {known}"
-    if edge.excluded and min(map(bits_of, measurement.formats)) <= asked:
-        return f"raise the target, or exclude less than {kept / total:.2%} of the weights"
-    needed = "; a 4-bit format such as NVFP4 would be needed" if share >= SMALLEST_FORMAT_BITS else ""
+    needed = "; a 4-bit format such as NVFP4 would be needed" if bits >= SMALLEST_FORMAT_BITS else ""
     return f"raise the target; no known format has so few bits {known}{needed}"
+
+
+def refuse_unattainable(specs: Iterable[SchemeSpec], formats: Sequence[str]) -> None:
+    """Refuse effective bits that no measurement of these formats can reach, before anything is measured.
+
+    Raises:
+        InfeasibleTarget: with the attainable range.
+    """
+    low = min(bits_of(name) for name in formats)
+    attainable = f"{', '.join(formats)}, {BF16}: attainable {low:.2f} to {BF16_BITS:.2f}"
+    for spec in specs:
+        if spec.effective_bits is None:
+            continue
+        asked = Fraction(str(spec.effective_bits))
+        if asked >= BF16_BITS:
+            raise _quantises_nothing(spec, attainable)
+        if asked < low:
+            raise InfeasibleTarget(
+                f"scheme {spec.name}: {spec.effective_bits} effective bits is below the minimum {low:.2f} "
+                f"of these formats ({attainable}); {_formats_for(asked, formats)}"
+            )
+
+
+def _quantises_nothing(spec: SchemeSpec, attainable: str) -> InfeasibleTarget:
+    return InfeasibleTarget(
+        f"scheme {spec.name}: {spec.effective_bits} effective bits would quantise nothing "
+        f"({attainable}); ask for less than {BF16_BITS}"
+    )
 
 
 def _by_bits(spec: SchemeSpec, edge: Frontier) -> dict[str, str]:
@@ -267,10 +301,7 @@ def _by_bits(spec: SchemeSpec, edge: Frontier) -> dict[str, str]:
     assert spec.effective_bits is not None
     asked = Fraction(str(spec.effective_bits))
     if asked >= BF16_BITS:
-        raise InfeasibleTarget(
-            f"scheme {spec.name}: {spec.effective_bits} effective bits would quantise nothing "
-            f"({_range_of(edge)}); ask for less than {BF16_BITS}"
-        )
+        raise _quantises_nothing(spec, _range_of(edge))
     index = edge.within_bits(math.floor(asked * edge.measurement.searched_weights))
     if index is None:
         raise InfeasibleTarget(
