@@ -110,7 +110,7 @@ def test_bits_out_of_reach_are_refused_in_one_line(root):
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert "4.5 effective bits" in result.stderr
-    assert "8.00 or more, and less than 16.00" in result.stderr
+    assert "attainable 8.00 to 16.00" in result.stderr
     assert RunState.read(root / "autoquant" / "run.json").recipe == before
 
 
