@@ -217,6 +217,7 @@ class _HashedFile:
         self._hasher, self._writer = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
         # Buffers that are used in turn: freeing blocks in another thread than made them fragments the heap.
         self._buffers = deque(np.empty(_BLOCK_BYTES, np.uint8) for _ in range(_QUEUED_BLOCKS))
+        self._filled = 0  # bytes in the first of them, which is being filled
         self._pending: deque[tuple[Future[None], Future[None]]] = deque()
 
     def __enter__(self) -> Self:
@@ -229,15 +230,22 @@ class _HashedFile:
 
     def write(self, data: np.ndarray) -> None:
         """Queue bytes, which may change afterwards; raises what an earlier write raised."""
-        for start in range(0, len(data), _BLOCK_BYTES):
-            if len(self._pending) == len(self._buffers):
+        while len(data):
+            if not self._filled and len(self._pending) == len(self._buffers):
                 self._wait()
-            block = self._buffers[0][: len(data) - start]
-            self._buffers.rotate(-1)
-            block[:] = data[start : start + len(block)]
-            self._pending.append(
-                (self._hasher.submit(self._digest.update, block.data), self._writer.submit(self._write, block.data))
-            )
+            part = data[: _BLOCK_BYTES - self._filled]
+            self._buffers[0][self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            data = data[len(part) :]
+            if self._filled == _BLOCK_BYTES:
+                self._submit()
+
+    def _submit(self) -> None:
+        """Hand the buffer being filled to both threads, and go on with the next one."""
+        block = self._buffers[0][: self._filled].data
+        self._buffers.rotate(-1)
+        self._filled = 0
+        self._pending.append((self._hasher.submit(self._digest.update, block), self._writer.submit(self._write, block)))
 
     def _wait(self) -> None:
         for future in self._pending.popleft():
@@ -249,6 +257,7 @@ class _HashedFile:
 
     def finish(self) -> FileDigest:
         """Wait for everything, flush to the disk, and return the file's digest."""
+        self._submit()
         while self._pending:
             self._wait()
         os.fsync(self._file.fileno())
