@@ -3,6 +3,7 @@
     python benchmarks/full_size.py build DIR                         # the model: seconds on a GPU, 7.5 GB on disk
     python benchmarks/full_size.py compare --model DIR               # writes benchmarks/results/full_size.json
     python benchmarks/full_size.py images --model DIR                # ... full_size_images.json
+    python benchmarks/full_size.py driver --model DIR --out-root OUT # ... full_size_driver.json; keeps the checkpoints
 
 The architecture is the published one (36 layers, 144 quant groups, vision depth 32); the weights are random, so that
 speed, memory and loading mean something, and quality nothing. The tokenizer is the embedded model's, whose ids are all
@@ -15,22 +16,34 @@ timed after its imports; both flush what they write to the disk. ModelOpt's CUDA
 the clock.
 
 `images`: measures on image+text pairs of random pictures with real captions, which ModelOpt's own script refuses.
+
+`driver`: two calls of `scripts/qwen/qwen2_5_vl_3b_autoquant_fp8_schemes.py`, as a user would make them: the ladder of
+three schemes, then the whole language model with an FP8 KV cache from the same measurement.
 """
 
 import argparse
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import ladder
 
 ROOT = ladder.ROOT
+RESULTS = ROOT / "benchmarks/results"
 BITS = (14.0, 12.0, 8.0)
 SIZES = {"samples": 512, "sequence_length": 512, "batch_size": 8, "seed": 0}
 SCORE_SAMPLES = 128
 LEFT_ALONE = ("*visual*", "*lm_head*")
+DRIVER = ROOT / "scripts/qwen/qwen2_5_vl_3b_autoquant_fp8_schemes.py"
+CALLS = (
+    ("--schemes", "top25,top50,full"),
+    ("--scheme-name", "fp8_autoquant_full_kv", "--coverage", "1", "--kv-cache", "fp8"),
+)
 DEMO = ROOT / "src/bitladder/demo/qwen2_5_vl_digits"
 
 TEXT = {
@@ -88,12 +101,17 @@ def build(directory: Path, layers: int | None) -> None:
     print(f"{directory}: {count / 1e9:.2f}B weights, {[p.name for p in sorted(directory.glob('*.safetensors'))]}")
 
 
-def text_of(model: Path, scratch: Path, sizes: dict):
-    """Return batches of real captions, repeated until they suffice (a row never starts twice at the same place)."""
-    path = scratch / "captions.txt"
+def captions_file(directory: Path, sizes: dict) -> Path:
+    """Write real captions, repeated until they suffice (a row never starts twice at the same place)."""
+    path = directory / "captions.txt"
     text = (ladder.TEXTS / "coco2017_captions.txt").read_text()
     path.write_text(text * max(1, 8 * sizes["samples"] * sizes["sequence_length"] // len(text)))
-    return ladder.data_of(model, path, sizes)
+    return path
+
+
+def text_of(model: Path, scratch: Path, sizes: dict):
+    """Return batches of the captions."""
+    return ladder.data_of(model, captions_file(scratch, sizes), sizes)
 
 
 def warm_up() -> None:
@@ -157,6 +175,39 @@ def measure_images(model: Path, output: Path, sizes: dict) -> dict:
     }
 
 
+def drive(model: Path, out_root: Path, sizes: dict, score_samples: int) -> dict:
+    """Call the driver for the ladder and for the FP8 KV cache; return what each call and each phase took."""
+    from bitladder.records import CheckpointManifest, Evaluation, RunState, Verification
+
+    out_root.mkdir(parents=True, exist_ok=True)
+    captions = captions_file(out_root, sizes)
+    size = {"--calib-size": sizes["samples"], "--calib-seq-len": sizes["sequence_length"]}
+    size |= {"--batch-size": sizes["batch_size"], "--score-size": score_samples}
+    first = ["--model-dir", str(model), "--captions", str(captions)]
+    first += [str(part) for pair in size.items() for part in pair]
+    calls = []
+    for call in CALLS:
+        flags = ["--out-root", str(out_root), *call, *([] if calls else first)]
+        start = time.perf_counter()
+        subprocess.run([sys.executable, str(DRIVER), *flags], check=True)
+        state = RunState.read(out_root / "autoquant" / RunState.FILE_NAME)
+        phases = {step: [phase.model_dump() for phase in phases] for step, phases in state.phases.items()}
+        calls.append({"flags": list(call), "seconds": time.perf_counter() - start, "phases": phases})
+    records = out_root / "autoquant"
+    return {
+        "calls": calls,
+        "verified": Verification.read(records / "verification.json").ok,
+        "bytes": {
+            path.parent.name: CheckpointManifest.read(path).total_bytes
+            for path in sorted((out_root / "quantized").glob(f"*/{CheckpointManifest.FILE_NAME}"))
+        },
+        "kl": {
+            path.stem: [result.value for result in Evaluation.read(path).results if result.metric == "kl"]
+            for path in sorted((records / "evaluations").glob("*.json"))
+        },
+    }
+
+
 def compare(model: Path, result: Path, scratch: Path, sizes: dict, score_samples: int, repeats: int) -> None:
     """Run both kinds of process in turn and write the comparison."""
     from bitladder.runinfo import hardware, versions
@@ -201,13 +252,24 @@ def compare(model: Path, result: Path, scratch: Path, sizes: dict, score_samples
         print(f"{our_seconds:.1f} s against {their_seconds:.1f} s: {their_seconds / our_seconds:.2f}x; GPU {peaks}")
 
 
+def save(path: Path, claim: str, sizes: dict, found: dict) -> None:
+    """Write and print what was found."""
+    from bitladder.runinfo import hardware, versions
+
+    model = "Qwen2.5-VL-3B, full size, random weights"
+    content = {"claim": claim, "model": model, "hardware": hardware(), "versions": versions(), "sizes": sizes, **found}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", help="build, compare or images; the rest is internal")
+    parser.add_argument("what", help="build, compare, images or driver; the rest is internal")
     parser.add_argument("directory", type=Path, nargs="?")
     parser.add_argument("--layers", type=int, help="build: a small model, to try this script without a GPU")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--scratch", type=Path, help="where checkpoints go (and go away); beside the model by default")
+    parser.add_argument("--out-root", type=Path, help="driver: where its checkpoints go and stay")
     parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: samples, sequence_length, batch_size, ...")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--result", type=Path)
@@ -235,29 +297,22 @@ def main() -> None:
         batches = -(-score_samples // sizes["batch_size"])
         found = ladder.run_modelopt(model, arguments.scratch, data, bits, dtype, LEFT_ALONE, batches)
     else:
-        results = ROOT / "benchmarks/results"
         with tempfile.TemporaryDirectory(prefix="full-size-", dir=arguments.scratch or model.parent) as scratch:
             if arguments.what == "compare":
-                result = arguments.result or results / "full_size.json"
+                result = arguments.result or RESULTS / "full_size.json"
                 compare(model, result, Path(scratch), sizes, score_samples, arguments.repeats)
+            elif arguments.what == "driver":
+                found = drive(model, arguments.out_root, sizes, score_samples)
+                claim = "the driver, called twice: a ladder of three schemes, and one with an FP8 KV cache"
+                path = arguments.result or RESULTS / "full_size_driver.json"
+                save(path, claim, {**sizes, "score_samples": score_samples}, found)
             else:
-                from bitladder.runinfo import hardware, versions
-
                 warm_up()
-                sizes = {**sizes, "samples": 64, "sequence_length": 512, **arguments.sizes}
+                sizes = {**sizes, "samples": 64, **arguments.sizes}
                 sizes.pop("score_samples", None)
                 found = measure_images(model, Path(scratch), sizes)
-                content = {
-                    "claim": "an image+text measurement at full size",
-                    "model": "Qwen2.5-VL-3B, full size, random weights",
-                    "hardware": hardware(),
-                    "versions": versions(),
-                    "sizes": sizes,
-                    **found,
-                }
-                path = arguments.result or results / "full_size_images.json"
-                path.write_text(json.dumps(content, indent=1) + "\n")
-                print(json.dumps(content))
+                path = arguments.result or RESULTS / "full_size_images.json"
+                save(path, "an image+text measurement at full size", sizes, found)
         return
     print(json.dumps(found))
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "weights": {"errors", "records", "storage"},
     "planning": {"errors", "records", "formats", "recipe"},
     "importing": {"errors", "records", "formats", "storage"},
-    "runtimes": {"errors"},
+    "runtimes": {"errors", "records", "runinfo", "storage"},
 }
 FORBIDDEN = {"verification": {"checkpoint", "weights"}, "evaluation": {"checkpoint", "sensitivity"}}
 NO_TORCH = ("errors", "storage", "records", "recipe", "planning", "importing", "report")

@@ -122,12 +122,18 @@ def test_another_scheme_redoes_only_what_depends_on_it(files, copied):
         {"name": "bits11", "effective_bits": 11.0},
         {"name": "full", "coverage": 1.0},
     ]
-    kept = (copied / "checkpoints/full/model.safetensors").stat().st_ino
+    paths = [copied / part for name in ("top50", "full") for part in written_for(name)]
+    kept = [path.stat().st_ino for path in paths]
     work = work_of(files, copied, schemes=schemes)
     pipeline.run(work)
     assert work.done == ["plan", "export", "verify", "evaluate"]
-    assert (copied / "checkpoints/full/model.safetensors").stat().st_ino == kept
-    assert (copied / "checkpoints/bits11/model.safetensors").exists()
+    assert {scheme.name: scheme.nested_in for scheme in work.schemes()}["top50"] == ("bits11", "full")
+    assert [path.stat().st_ino for path in paths] == kept
+    assert all((copied / part).exists() for part in written_for("bits11"))
+
+
+def written_for(name):
+    return f"checkpoints/{name}/model.safetensors", f"evaluations/{name}.json"
 
 
 def test_other_held_out_data_redoes_only_the_evaluation(files, copied):

@@ -22,18 +22,24 @@ from bitladder.records import (
     FileDigest,
     Finding,
     KvScale,
+    LogProbDifference,
     Measurement,
     ModelSource,
     ModuleRecord,
     PairDifference,
     Part,
     PhaseCost,
+    ProbedLayer,
+    ProbeFinding,
+    ProbeResult,
     QuantGroup,
     QuantModule,
     Record,
     RunInfo,
     RunState,
     Scheme,
+    ServedAnswer,
+    Throughput,
     UntouchedModule,
     Verification,
     digest_of,
@@ -128,6 +134,25 @@ SAMPLES: list[Record] = [
         data={"text": DATA},
         arithmetic="float32",
         results=(RESULT,),
+        run=RUN,
+    ),
+    ProbeResult(
+        checkpoint="top25",
+        scheme="top25",
+        manifest_sha256="m",
+        runtime="vllm",
+        version="0.1",
+        stage="generate",
+        reached="generate",
+        device="cpu",
+        layers=(
+            ProbedLayer(name="g", runtime_name="gh", promised="fp8", format="fp8", method="M", kernel="K", dtype=None),
+        ),
+        findings=(ProbeFinding(error_class="unequal_scales", severity="warning", where="g", problem="p", remedy="r"),),
+        answers=(ServedAnswer(prompt="q", image=False, text="a", token_ids=(1, 2)),),
+        log_probs=(LogProbDifference(split="text", tokens=9, mean_abs_difference=0.01, tolerance=0.1),),
+        throughput=(Throughput(phase="prefill", requests=4, tokens_per_second=1e5),),
+        traceback="t",
         run=RUN,
     ),
     RunState(recipe={"output": "o"}, phases={"measure": (PHASE,)}, digests={"f": (1, 2, "s")}),
@@ -373,6 +398,16 @@ def test_fingerprint_changes_with_every_field_but_the_volatile(record: Record) -
         other = record.model_copy(update={name: other_value(getattr(record, name))})
         assert other != record, name
         assert (other.fingerprint() == record.fingerprint()) == (name in record.volatile), name
+
+
+def test_a_probe_passes_with_warnings_and_says_the_class_of_its_first_error() -> None:
+    result = next(record for record in SAMPLES if isinstance(record, ProbeResult))
+    assert result.ok
+    assert result.verdict == "ok"
+    found = ProbeFinding(error_class="bad_scale", where="g", problem="p", remedy="r")
+    broken = result.model_copy(update={"findings": (*result.findings, found)})
+    assert not broken.ok
+    assert broken.verdict == "bad_scale"
 
 
 def test_fingerprint_ignores_when_and_where_it_ran() -> None:

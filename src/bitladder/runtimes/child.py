@@ -1,0 +1,87 @@
+"""Runs a runtime in a child process of another Python environment: `run_child(...) -> Outcome`.
+
+The child is one of the scripts beside this file. They import the standard library, torch and their runtime, and nothing
+of ours, so that any environment with the runtime can run them. A job goes in as JSON; what the child found comes back
+as JSON, written after every step, so that a child that is killed or crashes leaves what it knew.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitladder.errors import BitladderError
+
+_OUTPUT_KEPT = 200_000  # characters of the child's last output
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a child process.
+
+    Attributes:
+        result: the JSON object that the child wrote last; empty if it wrote none.
+        returncode: its exit status; negative: the signal that ended it.
+        timed_out: whether it was killed at the time limit.
+        output: the end of its standard output and standard error, together.
+    """
+
+    result: dict[str, Any]
+    returncode: int
+    timed_out: bool
+    output: str
+
+
+def run_child(
+    python: Path, script: str, job: Mapping[str, Any], *, timeout: float, environment: Mapping[str, str] | None = None
+) -> Outcome:
+    """Run `script` (a file beside this one) with `job` under another interpreter, and wait for it.
+
+    Args:
+        python: the interpreter of the runtime's environment.
+        script: the child's file name, e.g. `vllm_load.py`; it is called with the paths of the job and the result.
+        job: what to do, as JSON.
+        timeout: seconds until the child and its own children are killed.
+        environment: variables set for the child unless the caller's environment has them.
+
+    Raises:
+        BitladderError: there is no such interpreter.
+    """
+    if not os.access(python, os.X_OK):
+        raise BitladderError(
+            f"no Python interpreter at {python}; name the one of the runtime's environment (`make vllm-env` makes "
+            ".venv-vllm/bin/python)"
+        )
+    with tempfile.TemporaryDirectory(prefix="bitladder-probe-") as scratch:
+        paths = [Path(scratch, name) for name in ("job.json", "result.json", "output.txt")]
+        paths[0].write_text(json.dumps(dict(job)), encoding="utf-8")
+        with paths[2].open("wb") as output:
+            process = subprocess.Popen(
+                [str(python), str(Path(__file__).parent / script), str(paths[0]), str(paths[1])],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**(environment or {}), **os.environ},
+                start_new_session=True,  # so that its own children can be killed with it
+            )
+            timed_out = False
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                timed_out = True
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        try:
+            result = json.loads(paths[1].read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # it wrote nothing, or was killed while writing
+            result = {}
+        text = paths[2].read_text(encoding="utf-8", errors="replace")[-_OUTPUT_KEPT:]
+    return Outcome(result=result, returncode=process.returncode, timed_out=timed_out, output=text)
