@@ -4,12 +4,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer.main
 
 from bitladder.cli import app
 from bitladder.recipe import Recipe, read_recipe
+from bitladder.records import ErrorClass
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -62,3 +64,8 @@ def test_commands_in_the_readme_exist():
 def test_no_page_names_a_path_of_one_machine():
     for page in PAGES:
         assert not re.search(r"/(root|home|tmp|work)/", page.read_text()), page
+
+
+def test_every_error_class_of_a_probe_is_described():
+    text = (ROOT / "docs" / "runtimes.md").read_text()
+    assert tuple(re.findall(r"^\| `(\w+)` \|", text, re.M)) == get_args(ErrorClass)

@@ -15,7 +15,6 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from bitladder.errors import DataError, MeasurementError, ModelError, OutputError, RecipeError, RecordError, StaleRecord
 from bitladder.recipe import read_recipe
 from bitladder.records import CheckpointManifest, Evaluation, Measurement, RunState, Scheme
-from conftest import save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts" / "qwen"
@@ -254,10 +253,15 @@ def test_serving_says_what_is_missing(tmp_path):
     result = call(sys.executable, script, "--out-root", tmp_path, "--scheme-name", "fp8_autoquant_top50")
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path / 'quantized' / 'fp8_autoquant_top50_coco2017'} holds no checkp")
-    if importlib.util.find_spec("vllm") is None:
-        (tmp_path / "config.json").write_text("{}")
-        save_tokenizer(tmp_path)
-        result = call(sys.executable, script, "--model-dir", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    result = call(sys.executable, script, "--model-dir", tmp_path, "--image", tmp_path / "nowhere.png")
+    assert result.returncode == 2
+    assert "nowhere.png does not exist" in result.stderr
+    without = tmp_path / "python"
+    without.write_text("#!/bin/sh\necho\n")  # an interpreter that finds no vLLM
+    without.chmod(0o755)
+    for python in (tmp_path / "nowhere", without):
+        result = call(sys.executable, script, "--model-dir", tmp_path, "--python", python)
         assert result.returncode == 2
         assert "make vllm-env" in result.stderr
         assert len(result.stderr.splitlines()) == 1

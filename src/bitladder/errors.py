@@ -13,6 +13,7 @@
     ├── StaleRecord               a record belongs to another model, measurement or scheme than the one at hand
     ├── OutputError               the output directory can't be used: holds something else, no space, no permission
     ├── VerificationFailed        a checkpoint doesn't match its scheme; the findings are in `verification.json`
+    ├── ProbeFailed               a runtime wouldn't load a checkpoint, or not run it as it says; the findings say why
     └── EngineError               ModelOpt or transformers behaved otherwise than we rely on
 
 Only the command line catches these.
@@ -69,6 +70,10 @@ class OutputError(BitladderError):
 
 class VerificationFailed(BitladderError):
     """A checkpoint doesn't match its scheme."""
+
+
+class ProbeFailed(BitladderError):
+    """A runtime wouldn't load a checkpoint, or not run it as it says."""
 
 
 class EngineError(BitladderError):

@@ -418,6 +418,48 @@ class Evaluation(Record):
         return next((result for result in self.results if (result.metric, result.split) == wanted), None)
 
 
+class ControlArm(Part):
+    """Another choice of groups at a scheme's bits, and what it does."""
+
+    scheme: Scheme = Field(description="`asked` says which control it is, and beside which scheme it stands")
+    results: tuple[EvalResult, ...]
+
+
+class KlPoint(Part):
+    """A scheme that was simulated to learn which KL its predicted score means."""
+
+    name: str
+    score: float = Field(description="predicted, in the measurement's unit")
+    kl: float = Field(description="measured, in nats per token")
+
+
+class KlPoints(Record):
+    """What maps predicted scores to KL: a few schemes, simulated on the scored calibration samples."""
+
+    volatile = frozenset({"run"})
+
+    measurement_sha256: str
+    settings_sha256: str
+    data: DataSummary = Field(description="calibration data: held-out data must not choose a scheme")
+    samples: int = Field(description="of it that were used, the first ones")
+    points: tuple[KlPoint, ...]
+    run: RunInfo | None = None
+
+
+class Evidence(Record):
+    """What the search is worth: control arms beside the schemes, evaluated in memory on the same held-out sets."""
+
+    volatile = frozenset({"run"})
+
+    measurement_sha256: str
+    settings_sha256: str
+    data: dict[str, DataSummary] = Field(min_length=1, description="name of the held-out set -> its samples")
+    arithmetic: str
+    arms: tuple[ControlArm, ...]
+    left_out: tuple[str, ...] = Field(default=(), description="arms for which there was no time")
+    run: RunInfo | None = None
+
+
 Stage = Literal["preflight", "load", "generate"]
 ErrorClass = Literal[
     "missing_tensor",  # a tensor that the runtime needs isn't there
@@ -495,6 +537,16 @@ class Throughput(Part):
     source_tokens_per_second: float | None = None
 
 
+class ServedMemory(Part):
+    """What a served checkpoint takes; what the runtime doesn't tell is None."""
+
+    weight_bytes: int | None = Field(description="of all parameters, as they lie on the GPU")
+    kv_cache_dtype: str | None
+    kv_cache_bytes: int | None = Field(description="of the pool, which vLLM makes as large as the memory that is left")
+    kv_cache_tokens: int | None = Field(description="that fit into it")
+    peak_gpu_bytes: int | None
+
+
 class ProbeResult(Record):
     """What one runtime, in one version, does with one checkpoint, as far as `stage`."""
 
@@ -513,6 +565,7 @@ class ProbeResult(Record):
     answers: tuple[ServedAnswer, ...] = ()
     log_probs: tuple[LogProbDifference, ...] = ()
     throughput: tuple[Throughput, ...] = ()
+    memory: ServedMemory | None = None
     traceback: str | None = None
     run: RunInfo | None = None
 

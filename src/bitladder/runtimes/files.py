@@ -1,0 +1,291 @@
+"""What a checkpoint directory holds: JSON files, safetensors headers, the manifest, tokenizer and processor.
+
+What can't be read is a finding, not an exception: a pre-flight says everything that it can.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from bitladder.errors import ModelError, RecordError
+from bitladder.records import CheckpointManifest, ErrorClass, ProbeFinding
+from bitladder.runtimes.rules import CONFIG_FILE, LEGACY_FILE
+
+INDEX_FILE = "model.safetensors.index.json"
+EXPORT_AGAIN = "export the scheme again"
+_TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("tekken.json",), ("vocab.json", "merges.txt"))
+_PROCESSOR_FILES = (("preprocessor_config.json",), ("processor_config.json",))
+_MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
+_SCAN_BYTES = 1 << 20  # what a cache holds, and a multiple of every dtype's bytes
+
+E4M3 = "F8_E4M3"
+SIXTEEN_BIT = ("BF16", "F16", "F32")  # dtypes of weights that aren't quantised
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+# dtype -> (integer of its width, bits of the magnitude, least magnitude that is NaN or infinite). E4M3 has no infinity,
+# its NaN is 0x7F or 0xFF. Source: OCP OFP8 table 1; IEEE 754.
+_NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int, int]] = {
+    "F8_E4M3": (np.uint8, 0x7F, 0x7F),
+    "BF16": (np.uint16, 0x7FFF, 0x7F80),
+    "F16": (np.uint16, 0x7FFF, 0x7C00),
+    "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
+}
+_FLOATS: dict[str, Callable[[bytes], float]] = {  # dtype of a scale -> its first element
+    "BF16": lambda data: float(struct.unpack("<f", b"\0\0" + data[:2])[0]),
+    "F16": lambda data: float(struct.unpack_from("<e", data)[0]),
+    "F32": lambda data: float(struct.unpack_from("<f", data)[0]),
+    "F64": lambda data: float(struct.unpack_from("<d", data)[0]),
+}
+SCALE_DTYPE = "F32"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as a header describes it; `begin` and `end` are byte offsets in the file."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def one_number(self) -> bool:
+        """Whether vLLM takes it for one number. Source: vllm model_executor/parameter.py, PerTensorScaleParameter."""
+        return self.shape in ((), (1,))
+
+    def number(self, file: BinaryIO) -> float | None:
+        """Return the first element of a floating-point tensor, read from its opened file; None: another dtype."""
+        if self.dtype not in _FLOATS:
+            return None
+        file.seek(self.begin)
+        return _FLOATS[self.dtype](file.read(self.end - self.begin))
+
+    def finite(self) -> bool:
+        """Return whether no element is NaN or infinite; dtypes without such values are.
+
+        Raises:
+            ModelError: the file changed meanwhile.
+        """
+        if self.dtype not in _NOT_FINITE or self.begin == self.end:
+            return True
+        integer, magnitude, least = _NOT_FINITE[self.dtype]
+        block = np.empty(_SCAN_BYTES, np.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.begin)
+            left = self.end - self.begin
+            while left > 0:
+                held = block[: min(left, _SCAN_BYTES)]
+                if file.readinto(held.data) != len(held):
+                    raise ModelError(f"{self.path} ended inside the tensor {self.name}; it changed while it was read")
+                if int((held.view(integer) & integer(magnitude)).max()) >= least:
+                    return False
+                left -= len(held)
+        return True
+
+
+def _read_header(path: Path) -> list[Tensor]:
+    """Return the tensors of one safetensors file.
+
+    Raises:
+        ModelError: not a safetensors file, or truncated.
+
+    Source: the safetensors format, as documented by huggingface/safetensors.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_MAX_HEADER_BYTES, size):
+                raise ValueError("header longer than the file")
+            header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors = [
+            Tensor(name, path, entry["dtype"], tuple(entry["shape"]), *(8 + length + o for o in entry["data_offsets"]))
+            for name, entry in header.items()
+        ]
+        for tensor in tensors:
+            if tensor.dtype in _BYTES and tensor.end - tensor.begin != math.prod(tensor.shape) * _BYTES[tensor.dtype]:
+                raise ValueError(f"{tensor.name} has another size than its shape")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"not a readable safetensors file ({error})") from error
+    end = max((tensor.end for tensor in tensors), default=8 + length)
+    if end != size:
+        raise ModelError(f"has {size:,} bytes, its header describes {end:,}")
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is wrong, the same wherever it is."""
+
+    error_class: ErrorClass
+    severity: Literal["error", "warning"]
+    problem: str
+    remedy: str
+
+
+@dataclass
+class Findings:
+    """What was found, in the order of the checks; the same problem in many places is one finding."""
+
+    found: dict[_Problem, list[str]] = field(default_factory=dict)
+
+    def error(self, error_class: ErrorClass, where: str, problem: str, remedy: str) -> None:
+        """Add something that goes wrong."""
+        self.found.setdefault(_Problem(error_class, "error", problem, remedy), []).append(where)
+
+    def warn(self, error_class: ErrorClass, where: str, problem: str, remedy: str) -> None:
+        """Add something that is odd, and works."""
+        self.found.setdefault(_Problem(error_class, "warning", problem, remedy), []).append(where)
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is an error."""
+        return any(problem.severity == "error" for problem in self.found)
+
+    def records(self) -> tuple[ProbeFinding, ...]:
+        """Return the findings, each with the first place, and how many more there are."""
+        return tuple(
+            ProbeFinding(
+                error_class=problem.error_class,
+                severity=problem.severity,
+                where=places[0],
+                problem=problem.problem
+                if len(places) == 1
+                else f"{problem.problem}; the same in {len(places) - 1} more, the last {places[-1]}",
+                remedy=problem.remedy,
+            )
+            for problem, places in self.found.items()
+        )
+
+    def copy(self) -> "Findings":
+        """Return the same findings, to be added to."""
+        return Findings({problem: [*places] for problem, places in self.found.items()})
+
+
+def _read_json(path: Path, findings: Findings) -> dict[str, Any] | None:
+    """Return a JSON object; None: it isn't there, or can't be read (which is a finding)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"holds {type(content).__name__}, not an object")
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        findings.error("missing_file", path.name, f"can't be read: {error}", "fetch or export it again")
+        return None
+    return content
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a checkpoint directory holds, whatever the runtime."""
+
+    directory: Path
+    config: dict[str, Any]
+    legacy: dict[str, Any] | None
+    tensors: tuple[Tensor, ...]
+    manifest: CheckpointManifest | None
+
+
+def read_files(directory: Path, findings: Findings) -> Files | None:
+    """Return the checkpoint's files; None: what is needed to go on can't be read."""
+    config = _read_json(directory / CONFIG_FILE, findings)
+    if config is None and not findings.failed:
+        findings.error(
+            "missing_file", CONFIG_FILE, "isn't there, so no runtime knows the model", "copy it from the model"
+        )
+    legacy = _read_json(directory / LEGACY_FILE, findings)
+    tensors = _read_tensors(directory, findings)
+    manifest = _read_manifest(directory, findings)
+    if config is None or findings.failed:
+        return None
+    _check_side_files(directory, config, findings)
+    return Files(directory, config, legacy, tuple(tensors), manifest)
+
+
+def _read_manifest(directory: Path, findings: Findings) -> CheckpointManifest | None:
+    path = directory / CheckpointManifest.FILE_NAME
+    if not path.exists():
+        return None
+    try:
+        return CheckpointManifest.read(path)
+    except RecordError as error:
+        findings.error("missing_file", path.name, f"can't be read: {error}", EXPORT_AGAIN)
+        return None
+
+
+def _read_tensors(directory: Path, findings: Findings) -> list[Tensor]:
+    """Return the tensors of the files that a runtime reads: those the index names, or all where there is none.
+
+    Source: vllm model_executor/model_loader/weight_utils.py, filter_duplicate_safetensors_files.
+    """
+    index = _read_json(directory / INDEX_FILE, findings)
+    placed = {} if index is None else index.get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        findings.error("missing_file", INDEX_FILE, "has no weight_map of file names", "write it again from the files")
+        return []
+    names = sorted(set(placed.values())) or sorted(path.name for path in directory.glob("*.safetensors"))
+    if not names:
+        findings.error("missing_file", "*.safetensors", "no weight file is there", "fetch or export the weights")
+    tensors: list[Tensor] = []
+    for name in names:
+        if not (directory / name).is_file():
+            findings.error("missing_file", name, f"{INDEX_FILE} names it, but it isn't there", "fetch this file again")
+            continue
+        try:
+            tensors += _read_header(directory / name)
+        except ModelError as error:
+            findings.error("missing_file", name, str(error), "it is truncated or damaged: fetch it again")
+    if index is not None and not findings.failed:
+        _check_index(placed, tensors, findings)
+    return tensors
+
+
+def _check_index(placed: Mapping[str, str], tensors: Iterable[Tensor], findings: Findings) -> None:
+    """Warn of an index that doesn't say where the tensors lie; runtimes take only file names from it."""
+    odd = sorted(set(placed.items()) ^ {(tensor.name, tensor.path.name) for tensor in tensors})
+    if odd:
+        findings.warn(
+            "config_mismatch",
+            INDEX_FILE,
+            f"it and the weight files disagree about {len(odd)} entries, first {odd[0][0]} in {odd[0][1]}",
+            "write the index again from the files",
+        )
+
+
+def _check_side_files(directory: Path, config: Mapping[str, Any], findings: Findings) -> None:
+    """Check that the tokenizer, and for a vision-language model its processor, come along."""
+
+    def present(choices: Sequence[tuple[str, ...]]) -> bool:
+        return any(all((directory / name).is_file() for name in names) for names in choices)
+
+    copy_it = "copy it from the original model; vLLM stops without it"
+    if not present(_TOKENIZER_FILES):
+        findings.error("missing_file", "tokenizer.json", "no tokenizer is there", copy_it)
+    if "vision_config" in config and not present(_PROCESSOR_FILES):
+        findings.error("missing_file", "preprocessor_config.json", "no image processor is there", copy_it)
+    if not _has_chat_template(directory):
+        findings.warn(
+            "missing_file",
+            "chat_template.jinja",
+            "no chat template is there: prompts can be completed, but chat requests are refused",
+            "copy it from the original model, if that is one for chats",
+        )
+
+
+def _has_chat_template(directory: Path) -> bool:
+    """Return whether a chat template lies where transformers looks for one."""
+    if any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return "chat_template" in json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no such file: no template in it
+        return False

@@ -1,0 +1,413 @@
+"""The serving probe: judging by itself, and vLLM's engine on the embedded model, on a CPU."""
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import broken_checkpoints
+from bitladder import calibration, evaluation, logprobs
+from bitladder.errors import BitladderError, ModelError, ProbeFailed
+from bitladder.recipe import DataSpec
+from bitladder.records import CheckpointManifest, ModuleRecord
+from bitladder.runtimes import serve
+from bitladder.runtimes.child import Outcome
+from bitladder.runtimes.classify import classify, classify_exit
+from bitladder.runtimes.serve import (
+    Answer,
+    Failure,
+    Layer,
+    Question,
+    Run,
+    Runtime,
+    ScoredSequence,
+    Scores,
+    Served,
+    ServeJob,
+    SpeedJob,
+    Timings,
+)
+
+ROOT = Path(__file__).parents[1]
+SOURCE, DATA = broken_checkpoints.SOURCE, broken_checkpoints.DEMO / "data"
+CPU = Runtime(version="0.32.0", device="cpu", gpu=False, threads=2, versions={})
+GPU = CPU.model_copy(update={"device": "NVIDIA H100", "gpu": True})
+SEQUENCES = (
+    ScoredSequence("prose", (5, 6, 7), (5, 6, 7), (1, 2)),
+    ScoredSequence("prose", (8, 9, 9, 4), (8, 9, 4), (3,), "x.png"),
+)
+JOB = ServeJob(questions=(Question("Say it."),), sequences=SEQUENCES)
+EXPECTED = ((-1.0, -2.0), (-0.5,))
+
+
+# --- judging ---
+
+
+def served(*values, **fields):
+    """Return a finished child that gave the three counted tokens these log-probabilities."""
+    first, second, third = values or (-1.0, -2.0, -0.5)
+    scores = (
+        Scores(token_ids=(5, 6, 7), log_probs=(first, second)),
+        Scores(token_ids=(8, 9, 9, 4), log_probs=(-9.0, -9.0, third)),
+    )
+    defaults = {"reached": "scored", "runtime": CPU, "scores": scores, "kv_cache_dtype": "auto"}
+    return Served(**{**defaults, "answers": (Answer(text="A cat.", token_ids=(1, 2, 3)),), **fields})
+
+
+def judged(run, source=None, job=JOB, **options):
+    return serve.judge(run, job, checkpoint="x", version="0.32.0", source=source, **options)
+
+
+def test_what_agrees_passes_and_says_how_far_it_is():
+    result = judged(Run(served(-1.01, -2.0, -0.5), EXPECTED), Run(served(-1.0, -2.0, -0.503), EXPECTED))
+    (difference,) = result.log_probs
+    assert result.ok
+    assert result.verdict == "ok"
+    assert (difference.split, difference.tokens) == ("prose", 3)
+    assert difference.mean_abs_difference == pytest.approx(0.01 / 3)
+    assert difference.source_mean_abs_difference == pytest.approx(0.001)
+    assert difference.tolerance == serve.TOLERANCE_FLOOR
+    assert [a.text for a in result.answers] == ["A cat."]
+    assert result.stage == "generate"
+
+
+def test_the_tolerance_is_a_multiple_of_the_originals_noise_that_has_an_end():
+    assert serve.tolerance(0.0045, cpu_fp8_kv=False) == pytest.approx(0.0225)
+    assert serve.tolerance(0.0045, cpu_fp8_kv=True) == pytest.approx(0.0675)
+    assert serve.tolerance(5.0, cpu_fp8_kv=False) == serve.tolerance(serve.MAX_NOISE, cpu_fp8_kv=False)
+    assert serve.tolerance(None, cpu_fp8_kv=True) == serve.MAX_NOISE
+
+
+@pytest.mark.parametrize(("runtime", "verdict"), [(CPU, "ok"), (GPU, "wrong_output")])
+def test_cutting_off_bits_of_the_kv_cache_is_allowed_to_cpus_only(runtime, verdict):
+    source = Run(served(-1.0, -2.0, -0.515), EXPECTED)  # noise 0.005
+    run = Run(served(-1.0, -2.0, -0.65, kv_cache_dtype="fp8", runtime=runtime), EXPECTED)  # 0.05
+    assert judged(run, source).verdict == verdict
+
+
+def test_log_probabilities_of_another_model_are_wrong_output():
+    source = Run(served(-1.0, -2.0, -0.503), EXPECTED)
+    result = judged(Run(served(-1.1, -2.1, -0.5), EXPECTED), source)
+    assert result.verdict == "wrong_output"
+    assert "0.06667 nats per token, more than 0.01" in result.findings[0].problem
+    alone = judged(Run(served(-1.1, -2.1, -0.5), EXPECTED))
+    assert alone.ok  # without the original's noise no more than its largest can be asked for
+    assert alone.log_probs[0].source_mean_abs_difference is None
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_nan_is_wrong_output_whatever_is_expected(value):
+    for expected in (EXPECTED, None):
+        result = judged(Run(served(-1.0, value, -0.5), expected))
+        assert result.verdict == "wrong_output"
+        assert "NaN or infinite log-probabilities in 1 of 2 sequences" in result.findings[0].problem
+        assert not result.log_probs
+
+
+def test_without_an_evaluation_gibberish_shows_beside_the_original():
+    source = Run(served())
+    result = judged(Run(served(-3.0, -4.0, -1.0)), source)
+    assert result.verdict == "wrong_output"
+    assert "1.50 nats per token less likely" in result.findings[0].problem
+    assert judged(Run(served(-1.9, -2.9, -0.6)), source).ok
+    assert judged(Run(served(-3.0, -4.0, -1.0))).ok  # nothing to compare with
+
+
+def test_other_tokens_than_ours_are_not_compared_but_named():
+    run = served()
+    other = run.scores[1].model_copy(update={"token_ids": (8, 9, 9, 9, 4), "log_probs": (-9.0,) * 4})
+    result = judged(Run(run.model_copy(update={"scores": (run.scores[0], other)}), EXPECTED))
+    assert result.verdict == "wrong_output"
+    assert "other tokens than our evaluation in 1 of 2 sequences" in result.findings[0].problem
+    assert result.log_probs[0].tokens == 2
+
+
+def test_one_token_over_and_over_is_an_error_only_where_the_original_says_something():
+    stuck = Answer(text="!!!!!!!!", token_ids=(0,) * serve.MIN_REPEATED)
+    run = Run(served(answers=(stuck,)), EXPECTED)
+    assert judged(run, Run(served(), EXPECTED)).verdict == "wrong_output"
+    assert judged(run, Run(served(answers=(stuck,)), EXPECTED)).findings == ()
+    (finding,) = judged(run).findings
+    assert finding.severity == "warning"
+    short = Answer(text="7 7", token_ids=(7,) * (serve.MIN_REPEATED - 1))
+    assert judged(Run(served(answers=(short,)), EXPECTED), Run(served(), EXPECTED)).findings == ()
+
+
+def manifest(**formats):
+    modules = [
+        ModuleRecord(name=n, tensor=f"{n}.weight", format=f, dtype="F8_E4M3", weight_scale=1.0, input_scale=1.0)
+        for n, f in formats.items()
+    ]
+    return CheckpointManifest(
+        scheme="s", scheme_sha256="a", measurement_sha256="b", source_sha256="c", files=(), modules=tuple(modules)
+    )
+
+
+def test_layers_are_compared_with_the_manifest():
+    kernel = Layer(method="ModelOptLinearMethod", kernel="Cutlass", dtype="float8_e4m3fn")
+    plain = Layer(method="UnquantizedLinearMethod", kernel=None, dtype="bfloat16")
+    layers, names = {"qkv": kernel, "o": plain}, {"q": "qkv", "k": "qkv", "o": "o"}
+    run = Run(served(layers=layers, names=names), EXPECTED)
+    result = judged(run, manifest=manifest(q="fp8", o="fp8"))
+    assert [(row.name, row.runtime_name, row.promised, row.format, row.kernel) for row in result.layers] == [
+        ("q", "qkv", "fp8", "fp8", "Cutlass"),
+        ("k", "qkv", "bf16", "fp8", "Cutlass"),
+        ("o", "o", "fp8", "bf16", None),
+    ]
+    assert [(f.error_class, f.where) for f in result.findings] == [("wrong_format", "k"), ("wrong_format", "o")]
+    assert {row.promised for row in judged(run).layers} == {None}
+
+
+def test_tokens_per_second_are_of_the_medians():
+    job = ServeJob(speed=SpeedJob(requests=4, prompt_tokens=100, output_tokens=11, repeats=3))
+    own = served(scores=(), timings=Timings(one_token=(2.0, 1.0, 9.0), all_tokens=(6.0, 7.0, 5.0)))
+    theirs = served(scores=(), timings=Timings(one_token=(4.0,), all_tokens=(14.0,)))
+    prefill, decode = judged(Run(own), Run(theirs), job).throughput
+    assert (prefill.phase, prefill.tokens_per_second, prefill.source_tokens_per_second) == ("prefill", 200.0, 100.0)
+    assert (decode.phase, decode.tokens_per_second, decode.source_tokens_per_second) == ("decode", 10.0, 4.0)
+    nothing = served(scores=(), timings=Timings(one_token=(2.0,), all_tokens=(2.0,)))
+    result = judged(Run(nothing), None, job)
+    assert [speed.phase for speed in result.throughput] == ["prefill"]
+    assert [f.severity for f in result.findings] == ["warning"]
+
+
+def test_a_failed_child_keeps_what_it_knew_and_its_traceback():
+    error = Failure(type="ValueError", message="ModelOpt currently only supports: []", line="raise", traceback="whole")
+    result = judged(Run(served(reached="imported", scores=(), answers=(), error=error, returncode=1)))
+    assert (result.verdict, result.reached, result.traceback) == ("unsupported_format", "imported", "whole")
+    assert result.device == "cpu"
+    assertion = Failure(type="AssertionError", message="", line="assert a.shape == b.shape", traceback="t")
+    assert judged(Run(served(error=assertion, returncode=1))).verdict == "shape"
+
+
+@pytest.mark.parametrize(
+    ("returncode", "timed_out", "expected"),
+    [
+        (-signal.SIGKILL, True, "timeout"),
+        (-signal.SIGKILL, False, "out_of_memory"),
+        (-signal.SIGSEGV, False, "runtime_bug"),
+        (3, False, "runtime_bug"),
+    ],
+)
+def test_a_child_that_died_without_a_word(returncode, timed_out, expected):
+    outcome = Outcome(result={}, returncode=returncode, timed_out=timed_out, output="x" * 9000 + "last words")
+    result = judged(Run(Served.parse(outcome)))
+    assert result.verdict == expected == classify_exit(returncode, timed_out=timed_out)
+    assert result.traceback.endswith("last words")
+    assert len(result.traceback) < 9000
+
+
+# Types and messages as vLLM 0.32.0 and 0.25.1, torch and transformers gave them.
+REAL_ERRORS = [
+    ("torch.OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB.", "out_of_memory"),
+    ("ValueError", "Free memory on device cuda:0 (1.2/79.1 GiB) on startup is less than desired", "out_of_memory"),
+    ("ValueError", "No available memory for the cache blocks. Try increasing", "out_of_memory"),
+    ("RuntimeError", "Failed to infer device type, please set the environment variable", "no_device"),
+    ("ModuleNotFoundError", "No module named 'vllm'", "no_runtime"),
+    ("ModuleNotFoundError", "No module named 'einops'", "runtime_bug"),
+    (
+        "ValidationError",
+        "1 validation error for ModelConfig\n  Value error, Model architectures ['X'] are not supported for now.",
+        "unsupported_model",
+    ),
+    ("ValueError", "Detected some but not all shards of a.qkv_proj are quantized. All shards", "mixed_group"),
+    (
+        "RuntimeError",
+        "_C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4 argument(s).",
+        "unequal_scales",
+    ),
+    (
+        "ValueError",
+        "Quantization method specified in the model config (modelopt) does not match the quantization method "
+        "specified in the `quantization` argument (fp8).",
+        "config_mismatch",
+    ),
+    ("ValueError", "ModelOpt currently only supports: ['FP8'] quantizations in vLLM.", "unsupported_format"),
+    ("OSError", "Can't load image processor for '/x'. If you were trying to load it", "missing_file"),
+    ("RuntimeError", "Cannot find any model weights with `/x`", "missing_file"),
+    (
+        "SafetensorError",
+        "Error while deserializing header: incomplete metadata, file not fully covered",
+        "missing_file",
+    ),
+    ("ValueError", "Following weights were not initialized from checkpoint: {'a'}", "missing_tensor"),
+    ("ValueError", "There is no module or parameter named 'a.input_scale' in B.", "unexpected_tensor"),
+    ("KeyError", "'layers.0.self_attn.qkv_proj.weight_scale'", "unexpected_tensor"),
+    ("KeyError", "'text_config'", "runtime_bug"),
+    ("AssertionError", "Attempted to load weight (torch.Size([2])) into parameter (torch.Size([3]))", "shape"),
+    ("AssertionError", "assert param_data.shape == loaded_weight.shape", "shape"),
+    ("AssertionError", "assert self.is_monolithic", "runtime_bug"),
+    ("TypeError", "unhashable type: 'list'", "runtime_bug"),
+]
+
+
+@pytest.mark.parametrize(("kind", "message", "expected"), REAL_ERRORS)
+def test_real_errors_get_their_class(kind, message, expected):
+    assert classify(kind, message) == expected
+
+
+# --- the expected log-probabilities ---
+
+
+def load(kind, name, samples):
+    return calibration.load_data(
+        DataSpec(kind=kind, path=str(DATA / name)),
+        calibration.load_processor(SOURCE),
+        samples=samples,
+        sequence_length=64,
+        batch_size=4,
+        seed=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return {"digits": load("image_text", "heldout.jsonl", 8), "captions": load("text", "captions.txt", 8)}
+
+
+@pytest.fixture(scope="module")
+def job(sets):
+    sequences = [s for split, data in sets.items() for s in logprobs.sequences(data, split, SOURCE)]
+    pictures = [Question(sample.prompt, sample.image) for sample in sets["digits"].samples]
+    return ServeJob(
+        questions=(*pictures, Question("Describe a picture of a cat.")),
+        sequences=tuple(sequences),
+        max_tokens=16,
+        speed=SpeedJob(requests=4, prompt_tokens=32, output_tokens=8, repeats=1),
+    )
+
+
+def test_a_picture_is_one_placeholder_in_the_prompt_and_many_for_the_model(job):
+    pictures = [sequence for sequence in job.sequences if sequence.image is not None]
+    assert len(pictures) == 8
+    for sequence in pictures:
+        assert sequence.prompt_ids.count(6) == 1  # the embedded model's image_token_id
+        assert sequence.token_ids.count(6) > 1
+        assert [t for t in sequence.token_ids if t != 6] == [t for t in sequence.prompt_ids if t != 6]
+    texts = [sequence for sequence in job.sequences if sequence.image is None]
+    assert all(s.prompt_ids == s.token_ids and s.counted == tuple(range(1, 64)) for s in texts)
+
+
+def test_log_probabilities_are_those_that_the_loss_is_made_of(job, sets):
+    rows = logprobs.log_probs(SOURCE, list(sets.values()))
+    assert [len(row) for row in rows] == [len(sequence.counted) for sequence in job.sequences]
+    with evaluation.Reference.compute(SOURCE, sets["captions"]) as reference:
+        values = [value for row in rows[8:] for value in row]
+        assert math.exp(-math.fsum(values) / len(values)) == pytest.approx(reference.perplexity, rel=1e-5)
+
+
+def test_a_job_that_the_model_cannot_hold_is_refused(job, tmp_path):
+    long = ServeJob(speed=SpeedJob(prompt_tokens=2000, output_tokens=100))
+    with pytest.raises(ModelError, match="holds 2048 tokens, the job needs 2100"):
+        serve.serve(SOURCE, tmp_path, long)
+    with pytest.raises(ModelError, match="no config.json"):
+        serve.probe(tmp_path, tmp_path, job)
+
+
+# --- vLLM ---
+
+
+@pytest.fixture(scope="module")
+def vllm_python():
+    """The interpreter of vLLM's environment."""
+    python = Path(os.environ.get("BITLADDER_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
+    if not python.exists():
+        reason = f"no vLLM environment at {python}: run `make vllm-env`, or set BITLADDER_VLLM_PYTHON"
+        if os.environ.get("BITLADDER_REQUIRE_VLLM") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return python
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return broken_checkpoints.make_good(tmp_path_factory.mktemp("good"))
+
+
+SCHEMES = ("top25", "top50", "full")
+
+
+@pytest.fixture(scope="module")
+def probes(vllm_python, good, job, sets, tmp_path_factory):
+    """The original, every scheme, and a checkpoint that runs to NaN, each served once."""
+    broken = tmp_path_factory.mktemp("broken") / "o_scale_missing"
+    case = next(case for case in broken_checkpoints.CASES if case.name == broken.name)
+    case.make(good[case.base], broken)
+    directories = [good[name] for name in SCHEMES]
+    data = list(sets.values())
+    expected = {directory: logprobs.log_probs(directory, data) for directory in [SOURCE, *directories]}
+    return serve.probe_all([*directories, broken], vllm_python, job, source=SOURCE, expected=expected, timeout=220)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_scheme_is_served_as_its_files_say(probes):
+    assert probes.source.verdict == "ok", probes.source.findings
+    assert [layer.format for layer in probes.source.layers].count("bf16") == len(probes.source.layers) > 42
+    for name, result in zip(SCHEMES, probes.results, strict=False):
+        assert result.findings == (), name
+        assert result.reached == "timed"
+        assert result.scheme == name
+        assert [d.split for d in result.log_probs] == ["digits", "captions"]
+        for difference in result.log_probs:
+            assert 0 < difference.mean_abs_difference <= difference.tolerance < serve.MAX_NOISE
+        assert all(layer.format == layer.promised for layer in result.layers)
+        fast = [layer for layer in result.layers if layer.format == "fp8"]
+        assert {layer.kernel for layer in fast} == {"PerTensorTorchFP8ScaledMMLinearKernel"}
+        assert [speed.phase for speed in result.throughput] == ["prefill", "decode"]
+        assert all(speed.source_tokens_per_second > 0 for speed in result.throughput)
+    assert len([layer for layer in probes.results[2].layers if layer.format == "fp8"]) == 42
+
+
+@pytest.mark.slow
+def test_the_kv_cache_is_counted_and_its_dtype_said(probes):
+    for served in probes.served.values():
+        # keys and values of 6 layers, one head of 64 numbers, 2 bytes each
+        assert served.kv_cache_tokens > 0
+        assert served.kv_cache_bytes == served.kv_cache_tokens * 2 * 6 * 64 * 2
+        assert served.kv_cache_dtype in ("auto", "bfloat16")
+
+
+@pytest.mark.slow
+def test_pictures_are_answered_as_by_our_own_evaluation(probes, good, sets):
+    samples, processor = sets["digits"].samples, calibration.load_processor(SOURCE)
+    inputs = calibration.prompt_inputs(samples, processor)
+    for name, result in zip(SCHEMES, probes.results, strict=False):
+        model = evaluation.load_checkpoint(good[name])
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        ours = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        served = [a.text for a in result.answers if a.image]
+        assert [text.strip() for text in served] == [text.strip() for text in ours]
+        assert sum(a == s.text for a, s in zip(map(str.strip, served), samples, strict=True)) > len(samples) / 2
+        assert len(result.answers) == len(samples) + 1
+
+
+@pytest.mark.slow
+def test_nan_is_seen_in_scores_and_in_answers(probes):
+    result = probes.results[-1]
+    assert result.verdict == "wrong_output"
+    assert any("NaN" in finding.problem for finding in result.findings)
+    assert any("times the token 0" in finding.problem for finding in result.findings)
+    assert not result.log_probs
+
+
+def test_a_time_limit_is_a_result_with_what_was_printed(vllm_python, good):
+    result = serve.probe(good["full"], vllm_python, ServeJob(), timeout=0.5)
+    assert (result.verdict, result.reached, result.scheme) == ("timeout", "started", "full")
+    with pytest.raises(ProbeFailed, match="killed at the time limit"):
+        serve.answer(good["full"], vllm_python, ServeJob(), timeout=0.5)
+
+
+def test_a_python_without_vllm_is_a_result_and_one_that_is_not_there_an_error(tmp_path):
+    without = tmp_path / "python"
+    without.write_text("#!/bin/sh\necho\n")
+    without.chmod(0o755)
+    probes = serve.probe_all([SOURCE], without, ServeJob(), source=SOURCE)
+    assert probes.results[0].verdict == probes.source.verdict == "no_runtime"
+    assert "make vllm-env" in probes.results[0].findings[0].remedy
+    with pytest.raises(BitladderError, match="no Python interpreter"):
+        serve.probe(SOURCE, tmp_path / "nowhere", ServeJob())
