@@ -38,6 +38,7 @@ RESULTS = ROOT / "benchmarks/results"
 BITS = (14.0, 12.0, 8.0)
 SIZES = {"samples": 512, "sequence_length": 512, "batch_size": 8, "seed": 0}
 SCORE_SAMPLES = 128
+HELD_OUT_SAMPLES = 4  # of the driver's runs: random weights have no quality to evaluate, only time and memory
 LEFT_ALONE = ("*visual*", "*lm_head*")
 DRIVER = ROOT / "scripts/qwen/qwen2_5_vl_3b_autoquant_fp8_schemes.py"
 CALLS = (
@@ -175,14 +176,18 @@ def measure_images(model: Path, output: Path, sizes: dict) -> dict:
     }
 
 
-def drive(model: Path, out_root: Path, sizes: dict, score_samples: int) -> dict:
-    """Call the driver for the ladder and for the FP8 KV cache; return what each call and each phase took."""
+def drive(model: Path, out_root: Path, sizes: dict, score_samples: int, measurement: Path | None) -> dict:
+    """Call the driver for the ladder and for the FP8 KV cache; return what each call and each phase took.
+
+    With a measurement of an earlier run, nothing is measured; its phases are then those of that run.
+    """
     from bitladder.records import CheckpointManifest, Evaluation, RunState, Verification
 
     out_root.mkdir(parents=True, exist_ok=True)
     captions = captions_file(out_root, sizes)
     size = {"--calib-size": sizes["samples"], "--calib-seq-len": sizes["sequence_length"]}
-    size |= {"--batch-size": sizes["batch_size"], "--score-size": score_samples}
+    size |= {"--batch-size": sizes["batch_size"], "--held-out-size": HELD_OUT_SAMPLES}
+    size |= {"--score-size": score_samples} if measurement is None else {"--measurement": measurement}
     first = ["--model-dir", str(model), "--captions", str(captions)]
     first += [str(part) for pair in size.items() for part in pair]
     calls = []
@@ -270,6 +275,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--scratch", type=Path, help="where checkpoints go (and go away); beside the model by default")
     parser.add_argument("--out-root", type=Path, help="driver: where its checkpoints go and stay")
+    parser.add_argument("--measurement", type=Path, help="driver: of an earlier run; the driver then doesn't measure")
     parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: samples, sequence_length, batch_size, ...")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--result", type=Path)
@@ -302,7 +308,10 @@ def main() -> None:
                 result = arguments.result or RESULTS / "full_size.json"
                 compare(model, result, Path(scratch), sizes, score_samples, arguments.repeats)
             elif arguments.what == "driver":
-                found = drive(model, arguments.out_root, sizes, score_samples)
+                if arguments.measurement is None:
+                    warm_up()
+                found = drive(model, arguments.out_root, sizes, score_samples, arguments.measurement)
+                found["measured_before"] = arguments.measurement is not None
                 claim = "the driver, called twice: a ladder of three schemes, and one with an FP8 KV cache"
                 path = arguments.result or RESULTS / "full_size_driver.json"
                 save(path, claim, {**sizes, "score_samples": score_samples}, found)

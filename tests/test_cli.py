@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,3 +209,49 @@ cli.main()
     assert result.returncode == 130
     assert "run the same command again" in result.stderr
     assert "went on" not in result.stdout
+
+
+@pytest.fixture(scope="module")
+def exported(recipe, tmp_path_factory):
+    """The directory of a finished run."""
+    directory = tmp_path_factory.mktemp("exported")
+    result = bitladder("run", recipe(directory))
+    assert result.returncode == 0, result.stderr
+    return directory / "out"
+
+
+def test_preflight_of_directories(exported, tmp_path):
+    checkpoints = [exported / "checkpoints" / name for name in ("top50", "full")]
+    result = bitladder("preflight", *checkpoints)
+    assert result.returncode == 0, result.stderr
+    for word in ("vllm", "sglang", "tensorrt_llm", "top50", "full", "pre-flight"):
+        assert word in result.stdout
+    alone = bitladder("preflight", checkpoints[1], "--runtime", "vllm")
+    assert "sglang" not in alone.stdout
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoints[1], broken)
+    config = json.loads((broken / "config.json").read_text())
+    config["quantization_config"]["ignore"].append("model.layers.1.mlp.down_proj")  # which is stored in FP8
+    (broken / "config.json").write_text(json.dumps(config))
+    result = bitladder("preflight", checkpoints[0], broken, "--runtime", "vllm")
+    assert "model.layers.1.mlp.down_proj" in result.stdout
+    refused(result, "1 of 2 checks failed", "broken in vllm")
+
+
+def test_preflight_and_probe_refuse_what_they_cannot_do(exported, recipe, tmp_path):
+    checkpoint = exported / "checkpoints" / "full"
+    refused(bitladder("preflight", tmp_path / "nothing"), "nothing", "does not exist")
+    refused(bitladder("preflight", checkpoint, tmp_path / "recipe.yaml"), "checkpoint directories, or one recipe")
+    refused(bitladder("preflight", checkpoint, "--runtime", "onnx"), "onnx", "vllm")
+    refused(bitladder("probe", checkpoint, "--python", tmp_path / "python"), "no Python interpreter", "make vllm-env")
+    refused(bitladder("probe", checkpoint, "--python", sys.executable), "vLLM is not installed")
+    refused(bitladder("probe", checkpoint, "--stage", "fly"), "stage 'fly' is unknown; use load or generate")
+    refused(bitladder("probe", checkpoint, "--runtime", "sglang"), "can't be probed")
+    refused(bitladder("probe", recipe(exported.parent)), "names no runtime", "--python")
+
+
+def test_controls_of_a_recipe(exported, recipe):
+    result = bitladder("controls", recipe(exported.parent))
+    assert result.returncode == 0, result.stderr
+    for word in ("top50.random0", "top50.inverse", "evidence.json"):
+        assert word in result.stdout

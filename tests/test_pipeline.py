@@ -16,14 +16,16 @@ from safetensors.torch import load_file, save_file
 from bitladder import pipeline, planning
 from bitladder.errors import (
     DuplicateSchemes,
+    InfeasibleTarget,
     OutputError,
     RecordError,
     StaleRecord,
     VerificationFailed,
 )
 from bitladder.pipeline import Workspace
+from bitladder.prediction import KlMap
 from bitladder.recipe import SchemeSpec, parse_recipe
-from bitladder.records import CheckpointManifest, Measurement
+from bitladder.records import CheckpointManifest, Evaluation, Evidence, KlPoints, Measurement
 from bitladder.storage import TEMPORARY_PREFIX
 from conftest import make_text
 
@@ -77,7 +79,7 @@ def finished(files, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "out"
     work = work_of(files, output)
     pipeline.run(work)
-    assert work.done == ["measure", "plan", "export", "verify", "evaluate"]
+    assert work.done == ["measure", "plan", "export", "verify", "preflight", "evaluate", "controls"]
     return output
 
 
@@ -93,8 +95,10 @@ def test_everything_is_written(finished):
     assert sorted(path.name for path in finished.iterdir() if not path.name.startswith(".")) == [
         "checkpoints",
         "evaluations",
+        "evidence.json",
         "measurement.json",
         "measurement.safetensors",
+        "probes",
         "report.json",
         "report.md",
         "run.json",
@@ -126,7 +130,7 @@ def test_another_scheme_redoes_only_what_depends_on_it(files, copied):
     kept = [path.stat().st_ino for path in paths]
     work = work_of(files, copied, schemes=schemes)
     pipeline.run(work)
-    assert work.done == ["plan", "export", "verify", "evaluate"]
+    assert work.done == ["plan", "export", "verify", "preflight", "evaluate", "controls"]
     assert {scheme.name: scheme.nested_in for scheme in work.schemes()}["top50"] == ("bits11", "full")
     assert [path.stat().st_ino for path in paths] == kept
     assert all((copied / part).exists() for part in written_for("bits11"))
@@ -141,7 +145,7 @@ def test_other_held_out_data_redoes_only_the_evaluation(files, copied):
     held_out = {"data": {"kind": "text", "path": str(other)}, "samples": 5, "sequence_length": 24, "batch_size": 2}
     work = work_of(files, copied, held_out=held_out)
     pipeline.run(work)
-    assert work.done == ["evaluate"]
+    assert work.done == ["evaluate", "controls"]
 
 
 def test_a_further_held_out_set_redoes_only_the_evaluation(files, copied):
@@ -152,7 +156,7 @@ def test_a_further_held_out_set_redoes_only_the_evaluation(files, copied):
     sets = [first, {"name": "left_over", "samples": 5, **rows}]
     work = work_of(files, copied, held_out=sets)
     report = pipeline.run(work)
-    assert work.done == ["evaluate"]
+    assert work.done == ["evaluate", "controls"]
     after = json.loads((copied / "evaluations/full.json").read_text())
     assert after["data"]["held_out"] == before["data"]["held_out"]
     assert after["results"][:3] == before["results"]
@@ -172,7 +176,7 @@ def test_a_further_held_out_set_redoes_only_the_evaluation(files, copied):
     for changed in ([first, {**sets[1], "samples": 6}], [first, {**sets[1], "name": "rest"}], sets[::-1]):
         work = work_of(files, copied, held_out=changed)
         pipeline.run(work)
-        assert work.done == ["evaluate"]
+        assert work.done == ["evaluate", "controls"]
 
 
 def measured_with_images(directory):
@@ -220,11 +224,60 @@ def test_standard_errors_are_those_of_the_score_that_was_planned(finished):
     assert errors["text"] == planning.standard_error(measurement.weigh_images(0.0), text.formats) != errors["both"]
 
 
+def test_control_arms_stand_beside_each_scheme(files, finished, copied):
+    evidence = Evidence.read(finished / "evidence.json")
+    assert {arm.scheme.asked["beside"] for arm in evidence.arms} == {"top50"}  # full leaves no choice
+    assert {arm.scheme.asked["control"] for arm in evidence.arms} == {"random", "inverse", "first_last", "largest"}
+    assert evidence.left_out == ()
+    report = pipeline.make_report(work_of(files, copied))
+    assert {found.control for found in report.control_comparisons} == {"random", "inverse", "first_last", "largest"}
+    assert len(report.prediction.points) == 2 + len(evidence.arms)
+
+
+def test_controls_can_be_capped_or_left_out(files, copied):
+    work = work_of(files, copied, controls={"max_seconds": 0})
+    pipeline.run(work)
+    assert work.done == ["controls"]
+    evidence = Evidence.read(copied / "evidence.json")
+    assert evidence.arms == ()
+    assert "top50.random0" in evidence.left_out
+    work = work_of(files, copied, controls={"kinds": []})
+    report = pipeline.run(work)
+    assert work.done == []
+    assert not (copied / "evidence.json").exists()
+    assert report.controls == ()
+
+
+def test_a_scheme_asked_for_by_its_kl(files, copied):
+    full = Evaluation.read(copied / "evaluations/full.json").result("kl").value
+    schemes = [{"name": "half_kl", "max_kl": full / 2}, {"name": "full", "coverage": 1.0}]
+    work = work_of(files, copied, schemes=schemes)
+    pipeline.run(work)
+    assert work.done[:2] == ["measure KL of a few schemes", "plan"]
+    points = KlPoints.read(copied / "kl_points.json")
+    assert len(points.points) >= 5
+    assert points.data == Measurement.read(copied / "measurement.json").calibration
+    kl = Evaluation.read(copied / "evaluations/half_kl.json").result("kl").value
+    assert 0 < kl < full
+    scheme = work.schemes()[0]
+    predicted = KlMap.fit([p.score for p in points.points], [p.kl for p in points.points])
+    assert predicted.predict(scheme.predicted_score).value <= full / 2
+    assert work_again_is_idle(files, copied, schemes)
+    with pytest.raises(InfeasibleTarget, match=r"within a predicted KL of 1e-30; attainable .* nats per token"):
+        pipeline.run(work_of(files, copied, schemes=[{"name": "none", "max_kl": 1e-30}]))
+
+
+def work_again_is_idle(files, output, schemes):
+    work = work_of(files, output, schemes=schemes)
+    pipeline.run(work)
+    return work.done == []
+
+
 def test_another_method_redoes_everything(files, copied):
     before = bytes_of(copied)
     work = work_of(files, copied, measurement={"method": "kl_div"})
     pipeline.run(work)
-    assert work.done == ["measure", "plan", "export", "verify", "evaluate"]
+    assert work.done == ["measure", "plan", "export", "verify", "preflight", "evaluate", "controls"]
     assert bytes_of(copied) != before
 
 
@@ -294,7 +347,7 @@ def test_two_equal_schemes_stop_before_the_export(files, tmp_path):
 def test_an_fp8_kv_cache_needs_no_new_measurement(files, copied):
     work = work_of(files, copied, kv_cache="fp8")
     pipeline.run(work)
-    assert work.done == ["plan", "export", "verify", "evaluate"]
+    assert work.done == ["plan", "export", "verify", "preflight", "evaluate", "controls"]
     assert {manifest.kv_cache_format for manifest in work.manifests().values()} == {"fp8"}
     schemes = [{"name": "full", "coverage": 1.0, "kv_cache": "none"}, {"name": "full_kv", "coverage": 1.0}]
     work = work_of(files, copied, kv_cache="fp8", schemes=schemes)

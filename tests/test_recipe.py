@@ -148,7 +148,7 @@ def test_a_long_wrong_value_is_shortened(tmp_path: Path) -> None:
 )
 def test_a_scheme_is_asked_for_in_one_way(tmp_path: Path, scheme: dict[str, Any], expected: str) -> None:
     message = error_of(write(tmp_path, changed("schemes", [scheme])))
-    assert "scheme a: give exactly one of coverage, effective_bits, max_predicted_score, include" in message
+    assert "scheme a: give exactly one of coverage, effective_bits, max_predicted_score, max_kl, include" in message
     assert message.endswith(expected)
     assert "Value error" not in message
 

@@ -520,7 +520,7 @@ def test_group_table_has_a_row_a_group_and_a_column_a_scheme() -> None:
     assert [row[0] for row in table[2:4]] == ["0.self_attn.qkv_proj", "0.self_attn.o_proj"]
     assert len(table) == 2 + LAYERS * len(KINDS)
     # Two batches of 0.45e-3 and 0.55e-3: their sum's standard error is |difference|.
-    assert table[2] == ["0.self_attn.qkv_proj", "300", "1.00e-03", "1.00e-04", "1", "FP8", "FP8", "FP8"]
+    assert table[2] == ["0.self_attn.qkv_proj", "300", "1.00e-03", "1.00e-04", "1", "1", "FP8", "FP8", "FP8"]
     assert table[4][-3:] == ["·", "FP8", "FP8"]
 
 

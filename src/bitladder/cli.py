@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bitladder import __version__
-from bitladder.errors import BitladderError, RecipeError
+from bitladder.errors import BitladderError, ProbeFailed, RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from bitladder.pipeline import Workspace
-    from bitladder.records import Measurement, Scheme
+    from bitladder.records import Measurement, ProbeResult, Scheme
 
 app = typer.Typer(
     help="One sensitivity measurement, a ladder of mixed-precision FP8 checkpoints, and the evidence for each.",
@@ -44,6 +44,9 @@ class _Interrupted(Exception):
 
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Targets = Annotated[
+    list[Path], typer.Argument(metavar="DIR...|RECIPE", help="Checkpoint directories, or one recipe with all of its.")
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of the recipe's `output`.")]
 
 
@@ -126,7 +129,8 @@ def _quiet_libraries() -> None:
 
 @app.command()
 def run(recipe: RecipePath, output: Output = None) -> None:
-    """Do every step of a recipe that isn't done yet: measure, plan, export, verify, evaluate, report.
+    """Do every step of a recipe that isn't done yet: measure, plan, export, verify, pre-flight, evaluate, controls,
+    report.
 
     Example: bitladder run recipes/demo.yaml
     """
@@ -282,6 +286,145 @@ def verify(recipe: RecipePath, output: Output = None) -> None:
 
 
 @app.command()
+def preflight(
+    targets: Targets,
+    output: Output = None,
+    runtime: Annotated[
+        list[str] | None, typer.Option("--runtime", help="vllm, sglang or tensorrt_llm; may be repeated; default all.")
+    ] = None,
+    read_weights: Annotated[
+        bool, typer.Option("--read-weights", help="Also look for NaN in the weights: reads every byte.")
+    ] = False,
+) -> None:
+    """Say from the files alone what vLLM, SGLang and TensorRT-LLM would do with a checkpoint; no runtime is needed.
+
+    Exit status 2 if one of them wouldn't load it, or not run it as it says.
+
+    Example: bitladder preflight runs/demo/checkpoints/fp8_autoquant_full
+
+    Example: bitladder preflight recipes/demo.yaml
+    """
+    from bitladder import pipeline
+    from bitladder.runtimes import preflight as rules
+
+    recipe = _recipe_among(targets)
+    if recipe is None:
+        wanted = tuple(runtime or rules.RUNTIMES)
+        found = [result for path in targets for result in rules.preflight(path, wanted, read_weights=read_weights)]
+        _close_probes(found)
+        return
+    if runtime or read_weights:
+        raise RecipeError("--runtime and --read-weights go with checkpoint directories, not with a recipe")
+    with _workspace(recipe, output) as work, work.locked():
+        results = pipeline.preflight(work)
+    _close_probes(results)
+
+
+@app.command()
+def probe(
+    targets: Targets,
+    output: Output = None,
+    runtime: Annotated[str, typer.Option("--runtime", help="The runtime: vllm.")] = "vllm",
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="load: the runtime's own loader; generate: its engine. Default load.")
+    ] = None,
+    python: Annotated[
+        Path | None, typer.Option("--python", help="The interpreter of the runtime's environment; or in the recipe.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="generate: the original, served beside it; or the recipe's.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="generate: a picture to ask about.")] = None,
+    timeout: Annotated[float | None, typer.Option("--timeout", help="Seconds for one checkpoint; 1800.")] = None,
+) -> None:
+    """Have a runtime load a checkpoint (and serve it), and compare layer by layer with what its manifest promises.
+
+    It runs in a process of its own, so that its failure is a result. Exit status 2 if it fails.
+
+    Example: bitladder probe runs/demo/checkpoints/fp8_autoquant_full --python .venv-vllm/bin/python
+
+    Example: bitladder probe recipes/demo.yaml --python .venv-vllm/bin/python --stage generate
+    """
+    from bitladder import pipeline
+    from bitladder.recipe import RuntimesSpec, VllmSpec
+
+    if runtime != "vllm":
+        raise RecipeError(f"runtime {runtime!r} can't be probed; known here: vllm (`preflight` knows more)")
+    if stage not in (None, "load", "generate"):
+        raise RecipeError(f"stage {stage!r} is unknown; use load or generate")
+    given = {"stage": stage, "timeout": timeout, "python": None if python is None else os.path.abspath(python)}
+    given = {key: value for key, value in given.items() if value is not None}
+    recipe = _recipe_among(targets)
+    if recipe is None:
+        spec = VllmSpec(**{"python": os.path.abspath(".venv-vllm/bin/python"), **given})
+        _close_probes(pipeline.probe_directories(targets, spec, source=source, image=image))
+        return
+    if source is not None or image is not None:
+        raise RecipeError("--source and --image go with checkpoint directories; a recipe names its model and data")
+    with _workspace(recipe, output) as work, work.locked():
+        known = work.recipe.runtimes.vllm
+        if given and (known is not None or python is not None):
+            vllm = VllmSpec(**{**(known.model_dump() if known else {}), **given})
+            work.recipe = work.recipe.model_copy(update={"runtimes": RuntimesSpec(vllm=vllm)})
+        results = pipeline.probe(work)
+    _close_probes(results)
+
+
+def _recipe_among(targets: list[Path]) -> Path | None:
+    """Return the recipe that is the only target; None where all are checkpoint directories."""
+    files = [path for path in targets if not path.is_dir()]
+    if not files:
+        return None
+    if len(targets) > 1:
+        raise RecipeError(f"{files[0]} is no directory; give checkpoint directories, or one recipe")
+    return files[0]
+
+
+def _say(text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def _close_probes(results: "Sequence[ProbeResult]") -> None:
+    """Print what was found; raise ProbeFailed where a checkpoint doesn't pass."""
+    from rich.table import Table
+
+    from bitladder.report import STAGES
+
+    table = Table("checkpoint", "runtime", "stage", "verdict", "linear modules run in", "as promised")
+    for result in results:
+        formats = [layer.format for layer in result.layers]
+        counts = ", ".join(f"{formats.count(name)} {name.upper()}" for name in sorted(set(formats)))
+        kept = [layer.format == layer.promised for layer in result.layers if layer.promised is not None]
+        promised = f"{sum(kept)} of {len(kept)}" if kept else "-"
+        runtime = f"{result.runtime} {result.version}"
+        verdict = result.verdict if result.ok else f"[bold red]{result.verdict}"
+        table.add_row(result.checkpoint, runtime, STAGES[result.stage], verdict, counts or "-", promised)
+    _print_table(table)
+    for result in results:
+        for found in result.findings:
+            _say(
+                f"{result.checkpoint}, {result.runtime}: {found.severity}, {found.error_class}: {found.where}: "
+                f"{found.problem}; {found.remedy}"
+            )
+        for speed in result.throughput:
+            source = speed.source_tokens_per_second
+            beside = f", {speed.tokens_per_second / source:.2f} times the original's {source:,.0f}" if source else ""
+            _say(f"{result.checkpoint}: {speed.phase} {speed.tokens_per_second:,.0f} tokens/s{beside}")
+        for item in result.log_probs:
+            noise = item.source_mean_abs_difference
+            beside = "" if noise is None else f"; the original's {noise:.4f}"
+            _say(
+                f"{result.checkpoint}: mean |Δ log-prob| {item.mean_abs_difference:.4f} nats per token on {item.split} "
+                f"({item.tokens} tokens{beside}; tolerance {item.tolerance:.4f})"
+            )
+        if result.traceback and _debug:
+            _say(result.traceback)
+    failed = [f"{result.checkpoint} in {result.runtime}: {result.verdict}" for result in results if not result.ok]
+    if failed:
+        raise ProbeFailed(f"{len(failed)} of {len(results)} checks failed; the first: {failed[0]} (see above)")
+
+
+@app.command()
 def evaluate(recipe: RecipePath, output: Output = None) -> None:
     """Evaluate the checkpoints against the original on held-out data.
 
@@ -297,6 +440,27 @@ def evaluate(recipe: RecipePath, output: Output = None) -> None:
             error = "" if kl.standard_error is None else f" ± {kl.standard_error:.2g}"
             console.print(f"{name}: KL {kl.value:.4g}{error} {kl.unit} (noise floor {kl.noise_floor:.2g})")
     console.print(f"Evaluations: {work.output / 'evaluations'}", soft_wrap=True)
+
+
+@app.command()
+def controls(recipe: RecipePath, output: Output = None) -> None:
+    """Evaluate other choices of groups at each scheme's bits, in memory: random, inverse and the like.
+
+    Example: bitladder controls recipes/demo.yaml
+    """
+    from bitladder import pipeline
+
+    with _workspace(recipe, output) as work, work.locked():
+        evidence = pipeline.evaluate_controls(work)
+    if evidence is None:
+        console.print("No control arms: none are asked for, or no scheme leaves a choice of groups.")
+        return
+    for arm in evidence.arms:
+        kl = next(result for result in arm.results if result.metric == "kl")
+        console.print(f"{arm.scheme.name}: {arm.scheme.effective_bits:.3f} bits, KL {kl.value:.4g} {kl.unit}")
+    if evidence.left_out:
+        console.print(f"Left out for lack of time: {', '.join(evidence.left_out)}", soft_wrap=True)
+    console.print(f"Evidence: {work.output / pipeline.EVIDENCE_FILE}", soft_wrap=True)
 
 
 @app.command()

@@ -426,20 +426,30 @@ def compare(
     """
     model = load_checkpoint(directory, device=reference.device)
     quantised = sum(isinstance(module, FakeQuantLinear) for module in model.modules())
-    return tuple(_compare_loaded(reference, model, directory, name, progress)), quantised
+    return tuple(compare_loaded(reference, model, str(directory), name, progress)), quantised
 
 
 @torch.no_grad()
-def _compare_loaded(
-    reference: Reference, model: Any, directory: Path, name: str, progress: Progress
+def compare_loaded(
+    reference: Reference, model: Any, origin: str, name: str, progress: Progress = no_progress, *, answer: bool = True
 ) -> list[EvalResult]:
-    """Return the results of the model that `directory` holds on one held-out set."""
+    """Return the results of a loaded model on one held-out set.
+
+    Args:
+        reference: the original on the set.
+        model: what `load_checkpoint` gives, on the reference's device.
+        origin: where it comes from, for errors.
+        name: what it is called in the progress.
+        progress: told of every batch.
+        answer: whether the set's task is done as well.
+
+    Raises:
+        ModelError: it gives NaN or Inf.
+    """
     phase = f"{name}{_on(reference.split)}"
-    sums = _compare(
-        model, reference.data, reference.store, reference.device, str(directory), progress, f"evaluate {phase}"
-    )
+    sums = _compare(model, reference.data, reference.store, reference.device, origin, progress, f"evaluate {phase}")
     results = _results(reference, sums)
-    if reference.task is not None:
+    if answer and reference.task is not None:
         right = reference.task.correct(model, reference.device, progress, f"answer: {phase}")
         results.append(_accuracy(reference, right))
     return results
@@ -471,7 +481,7 @@ def evaluate_checkpoint(
         results = [
             result
             for reference in references
-            for result in _compare_loaded(reference, model, directory, manifest.scheme, progress)
+            for result in compare_loaded(reference, model, str(directory), manifest.scheme, progress)
         ]
     return Evaluation(
         scheme=manifest.scheme,

@@ -2,10 +2,13 @@
 
     run.json                    marks the directory as ours; the resolved recipe; what each step took
     measurement.json            + measurement.safetensors
+    kl_points.json              where a scheme is asked for by its KL
     schemes/<name>.json
     checkpoints/<name>/
     verification.json
     evaluations/<name>.json
+    evidence.json               control arms
+    probes/<name>--<runtime>-<version>-<stage>.json
     report.md, report.json
 
 The recipe's `layout` may place the checkpoints elsewhere, manifests beside them, and a copy of the report.
@@ -14,40 +17,78 @@ A step is valid when its record names the digest of what it was made from: the m
 settings; a checkpoint that of scheme and measurement; an evaluation that of checkpoint, held-out data and arithmetic.
 """
 
+import contextlib
+import dataclasses
 import fcntl
+import itertools
 import json
 import os
+import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
-from bitladder import calibration, checkpoint, evaluation, planning, report, sensitivity, targets, verification
+from bitladder import (
+    calibration,
+    checkpoint,
+    controls,
+    evaluation,
+    logprobs,
+    planning,
+    report,
+    sensitivity,
+    targets,
+    verification,
+)
 from bitladder.errors import (
     InfeasibleTarget,
     MeasurementError,
     ModelError,
     OutputError,
+    PlanError,
+    RecipeError,
     RecordError,
     StaleRecord,
     VerificationFailed,
 )
-from bitladder.recipe import SCHEME_PLACE, Recipe, SchemeSpec
+from bitladder.prediction import KlMap
+from bitladder.recipe import SCHEME_PLACE, ControlSpec, Recipe, SchemeSpec, VllmSpec
 from bitladder.records import (
     CheckpointManifest,
+    ControlArm,
     Evaluation,
+    Evidence,
+    KlPoint,
+    KlPoints,
     Measurement,
     ModelSource,
     PhaseCost,
+    ProbeResult,
     RunState,
     Scheme,
     Verification,
     digest_of,
 )
 from bitladder.runinfo import Meter, Progress, no_progress
+from bitladder.runtimes import load, serve
+from bitladder.runtimes import preflight as rules
+from bitladder.runtimes.child import vllm_version
+from bitladder.simulation import Simulation
 from bitladder.storage import atomic_write, remove_leftovers
 from bitladder.weights import DigestCache, model_source
+
+EVIDENCE_FILE = "evidence.json"
+KL_POINTS_FILE = "kl_points.json"
+_KL_POINT_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the searched weights; schemes between which KL is interpolated
+PROBES = "probes"  # directory
+_SERVED_ROWS = 32  # samples of each held-out set whose log-probabilities a runtime is asked for
+_TEXT_PROMPTS = ("Describe a picture of a cat.", "Count from one to five.")  # asked beside them
+_IMAGE_PROMPT = "Describe the image."
+_QUESTIONS = 4  # pictures of the held-out sets that a runtime is asked about
 
 
 def fetch_model(path: str, revision: str | None) -> Path:
@@ -261,15 +302,99 @@ def take_over(work: Workspace, path: Path) -> Measurement:
     return known
 
 
+def measure_kl_points(work: Workspace) -> KlPoints:
+    """Simulate a few schemes on the scored calibration samples, to learn which KL a predicted score means, once.
+
+    Raises:
+        BitladderError: see `simulation`.
+    """
+    measurement, directory = work.measurement(), work.model_directory
+    spec = work.recipe.calibration
+    data = calibration.load_data(
+        spec.data,
+        calibration.load_processor(directory),
+        samples=spec.samples,
+        sequence_length=spec.sequence_length,
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+    )
+    if data.summary.sha256 != measurement.calibration.sha256:
+        raise StaleRecord("the calibration data is not what was measured on; measure again")
+    batches = data.batches[: len(measurement.score_weights)]
+    schemes = kl_point_schemes(measurement)
+    key = digest_of([evaluation.ARITHMETIC, str(len(batches)), *(scheme.fingerprint() for scheme in schemes)])
+    path = work.output / KL_POINTS_FILE
+    try:
+        known = KlPoints.read(path) if path.exists() else None
+    except RecordError:
+        known = None  # damaged: it is made again
+    if known is not None and known.settings_sha256 == key:
+        return known
+    meter, device = Meter(), sensitivity.resolve_device(work.recipe.measurement.device)
+    with meter.phase("measure KL of a few schemes"):
+        scored = dataclasses.replace(data, batches=batches)
+        reference = evaluation.Reference.compute(directory, scored, split="kl_points", device=device)
+        simulation = Simulation(directory, measurement, sensitivity.read_amax(measurement, work.output), device)
+        points = []
+        with reference:
+            for index, scheme in enumerate(schemes):
+                work.progress("measure KL of a few schemes", index, len(schemes))
+                kl = simulation.results([reference], scheme)[0].value
+                points.append(KlPoint(name=scheme.name, score=scheme.predicted_score, kl=kl))
+        work.progress("measure KL of a few schemes", len(schemes), len(schemes))
+    result = KlPoints(
+        measurement_sha256=measurement.fingerprint(),
+        settings_sha256=key,
+        data=data.summary,
+        samples=sum(len(batch.labels) for batch in batches),
+        points=tuple(points),
+        run=meter.info(),
+    )
+    result.write(path)
+    work.finished("measure KL of a few schemes", meter.phases)
+    return result
+
+
+def kl_point_schemes(measurement: Measurement) -> tuple[Scheme, ...]:
+    """Return schemes that span the range of predicted scores: a ladder, and random choices, each once."""
+    ladder = []
+    for share in _KL_POINT_SHARES:
+        with contextlib.suppress(InfeasibleTarget):  # less than the first group of a small model
+            spec = SchemeSpec(name=f"top{100 * share:g}", coverage=share, format=measurement.formats[0])
+            ladder.append(planning.plan(measurement, spec))
+    middle = ladder[len(ladder) // 2]
+    found = {
+        tuple(scheme.formats.items()): scheme
+        for scheme in (*ladder, *controls.arms(measurement, middle, kinds=("random", "inverse"), seeds=2))
+    }
+    return tuple(found.values())
+
+
+def _kl_map(work: Workspace) -> KlMap | None:
+    """Return the map from predicted scores to KL where a scheme is asked for by KL."""
+    if all(spec.max_kl is None for spec in work.recipe.schemes):
+        return None
+    points = measure_kl_points(work).points
+    fitted = KlMap.fit([point.score for point in points], [point.kl for point in points])
+    if fitted is None:
+        raise PlanError(
+            f"max_kl: KL was measured on {len(points)} schemes, too few to say which KL a score means "
+            f"(see {work.output / KL_POINTS_FILE}); ask for coverage or effective_bits"
+        )
+    return fitted
+
+
 def plan(work: Workspace) -> tuple[Scheme, ...]:
     """Plan every scheme of the recipe (it takes well under a second) and write those that changed.
+
+    Where one is asked for by KL, a few schemes are simulated first: `measure_kl_points`.
 
     Raises:
         PlanError: infeasible, or two schemes are equal.
     """
-    meter = Meter()
+    kl_map, meter = _kl_map(work), Meter()
     with meter.phase("plan"):
-        schemes = planning.plan_all(work.measurement(), work.recipe.scheme_specs())
+        schemes = planning.plan_all(work.measurement(), work.recipe.scheme_specs(), kl_map)
     changed = []
     for scheme in schemes:
         path = work.output / "schemes" / f"{scheme.name}.json"
@@ -365,29 +490,85 @@ def verify(work: Workspace) -> Verification:
     return result
 
 
-def evaluate(work: Workspace) -> dict[str, Evaluation]:
+class Originals:
+    """The original on every held-out set, run once and only when it is needed. A context manager.
+
+    Evaluating the checkpoints and the control arms needs the same outputs, gigabytes of them.
+    """
+
+    def __init__(self, work: Workspace) -> None:
+        self.work = work
+        processor = calibration.load_processor(work.model_directory)
+        calibrated = work.measurement().calibration
+        self._stack = ExitStack()
+        self._references: list[evaluation.Reference] = []
+        self._tasks: list[evaluation.Task | None] = []
+        self.data: dict[str, calibration.DataSet] = {}
+        for spec in work.recipe.held_out:
+            data = calibration.load_data(
+                spec.data or work.recipe.calibration.data,
+                processor,
+                samples=spec.samples,
+                sequence_length=spec.sequence_length,
+                batch_size=spec.batch_size,
+                seed=spec.seed,
+                avoid=calibrated,
+            )
+            self.data[spec.name] = data
+            exact = spec.task == "exact_match"
+            self._tasks.append(evaluation.Task.exact_match(data.samples, processor) if exact else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def settings(self) -> list[str]:
+        """Return what an evaluation depends on beside the checkpoint."""
+        parts = [
+            part
+            for spec in self.work.recipe.held_out
+            for part in (spec.name, self.data[spec.name].summary.sha256, str(spec.task))
+        ]
+        return [self.work.measurement().model.sha256, evaluation.ARITHMETIC, *parts]
+
+    def references(self, meter: Meter) -> list[evaluation.Reference]:
+        """Return the original's outputs on every set.
+
+        Raises:
+            ModelError: it can't be loaded, or gives NaN or Inf.
+        """
+        if not self._references:
+            device = sensitivity.resolve_device(self.work.recipe.measurement.device)
+            with meter.phase("evaluate original"):
+                for (split, data), task in zip(self.data.items(), self._tasks, strict=True):
+                    reference = evaluation.Reference.compute(
+                        self.work.model_directory,
+                        data,
+                        task=task,
+                        split=split,
+                        device=device,
+                        progress=self.work.progress,
+                    )
+                    self._references.append(self._stack.enter_context(reference))
+        return self._references
+
+
+def evaluate(work: Workspace, originals: Originals | None = None) -> dict[str, Evaluation]:
     """Evaluate every checkpoint on every held-out set, unless it was.
+
+    Args:
+        work: the recipe and its output directory.
+        originals: the original on those sets, where another step needs it as well.
 
     Raises:
         BitladderError: see `calibration.load_data` and `evaluation`.
     """
-    measurement, manifests = work.measurement(), work.manifests()
-    directory, processor = work.model_directory, calibration.load_processor(work.model_directory)
-    sets = [
-        calibration.load_data(
-            spec.data or work.recipe.calibration.data,
-            processor,
-            samples=spec.samples,
-            sequence_length=spec.sequence_length,
-            batch_size=spec.batch_size,
-            seed=spec.seed,
-            avoid=measurement.calibration,
-        )
-        for spec in work.recipe.held_out
-    ]
-    splits = list(zip(work.recipe.held_out, sets, strict=True))
-    parts = [part for spec, data in splits for part in (spec.name, data.summary.sha256, str(spec.task))]
-    key = digest_of([measurement.model.sha256, evaluation.ARITHMETIC, *parts])
+    if originals is None:
+        with Originals(work) as originals:
+            return evaluate(work, originals)
+    manifests, key = work.manifests(), digest_of(originals.settings())
     results: dict[str, Evaluation] = {}
     for name, manifest in manifests.items():
         path = work.output / "evaluations" / f"{name}.json"
@@ -400,25 +581,224 @@ def evaluate(work: Workspace) -> dict[str, Evaluation]:
     missing = [name for name in manifests if name not in results]
     if missing:
         meter = Meter()
-        device = sensitivity.resolve_device(work.recipe.measurement.device)
-        with ExitStack() as stack:
-            references = []
-            with meter.phase("evaluate original"):
-                for spec, data in splits:
-                    task = evaluation.Task.exact_match(data.samples, processor) if spec.task == "exact_match" else None
-                    reference = evaluation.Reference.compute(
-                        directory, data, task=task, split=spec.name, device=device, progress=work.progress
-                    )
-                    references.append(stack.enter_context(reference))
-            for name in missing:
-                with meter.phase(f"evaluate {name}"):
-                    result = evaluation.evaluate_checkpoint(
-                        references, work.checkpoint_directory(name), progress=work.progress
-                    )
-                results[name] = result.model_copy(update={"settings_sha256": key})
-                results[name].write(work.output / "evaluations" / f"{name}.json")
+        references = originals.references(meter)
+        for name in missing:
+            with meter.phase(f"evaluate {name}"):
+                result = evaluation.evaluate_checkpoint(
+                    references, work.checkpoint_directory(name), progress=work.progress
+                )
+            results[name] = result.model_copy(update={"settings_sha256": key})
+            results[name].write(work.output / "evaluations" / f"{name}.json")
         work.finished("evaluate", meter.phases)
     return {name: results[name] for name in manifests}
+
+
+def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Evidence | None:
+    """Evaluate the control arms of every scheme in memory, as far as time allows, unless that was done.
+
+    Returns None where there are none: none are asked for, or no scheme leaves a choice.
+
+    Args:
+        work: the recipe and its output directory.
+        originals: the original on the held-out sets, where another step needs it as well.
+
+    Raises:
+        BitladderError: see `controls.arms` and `simulation`.
+    """
+    spec, measurement, schemes = work.recipe.controls, work.measurement(), work.schemes()
+    path = work.output / EVIDENCE_FILE
+    arms = control_arms(measurement, schemes, spec)
+    if not arms:
+        path.unlink(missing_ok=True)
+        return None
+    if originals is None:
+        with Originals(work) as originals:
+            return evaluate_controls(work, originals)
+    key = digest_of([*originals.settings(), spec.model_dump_json(), *(arm.fingerprint() for arm in arms)])
+    try:
+        known = Evidence.read(path) if path.exists() else None
+    except RecordError:
+        known = None  # damaged: it is made again
+    if known is not None and known.settings_sha256 == key:
+        return known
+    meter, start, found = Meter(), time.monotonic(), []
+    references = originals.references(meter)
+    with meter.phase("control arms"):
+        simulation = Simulation(
+            work.model_directory, measurement, sensitivity.read_amax(measurement, work.output), references[0].device
+        )
+        for index, arm in enumerate(arms):
+            work.progress("control arms", index, len(arms))
+            if time.monotonic() - start > spec.max_seconds:
+                break
+            found.append(ControlArm(scheme=arm, results=simulation.results(references, arm)))
+        work.progress("control arms", len(arms), len(arms))
+    evidence = Evidence(
+        measurement_sha256=measurement.fingerprint(),
+        settings_sha256=key,
+        data={split: data.summary for split, data in originals.data.items()},
+        arithmetic=evaluation.ARITHMETIC,
+        arms=tuple(found),
+        left_out=tuple(arm.name for arm in arms[len(found) :]),
+        run=meter.info(),
+    )
+    evidence.write(path)
+    work.finished("controls", meter.phases)
+    return evidence
+
+
+def control_arms(measurement: Measurement, schemes: Sequence[Scheme], spec: ControlSpec) -> tuple[Scheme, ...]:
+    """Return the control arms of all schemes, the first of each before any second: short of time, all have some."""
+    rows = [controls.arms(measurement, scheme, kinds=spec.kinds, seeds=spec.seeds) for scheme in schemes]
+    return tuple(arm for column in itertools.zip_longest(*rows) for arm in column if arm is not None)
+
+
+def _probe_path(work: Workspace, result: ProbeResult) -> Path:
+    version = re.sub(r"[^A-Za-z0-9.+]+", "_", result.version)
+    return work.output / PROBES / f"{result.scheme}--{result.runtime}-{version}-{result.stage}.json"
+
+
+def probes(work: Workspace, manifests: Mapping[str, CheckpointManifest]) -> tuple[ProbeResult, ...]:
+    """Return what is known of how the runtimes treat these checkpoints; results of others are removed."""
+    digests = {name: manifest.fingerprint() for name, manifest in manifests.items()}
+    found = []
+    for path in sorted((work.output / PROBES).glob("*.json")):
+        try:
+            result = ProbeResult.read(path)
+        except RecordError:
+            result = None  # damaged: it is made again
+        if result is not None and result.scheme in digests and digests[result.scheme] == result.manifest_sha256:
+            found.append(result)
+        else:
+            path.unlink()
+    return tuple(found)
+
+
+def preflight(work: Workspace) -> tuple[ProbeResult, ...]:
+    """Say by each runtime's rules, from the files alone, what it would do with each checkpoint.
+
+    Raises:
+        RecordError: a scheme isn't exported yet.
+    """
+    manifests, meter = work.manifests(), Meter()
+    results: list[ProbeResult] = []
+    with meter.phase("preflight"):
+        for name in manifests:
+            results += rules.preflight(work.checkpoint_directory(name))
+    known = {result.fingerprint() for result in probes(work, manifests)}
+    changed = [result for result in results if result.fingerprint() not in known]
+    for result in changed:
+        result.write(_probe_path(work, result))
+    if changed:
+        work.finished("preflight", meter.phases)
+    return tuple(results)
+
+
+def probe(work: Workspace) -> tuple[ProbeResult, ...]:
+    """Have the recipe's runtime load (and serve) each checkpoint, unless that version did; a failure is a result.
+
+    Raises:
+        RecipeError: the recipe names no runtime. BitladderError: it isn't installed in the environment that is named.
+    """
+    spec, manifests = work.recipe.runtimes.vllm, work.manifests()
+    if spec is None:
+        raise RecipeError(
+            "the recipe names no runtime to probe; give --python PATH, or add `runtimes: {vllm: {python: PATH}}` "
+            "(`make vllm-env` makes .venv-vllm/bin/python)"
+        )
+    python = Path(spec.python)
+    version = vllm_version(python)
+    known = {
+        result.scheme: result
+        for result in probes(work, manifests)
+        if (result.runtime, result.version, result.stage) == ("vllm", version, spec.stage)
+    }
+    missing, meter = [name for name in manifests if name not in known], Meter()
+    if missing and spec.stage == "load":
+        for index, name in enumerate(missing):
+            work.progress("probe: load", index, len(missing))
+            with meter.phase(f"probe {name}: load"):
+                known[name] = load.probe(work.checkpoint_directory(name), python, timeout=spec.timeout)
+            known[name].write(_probe_path(work, known[name]))
+        work.progress("probe: load", len(missing), len(missing))
+    elif missing:
+        work.progress("probe: generate", 0, 0)
+        with meter.phase("probe: generate"):
+            directories = [work.checkpoint_directory(name) for name in missing]
+            served = _serve(work, directories, python, spec.timeout)
+        for name, result in zip(missing, served, strict=True):
+            known[name] = result
+            result.write(_probe_path(work, result))
+    if missing:
+        work.finished("probe", meter.phases)
+    return tuple(known[name] for name in manifests)
+
+
+def _serve(work: Workspace, directories: Sequence[Path], python: Path, timeout: float) -> tuple[ProbeResult, ...]:
+    """Serve checkpoints, and the original before them, on the first samples of every held-out set."""
+    device = sensitivity.resolve_device(work.recipe.measurement.device)
+    with Originals(work) as originals:
+        sets = {split: _first_samples(data) for split, data in originals.data.items()}
+    pairs = [sample for data in sets.values() for sample in data.samples]
+    questions = [serve.Question(sample.prompt, sample.image) for sample in pairs[:_QUESTIONS]]
+    job = serve.ServeJob(
+        questions=(*questions, *(serve.Question(text) for text in _TEXT_PROMPTS)),
+        sequences=tuple(
+            one for split, data in sets.items() for one in logprobs.sequences(data, split, work.model_directory)
+        ),
+        chat=has_chat_template(work.model_directory),
+        speed=serve.SpeedJob() if device.startswith("cuda") else None,
+    )
+    expected = {}
+    for directory in (work.model_directory, *directories):
+        with contextlib.suppress(ModelError):  # what our evaluation refuses is served all the same
+            expected[directory] = logprobs.log_probs(directory, list(sets.values()), device=device)
+    return serve.probe_all(
+        directories, python, job, source=work.model_directory, expected=expected, timeout=timeout
+    ).results
+
+
+def _first_samples(data: calibration.DataSet) -> calibration.DataSet:
+    """Return whole batches of the first `_SERVED_ROWS` samples, or a little more."""
+    rows, batches = 0, []
+    for batch in data.batches:
+        if rows >= _SERVED_ROWS:
+            break
+        batches.append(batch)
+        rows += len(batch.labels)
+    return dataclasses.replace(data, batches=tuple(batches), samples=data.samples[:rows])
+
+
+def probe_directories(
+    directories: Sequence[Path], spec: VllmSpec, *, source: Path | None = None, image: Path | None = None
+) -> tuple[ProbeResult, ...]:
+    """Have vLLM load (or serve) checkpoints that belong to no recipe; a failure is a result.
+
+    Args:
+        directories: the checkpoints.
+        spec: the environment, and how far.
+        source: the original, served before them, for the stage `generate`.
+        image: a picture to ask about, for the stage `generate`.
+
+    Raises:
+        BitladderError: no vLLM in that environment, or no checkpoint in a directory.
+    """
+    python = Path(spec.python)
+    vllm_version(python)
+    if spec.stage == "load":
+        return load.probe_all(directories, python, timeout=spec.timeout)
+    pictured = (serve.Question(_IMAGE_PROMPT, str(image.resolve())),) if image is not None else ()
+    job = serve.ServeJob(
+        questions=(*pictured, *(serve.Question(text) for text in _TEXT_PROMPTS)),
+        chat=all(has_chat_template(directory) for directory in directories),
+        speed=serve.SpeedJob() if sensitivity.resolve_device("auto").startswith("cuda") else None,
+    )
+    return serve.probe_all(directories, python, job, source=source, timeout=spec.timeout).results
+
+
+def has_chat_template(directory: Path) -> bool:
+    """Return whether a model's files hold a chat template."""
+    return calibration.tokenizer_of(calibration.load_processor(directory)).chat_template is not None
 
 
 def make_report(work: Workspace) -> report.Report:
@@ -457,10 +837,22 @@ def make_report(work: Workspace) -> report.Report:
         phases=[phase for step in work.state.phases.values() for phase in step],
         standard_errors=standard_errors(measurement, schemes),
         text_only_changes=text_only_changes(measurement, schemes),
+        probes=probes(work, manifests),
+        evidence=_evidence(work, measurement, schemes),
     )
     report.write_report(result, work.output)
     work.place_report()
     return result
+
+
+def _evidence(work: Workspace, measurement: Measurement, schemes: Sequence[Scheme]) -> Evidence | None:
+    """Return the control arms of these very schemes, where they were evaluated."""
+    path = work.output / EVIDENCE_FILE
+    if not path.exists():
+        return None
+    known = Evidence.read(path)
+    wanted = {arm.fingerprint() for arm in control_arms(measurement, schemes, work.recipe.controls)}
+    return known if {arm.scheme.fingerprint() for arm in known.arms} <= wanted else None
 
 
 def standard_errors(measurement: Measurement, schemes: Sequence[Scheme]) -> Mapping[str, float | None]:
@@ -513,5 +905,10 @@ def run(work: Workspace, measurement: Path | None = None) -> report.Report:
         plan(work)
         export(work)
         verify(work)
-        evaluate(work)
+        preflight(work)
+        if work.recipe.runtimes.vllm is not None:
+            probe(work)
+        with Originals(work) as originals:
+            evaluate(work, originals)
+            evaluate_controls(work, originals)
         return make_report(work)

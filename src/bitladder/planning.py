@@ -6,6 +6,7 @@ that a budget on either side is one look-up:
 
     effective_bits       the least damage within so many bits
     max_predicted_score  the fewest bits within so much damage
+    max_kl               the same, through a map from scores to KL that was fitted on measured schemes
     coverage             a prefix of the order by damage per bit saved, so that coverage schemes are nested
     include              what the patterns name
 
@@ -23,12 +24,14 @@ from decimal import ROUND_CEILING, Context
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, MeasurementError, PlanError
 from bitladder.formats import FORMATS, bits_of, get_format
+from bitladder.prediction import KlMap
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement, QuantGroup, Scheme
 
@@ -311,10 +314,9 @@ def _by_bits(spec: SchemeSpec, edge: Frontier) -> dict[str, str]:
     return edge.assignment(index)
 
 
-def _by_score(spec: SchemeSpec, edge: Frontier) -> dict[str, str]:
-    """Return the fewest bits within `max_predicted_score`."""
-    assert spec.max_predicted_score is not None
-    measurement, most = edge.measurement, spec.max_predicted_score
+def _by_score(most: float, edge: Frontier) -> dict[str, str] | None:
+    """Return the fewest bits within a predicted score of `most`; None where nothing can be quantised within it."""
+    measurement = edge.measurement
     # A point's score carries the rounding of adding up group by group: start a little above, compare the exact sum.
     every = math.fsum(abs(measurement.sensitivity(candidate)) for candidate in measurement.candidates)
     slack = len(measurement.groups) * float(np.finfo(np.float64).eps) * every
@@ -323,13 +325,43 @@ def _by_score(spec: SchemeSpec, edge: Frontier) -> dict[str, str]:
         formats = edge.assignment(index)
         if _quantises(formats) and _predicted(measurement, formats) <= most:
             return formats
+    return None
+
+
+def _attainable_scores(edge: Frontier) -> tuple[float, float]:
+    """Return the least score at which something is quantised, and that of everything in its fewest bits."""
     last = edge.assignment(len(edge.bits) - 1)
     least = last if _quantises(last) else edge.assignment(len(edge.bits) - 2)
-    low, high = _rounded_up(_predicted(measurement, least)), _rounded_up(float(edge.scores[0]))
-    raise InfeasibleTarget(
-        f"scheme {spec.name}: no group can be quantised within a predicted score of {most}; "
-        f"attainable {low} to {high} {measurement.score_unit}: raise it"
-    )
+    return _predicted(edge.measurement, least), float(edge.scores[0])
+
+
+def _by_damage(spec: SchemeSpec, edge: Frontier, kl_map: KlMap | None) -> dict[str, str]:
+    """Return the fewest bits within `max_predicted_score` or `max_kl`."""
+    if spec.max_kl is None:
+        assert spec.max_predicted_score is not None
+        formats = _by_score(spec.max_predicted_score, edge)
+        if formats is None:
+            low, high = (_rounded_up(score) for score in _attainable_scores(edge))
+            raise InfeasibleTarget(
+                f"scheme {spec.name}: no group can be quantised within a predicted score of "
+                f"{spec.max_predicted_score}; attainable {low} to {high} {edge.measurement.score_unit}: raise it"
+            )
+        return formats
+    if kl_map is None:
+        raise PlanError(
+            f"scheme {spec.name}: max_kl needs KL measured on a few schemes, which planning from a recipe does; here "
+            "use coverage, effective_bits or max_predicted_score"
+        )
+    most = kl_map.score_of(spec.max_kl)
+    formats = None if most is None else _by_score(most, edge)
+    if formats is None:
+        ends = [kl_map.predict(score) for score in _attainable_scores(edge)]
+        low, high = ("0" if end is None else _rounded_up(end.value) for end in ends)
+        raise InfeasibleTarget(
+            f"scheme {spec.name}: no group can be quantised within a predicted KL of {spec.max_kl}; attainable "
+            f"{low} to {high} nats per token: raise it"
+        )
+    return formats
 
 
 def _by_coverage(measurement: Measurement, spec: SchemeSpec, excluded: set[str]) -> dict[str, str]:
@@ -372,27 +404,47 @@ def _predicted(measurement: Measurement, formats: Mapping[str, str]) -> float:
     return math.fsum(measurement.sensitivity(table[g][name]) for g, name in formats.items() if name != BF16)
 
 
-def _scheme(measurement: Measurement, fingerprint: str, spec: SchemeSpec, formats: dict[str, str]) -> Scheme:
-    """Return the record of an assignment; `fingerprint` is that of the measurement as it was written."""
+def price(
+    measurement: Measurement,
+    name: str,
+    formats: Mapping[str, str],
+    asked: Mapping[str, Any],
+    *,
+    kv_cache_format: str | None = None,
+    fingerprint: str | None = None,
+) -> Scheme:
+    """Return the record of any assignment: what it costs, and what it is predicted to do.
+
+    Args:
+        measurement: what the prediction is made from.
+        name: of the scheme.
+        formats: `{group: format}`, of every group.
+        asked: what led to it.
+        kv_cache_format: None: 16 bits.
+        fingerprint: of the measurement as it was written, where it is weighed otherwise here.
+
+    Raises:
+        InfeasibleTarget: nothing is quantised.
+    """
     weight_bits = weight_bytes = quantised = 0
     excluded: list[str] = []
     for group in measurement.groups:
-        name = formats[group.name]
-        bits = group.weight_elements * bits_of(name)
+        format_name = formats[group.name]
+        bits = group.weight_elements * bits_of(format_name)
         weight_bits += bits
         weight_bytes += -(-bits // 8)
-        if name == BF16:
+        if format_name == BF16:
             excluded += [(m.tensor or m.name).removesuffix(".weight") for m in group.modules]
         else:
             quantised += group.weight_elements
-            weight_bytes += len(group.modules) * get_format(name).scale_bytes
+            weight_bytes += len(group.modules) * get_format(format_name).scale_bytes
     if not quantised:
-        raise InfeasibleTarget(f"scheme {spec.name} would quantise nothing; ask for more")
+        raise InfeasibleTarget(f"scheme {name} would quantise nothing; ask for more")
     return Scheme(
-        name=spec.name,
-        measurement_sha256=fingerprint,
-        asked=spec.model_dump(mode="json", exclude_defaults=True),
-        formats=formats,
+        name=name,
+        measurement_sha256=fingerprint or measurement.fingerprint(),
+        asked=dict(asked),
+        formats=dict(formats),
         effective_bits=weight_bits / measurement.searched_weights,
         coverage=quantised / measurement.searched_weights,
         searched_weights=measurement.searched_weights,
@@ -401,17 +453,20 @@ def _scheme(measurement: Measurement, fingerprint: str, spec: SchemeSpec, format
         predicted_score=_predicted(measurement, formats),
         score_unit=measurement.score_unit,
         exclude_modules=(*excluded, *(module.checkpoint_name for module in measurement.untouched)),
-        kv_cache_format="fp8" if spec.kv_cache == "fp8" else None,
+        kv_cache_format=kv_cache_format,
     )
 
 
-def plan(measurement: Measurement, spec: SchemeSpec, *, frontier: Frontier | None = None) -> Scheme:
+def plan(
+    measurement: Measurement, spec: SchemeSpec, *, frontier: Frontier | None = None, kl_map: KlMap | None = None
+) -> Scheme:
     """Return the scheme that `spec` asks for.
 
     Args:
         measurement: what was measured.
         spec: what is asked, in exactly one way, less what `exclude` names.
         frontier: the measurement's frontier where it is at hand; one is made where it is needed.
+        kl_map: from this measurement's scores to KL; `max_kl` needs it.
 
     Raises:
         InfeasibleTarget: outside the attainable range, which the message names. PlanError: a pattern that matches
@@ -440,14 +495,21 @@ def plan(measurement: Measurement, spec: SchemeSpec, *, frontier: Frontier | Non
             raise PlanError(f"scheme {spec.name}: the frontier given is of another measurement; leave it out")
         if frontier is None or frontier.excluded != excluded:
             frontier = Frontier(measurement, excluded)
-        by = _by_bits if spec.effective_bits is not None else _by_score
-        formats = by(spec, frontier)
-    scheme = _scheme(measurement, fingerprint, spec, formats)
-    _check(measurement, spec, scheme)
+        by_bits = spec.effective_bits is not None
+        formats = _by_bits(spec, frontier) if by_bits else _by_damage(spec, frontier, kl_map)
+    scheme = price(
+        measurement,
+        spec.name,
+        formats,
+        spec.model_dump(mode="json", exclude_defaults=True),
+        kv_cache_format="fp8" if spec.kv_cache == "fp8" else None,
+        fingerprint=fingerprint,
+    )
+    _check(measurement, spec, scheme, kl_map)
     return scheme
 
 
-def _check(measurement: Measurement, spec: SchemeSpec, scheme: Scheme) -> None:
+def _check(measurement: Measurement, spec: SchemeSpec, scheme: Scheme, kl_map: KlMap | None) -> None:
     """Check, in integers, that the plan keeps its budget."""
     total = measurement.searched_weights
     quantised = sum(g.weight_elements for g in measurement.groups if scheme.formats[g.name] != BF16)
@@ -455,23 +517,21 @@ def _check(measurement: Measurement, spec: SchemeSpec, scheme: Scheme) -> None:
         spec.effective_bits is None or scheme.weight_bits <= Fraction(str(spec.effective_bits)) * total,
         spec.coverage is None or quantised <= Fraction(str(spec.coverage)) * total,
         spec.max_predicted_score is None or scheme.predicted_score <= spec.max_predicted_score,
+        spec.max_kl is None or kl_map is None or scheme.predicted_score <= (kl_map.score_of(spec.max_kl) or 0.0),
     ]
     if not all(kept):
         raise PlanError(f"scheme {spec.name} exceeds its budget; this is a bug: please report it")
 
 
-def plan_all(measurement: Measurement, specs: Sequence[SchemeSpec]) -> tuple[Scheme, ...]:
+def plan_all(measurement: Measurement, specs: Sequence[SchemeSpec], kl_map: KlMap | None = None) -> tuple[Scheme, ...]:
     """Return the schemes of a ladder, with the relations between them.
 
     Raises:
         DuplicateSchemes: two schemes come out equal. See `plan` for the others.
     """
-    needs_edge = any(
-        (spec.effective_bits is not None or spec.max_predicted_score is not None) and spec.image_weight == 1.0
-        for spec in specs
-    )
+    needs_edge = any(spec.coverage is None and spec.include is None and spec.image_weight == 1.0 for spec in specs)
     edge = Frontier(measurement) if needs_edge else None
-    schemes = [plan(measurement, spec, frontier=edge) for spec in specs]
+    schemes = [plan(measurement, spec, frontier=edge, kl_map=kl_map) for spec in specs]
     for index, scheme in enumerate(schemes):
         for other in schemes[index + 1 :]:
             if scheme.name == other.name:

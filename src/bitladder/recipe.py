@@ -5,6 +5,7 @@ names files that ship with Bitladder. `docs/guide.md` shows every key.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,6 +107,7 @@ class SchemeSpec(Section):
     coverage: float | None = Field(default=None, gt=0, le=1, description="share of the searched weights, at most")
     effective_bits: float | None = Field(default=None, gt=0, description="at most")
     max_predicted_score: float | None = Field(default=None, description="at most, in the measurement's unit")
+    max_kl: float | None = Field(default=None, gt=0, description="at most, as predicted, in nats per token")
     include: tuple[str, ...] | None = Field(default=None, description="glob patterns of groups or modules to quantise")
     exclude: tuple[str, ...] = Field(default=(), description="glob patterns of groups or modules never quantised")
     format: str | None = Field(default=None, description="with coverage or include, where the formats are several")
@@ -118,7 +120,7 @@ class SchemeSpec(Section):
     def _one_way(self) -> Self:
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"scheme name {self.name!r}: use letters, digits, '.', '_' and '-'")
-        ways = ("coverage", "effective_bits", "max_predicted_score", "include")
+        ways = ("coverage", "effective_bits", "max_predicted_score", "max_kl", "include")
         given = [way for way in ways if getattr(self, way) is not None]
         if len(given) != 1:
             raise ValueError(f"scheme {self.name}: give exactly one of {', '.join(ways)}; got {given or 'none'}")
@@ -145,6 +147,32 @@ class LayoutSpec(Section):
         return self
 
 
+class ControlSpec(Section):
+    """Other choices of groups at each scheme's bits, evaluated beside it to show what the search is worth."""
+
+    kinds: tuple[Literal["random", "inverse", "first_last", "largest"], ...] = Field(
+        default=("random", "inverse", "first_last", "largest"), description="empty: none"
+    )
+    seeds: int = Field(default=3, ge=1, description="random arms of each scheme")
+    max_seconds: float = Field(default=300.0, ge=0, description="no arm is begun after so many seconds")
+
+
+class VllmSpec(Section):
+    """The environment of vLLM in which checkpoints are probed, and how far."""
+
+    python: str = Field(description="the interpreter of vLLM's environment, e.g. .venv-vllm/bin/python")
+    stage: Literal["load", "generate"] = Field(
+        default="load", description="load: vLLM's own loader, on any machine; generate: its engine as well"
+    )
+    timeout: float = Field(default=1800.0, gt=0, description="seconds for one checkpoint")
+
+
+class RuntimesSpec(Section):
+    """Runtimes in environments of their own. Pre-flight needs none, and is always done."""
+
+    vllm: VllmSpec | None = None
+
+
 class Recipe(Section):
     """Everything a run needs. Paths are absolute once the recipe is read."""
 
@@ -154,8 +182,10 @@ class Recipe(Section):
     measurement: MeasureSpec = MeasureSpec()
     schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
     kv_cache: Literal["none", "fp8"] = "none"
+    controls: ControlSpec = ControlSpec()
     export: ExportSpec = ExportSpec()
     layout: LayoutSpec = LayoutSpec()
+    runtimes: RuntimesSpec = RuntimesSpec()
     output: str
 
     @field_validator("held_out", mode="before")
@@ -310,6 +340,11 @@ def read_recipe(path: Path) -> Recipe:
     held_out = tuple(
         spec if spec.data is None else spec.model_copy(update={"data": data(spec.data)}) for spec in recipe.held_out
     )
+    vllm = recipe.runtimes.vllm
+    if vllm is not None:
+        # Not resolved: the interpreter of a virtual environment is a link, and is known by the link's place.
+        python = os.path.normpath(base / Path(vllm.python).expanduser())
+        recipe = recipe.model_copy(update={"runtimes": RuntimesSpec(vllm=vllm.model_copy(update={"python": python}))})
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"path": _resolve_model(recipe.model.path, base)}),

@@ -5,6 +5,14 @@ says, `render` how that reads (with `report.md.jinja`), for a page and for a ter
 """
 
 from bitladder.report.content import Report, batch_standard_error, build_report
-from bitladder.report.render import closing_table, render_markdown, write_report
+from bitladder.report.render import STAGES, closing_table, render_markdown, write_report
 
-__all__ = ["Report", "batch_standard_error", "build_report", "closing_table", "render_markdown", "write_report"]
+__all__ = [
+    "STAGES",
+    "Report",
+    "batch_standard_error",
+    "build_report",
+    "closing_table",
+    "render_markdown",
+    "write_report",
+]

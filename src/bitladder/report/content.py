@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -10,24 +11,33 @@ from typing import Any
 from pydantic import Field
 
 from bitladder.errors import StaleRecord
+from bitladder.prediction import LEVEL, KlMap, leave_one_out
 from bitladder.records import (
     BF16,
     BF16_BITS,
     Candidate,
     CheckpointManifest,
+    ControlArm,
     DataSummary,
     EvalResult,
     Evaluation,
+    Evidence,
+    LogProbDifference,
     Measurement,
     ModelSource,
     Part,
     PhaseCost,
+    ProbeFinding,
+    ProbeResult,
     QuantGroup,
     Record,
     RunInfo,
     Scheme,
+    Stage,
+    Throughput,
     Verification,
 )
+from bitladder.uncertainty import flips, rank_intervals
 
 KL = "kl"
 WITHIN_NOISE_ERRORS = 2.0  # two values closer than so many standard errors of their difference aren't told apart
@@ -47,6 +57,16 @@ class FormatCount(Part):
     groups_by_kind: dict[str, int] = Field(description="kind (qkv_proj, o_proj, …) -> groups; kinds with none are 0")
 
 
+class Unsettled(Part):
+    """What another draw of the scoring batches would change in a scheme (`bitladder.uncertainty`)."""
+
+    expected_flips: float = Field(description="groups that change sides in a draw, on average")
+    enough: int | None = Field(
+        description="multiple of the scoring batches that leaves at most one group open; None: more than 32"
+    )
+    shares: dict[str, float] = Field(description="group -> share of the draws in which it changes sides, where any")
+
+
 class ReportedScheme(Part):
     """One rung of the ladder: what was asked, what it costs, what it does."""
 
@@ -64,6 +84,7 @@ class ReportedScheme(Part):
     verified: bool | None = Field(description="None: not verified yet")
     format_counts: tuple[FormatCount, ...]
     nested_in: tuple[str, ...] = Field(description="schemes that quantise all of this one's groups alike, and more")
+    unsettled: Unsettled | None = Field(description="None: one batch, everything quantised, or chosen by name")
 
     def result(self, metric: str, split: str) -> EvalResult | None:
         """Return the metric's result on a held-out set, or None."""
@@ -78,6 +99,7 @@ class GroupSensitivity(Part):
     standard_error: float | None = Field(description="over the scoring batches; None: a single batch")
     score_per_bit_saved: float | None = Field(description="None: the format saves nothing")
     rank: int | None = Field(description="1 has the least score per bit saved, and is quantised first")
+    rank_interval: tuple[int, int] | None = Field(description="90%, over draws of the scoring batches; None: one batch")
 
 
 class ReportedGroup(Part):
@@ -158,6 +180,74 @@ class NotSearched(Part):
     modules: tuple[str, ...]
 
 
+class ReportedArm(Part):
+    """One control arm: another choice of groups at a scheme's bits."""
+
+    name: str
+    control: str = Field(description="random, inverse, first_last or largest")
+    beside: str = Field(description="the scheme at whose bits it stands")
+    coverage: float
+    effective_bits: float
+    predicted_score: float
+    results: tuple[EvalResult, ...]
+
+
+class ControlComparison(Part):
+    """A scheme's KL on the first held-out set beside that of its control arms of one kind."""
+
+    scheme: str
+    control: str
+    arms: int
+    kl: float | None = Field(description="of the scheme; None: not evaluated")
+    mean: float = Field(description="of the arms' KL")
+    least: float
+    most: float
+
+    @property
+    def ratio(self) -> float | None:
+        """The scheme's KL over the arms' mean, or None."""
+        return None if self.kl is None or self.mean <= 0 else self.kl / self.mean
+
+
+class PredictedPoint(Part):
+    """A scheme or control arm: the KL that all the others predict for it, and its measured one."""
+
+    name: str
+    is_control: bool
+    score: float = Field(description="predicted score, in the report's `score_unit`")
+    measured: float
+    predicted: float | None = Field(description="None: its score is not positive, or the others don't suffice")
+    low: float | None
+    high: float | None
+
+
+class Prediction(Part):
+    """How well predicted scores say the KL on the first held-out set: KL = factor · score^exponent, leaving one out."""
+
+    factor: float
+    exponent: float
+    level: float = Field(description="of the intervals")
+    points: tuple[PredictedPoint, ...]
+    median_error: float | None = Field(description="of |predicted / measured - 1|; None: no point is predicted")
+    inside: float | None = Field(description="share of the measured values inside their intervals")
+
+
+class ReportedProbe(Part):
+    """What one runtime does with one scheme's checkpoint."""
+
+    scheme: str
+    runtime: str
+    version: str
+    stage: Stage
+    device: str | None
+    verdict: str = Field(description="ok, or the class of the first error")
+    layers: dict[str, int] = Field(description="format -> linear modules that the runtime runs in it")
+    as_promised: int = Field(description="linear modules that it runs in the format of the manifest")
+    findings: tuple[ProbeFinding, ...]
+    log_probs: tuple[LogProbDifference, ...]
+    throughput: tuple[Throughput, ...]
+
+
 class Environment(Part):
     """Where some of the steps ran."""
 
@@ -196,6 +286,11 @@ class Report(Record):
     positions: Positions | None = Field(description="None: scores of image positions are not known apart")
     evaluations: tuple[ReportedEvaluation, ...]
     verification: Verification | None
+    probes: tuple[ReportedProbe, ...]
+    controls: tuple[ReportedArm, ...]
+    control_comparisons: tuple[ControlComparison, ...]
+    controls_left_out: tuple[str, ...] = Field(description="control arms for which there was no time")
+    prediction: Prediction | None = Field(description="None: too few measured points")
     not_searched: tuple[NotSearched, ...]
     settings: dict[str, Any] = Field(description="the recipe with every default")
     environments: tuple[Environment, ...]
@@ -228,6 +323,8 @@ def build_report(
     phases: Sequence[PhaseCost],
     standard_errors: Mapping[str, float | None] = MappingProxyType({}),
     text_only_changes: Mapping[str, int | None] = MappingProxyType({}),
+    probes: Sequence[ProbeResult] = (),
+    evidence: Evidence | None = None,
 ) -> Report:
     """Return the report of one run; steps that haven't run are left out of the arguments.
 
@@ -241,19 +338,25 @@ def build_report(
         phases: what every phase of every step took; empty: the measurement's own phases.
         standard_errors: of the predicted scores, by scheme name.
         text_only_changes: groups of each scheme that would change if only text positions counted; None: can't be met.
+        probes: what the runtimes do with those checkpoints.
+        evidence: the control arms of the schemes.
 
     Raises:
         StaleRecord: a record belongs to another measurement, scheme or checkpoint than the ones given.
     """
-    _check_provenance(measurement, schemes, manifests, verification, evaluations)
+    _check_provenance(measurement, schemes, manifests, verification, evaluations, probes, evidence)
     ladder = sorted(schemes, key=lambda scheme: -scheme.weight_bits)
     weight_files = [file.bytes for file in measurement.model.files if file.name.endswith(_WEIGHT_SUFFIX)]
     contexts = {
         (tuple((split, data.sha256) for split, data in e.data.items()), e.model_sha256, e.arithmetic)
         for e in evaluations.values()
     }
+    if evidence is not None:
+        data = tuple((split, data.sha256) for split, data in evidence.data.items())
+        contexts.add((data, measurement.model.sha256, evidence.arithmetic))
     comparable = len(contexts) <= 1
     nested_in = _nested_in(ladder)
+    arms = evidence.arms if evidence and comparable else ()
     return Report(
         measurement_sha256=measurement.fingerprint(),
         model=measurement.model,
@@ -291,6 +394,11 @@ def build_report(
             for reported in _reported_evaluations(evaluations[s.name], measurement.calibration)
         ),
         verification=verification,
+        probes=tuple(_reported_probe(probe) for scheme in ladder for probe in probes if probe.scheme == scheme.name),
+        controls=tuple(_reported_arm(arm) for arm in arms),
+        control_comparisons=_control_comparisons(ladder, evaluations, arms),
+        controls_left_out=evidence.left_out if evidence else (),
+        prediction=_prediction(ladder, evaluations, arms) if comparable else None,
         not_searched=_not_searched(measurement),
         settings=_plain(recipe),
         environments=_environments(measurement, ladder, evaluations),
@@ -310,6 +418,8 @@ def _check_provenance(
     manifests: Mapping[str, CheckpointManifest],
     verification: Verification | None,
     evaluations: Mapping[str, Evaluation],
+    probes: Sequence[ProbeResult],
+    evidence: Evidence | None,
 ) -> None:
     """Refuse records that don't belong together: their numbers would stand side by side and mean nothing.
 
@@ -333,6 +443,11 @@ def _check_provenance(
     for name, evaluation in evaluations.items():
         if digests.get(name) != evaluation.manifest_sha256:
             raise StaleRecord(f"another checkpoint {name} than the one at hand was evaluated; evaluate again")
+    for probe in probes:
+        if probe.scheme is None or digests.get(probe.scheme) != probe.manifest_sha256:
+            raise StaleRecord(f"another checkpoint {probe.checkpoint} than the one at hand was probed; probe again")
+    if evidence is not None and evidence.measurement_sha256 != measured:
+        raise StaleRecord("the control arms are of another measurement; run `bitladder controls` again")
 
 
 def _reported_scheme(
@@ -361,7 +476,15 @@ def _reported_scheme(
         verified=_verdict(scheme.name, verification),
         format_counts=_format_counts(scheme, measurement),
         nested_in=nested_in,
+        unsettled=_unsettled(scheme, measurement),
     )
+
+
+def _unsettled(scheme: Scheme, measurement: Measurement) -> Unsettled | None:
+    found = flips(measurement, scheme)
+    if found is None:
+        return None
+    return Unsettled(expected_flips=found.expected[1], enough=found.enough, shares=dict(found.share))
 
 
 def _weight_file_bytes(manifest: CheckpointManifest) -> int:
@@ -539,6 +662,7 @@ def _reported_groups(measurement: Measurement, ladder: Sequence[Scheme]) -> tupl
     table = measurement.by_group()
     density = {name: _densities(measurement, name) for name in measurement.formats}
     ranks = {name: _ranks(found) for name, found in density.items()}
+    intervals = {name: rank_intervals(measurement, name) for name in measurement.formats}
     reported = []
     for group in measurement.groups:
         sensitivities = []
@@ -551,6 +675,7 @@ def _reported_groups(measurement: Measurement, ladder: Sequence[Scheme]) -> tupl
                     standard_error=batch_standard_error(_contributions(measurement, candidate)),
                     score_per_bit_saved=density[format_name].get(group.name),
                     rank=ranks[format_name].get(group.name),
+                    rank_interval=intervals[format_name].get(group.name),
                 )
             )
         reported.append(
@@ -622,6 +747,107 @@ def _not_searched(measurement: Measurement) -> tuple[NotSearched, ...]:
     for module in measurement.untouched:
         reasons.setdefault(module.reason, []).append(module.name)
     return tuple(NotSearched(reason=reason, modules=tuple(names)) for reason, names in reasons.items())
+
+
+def _reported_probe(probe: ProbeResult) -> ReportedProbe:
+    assert probe.scheme is not None  # `_check_provenance`
+    formats = [layer.format for layer in probe.layers]
+    return ReportedProbe(
+        scheme=probe.scheme,
+        runtime=probe.runtime,
+        version=probe.version,
+        stage=probe.stage,
+        device=probe.device,
+        verdict=probe.verdict,
+        layers={name: formats.count(name) for name in sorted(set(formats))},
+        as_promised=sum(layer.format == layer.promised for layer in probe.layers),
+        findings=probe.findings,
+        log_probs=probe.log_probs,
+        throughput=probe.throughput,
+    )
+
+
+def _reported_arm(arm: ControlArm) -> ReportedArm:
+    scheme = arm.scheme
+    return ReportedArm(
+        name=scheme.name,
+        control=str(scheme.asked["control"]),
+        beside=str(scheme.asked["beside"]),
+        coverage=scheme.coverage,
+        effective_bits=scheme.effective_bits,
+        predicted_score=scheme.predicted_score,
+        results=arm.results,
+    )
+
+
+def _kl_of(results: Sequence[EvalResult]) -> float | None:
+    """Return the KL on the first held-out set."""
+    return next((result.value for result in results if result.metric == KL), None)
+
+
+def _control_comparisons(
+    ladder: Sequence[Scheme], evaluations: Mapping[str, Evaluation], arms: Sequence[ControlArm]
+) -> tuple[ControlComparison, ...]:
+    found = []
+    for scheme in ladder:
+        own = _kl_of(evaluations[scheme.name].results) if scheme.name in evaluations else None
+        kinds: dict[str, list[float]] = {}
+        for arm in arms:
+            kl = _kl_of(arm.results)
+            if arm.scheme.asked["beside"] == scheme.name and kl is not None:
+                kinds.setdefault(str(arm.scheme.asked["control"]), []).append(kl)
+        for kind, kls in kinds.items():
+            found.append(
+                ControlComparison(
+                    scheme=scheme.name,
+                    control=kind,
+                    arms=len(kls),
+                    kl=own,
+                    mean=math.fsum(kls) / len(kls),
+                    least=min(kls),
+                    most=max(kls),
+                )
+            )
+    return tuple(found)
+
+
+def _prediction(
+    ladder: Sequence[Scheme], evaluations: Mapping[str, Evaluation], arms: Sequence[ControlArm]
+) -> Prediction | None:
+    """Return how well the predicted scores of schemes and arms with a 16-bit KV cache say their KL."""
+    evaluated = [(scheme, evaluations[scheme.name].results, False) for scheme in ladder if scheme.name in evaluations]
+    evaluated += [(arm.scheme, arm.results, True) for arm in arms]
+    known = [
+        (scheme, kl, is_control)
+        for scheme, results, is_control in evaluated
+        if scheme.kv_cache_format is None and (kl := _kl_of(results)) is not None  # scores know nothing of the cache
+    ]
+    scores, kls = [scheme.predicted_score for scheme, _, _ in known], [kl for _, kl, _ in known]
+    fitted = KlMap.fit(scores, kls)
+    if fitted is None:
+        return None
+    points = tuple(
+        PredictedPoint(
+            name=scheme.name,
+            is_control=is_control,
+            score=scheme.predicted_score,
+            measured=kl,
+            predicted=guess.value if guess else None,
+            low=guess.low if guess else None,
+            high=guess.high if guess else None,
+        )
+        for (scheme, kl, is_control), guess in zip(known, leave_one_out(scores, kls), strict=True)
+    )
+    guessed = [(p.measured, p.predicted, p.low, p.high) for p in points if p.predicted and p.low and p.high]
+    errors = sorted(abs(predicted / measured - 1) for measured, predicted, _, _ in guessed)
+    return Prediction(
+        factor=fitted.factor,
+        exponent=fitted.exponent,
+        level=LEVEL,
+        points=points,
+        median_error=statistics.median(errors) if errors else None,
+        inside=sum(low <= measured <= high for measured, _, low, high in guessed) / len(guessed) if guessed else None,
+    )
 
 
 def _environments(

@@ -16,8 +16,10 @@ import yaml
 from rich.table import Table
 
 from bitladder.records import BF16, BF16_BITS, EvalResult
-from bitladder.report.content import KL, WITHIN_NOISE_ERRORS, Report, ReportedScheme
+from bitladder.report.content import KL, WITHIN_NOISE_ERRORS, Report, ReportedProbe, ReportedScheme
 from bitladder.storage import atomic_write
+from bitladder.uncertainty import LEVEL as RANK_LEVEL
+from bitladder.uncertainty import MULTIPLES
 
 MARKDOWN_FILE = "report.md"
 JSON_FILE = "report.json"
@@ -36,6 +38,15 @@ _METRIC_NAMES = {
     "top1_agreement": "top-1 agreement",
     "task_accuracy": "task accuracy",
 }
+FLIPS_OFTEN = 0.1  # share of the draws from which on a group is marked
+CONTROLS = {
+    "random": "random groups",
+    "inverse": "most sensitive first",
+    "first_last": "first and last layers kept",
+    "largest": "largest groups first",
+}
+STAGES = {"preflight": "pre-flight", "load": "loader", "generate": "engine"}  # in the order of what they prove
+_RUNTIME_NAMES = {"vllm": "vLLM", "sglang": "SGLang", "tensorrt_llm": "TensorRT-LLM"}
 _MIB = 1 << 20
 _GIB = 1 << 30
 _NARROW = 14  # characters of a terminal column's header where there are several held-out sets
@@ -384,16 +395,21 @@ def _groups(report: Report, prefix: str) -> str:
     header = ["group", "weights"]
     for name in report.formats:
         suffix = f" {name.upper()}" if len(report.formats) > 1 else ""
-        header += [f"sensitivity{suffix}", f"SE{suffix}", f"rank{suffix}"]
+        header += [f"sensitivity{suffix}", f"SE{suffix}", f"rank{suffix}", f"rank, {RANK_LEVEL:.0%}{suffix}"]
     header += [scheme.name for scheme in report.schemes]
     rows = []
     for group in report.groups:
         row: list[object] = [group.name.removeprefix(prefix), exact(group.weight_elements)]
         for found in group.sensitivities:
             rank = NONE if found.rank is None else found.rank
-            row += [scientific(found.score), scientific(found.standard_error), rank]
-        formats = (group.formats[scheme.name] for scheme in report.schemes)
-        rows.append(row + [LEFT_ALONE if name == BF16 else name.upper() for name in formats])
+            span = found.rank_interval
+            between = NONE if span is None else f"{span[0]}" if span[0] == span[1] else f"{span[0]} to {span[1]}"
+            row += [scientific(found.score), scientific(found.standard_error), rank, between]
+        for scheme in report.schemes:
+            name = group.formats[scheme.name]
+            flips = scheme.unsettled is not None and scheme.unsettled.shares.get(group.name, 0) >= FLIPS_OFTEN
+            row.append((LEFT_ALONE if name == BF16 else name.upper()) + (" ?" if flips else ""))
+        rows.append(row)
     return markdown_table(header, rows)
 
 
@@ -499,6 +515,164 @@ def _verification(report: Report) -> dict[str, Any]:
     }
 
 
+def _controls(report: Report, ladder: _Ladder) -> dict[str, Any]:
+    """Return the tables of the control arms; {} where there are none."""
+    if not report.control_comparisons:
+        return {}
+    values = [comparison.mean for comparison in report.control_comparisons]
+    column = _column(values, [], KL_EXPONENT)
+    rows = []
+    for found in report.control_comparisons:
+        span = NONE if found.arms == 1 else f"{column.show(found.least)} to {column.show(found.most)}"
+        kls = [NOT_RUN if found.kl is None else column.show(found.kl), column.show(found.mean), span]
+        ratio = NONE if found.ratio is None else f"{found.ratio:.2f}"
+        rows.append([found.scheme, CONTROLS[found.control], found.arms, *kls, ratio])
+    header = ["scheme", "control at its bits", "arms", f"scheme's KL, {ladder.kl_unit}", "control's KL (mean)", "range"]
+    return {"table": markdown_table([*header, "scheme / control"], rows, left=2), "left_out": report.controls_left_out}
+
+
+def _prediction(report: Report, ladder: _Ladder) -> dict[str, Any]:
+    """Return the table of predicted against measured KL; {} where too little was measured."""
+    if report.prediction is None:
+        return {}
+    points = report.prediction.points
+    column = _column([point.measured for point in points], [], KL_EXPONENT)
+    rows = []
+    for point in sorted(points, key=lambda point: point.measured):
+        ratio = NONE if point.predicted is None else f"{point.predicted / point.measured:.2f}"
+        span = NONE if point.low is None else f"{column.show(point.low)} to {column.show(point.high)}"
+        kind = "control" if point.is_control else "scheme"
+        row = [point.name, kind, scientific(point.score), column.show(point.predicted), span]
+        rows.append([*row, column.show(point.measured), ratio])
+    interval = f"{percent(report.prediction.level, 0)} interval"
+    header = [
+        "",
+        "",
+        f"score, {report.score_unit}",
+        f"predicted KL, {ladder.kl_unit}",
+        interval,
+        "measured KL",
+        "ratio",
+    ]
+    return {
+        "table": markdown_table(header, rows, left=2),
+        "factor": scientific(report.prediction.factor),
+        "exponent": f"{report.prediction.exponent:.3f}",
+        "median_error": percent(report.prediction.median_error, 1),
+        "inside": percent(report.prediction.inside, 0),
+        "points": len(points),
+    }
+
+
+def _unsettled_lines(report: Report) -> list[str]:
+    """Return a sentence for every scheme that more scoring data would change."""
+    lines = []
+    for scheme in report.schemes:
+        found = scheme.unsettled
+        if found is None or found.enough == 1:
+            continue
+        batches = report.score_batches
+        advice = (
+            f"{found.enough} times as many ({batches * found.enough} scoring batches) would leave at most one open"
+            if found.enough
+            else f"more than {MULTIPLES[-1]} times as many would be needed to leave at most one open"
+        )
+        lines.append(
+            f"More calibration would change about {found.expected_flips:.1f} of {len(report.groups)} groups of "
+            f"`{scheme.name}` ({batches} scoring batches, drawn again); {advice}."
+        )
+    return lines
+
+
+def _worth_lines(report: Report) -> list[str]:
+    """Return a sentence for every scheme: its KL beside that of random choices at the same bits."""
+    lines = []
+    for found in report.control_comparisons:
+        if found.control != "random" or found.kl is None or found.ratio is None:
+            continue
+        better = ", less than each" if found.kl < found.least else "; not each of them is worse"
+        choices = f"{found.arms} random choice{'' if found.arms == 1 else 's'} at its bits"
+        lines.append(f"Against chance: `{found.scheme}` has {found.ratio:.2f} times the KL of {choices}{better}.")
+    return lines
+
+
+def _runtime_name(probe: ReportedProbe) -> str:
+    return f"{_RUNTIME_NAMES.get(probe.runtime, probe.runtime)} {probe.version}"
+
+
+def _runtimes(report: Report) -> dict[str, Any]:
+    """Return the tables of what the runtimes do with the checkpoints, and what was found; {} where none was asked."""
+    if not report.probes:
+        return {}
+    rows, speeds, served, findings = [], [], [], []
+    for probe in report.probes:
+        where = [probe.scheme, _runtime_name(probe)]
+        modules = sum(probe.layers.values())
+        layers = ", ".join(f"{exact(count)} {name.upper()}" for name, count in probe.layers.items())
+        promised = f"{exact(probe.as_promised)} of {exact(modules)}" if modules else NONE
+        rows.append([*where, STAGES[probe.stage], probe.device or NONE, probe.verdict, layers or NONE, promised])
+        for found in probe.findings:
+            text = f"{' '.join(where)}, {STAGES[probe.stage]}: {found.severity}, {found.error_class}: `{found.where}`: "
+            findings.append(f"{text}{found.problem}; {found.remedy}")
+        for speed in probe.throughput:
+            ratio = speed.tokens_per_second / speed.source_tokens_per_second if speed.source_tokens_per_second else None
+            numbers = [f"{speed.tokens_per_second:,.0f}"]
+            numbers += [NONE if ratio is None else f"{speed.source_tokens_per_second:,.0f}"]
+            speeds.append([*where, speed.phase, exact(speed.requests), *numbers, _times(ratio)])
+        for difference in probe.log_probs:
+            column = _column([difference.mean_abs_difference], [], 0)
+            values = (difference.mean_abs_difference, difference.source_mean_abs_difference, difference.tolerance)
+            served.append([*where, difference.split, exact(difference.tokens), *(column.show(v) for v in values)])
+    header = ["scheme", "runtime", "stage", "device", "verdict", "linear modules run in", "as the manifest promises"]
+    speed_header = ["scheme", "runtime", "phase", "requests", "tokens/s", "original's", "times the original"]
+    served_header = ["scheme", "runtime", "held-out set", "tokens", "mean |Δ log-prob|", "original's", "tolerance"]
+    return {
+        "table": markdown_table(header, rows, left=7),
+        "speeds": markdown_table(speed_header, speeds, left=3) if speeds else "",
+        "served": markdown_table(served_header, served, left=3) if served else "",
+        "findings": findings,
+    }
+
+
+def _times(ratio: float | None) -> str:
+    return NONE if ratio is None else f"{ratio:.2f}×{' (slower)' if ratio < 1 else ''}"
+
+
+def _runtime_lines(report: Report) -> list[str]:
+    """Return a sentence for every checkpoint that a runtime wouldn't run as promised, or runs slower than the original.
+
+    Of a runtime's stages the last one that was tried speaks for it.
+    """
+    lines = []
+    for probe in _last_stages(report.probes):
+        name = _runtime_name(probe)
+        if probe.verdict != "ok":
+            first = next(found for found in probe.findings if found.severity == "error")
+            lines.append(
+                f"Doesn't run as it says: `{probe.scheme}` in {name} ({STAGES[probe.stage]}): {probe.verdict}, "
+                f"{first.problem}."
+            )
+        for speed in probe.throughput:
+            source = speed.source_tokens_per_second
+            if source and speed.tokens_per_second < source:
+                lines.append(
+                    f"Slower than the original: `{probe.scheme}` in {name} at {speed.phase}, "
+                    f"{speed.tokens_per_second / source:.2f}× its tokens per second."
+                )
+    return lines
+
+
+def _last_stages(probes: Iterable[ReportedProbe]) -> list[ReportedProbe]:
+    """Return of every scheme, runtime and version the probe of the last stage."""
+    order = list(STAGES)
+    last: dict[tuple[str, str, str], ReportedProbe] = {}
+    for probe in sorted(probes, key=lambda probe: order.index(probe.stage)):
+        version = "" if probe.stage == "preflight" else probe.version  # a probe says more than the rules of any version
+        last[probe.scheme, probe.runtime, version] = probe
+    probed = {key[:2] for key, probe in last.items() if probe.stage != "preflight"}
+    return [probe for key, probe in last.items() if probe.stage != "preflight" or key[:2] not in probed]
+
+
 def _phases(report: Report) -> str:
     header = ["phase", "seconds", "peak memory", "peak GPU memory"]
     rows = [
@@ -541,6 +715,12 @@ def render_markdown(report: Report) -> str:
         evaluation=_evaluation(report, ladder),
         held_out=_held_out(report),
         verification=_verification(report),
+        controls=_controls(report, ladder),
+        prediction=_prediction(report, ladder),
+        worth_lines=[*_worth_lines(report), *_unsettled_lines(report)],
+        flips_often=percent(FLIPS_OFTEN, 0),
+        runtimes=_runtimes(report),
+        runtime_lines=_runtime_lines(report),
         settings=yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=120),
         phases=_phases(report) if report.phases else "",
         not_run=NOT_RUN,
@@ -562,6 +742,13 @@ def _narrow(*lines: str | None) -> str:
     return "\n".join(piece for line in lines for piece in textwrap.wrap(line or "", _NARROW))
 
 
+def _runs(report: Report, scheme: str) -> str:
+    """Return whether every runtime that was asked runs the scheme's checkpoint, or the first that doesn't."""
+    probes = [probe for probe in _last_stages(report.probes) if probe.scheme == scheme]
+    failed = [f"{_RUNTIME_NAMES.get(p.runtime, p.runtime)}: {p.verdict}" for p in probes if p.verdict != "ok"]
+    return NOT_RUN if not probes else failed[0] if failed else "yes"
+
+
 def closing_table(report: Report) -> Table:
     """Return the ladder as a table for a terminal of 120 columns; several held-out sets cost it blanks and letters."""
     ladder = _Ladder(report)
@@ -576,11 +763,14 @@ def closing_table(report: Report) -> Table:
         quality += ["task accuracy\n± SE" if ladder.task_split == ladder.split else _narrow("task", ladder.task_split)]
     for name in ("coverage", "eff.\nbits" if several else "effective\nbits", "weight\nfiles", *quality):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verified", no_wrap=True)
+    last = ["verified", "loads"] if report.probes else ["verified"]
+    for name in last:
+        table.add_column(name, no_wrap=True)
+    nothing = [NONE] * len(last)
     table.add_row(
-        ORIGINAL, "0.00%", f"{BF16_BITS:.2f}", byte_size(report.source_weight_file_bytes), *ladder.original(), NONE
+        ORIGINAL, "0.00%", f"{BF16_BITS:.2f}", byte_size(report.source_weight_file_bytes), *ladder.original(), *nothing
     )
-    table.add_row("noise floor", NONE, NONE, NONE, *ladder.noise_floor(), NONE, end_section=True)
+    table.add_row("noise floor", NONE, NONE, NONE, *ladder.noise_floor(), *nothing, end_section=True)
     for scheme in report.schemes:
         style = "bold red" if scheme.verified is False else None
         table.add_row(
@@ -590,6 +780,7 @@ def closing_table(report: Report) -> Table:
             NOT_RUN if scheme.weight_file_bytes is None else byte_size(scheme.weight_file_bytes),
             *ladder.scheme(scheme),
             _verified(scheme.verified),
+            *([_runs(report, scheme.name)] if report.probes else []),
             style=style,
         )
     return table

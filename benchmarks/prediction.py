@@ -1,0 +1,130 @@
+"""How well predicted scores say a scheme's KL on SmolLM2-135M: ModelOpt's gradient and kl_div scores.
+
+    python benchmarks/prediction.py --scratch DIR        # writes benchmarks/results/prediction.json; about 40 minutes
+
+The schemes of recipes/smollm2_135m.yaml, planned from gradient scores, and all their control arms are simulated on the
+recipe's held-out text. Then each method's scores predict each one's KL from all the others (`bitladder.prediction`).
+The measurements, and every simulation that is finished, are kept in the scratch directory.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import ladder
+
+RECIPE = ladder.ROOT / "recipes/smollm2_135m.yaml"
+KL_SAMPLES = 8  # scored by kl_div, which takes a forward pass a group and batch
+WITHIN = 0.15  # of the measured KL
+
+
+def measurements(scratch: Path) -> dict:
+    """Return the measurement of each method, and the recipe's workspace."""
+    from bitladder import pipeline
+    from bitladder.recipe import read_recipe
+
+    recipe = read_recipe(RECIPE)
+    found = {}
+    for method, samples in (("gradient", recipe.measurement.score_samples), ("kl_div", KL_SAMPLES)):
+        changed = recipe.measurement.model_copy(update={"method": method, "score_samples": samples})
+        work = pipeline.Workspace(recipe.model_copy(update={"measurement": changed}), scratch / method)
+        found[method] = (pipeline.measure(work), work)
+    return found
+
+
+def simulate(work, measurement, schemes: list, cache: Path) -> dict[str, list[float]]:
+    """Return the held-out KL and its standard error of each scheme, by name."""
+    from bitladder import pipeline, sensitivity
+    from bitladder.runinfo import Meter
+    from bitladder.simulation import Simulation
+
+    known = json.loads(cache.read_text()) if cache.exists() else {}
+    missing = [scheme for scheme in schemes if scheme.fingerprint() not in known]
+    if missing:
+        with pipeline.Originals(work) as originals:
+            references = originals.references(Meter())
+            simulation = Simulation(work.model_directory, measurement, sensitivity.read_amax(measurement, work.output))
+            for scheme in missing:
+                result = simulation.results(references, scheme)[0]
+                known[scheme.fingerprint()] = [result.value, result.standard_error]
+                cache.write_text(json.dumps(known))
+                print(scheme.name, result.value, flush=True)
+    return {scheme.name: known[scheme.fingerprint()] for scheme in schemes}
+
+
+def predicted(scores: list[float], kls: list[float]) -> dict:
+    """Return each point predicted from all the others, and how far off that is."""
+    from bitladder.prediction import LEVEL, KlMap, leave_one_out
+
+    guesses = leave_one_out(scores, kls)
+    errors = [abs(guess.value / kl - 1) for guess, kl in zip(guesses, kls, strict=True)]
+    fitted = KlMap.fit(scores, kls)
+    inside = [guess.low <= kl <= guess.high for guess, kl in zip(guesses, kls, strict=True)]
+    return {
+        "factor": fitted.factor,
+        "exponent": fitted.exponent,
+        "median_error": statistics.median(errors),
+        "largest_error": max(errors),
+        f"within_{WITHIN:.0%}": sum(error <= WITHIN for error in errors) / len(errors),
+        f"inside_{LEVEL:.0%}_interval": sum(inside) / len(inside),
+        "predicted": [guess.value for guess in guesses],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    import transformers
+
+    from bitladder import pipeline, planning
+    from bitladder.recipe import ControlSpec
+    from bitladder.records import BF16
+    from bitladder.runinfo import hardware, versions
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    found = measurements(arguments.scratch.resolve())
+    measurement, work = found["gradient"]
+    schemes = planning.plan_all(measurement, work.recipe.scheme_specs())
+    every = [*schemes, *pipeline.control_arms(measurement, schemes, ControlSpec())]
+    kls = simulate(work, measurement, every, arguments.scratch / "simulated.json")
+    methods = {}
+    for method, (scored, _) in found.items():
+        table = scored.by_group()
+        scores = [
+            sum(scored.sensitivity(table[group][name]) for group, name in scheme.formats.items() if name != BF16)
+            for scheme in every
+        ]
+        methods[method] = {
+            "score_unit": scored.score_unit,
+            "batches": len(scored.score_weights),
+            "scores": scores,
+            **predicted(scores, [kls[scheme.name][0] for scheme in every]),
+        }
+    content = {
+        "claim": "predicted scores say the held-out KL of schemes and control arms, each from all the others",
+        "model": "SmolLM2-135M-Instruct",
+        "hardware": hardware(),
+        "versions": versions(),
+        "points": [
+            {
+                "name": scheme.name,
+                "coverage": scheme.coverage,
+                "kl": kls[scheme.name][0],
+                "standard_error": kls[scheme.name][1],
+            }
+            for scheme in every
+        ],
+        "methods": methods,
+    }
+    path = ladder.ROOT / "benchmarks/results/prediction.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    for method, result in methods.items():
+        print(method, {key: value for key, value in result.items() if not isinstance(value, list)})
+
+
+if __name__ == "__main__":
+    main()

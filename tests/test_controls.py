@@ -1,0 +1,108 @@
+"""Control arms have their scheme's bits and nothing of its knowledge; a simulation equals the exported checkpoint."""
+
+import pytest
+import torch
+import transformers
+
+from bitladder import checkpoint, controls, evaluation, planning, sensitivity
+from bitladder.errors import PlanError, StaleRecord
+from bitladder.records import BF16
+from bitladder.simulation import Simulation
+from conftest import llama_config, load_text, measure_text, save_model, spec
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory, text_file):
+    """(model directory, measurement, its directory) of a Llama of eight layers."""
+    directory = tmp_path_factory.mktemp("deep")
+    save_model(transformers.LlamaForCausalLM, llama_config(num_hidden_layers=8), directory)
+    output = tmp_path_factory.mktemp("deep_measured")
+    return directory, measure_text(directory, text_file, output), output
+
+
+def arms_of(deep, coverage=0.5, kinds=controls.KINDS, seeds=3):
+    measurement = deep[1]
+    scheme = planning.plan(measurement, spec("half", coverage=coverage))
+    return scheme, controls.arms(measurement, scheme, kinds=kinds, seeds=seeds)
+
+
+def test_every_arm_has_its_schemes_bits(deep):
+    largest = max(group.weight_elements for group in deep[1].groups)
+    for coverage in (0.25, 0.5, 0.9):
+        scheme, arms = arms_of(deep, coverage)
+        assert [arm.asked["control"] for arm in arms] == [
+            "random",
+            "inverse",
+            "first_last",
+            "largest",
+            "random",
+            "random",
+        ]
+        for arm in arms:
+            assert scheme.weight_bits <= arm.weight_bits < scheme.weight_bits + 8 * largest
+            assert arm.asked["beside"] == "half"
+            assert arm.measurement_sha256 == scheme.measurement_sha256
+        assert len({arm.name for arm in arms}) == len({tuple(arm.formats.items()) for arm in arms}) == len(arms)
+
+
+def test_inverse_is_predicted_to_be_the_worst(deep):
+    scheme, arms = arms_of(deep)
+    by_kind = {arm.asked["control"]: arm.predicted_score for arm in arms}
+    assert scheme.predicted_score < min(by_kind.values())
+    assert max(by_kind, key=by_kind.get) == "inverse"
+
+
+def test_first_and_last_layers_stay(deep):
+    _, arms = arms_of(deep, kinds=("first_last",))
+    formats = arms[0].formats
+    for layer in (0, 7):
+        assert {f for group, f in formats.items() if f".{layer}." in group} == {BF16}
+    for layer in (3, 4):
+        assert {f for group, f in formats.items() if f".{layer}." in group} == {"fp8"}
+
+
+def test_largest_needs_the_fewest_groups(deep):
+    _, arms = arms_of(deep)
+    counts = {arm.name: len(arm.quantised_groups()) for arm in arms}
+    assert min(counts, key=counts.get) == "half.largest"
+
+
+def test_seeds_decide(deep):
+    first, second = arms_of(deep, kinds=("random",))[1], arms_of(deep, kinds=("random",))[1]
+    assert first == second
+    assert [arm.asked["seed"] for arm in first] == [0, 1, 2]
+    assert arms_of(deep, kinds=("inverse",))[1][0].asked == {"control": "inverse", "beside": "half"}
+
+
+def test_a_full_scheme_has_no_other_choice(deep):
+    assert arms_of(deep, coverage=1.0)[1] == ()
+
+
+def test_an_unknown_control_is_refused(deep):
+    with pytest.raises(PlanError, match="control 'best' is unknown; known: random, inverse"):
+        arms_of(deep, kinds=("best",))
+
+
+@pytest.mark.parametrize("kv_cache", [None, "fp8"])
+def test_a_simulated_scheme_equals_the_exported_checkpoint(deep, text_file, tmp_path, kv_cache):
+    directory, measurement, output = deep
+    amax = sensitivity.read_amax(measurement, output)
+    data = load_text(directory, text_file, samples=4, avoid=measurement.calibration)
+    simulation = Simulation(directory, measurement, amax)
+    before = {name: module for name, module in simulation.model.named_modules()}
+    with evaluation.Reference.compute(directory, data) as reference:
+        for name, target in (("some", {"coverage": 0.4}), ("all", {"coverage": 1.0})):
+            scheme = planning.plan(measurement, spec(name, kv_cache=kv_cache, **target))
+            checkpoint.export(scheme, measurement, amax, directory, tmp_path / name)
+            exported = evaluation.evaluate_checkpoint([reference], tmp_path / name)
+            assert simulation.results([reference], scheme) == exported.results
+        assert exported.results[0].value > 0
+    assert {name: module for name, module in simulation.model.named_modules()} == before
+    assert torch.equal(simulation.model.lm_head.weight, evaluation.load_model(directory, torch.float32).lm_head.weight)
+
+
+def test_a_scheme_of_another_measurement_is_refused(deep, measured):
+    directory, measurement, output = deep
+    simulation = Simulation(directory, measurement, sensitivity.read_amax(measurement, output))
+    with pytest.raises(StaleRecord, match="another measurement"):
+        simulation.results([], planning.plan(measured[0], spec("half", coverage=0.5)))
