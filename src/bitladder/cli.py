@@ -478,6 +478,29 @@ def report(recipe: RecipePath, output: Output = None) -> None:
     console.print(f"Report: {work.output / 'report.md'}", soft_wrap=True)
 
 
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="The output directory of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the page to this file as well.")] = None,
+) -> None:
+    """Set two runs side by side, as Markdown: settings, schemes of the same name, and the ranking of the groups.
+
+    Example: bitladder compare runs/text_only runs/image_text
+    """
+    from bitladder.report import JSON_FILE, Report, compare_runs
+    from bitladder.storage import atomic_write
+
+    reports = [Report.read(run / JSON_FILE) for run in (first, second)]
+    names = (first.resolve().name, second.resolve().name)
+    if names[0] == names[1]:
+        names = (str(first), str(second))
+    page = compare_runs(reports[0], reports[1], names)
+    print(page, end="")
+    if output is not None:
+        atomic_write(output, page)
+
+
 @app.command("import")
 def import_manifest(
     manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="A published ModelOpt AutoQuantize manifest.")],

@@ -4,15 +4,18 @@ A report is a record itself, made of records and nothing else: no model, no torc
 says, `render` how that reads (with `report.md.jinja`), for a page and for a terminal.
 """
 
+from bitladder.report.compare import compare_runs
 from bitladder.report.content import Report, batch_standard_error, build_report
-from bitladder.report.render import STAGES, closing_table, render_markdown, write_report
+from bitladder.report.render import JSON_FILE, STAGES, closing_table, render_markdown, write_report
 
 __all__ = [
+    "JSON_FILE",
     "STAGES",
     "Report",
     "batch_standard_error",
     "build_report",
     "closing_table",
+    "compare_runs",
     "render_markdown",
     "write_report",
 ]
