@@ -345,7 +345,7 @@ def probe(
 
     Example: bitladder probe recipes/demo.yaml --python .venv-vllm/bin/python --stage generate
     """
-    from bitladder import pipeline
+    from bitladder import pipeline, probing
     from bitladder.recipe import RuntimesSpec, VllmSpec
 
     if runtime != "vllm":
@@ -357,7 +357,7 @@ def probe(
     recipe = _recipe_among(targets)
     if recipe is None:
         spec = VllmSpec(**{"python": os.path.abspath(".venv-vllm/bin/python"), **given})
-        _close_probes(pipeline.probe_directories(targets, spec, source=source, image=image))
+        _close_probes(probing.probe_directories(targets, spec, source=source, image=image))
         return
     if source is not None or image is not None:
         raise RecipeError("--source and --image go with checkpoint directories; a recipe names its model and data")

@@ -37,8 +37,8 @@ from bitladder import (
     checkpoint,
     controls,
     evaluation,
-    logprobs,
     planning,
+    probing,
     report,
     sensitivity,
     targets,
@@ -56,7 +56,7 @@ from bitladder.errors import (
     VerificationFailed,
 )
 from bitladder.prediction import KlMap
-from bitladder.recipe import SCHEME_PLACE, ControlSpec, Recipe, SchemeSpec, VllmSpec
+from bitladder.recipe import SCHEME_PLACE, ControlSpec, Recipe, SchemeSpec
 from bitladder.records import (
     CheckpointManifest,
     ControlArm,
@@ -74,7 +74,7 @@ from bitladder.records import (
     digest_of,
 )
 from bitladder.runinfo import Meter, Progress, no_progress
-from bitladder.runtimes import load, serve
+from bitladder.runtimes import load
 from bitladder.runtimes import preflight as rules
 from bitladder.runtimes.child import vllm_version
 from bitladder.simulation import Simulation
@@ -85,10 +85,6 @@ EVIDENCE_FILE = "evidence.json"
 KL_POINTS_FILE = "kl_points.json"
 _KL_POINT_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the searched weights; schemes between which KL is interpolated
 PROBES = "probes"  # directory
-_SERVED_ROWS = 32  # samples of each held-out set whose log-probabilities a runtime is asked for
-_TEXT_PROMPTS = ("Describe a picture of a cat.", "Count from one to five.")  # asked beside them
-_IMAGE_PROMPT = "Describe the image."
-_QUESTIONS = 4  # pictures of the held-out sets that a runtime is asked about
 
 
 def fetch_model(path: str, revision: str | None) -> Path:
@@ -738,67 +734,9 @@ def _serve(work: Workspace, directories: Sequence[Path], python: Path, timeout: 
     """Serve checkpoints, and the original before them, on the first samples of every held-out set."""
     device = sensitivity.resolve_device(work.recipe.measurement.device)
     with Originals(work) as originals:
-        sets = {split: _first_samples(data) for split, data in originals.data.items()}
-    pairs = [sample for data in sets.values() for sample in data.samples]
-    questions = [serve.Question(sample.prompt, sample.image) for sample in pairs[:_QUESTIONS]]
-    job = serve.ServeJob(
-        questions=(*questions, *(serve.Question(text) for text in _TEXT_PROMPTS)),
-        sequences=tuple(
-            one for split, data in sets.items() for one in logprobs.sequences(data, split, work.model_directory)
-        ),
-        chat=has_chat_template(work.model_directory),
-        speed=serve.SpeedJob() if device.startswith("cuda") else None,
-    )
-    expected = {}
-    for directory in (work.model_directory, *directories):
-        with contextlib.suppress(ModelError):  # what our evaluation refuses is served all the same
-            expected[directory] = logprobs.log_probs(directory, list(sets.values()), device=device)
-    return serve.probe_all(
-        directories, python, job, source=work.model_directory, expected=expected, timeout=timeout
-    ).results
-
-
-def _first_samples(data: calibration.DataSet) -> calibration.DataSet:
-    """Return whole batches of the first `_SERVED_ROWS` samples, or a little more."""
-    rows, batches = 0, []
-    for batch in data.batches:
-        if rows >= _SERVED_ROWS:
-            break
-        batches.append(batch)
-        rows += len(batch.labels)
-    return dataclasses.replace(data, batches=tuple(batches), samples=data.samples[:rows])
-
-
-def probe_directories(
-    directories: Sequence[Path], spec: VllmSpec, *, source: Path | None = None, image: Path | None = None
-) -> tuple[ProbeResult, ...]:
-    """Have vLLM load (or serve) checkpoints that belong to no recipe; a failure is a result.
-
-    Args:
-        directories: the checkpoints.
-        spec: the environment, and how far.
-        source: the original, served before them, for the stage `generate`.
-        image: a picture to ask about, for the stage `generate`.
-
-    Raises:
-        BitladderError: no vLLM in that environment, or no checkpoint in a directory.
-    """
-    python = Path(spec.python)
-    vllm_version(python)
-    if spec.stage == "load":
-        return load.probe_all(directories, python, timeout=spec.timeout)
-    pictured = (serve.Question(_IMAGE_PROMPT, str(image.resolve())),) if image is not None else ()
-    job = serve.ServeJob(
-        questions=(*pictured, *(serve.Question(text) for text in _TEXT_PROMPTS)),
-        chat=all(has_chat_template(directory) for directory in directories),
-        speed=serve.SpeedJob() if sensitivity.resolve_device("auto").startswith("cuda") else None,
-    )
-    return serve.probe_all(directories, python, job, source=source, timeout=spec.timeout).results
-
-
-def has_chat_template(directory: Path) -> bool:
-    """Return whether a model's files hold a chat template."""
-    return calibration.tokenizer_of(calibration.load_processor(directory)).chat_template is not None
+        return probing.serve_on(
+            originals.data, directories, work.model_directory, python, device=device, timeout=timeout
+        )
 
 
 def make_report(work: Workspace) -> report.Report:
