@@ -91,6 +91,13 @@ def test_a_probe_says_more_than_the_rules_do():
     assert "`full` in vLLM" not in top
 
 
+def test_rules_alone_are_called_so():
+    report = report_with(("top25", lambda m: make_probe(m, "preflight")), ("full", make_probe))
+    lines = terminal(report)
+    assert any("top25" in line and "by rules" in line for line in lines)
+    assert any("full" in line and "by rules" not in line and "yes" in line for line in lines)
+
+
 def test_slower_than_the_original_is_said_plainly():
     speeds = (
         Throughput(phase="prefill", requests=64, tokens_per_second=106_800.0, source_tokens_per_second=85_500.0),

@@ -743,10 +743,15 @@ def _narrow(*lines: str | None) -> str:
 
 
 def _runs(report: Report, scheme: str) -> str:
-    """Return whether every runtime that was asked runs the scheme's checkpoint, or the first that doesn't."""
+    """Return whether every runtime that was asked runs the scheme's checkpoint, or the first that doesn't.
+
+    `by rules` where only the pre-flight was done.
+    """
     probes = [probe for probe in _last_stages(report.probes) if probe.scheme == scheme]
     failed = [f"{_RUNTIME_NAMES.get(p.runtime, p.runtime)}: {p.verdict}" for p in probes if p.verdict != "ok"]
-    return NOT_RUN if not probes else failed[0] if failed else "yes"
+    if not probes or failed:
+        return failed[0] if failed else NOT_RUN
+    return "by rules" if all(probe.stage == "preflight" for probe in probes) else "yes"
 
 
 def closing_table(report: Report) -> Table:
