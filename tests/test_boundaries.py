@@ -36,6 +36,7 @@ NO_TORCH = (
     "prediction",
     "uncertainty",
     "controls",
+    "runtimes.preflight",
 )
 
 
