@@ -16,13 +16,14 @@ ALLOWED = {
     "recipe": {"errors"},
     "formats": {"errors", "records", "numerics"},
     "numerics": set(),
-    "weights": {"errors", "records", "storage"},
+    "headers": {"errors"},
+    "weights": {"errors", "headers", "records", "storage"},
     "planning": {"errors", "records", "formats", "prediction", "recipe"},
     "importing": {"errors", "records", "formats", "storage"},
     "prediction": set(),
     "uncertainty": {"records"},
     "controls": {"errors", "planning", "records"},
-    "runtimes": {"errors", "records", "runinfo", "runtimes", "storage"},
+    "runtimes": {"errors", "headers", "records", "runinfo", "runtimes", "storage"},
 }
 FORBIDDEN = {"verification": {"checkpoint", "weights"}, "evaluation": {"checkpoint", "sensitivity"}}
 NO_TORCH = (

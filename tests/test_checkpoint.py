@@ -190,7 +190,7 @@ def test_shards_side_files_and_manifest(sharded_llama, text_file, tmp_path):
 
 
 def test_tensors_lie_aligned_as_safetensors_writes_them(vl):
-    from bitladder.weights import read_header
+    from bitladder.headers import read_header
 
     source, measurement, directory = vl
     _, ours, _ = export(source, measurement, directory)

@@ -28,6 +28,7 @@ import torch
 from bitladder import numerics
 from bitladder.errors import MeasurementError, ModelError, OutputError, StaleRecord
 from bitladder.formats import Format, get_format
+from bitladder.headers import TensorInfo
 from bitladder.records import (
     BF16,
     CheckpointManifest,
@@ -41,7 +42,7 @@ from bitladder.records import (
 from bitladder.runinfo import Progress, no_progress, one_core_each
 from bitladder.sensitivity import Amax, kv_amax
 from bitladder.storage import atomic_directory, remove_leftovers, sha256_of_file
-from bitladder.weights import INDEX_FILE, TensorInfo, WeightFiles, read_config
+from bitladder.weights import INDEX_FILE, WeightFiles, read_config
 
 CONFIG_FILE = "config.json"
 QUANT_CONFIG_FILE = "hf_quant_config.json"

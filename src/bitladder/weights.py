@@ -1,11 +1,6 @@
-"""A model directory's safetensors files: which tensors lie where, without reading them.
-
-Source of the layout: the safetensors format (8 bytes little-endian header length, JSON header, data), as documented
-by huggingface/safetensors.
-"""
+"""A model directory's safetensors files: which tensors lie where, and what model this is, down to its bytes."""
 
 import json
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,61 +10,14 @@ import torch
 from safetensors import safe_open
 
 from bitladder.errors import ModelError
+from bitladder.headers import TensorInfo, read_header
 from bitladder.records import FileDigest, ModelSource, digest_of
 from bitladder.storage import sha256_of_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _HASHED_AT_ONCE = 4
-_MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 SIXTEEN_BIT_DTYPES = ("BF16", "F16")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: `begin` and `end` are byte offsets in the file."""
-
-    name: str
-    file: str
-    dtype: str  # as safetensors spells it: BF16, F16, F32, F8_E4M3, ...
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of one safetensors file, in the order of their data.
-
-    Raises:
-        ModelError: not a safetensors file, or truncated.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            (length,) = struct.unpack("<Q", prefix)
-            if length > min(_MAX_HEADER_BYTES, size):
-                raise ValueError("header longer than the file")
-            header: dict[str, Any] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        start = 8 + length
-        tensors = [
-            TensorInfo(
-                name, path.name, entry["dtype"], tuple(entry["shape"]), *(start + o for o in entry["data_offsets"])
-            )
-            for name, entry in header.items()
-        ]
-    except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{path} is not a readable safetensors file ({error}); it is truncated or damaged: fetch it again"
-        ) from error
-    tensors.sort(key=lambda tensor: tensor.begin)
-    end = max((tensor.end for tensor in tensors), default=start)
-    if end != size:
-        raise ModelError(
-            f"{path} has {size:,} bytes, its header describes {end:,}; it is truncated or damaged: fetch it again"
-        )
-    return {tensor.name: tensor for tensor in tensors}
 
 
 @dataclass(frozen=True)
@@ -108,7 +56,10 @@ class WeightFiles:
             path = directory / file
             if not path.exists():
                 raise ModelError(f"{index} names {file}, which is missing in {directory}; fetch it again")
-            tensors.update(read_header(path))
+            try:
+                tensors.update(read_header(path))
+            except ModelError as error:
+                raise ModelError(f"{path} {error}; it is truncated or damaged: fetch it again") from error
         if wanted is not None and set(wanted) != set(tensors):
             odd = sorted(set(wanted) ^ set(tensors))[0]
             raise ModelError(f"{index} and its files disagree about tensor {odd}; fetch the model again")

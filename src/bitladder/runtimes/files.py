@@ -4,7 +4,6 @@ What can't be read is a finding, not an exception: a pre-flight says everything 
 """
 
 import json
-import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from bitladder.errors import ModelError, RecordError
+from bitladder.headers import read_header
 from bitladder.records import CheckpointManifest, ErrorClass, ProbeFinding
 from bitladder.runtimes.rules import CONFIG_FILE, LEGACY_FILE
 
@@ -21,12 +21,10 @@ INDEX_FILE = "model.safetensors.index.json"
 EXPORT_AGAIN = "export the scheme again"
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("tekken.json",), ("vocab.json", "merges.txt"))
 _PROCESSOR_FILES = (("preprocessor_config.json",), ("processor_config.json",))
-_MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 _SCAN_BYTES = 1 << 20  # what a cache holds, and a multiple of every dtype's bytes
 
 E4M3 = "F8_E4M3"
 SIXTEEN_BIT = ("BF16", "F16", "F32")  # dtypes of weights that aren't quantised
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 # dtype -> (integer of its width, bits of the magnitude, least magnitude that is NaN or infinite). E4M3 has no infinity,
 # its NaN is 0x7F or 0xFF. Source: OCP OFP8 table 1; IEEE 754.
 _NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int, int]] = {
@@ -90,35 +88,9 @@ class Tensor:
         return True
 
 
-def _read_header(path: Path) -> list[Tensor]:
-    """Return the tensors of one safetensors file.
-
-    Raises:
-        ModelError: not a safetensors file, or truncated.
-
-    Source: the safetensors format, as documented by huggingface/safetensors.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(_MAX_HEADER_BYTES, size):
-                raise ValueError("header longer than the file")
-            header: dict[str, Any] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors = [
-            Tensor(name, path, entry["dtype"], tuple(entry["shape"]), *(8 + length + o for o in entry["data_offsets"]))
-            for name, entry in header.items()
-        ]
-        for tensor in tensors:
-            if tensor.dtype in _BYTES and tensor.end - tensor.begin != math.prod(tensor.shape) * _BYTES[tensor.dtype]:
-                raise ValueError(f"{tensor.name} has another size than its shape")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"not a readable safetensors file ({error})") from error
-    end = max((tensor.end for tensor in tensors), default=8 + length)
-    if end != size:
-        raise ModelError(f"has {size:,} bytes, its header describes {end:,}")
-    return tensors
+def _tensors_in(path: Path) -> list[Tensor]:
+    """Return the tensors of one file; raises ModelError where it isn't whole."""
+    return [Tensor(t.name, path, t.dtype, t.shape, t.begin, t.end) for t in read_header(path).values()]
 
 
 @dataclass(frozen=True)
@@ -241,7 +213,7 @@ def _read_tensors(directory: Path, findings: Findings) -> list[Tensor]:
             findings.error("missing_file", name, f"{INDEX_FILE} names it, but it isn't there", "fetch this file again")
             continue
         try:
-            tensors += _read_header(directory / name)
+            tensors += _tensors_in(directory / name)
         except ModelError as error:
             findings.error("missing_file", name, str(error), "it is truncated or damaged: fetch it again")
     if index is not None and not findings.failed:
