@@ -241,22 +241,25 @@ class Workspace:
         }
 
 
+def _calibration_data(work: Workspace) -> calibration.DataSet:
+    spec = work.recipe.calibration
+    return calibration.load_data(
+        spec.data,
+        calibration.load_processor(work.model_directory),
+        samples=spec.samples,
+        sequence_length=spec.sequence_length,
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+    )
+
+
 def measure(work: Workspace) -> Measurement:
     """Measure once, or return the measurement that is there and valid.
 
     Raises:
         BitladderError: see `sensitivity.measure`.
     """
-    source, directory, spec = work.source(), work.model_directory, work.recipe.calibration
-    processor = calibration.load_processor(directory)
-    data = calibration.load_data(
-        spec.data,
-        processor,
-        samples=spec.samples,
-        sequence_length=spec.sequence_length,
-        batch_size=spec.batch_size,
-        seed=spec.seed,
-    )
+    source, directory, data = work.source(), work.model_directory, _calibration_data(work)
     path = work.output / sensitivity.MEASUREMENT_FILE
     key = sensitivity.settings_sha256(source, data, work.recipe.measurement)
     if path.exists():
@@ -304,26 +307,14 @@ def measure_kl_points(work: Workspace) -> KlPoints:
     Raises:
         BitladderError: see `simulation`.
     """
-    measurement, directory = work.measurement(), work.model_directory
-    spec = work.recipe.calibration
-    data = calibration.load_data(
-        spec.data,
-        calibration.load_processor(directory),
-        samples=spec.samples,
-        sequence_length=spec.sequence_length,
-        batch_size=spec.batch_size,
-        seed=spec.seed,
-    )
+    measurement, directory, data = work.measurement(), work.model_directory, _calibration_data(work)
     if data.summary.sha256 != measurement.calibration.sha256:
         raise StaleRecord("the calibration data is not what was measured on; measure again")
     batches = data.batches[: len(measurement.score_weights)]
     schemes = kl_point_schemes(measurement)
     key = digest_of([evaluation.ARITHMETIC, str(len(batches)), *(scheme.fingerprint() for scheme in schemes)])
     path = work.output / KL_POINTS_FILE
-    try:
-        known = KlPoints.read(path) if path.exists() else None
-    except RecordError:
-        known = None  # damaged: it is made again
+    known = KlPoints.read_if_whole(path)
     if known is not None and known.settings_sha256 == key:
         return known
     meter, device = Meter(), sensitivity.resolve_device(work.recipe.measurement.device)
@@ -394,11 +385,7 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
     changed = []
     for scheme in schemes:
         path = work.output / "schemes" / f"{scheme.name}.json"
-        try:
-            known = Scheme.read(path) if path.exists() else None
-        except RecordError:
-            known = None  # damaged: it is made again from the measurement
-        if known != scheme:
+        if Scheme.read_if_whole(path) != scheme:
             changed.append((path, scheme))
     for path, scheme in changed:
         scheme.write(path)
@@ -409,14 +396,8 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
 
 def _is_intact(work: Workspace, scheme: Scheme, directory: Path) -> bool:
     """Return whether the checkpoint in `directory` is this scheme's and all its files are as they were written."""
-    path = directory / CheckpointManifest.FILE_NAME
-    if not path.exists():
-        return False
-    try:
-        manifest = CheckpointManifest.read(path)
-    except RecordError:
-        return False
-    if manifest.scheme_sha256 != scheme.fingerprint():
+    manifest = CheckpointManifest.read_if_whole(directory / CheckpointManifest.FILE_NAME)
+    if manifest is None or manifest.scheme_sha256 != scheme.fingerprint():
         return False
     return all(
         (directory / entry.name).is_file() and work.cache.sha256(directory / entry.name) == entry.sha256
@@ -461,10 +442,7 @@ def verify(work: Workspace) -> Verification:
     wanted = {name: manifest.fingerprint() for name, manifest in manifests.items()}
     result = None
     if path.exists() and all(_is_intact(work, s, work.checkpoint_directory(s.name)) for s in schemes):
-        try:
-            known = Verification.read(path)
-        except RecordError:
-            known = None
+        known = Verification.read_if_whole(path)
         if known is not None and {c.scheme: c.manifest_sha256 for c in known.checkpoints} == wanted and known.ok:
             result = known
     if result is None:
@@ -568,10 +546,7 @@ def evaluate(work: Workspace, originals: Originals | None = None) -> dict[str, E
     results: dict[str, Evaluation] = {}
     for name, manifest in manifests.items():
         path = work.output / "evaluations" / f"{name}.json"
-        try:
-            known = Evaluation.read(path) if path.exists() else None
-        except RecordError:
-            known = None
+        known = Evaluation.read_if_whole(path)
         if known and known.settings_sha256 == key and known.manifest_sha256 == manifest.fingerprint():
             results[name] = known
     missing = [name for name in manifests if name not in results]
@@ -611,10 +586,7 @@ def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Ev
         with Originals(work) as originals:
             return evaluate_controls(work, originals)
     key = digest_of([*originals.settings(), spec.model_dump_json(), *(arm.fingerprint() for arm in arms)])
-    try:
-        known = Evidence.read(path) if path.exists() else None
-    except RecordError:
-        known = None  # damaged: it is made again
+    known = Evidence.read_if_whole(path)
     if known is not None and known.settings_sha256 == key:
         return known
     meter, start, found = Meter(), time.monotonic(), []
@@ -659,10 +631,7 @@ def probes(work: Workspace, manifests: Mapping[str, CheckpointManifest]) -> tupl
     digests = {name: manifest.fingerprint() for name, manifest in manifests.items()}
     found = []
     for path in sorted((work.output / PROBES).glob("*.json")):
-        try:
-            result = ProbeResult.read(path)
-        except RecordError:
-            result = None  # damaged: it is made again
+        result = ProbeResult.read_if_whole(path)
         if result is not None and result.scheme in digests and digests[result.scheme] == result.manifest_sha256:
             found.append(result)
         else:

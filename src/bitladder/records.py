@@ -75,6 +75,14 @@ class Record(Part):
             where = ".".join(str(part) for part in first["loc"]) or "(top level)"
             raise RecordError(f"{path} is not a {kind}: {where}: {first['msg']}; run the step again") from error
 
+    @classmethod
+    def read_if_whole(cls, path: Path) -> Self | None:
+        """Return the record at `path`; None where there is none, or a damaged one that is to be made again."""
+        try:
+            return cls.read(path) if path.exists() else None
+        except RecordError:
+            return None
+
 
 class FileDigest(Part):
     """One file: its path relative to the directory, its size in bytes, its SHA-256."""
