@@ -148,24 +148,41 @@ def _add_patches(need: Architecture, vision: Mapping[str, Any], hidden: int | No
         need.add("visual.patch_embed.proj.bias", hidden)
 
 
+def _merged(vision: Mapping[str, Any], hidden: int | None) -> int | None:
+    """Return the size of the patches that are merged into one token."""
+    return _product(hidden, _number(vision, "spatial_merge_size"), _number(vision, "spatial_merge_size"))
+
+
+def _add_block(need: Architecture, prefix: str, hidden: int | None, *, norm_bias: bool) -> None:
+    """Add a vision block's norms and attention, which all Qwen towers have alike."""
+    for name in ("norm1", "norm2"):
+        _norm(need, f"{prefix}.{name}", hidden, bias=norm_bias)
+    need.linear(f"{prefix}.attn.qkv", _product(3, hidden), hidden, bias=True)
+    need.linear(f"{prefix}.attn.proj", hidden, hidden, bias=True)
+
+
+def _add_merger(
+    need: Architecture, vision: Mapping[str, Any], hidden: int | None, out: int | None, *, norm_bias: bool
+) -> None:
+    """Add the merger of Qwen2-VL and Qwen2.5-VL."""
+    merged = _merged(vision, hidden)
+    _norm(need, "visual.merger.ln_q", hidden, bias=norm_bias)
+    need.linear("visual.merger.mlp.0", merged, merged, bias=True)
+    need.linear("visual.merger.mlp.2", out, merged, bias=True)
+
+
 def _add_qwen2_5_vision(need: Architecture, config: Mapping[str, Any], names: Iterable[str]) -> None:
     """Add Qwen2_5_VisionTransformer's tensors."""
     vision = section_of(config, "vision_config")
     hidden, inner = _number(vision, "hidden_size"), _number(vision, "intermediate_size")
-    merged = _product(hidden, _number(vision, "spatial_merge_size"), _number(vision, "spatial_merge_size"))
     _add_patches(need, vision, hidden, bias=False)
     for block in range(_blocks(vision, names)):
         prefix = f"visual.blocks.{block}"
-        for name in ("norm1", "norm2"):
-            _norm(need, f"{prefix}.{name}", hidden, bias=False)
-        need.linear(f"{prefix}.attn.qkv", _product(3, hidden), hidden, bias=True)
-        need.linear(f"{prefix}.attn.proj", hidden, hidden, bias=True)
+        _add_block(need, prefix, hidden, norm_bias=False)
         for name in ("gate_proj", "up_proj"):
             need.linear(f"{prefix}.mlp.{name}", inner, hidden, bias=True)
         need.linear(f"{prefix}.mlp.down_proj", hidden, inner, bias=True)
-    _norm(need, "visual.merger.ln_q", hidden, bias=False)
-    need.linear("visual.merger.mlp.0", merged, merged, bias=True)
-    need.linear("visual.merger.mlp.2", _number(vision, "out_hidden_size"), merged, bias=True)
+    _add_merger(need, vision, hidden, _number(vision, "out_hidden_size"), norm_bias=False)
 
 
 def _add_qwen2_vision(need: Architecture, config: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -173,34 +190,25 @@ def _add_qwen2_vision(need: Architecture, config: Mapping[str, Any], names: Iter
     vision = section_of(config, "vision_config")
     hidden, ratio = _number(vision, "embed_dim"), vision.get("mlp_ratio")
     inner = _product(hidden, ratio) if isinstance(ratio, int | float) else None
-    merged = _product(hidden, _number(vision, "spatial_merge_size"), _number(vision, "spatial_merge_size"))
     _add_patches(need, vision, hidden, bias=False)
     for block in range(_blocks(vision, names)):
         prefix = f"visual.blocks.{block}"
-        for name in ("norm1", "norm2"):
-            _norm(need, f"{prefix}.{name}", hidden, bias=True)
-        need.linear(f"{prefix}.attn.qkv", _product(3, hidden), hidden, bias=True)
-        need.linear(f"{prefix}.attn.proj", hidden, hidden, bias=True)
+        _add_block(need, prefix, hidden, norm_bias=True)
         need.linear(f"{prefix}.mlp.fc1", inner, hidden, bias=True)
         need.linear(f"{prefix}.mlp.fc2", hidden, inner, bias=True)
-    _norm(need, "visual.merger.ln_q", hidden, bias=True)
-    need.linear("visual.merger.mlp.0", merged, merged, bias=True)
-    need.linear("visual.merger.mlp.2", _number(vision, "hidden_size"), merged, bias=True)
+    _add_merger(need, vision, hidden, _number(vision, "hidden_size"), norm_bias=True)
 
 
 def _add_qwen3_vision(need: Architecture, config: Mapping[str, Any], names: Iterable[str]) -> None:
     """Add Qwen3_VisionTransformer's tensors."""
     vision = section_of(config, "vision_config")
     hidden, inner = _number(vision, "hidden_size"), _number(vision, "intermediate_size")
-    merged = _product(hidden, _number(vision, "spatial_merge_size"), _number(vision, "spatial_merge_size"))
+    merged = _merged(vision, hidden)
     _add_patches(need, vision, hidden, bias=True)
     need.add("visual.pos_embed.weight", _number(vision, "num_position_embeddings"), hidden)
     for block in range(_blocks(vision, names)):
         prefix = f"visual.blocks.{block}"
-        for name in ("norm1", "norm2"):
-            _norm(need, f"{prefix}.{name}", hidden, bias=True)
-        need.linear(f"{prefix}.attn.qkv", _product(3, hidden), hidden, bias=True)
-        need.linear(f"{prefix}.attn.proj", hidden, hidden, bias=True)
+        _add_block(need, prefix, hidden, norm_bias=True)
         need.linear(f"{prefix}.mlp.linear_fc1", inner, hidden, bias=True)
         need.linear(f"{prefix}.mlp.linear_fc2", hidden, inner, bias=True)
     mergers = [("visual.merger", hidden)]

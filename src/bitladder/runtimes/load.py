@@ -20,19 +20,11 @@ from pydantic import BaseModel, ConfigDict
 from bitladder.errors import ModelError, RecordError
 from bitladder.records import BF16, CheckpointManifest, ErrorClass, ProbedLayer, ProbeFinding, ProbeResult, RunInfo
 from bitladder.runinfo import Meter
-from bitladder.runtimes.child import VLLM_PACKAGES, Outcome, installed_version, run_child
+from bitladder.runtimes.child import VLLM_ENVIRONMENT, VLLM_PACKAGES, Outcome, first_line, installed_version, run_child
 from bitladder.runtimes.classify import classify, classify_exit
 
 SCRIPT = "vllm_load.py"
 RUNTIME = "vllm"
-# Set unless the caller's environment says otherwise. A checkpoint is a local directory, so no hub is needed; the KV
-# cache, in GiB and read on CPUs only, must be given for the configuration to be made, though none is allocated.
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 FP8 = "fp8"  # as our formats are called
 _E4M3 = "float8_e4m3fn"  # as torch calls what vLLM runs FP8 weights in
 _SIXTEEN_BIT = ("bfloat16", "float16", "float32")  # dtypes of a layer that isn't quantised
@@ -174,7 +166,7 @@ def _warning(error_class: ErrorClass, where: str, problem: str, remedy: str) -> 
 
 
 def _first_line(text: str, limit: int = 400) -> str:
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    line = first_line(text)
     return line if len(line) <= limit else f"{line[:limit]}..."
 
 
@@ -609,7 +601,7 @@ def probe_all(
         limit = timeout * len(batch)
         meter = Meter()
         with meter.phase("load"):
-            outcome = run_child(python, SCRIPT, job, timeout=limit, environment=ENVIRONMENT)
+            outcome = run_child(python, SCRIPT, job, timeout=limit, environment=VLLM_ENVIRONMENT)
         results += _results(batch, outcome, version=version, timeout=limit, run=meter.info())
     return tuple(results)
 

@@ -40,20 +40,13 @@ from bitladder.records import (
     Throughput,
 )
 from bitladder.runinfo import Meter
-from bitladder.runtimes.child import Outcome, installed_version, run_child
+from bitladder.runtimes.child import VLLM_ENVIRONMENT, Outcome, first_line, installed_version, run_child
 from bitladder.runtimes.classify import classify, classify_exit
 
 SCRIPT: Final = "vllm_serve.py"
 RUNTIME: Final = "vllm"
-# Set unless the caller's environment says otherwise. A checkpoint is a local directory, so no hub is needed; without a
-# process of its own for the engine an error arrives with its traceback. The KV cache is in GiB, read on CPUs only.
-ENVIRONMENT: Final = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+# Without a process of its own for the engine an error arrives with its traceback.
+ENVIRONMENT: Final = {**VLLM_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 MAX_TOKENS_IN_CONTEXT: Final = 4096  # prompt and answer, unless the job needs more; bounds what vLLM plans memory for
 MAX_REQUESTS_AT_ONCE: Final = 256  # vLLM's own default for offline use (vllm/engine/arg_utils.py)
 GPU_MEMORY_UTILIZATION: Final = 0.9  # vLLM's long-standing default; the share of the GPU that it may take
@@ -386,10 +379,6 @@ def answer(directory: Path, python: Path, job: ServeJob, *, timeout: float = 180
 # Judging.
 
 
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
-
-
 def failure_finding(served: Served) -> ProbeFinding | None:
     """Return the finding of a child that didn't finish its job; None: it did."""
     if not served.failed:
@@ -397,7 +386,7 @@ def failure_finding(served: Served) -> ProbeFinding | None:
     where = f"vLLM (last step finished: {served.reached})"
     if served.error is not None and not served.timed_out:
         error_class = classify(served.error.type, served.error.message or served.error.line)
-        said = _first_line(served.error.message) or f"`{served.error.line}` failed"
+        said = first_line(served.error.message) or f"`{served.error.line}` failed"
         problem = f"{served.error.type}: {said}"
     else:
         error_class = classify_exit(served.returncode, timed_out=served.timed_out)
