@@ -42,27 +42,30 @@ class Flips:
         return next((multiple for multiple, count in self.expected.items() if count <= SETTLED_FLIPS), None)
 
 
-def _densities(measurement: Measurement, format_name: str, multiple: int) -> NDArray[np.float64] | None:
-    """Return score per bit saved in every draw, [draws, groups]; None with fewer than two batches."""
-    batches = len(measurement.score_weights)
-    if batches < 2:
-        return None
+def _draws(batches: int, multiple: int) -> NDArray[np.float64]:
+    """Return what each batch counts for in every draw of `multiple` · n batches, [draws, batches]."""
+    generator = np.random.default_rng(_SEED)
+    counts = generator.multinomial(multiple * batches, np.full(batches, 1 / batches), size=RESAMPLES)
+    return np.asarray(counts / multiple, dtype=np.float64)
+
+
+def _densities(measurement: Measurement, format_name: str, counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return score per bit saved in every draw, [draws, groups], from what each batch counts for, [draws, batches]."""
     table = measurement.by_group()
     rows, saved = [], []
     for group in measurement.groups:
         candidate = table[group.name][format_name]
         rows.append(np.multiply(measurement.score_weights, candidate.scores))
         saved.append(group.weight_elements * BF16_BITS - candidate.weight_bits)
-    generator = np.random.default_rng(_SEED)
-    counts = generator.multinomial(multiple * batches, np.full(batches, 1 / batches), size=RESAMPLES) / multiple
     return np.asarray(counts @ (np.array(rows).T / np.array(saved)), dtype=np.float64)
 
 
 def rank_intervals(measurement: Measurement, format_name: str) -> dict[str, tuple[int, int]]:
     """Return the `LEVEL` interval of every group's rank by score per bit saved, from 1; empty with one batch."""
-    densities = _densities(measurement, format_name, 1)
-    if densities is None:
+    batches = len(measurement.score_weights)
+    if batches < 2:
         return {}
+    densities = _densities(measurement, format_name, _draws(batches, 1))
     ranks = np.argsort(np.argsort(densities, axis=1, kind="stable"), axis=1, kind="stable") + 1
     low, high = np.quantile(ranks, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="nearest")
     names = [group.name for group in measurement.groups]
@@ -75,7 +78,9 @@ def flips(measurement: Measurement, scheme: Scheme) -> Flips | None:
     None where that can't be said: one batch, several formats, everything quantised, or chosen by name.
     """
     formats = {name for name in scheme.formats.values() if name != BF16}
-    if len(formats) != 1 or BF16 not in scheme.formats.values() or scheme.asked.get("include") is not None:
+    batches = len(measurement.score_weights)
+    by_name = scheme.asked.get("include") is not None
+    if len(formats) != 1 or BF16 not in scheme.formats.values() or by_name or batches < 2:
         return None
     (format_name,) = formats
     measurement = measurement.weigh_images(float(scheme.asked.get("image_weight", 1.0)))
@@ -83,24 +88,14 @@ def flips(measurement: Measurement, scheme: Scheme) -> Flips | None:
     chosen = np.array([scheme.formats[group.name] != BF16 for group in measurement.groups])
     room = int(sizes[chosen].sum())
     expected, share = {}, np.zeros(len(sizes))
+    usual = _taken(_densities(measurement, format_name, np.ones((1, batches))), sizes, room)
     for multiple in MULTIPLES:
-        densities = _densities(measurement, format_name, multiple)
-        if densities is None:
-            return None
-        usual = _taken(np.array([_full(measurement, format_name)]), sizes, room)
-        changed = _taken(densities, sizes, room) != usual
+        changed = _taken(_densities(measurement, format_name, _draws(batches, multiple)), sizes, room) != usual
         expected[multiple] = float(changed.sum(axis=1).mean())
         if multiple == 1:
             share = changed.mean(axis=0)
     names = [group.name for group in measurement.groups]
     return Flips({name: float(s) for name, s in zip(names, share, strict=True) if s > 0}, expected)
-
-
-def _full(measurement: Measurement, format_name: str) -> list[float]:
-    """Return score per bit saved from all batches, [groups]."""
-    table = measurement.by_group()
-    rows = [(group, table[group.name][format_name]) for group in measurement.groups]
-    return [measurement.sensitivity(c) / (g.weight_elements * BF16_BITS - c.weight_bits) for g, c in rows]
 
 
 def _taken(densities: NDArray[np.float64], sizes: NDArray[np.int64], room: int) -> NDArray[np.bool_]:

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from bitladder.errors import RecordError
-from bitladder.report.content import KL, Report, ReportedGroup, rank_correlation
+from bitladder.report.content import KL, MAX_MOVED, Report, ReportedGroup, rank_correlation, ranks_of
 from bitladder.report.render import KL_EXPONENT, NONE, exact, markdown_table, percent, power_of_ten
-
-_MAX_MOVED = 10  # groups shown whose rank differs most
 
 
 def compare_runs(first: Report, second: Report, names: tuple[str, str]) -> str:
@@ -88,34 +86,32 @@ def _ranking(first: Report, second: Report, names: tuple[str, str], common: Sequ
     parts = []
     other = {group.name: group for group in second.groups}
     for format_name in (name for name in first.formats if name in second.formats):
-        pairs = []
-        for group in common:
-            one, two = (next(s for s in g.sensitivities if s.format == format_name) for g in (group, other[group.name]))
-            if one.score_per_bit_saved is not None and two.score_per_bit_saved is not None:
-                pairs.append((group.name, one.score_per_bit_saved, two.score_per_bit_saved))
-        correlation = rank_correlation([p[1] for p in pairs], [p[2] for p in pairs]) if pairs else None
+        one, two = _densities(common, format_name), _densities([other[group.name] for group in common], format_name)
+        both = [name for name in one if name in two]
+        one, two = {name: one[name] for name in both}, {name: two[name] for name in both}
+        correlation = rank_correlation(list(one.values()), list(two.values())) if both else None
         shown = "not defined" if correlation is None else f"{correlation:.3f}"
-        left = len(first.groups) + len(second.groups) - 2 * len(pairs)
+        left = len(first.groups) + len(second.groups) - 2 * len(both)
         parts.append(
-            f"{format_name.upper()}: Spearman's rank correlation of score per bit saved over {len(pairs)} common "
+            f"{format_name.upper()}: Spearman's rank correlation of score per bit saved over {len(both)} common "
             f"groups: {shown}." + (f" {left} groups are in one run only." if left else "")
         )
-        ranks = [_ranks([p[1] for p in pairs]), _ranks([p[2] for p in pairs])]
-        moved = sorted((abs(a - b), name, a, b) for (name, _, _), a, b in zip(pairs, *ranks, strict=True) if a != b)[
-            ::-1
-        ][:_MAX_MOVED]
+        ranks = (ranks_of(one), ranks_of(two))
+        moved = [name for name in both if ranks[0][name] != ranks[1][name]]
         if moved:
-            rows = [[name, a, b] for _, name, a, b in moved]
-            share = percent(sum(a != b for a, b in zip(*ranks, strict=True)) / len(pairs), 0)
+            moved.sort(key=lambda name: -abs(ranks[0][name] - ranks[1][name]))
+            rows = [[name, ranks[0][name], ranks[1][name]] for name in moved[:MAX_MOVED]]
+            share = percent(len(moved) / len(both), 0)
             parts.append(f"The groups whose rank differs most ({share} of the groups have another rank):")
             parts.append(markdown_table(["group", *(f"rank, {name}" for name in names)], rows))
     return parts
 
 
-def _ranks(values: Sequence[float]) -> list[int]:
-    """Return each value's rank, from 1, in increasing order."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranks = [0] * len(values)
-    for rank, index in enumerate(order, start=1):
-        ranks[index] = rank
-    return ranks
+def _densities(groups: Sequence[ReportedGroup], format_name: str) -> dict[str, float]:
+    """Return each group's score per bit saved, without those that save nothing."""
+    found = {}
+    for group in groups:
+        density = next(s.score_per_bit_saved for s in group.sensitivities if s.format == format_name)
+        if density is not None:
+            found[group.name] = density
+    return found

@@ -43,7 +43,7 @@ KL = "kl"
 WITHIN_NOISE_ERRORS = 2.0  # two values closer than so many standard errors of their difference aren't told apart
 _BITS_PER_BYTE = 8
 _KV_CACHE = "KV cache"  # stands beside the groups where schemes are compared; no group's name has a blank
-_MAX_MOVED = 10  # groups shown whose rank moves most
+MAX_MOVED = 10  # groups shown whose rank moves most
 _WEIGHT_SUFFIX = ".safetensors"
 
 
@@ -594,7 +594,7 @@ def _densities(measurement: Measurement, format_name: str, image_weight: float =
     return density
 
 
-def _ranks(density: Mapping[str, float]) -> dict[str, int]:
+def ranks_of(density: Mapping[str, float]) -> dict[str, int]:
     """Return each group's rank, from 1, in increasing order; equal ones in the order they come in."""
     return {name: rank for rank, name in enumerate(sorted(density, key=density.__getitem__), start=1)}
 
@@ -630,7 +630,7 @@ def _positions(
 def _position_ranking(measurement: Measurement, format_name: str) -> PositionRanking:
     table = measurement.by_group()
     text, both = (_densities(measurement, format_name, weight) for weight in (0.0, 1.0))
-    rank_text, rank_both = _ranks(text), _ranks(both)
+    rank_text, rank_both = ranks_of(text), ranks_of(both)
     scores: dict[str, tuple[float, float]] = {}  # group -> score of image positions, of all
     for name in table:
         score = measurement.sensitivity(table[name][format_name])
@@ -649,7 +649,7 @@ def _position_ranking(measurement: Measurement, format_name: str) -> PositionRan
                 rank_both=rank_both[name],
                 image_share=_share(*scores[name]),
             )
-            for name in moved[:_MAX_MOVED]
+            for name in moved[:MAX_MOVED]
         ),
     )
 
@@ -661,7 +661,7 @@ def _share(part: float, whole: float) -> float | None:
 def _reported_groups(measurement: Measurement, ladder: Sequence[Scheme]) -> tuple[ReportedGroup, ...]:
     table = measurement.by_group()
     density = {name: _densities(measurement, name) for name in measurement.formats}
-    ranks = {name: _ranks(found) for name, found in density.items()}
+    ranks = {name: ranks_of(found) for name, found in density.items()}
     intervals = {name: rank_intervals(measurement, name) for name in measurement.formats}
     reported = []
     for group in measurement.groups:
