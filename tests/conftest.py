@@ -12,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import broken_checkpoints
 from bitladder import calibration, sensitivity, targets, weights
 from bitladder.recipe import DataSpec, MeasureSpec, SchemeSpec
 
@@ -55,7 +56,7 @@ def llama_config(**changes):
     return transformers.LlamaConfig(**{**values, **changes})
 
 
-_TEXT = dict(
+TEXT = dict(
     vocab_size=384,
     hidden_size=64,
     intermediate_size=128,
@@ -68,7 +69,7 @@ _MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_se
 
 def qwen2_5_vl_config():
     return transformers.Qwen2_5_VLConfig(
-        text_config={**_TEXT, **_MROPE, "max_window_layers": 2, "tie_word_embeddings": True},
+        text_config={**TEXT, **_MROPE, "max_window_layers": 2, "tie_word_embeddings": True},
         vision_config=dict(
             depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[1]
         ),
@@ -82,14 +83,14 @@ def qwen2_5_vl_config():
 
 def qwen2_vl_config():
     return transformers.Qwen2VLConfig(
-        text_config={**_TEXT, **_MROPE},
+        text_config={**TEXT, **_MROPE},
         vision_config=dict(depth=2, embed_dim=64, hidden_size=64, num_heads=2, mlp_ratio=2),
     )
 
 
 def qwen3_vl_config():
     return transformers.Qwen3VLConfig(
-        text_config={**_TEXT, **_MROPE, "head_dim": 32},
+        text_config={**TEXT, **_MROPE, "head_dim": 32},
         vision_config=dict(
             depth=2,
             hidden_size=64,
@@ -113,7 +114,7 @@ def llava_config():
         patch_size=14,
     )
     return transformers.LlavaConfig(
-        text_config={"model_type": "llama", **_TEXT}, vision_config=vision, image_token_index=5
+        text_config={"model_type": "llama", **TEXT}, vision_config=vision, image_token_index=5
     )
 
 
@@ -183,6 +184,25 @@ def measured(llama, text_file, tmp_path_factory):
     """(measurement, its directory) of the tiny Llama by the gradient method."""
     output = tmp_path_factory.mktemp("measured")
     return measure_text(llama, text_file, output), output
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The interpreter of vLLM's environment; without one the test is skipped, or fails where one is required."""
+    default = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
+    python = Path(os.environ.get("BITLADDER_VLLM_PYTHON", default))
+    if not python.exists():
+        reason = f"no vLLM environment at {python}: run `make vllm-env`, or set BITLADDER_VLLM_PYTHON"
+        if os.environ.get("BITLADDER_REQUIRE_VLLM") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return python
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory) -> dict[str, Path]:
+    """Good checkpoints of the embedded model by name; to be copied, not changed."""
+    return broken_checkpoints.make_good(tmp_path_factory.mktemp("good"))
 
 
 def spec(name: str, **target) -> SchemeSpec:

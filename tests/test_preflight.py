@@ -21,16 +21,10 @@ from bitladder.runtimes import files as checkpoint_files
 from bitladder.runtimes.architectures import QWEN2_VL_RENAMES, architecture
 from bitladder.runtimes.preflight import RUNTIMES, preflight
 from bitladder.runtimes.rules import VllmRules
-from conftest import llama_config, llava_config, qwen2_5_vl_config, qwen2_vl_config, qwen3_vl_config, save_model
+from conftest import TEXT, llama_config, llava_config, qwen2_5_vl_config, qwen2_vl_config, qwen3_vl_config, save_model
 
-ROOT = Path(__file__).parents[1]
 ALL = (*broken.GOOD, *broken.CASES)
 BY_NAME = {case.name: case for case in ALL}
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return broken.make_good(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture
@@ -280,24 +274,16 @@ def test_what_is_no_directory_and_what_is_no_runtime(tmp_path):
 
 # --- what architectures need -----------------------------------------------------------------------------------------
 
-TEXT = dict(
-    vocab_size=384,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    tie_word_embeddings=False,
-)
+UNTIED = {**TEXT, "tie_word_embeddings": False}
 MODELS = {
     "llama": (transformers.LlamaForCausalLM, lambda: llama_config()),
     "llama_with_biases": (
         transformers.LlamaForCausalLM,
         lambda: llama_config(attention_bias=True, mlp_bias=True, tie_word_embeddings=False, head_dim=48),
     ),
-    "mistral": (transformers.MistralForCausalLM, lambda: transformers.MistralConfig(**TEXT)),
-    "qwen2": (transformers.Qwen2ForCausalLM, lambda: transformers.Qwen2Config(**TEXT)),
-    "qwen3": (transformers.Qwen3ForCausalLM, lambda: transformers.Qwen3Config(**TEXT, head_dim=16)),
+    "mistral": (transformers.MistralForCausalLM, lambda: transformers.MistralConfig(**UNTIED)),
+    "qwen2": (transformers.Qwen2ForCausalLM, lambda: transformers.Qwen2Config(**UNTIED)),
+    "qwen3": (transformers.Qwen3ForCausalLM, lambda: transformers.Qwen3Config(**UNTIED, head_dim=16)),
     "qwen2_vl": (transformers.Qwen2VLForConditionalGeneration, qwen2_vl_config),
     "qwen2_5_vl": (transformers.Qwen2_5_VLForConditionalGeneration, qwen2_5_vl_config),
     "qwen3_vl": (transformers.Qwen3VLForConditionalGeneration, qwen3_vl_config),
@@ -431,7 +417,7 @@ def test_nan_and_infinity_are_found_anywhere(tmp_path, dtype, fine, odd):
         for value, finite in ((fine, True), (odd, False)):
             values[place] = value
             save_file({"x": values.to(dtype)}, tmp_path / "x.safetensors")
-            (tensor,) = checkpoint_files._read_header(tmp_path / "x.safetensors")
+            (tensor,) = checkpoint_files._tensors_in(tmp_path / "x.safetensors")
             assert tensor.finite() == finite
 
 
@@ -478,17 +464,6 @@ VLLM_MODULES = {
     "qwen3_vl": ("qwen3_vl", "qwen3", "Qwen3ForCausalLM"),
     "llava": ("llava", "llama", "LlamaForCausalLM"),
 }
-
-
-@pytest.fixture(scope="module")
-def vllm_python():
-    path = Path(os.environ.get("BITLADDER_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
-    if not path.exists():
-        reason = f"no vLLM environment at {path}; `make vllm-env` builds it, BITLADDER_VLLM_PYTHON names another"
-        if os.environ.get("BITLADDER_REQUIRE_VLLM") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
 
 
 def random_excludes(need, pick):

@@ -1,6 +1,5 @@
 """The loader check: judging by itself, the child's bookkeeping without vLLM, and vLLM's own loader on every case."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from bitladder.runtimes import load, vllm_load
 from bitladder.runtimes.child import Outcome
 from bitladder.runtimes.load import Attention, Cast, Copy, Facts, Failure, Layer, Parameter, Tensor, Tokenizer
 
-ROOT = Path(__file__).parents[1]
 ATTENTION, FUSED = "model.layers.3.self_attn", "m.layers.3.self_attn.qkv_proj"
 Q, K, V = (f"{ATTENTION}.{name}_proj" for name in "qkv")
 STEPS = ("configuration", "processor", "loader", "model", "weights", "post-processing")
@@ -409,23 +407,6 @@ def test_the_result_file_is_whole_after_each_step(tmp_path):
 
 
 # --- vLLM's own loader -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def vllm_python():
-    """The interpreter of vLLM's environment."""
-    python = Path(os.environ.get("BITLADDER_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
-    if not python.exists():
-        reason = f"no vLLM environment at {python}: run `make vllm-env`, or set BITLADDER_VLLM_PYTHON"
-        if os.environ.get("BITLADDER_REQUIRE_VLLM") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return python
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory, vllm_python):
-    return broken_checkpoints.make_good(tmp_path_factory.mktemp("good"))
 
 
 ALL = (*broken_checkpoints.GOOD, *broken_checkpoints.CASES)

@@ -1,9 +1,7 @@
 """The serving probe: judging by itself, and vLLM's engine on the embedded model, on a CPU."""
 
 import math
-import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +29,6 @@ from bitladder.runtimes.serve import (
     Timings,
 )
 
-ROOT = Path(__file__).parents[1]
 SOURCE, DATA = broken_checkpoints.SOURCE, broken_checkpoints.DEMO / "data"
 CPU = Runtime(version="0.32.0", device="cpu", gpu=False, threads=2, versions={})
 GPU = CPU.model_copy(update={"device": "NVIDIA H100", "gpu": True})
@@ -308,23 +305,6 @@ def test_a_job_that_the_model_cannot_hold_is_refused(job, tmp_path):
 
 
 # --- vLLM ---
-
-
-@pytest.fixture(scope="module")
-def vllm_python():
-    """The interpreter of vLLM's environment."""
-    python = Path(os.environ.get("BITLADDER_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
-    if not python.exists():
-        reason = f"no vLLM environment at {python}: run `make vllm-env`, or set BITLADDER_VLLM_PYTHON"
-        if os.environ.get("BITLADDER_REQUIRE_VLLM") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return python
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return broken_checkpoints.make_good(tmp_path_factory.mktemp("good"))
 
 
 SCHEMES = ("top25", "top50", "full")
