@@ -29,7 +29,7 @@ from bitladder.errors import BitladderError, ModelError
 from bitladder.recipe import DataSpec
 from bitladder.records import ProbeResult
 from bitladder.runinfo import hardware
-from bitladder.runtimes.serve import LogProbs, Probes, Question, Served, ServeJob, SpeedJob, probe_all
+from bitladder.runtimes.serve import LogProbs, Question, Served, ServeJob, SpeedJob, probe_one
 
 RESULT = Path(__file__).resolve().parent / "results" / "serving.json"
 SEQUENCE_LENGTH, PAIR_LENGTH = 512, 1024  # tokens of a text row; the most that a pair may have
@@ -101,7 +101,7 @@ def spread(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / median(values)
 
 
-def entry(result: ProbeResult, served: Served | None) -> dict[str, Any]:
+def entry(result: ProbeResult, served: Served) -> dict[str, Any]:
     """Return what is written of one checkpoint."""
     rates = {
         speed.phase: {
@@ -114,23 +114,21 @@ def entry(result: ProbeResult, served: Served | None) -> dict[str, Any]:
         }
         for speed in result.throughput
     }
-    known: dict[str, Any] = {}
-    if served is not None:
-        peaks = [phase.peak_gpu_bytes for phase in served.phases if phase.peak_gpu_bytes is not None]
-        known = {
-            "weight_bytes": served.weight_bytes,
-            "kv_cache": {
-                "dtype": served.kv_cache_dtype,
-                "bytes": served.kv_cache_bytes,
-                "tokens": served.kv_cache_tokens,
-            },
-            "peak_gpu_bytes": max(peaks, default=None),
-            "peak_gpu_bytes_without_kv_cache": max(peaks) - (served.kv_cache_bytes or 0) if peaks else None,
-            "seconds": {phase.phase: phase.seconds for phase in served.phases},
-        }
-        if served.timings is not None:
-            known["repetitions"] = served.timings.model_dump()
-            known["spread"] = {name: round(spread(v), 4) for name, v in served.timings.model_dump().items()}
+    peaks = [phase.peak_gpu_bytes for phase in served.phases if phase.peak_gpu_bytes is not None]
+    known: dict[str, Any] = {
+        "weight_bytes": served.weight_bytes,
+        "kv_cache": {
+            "dtype": served.kv_cache_dtype,
+            "bytes": served.kv_cache_bytes,
+            "tokens": served.kv_cache_tokens,
+        },
+        "peak_gpu_bytes": max(peaks, default=None),
+        "peak_gpu_bytes_without_kv_cache": max(peaks) - (served.kv_cache_bytes or 0) if peaks else None,
+        "seconds": {phase.phase: phase.seconds for phase in served.phases},
+    }
+    if served.timings is not None:
+        known["repetitions"] = served.timings.model_dump()
+        known["spread"] = {name: round(spread(v), 4) for name, v in served.timings.model_dump().items()}
     kernels: dict[str, int] = {}
     for layer in result.layers:
         name = f"{layer.format}: {layer.kernel or layer.method}"
@@ -148,13 +146,8 @@ def entry(result: ProbeResult, served: Served | None) -> dict[str, Any]:
     }
 
 
-def content(flags: argparse.Namespace, probes: Probes, names: dict[str, Path], job: ServeJob) -> dict[str, Any]:
-    """Return what is written."""
-    results = {name: entry(r, probes.served.get(d)) for (name, d), r in zip(names.items(), probes.results, strict=True)}
-    first = probes.source or probes.results[0]
-    source = None
-    if probes.source is not None:
-        source = entry(probes.source, probes.served.get(flags.source))
+def heading(flags: argparse.Namespace, job: ServeJob, first: ProbeResult) -> dict[str, Any]:
+    """Return where and how all of them were served."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": first.run.hardware if first.run is not None else hardware(),
@@ -167,9 +160,29 @@ def content(flags: argparse.Namespace, probes: Probes, names: dict[str, Path], j
             "repeats": flags.repeats,
         },
         "scored_tokens": sum(len(sequence.counted) for sequence in job.sequences),
-        "source": source,
-        "checkpoints": results,
     }
+
+
+def serve_all(
+    flags: argparse.Namespace, names: dict[str, Path], job: ServeJob, expected: dict[Path, LogProbs]
+) -> dict[str, Any]:
+    """Serve the original and each checkpoint; what is known is written after each, so that a killed run keeps it."""
+    written: dict[str, Any] = {"source": None, "checkpoints": {}}
+    original = None
+    for name, directory in [*([] if flags.source is None else [("source", flags.source)]), *names.items()]:
+        own = expected.get(directory)
+        run, result = probe_one(directory, flags.python, job, original=original, expected=own, timeout=flags.timeout)
+        if len(written) == 2:
+            written = {**heading(flags, job, result), **written}
+        if directory == flags.source:
+            original = run
+            written["source"] = entry(result, run.served)
+        else:
+            written["checkpoints"][name] = entry(result, run.served)
+        flags.out.parent.mkdir(parents=True, exist_ok=True)
+        flags.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        print(name, result.verdict, flush=True)
+    return written
 
 
 def table(written: dict[str, Any]) -> str:
@@ -204,14 +217,9 @@ def main() -> None:
         job = job_of(flags, data, flags.source or directories[0])
         given = [*([] if flags.source is None else [flags.source]), *directories]
         expected = expected_log_probs(given, list(data.values())) if data else {}
-        probes = probe_all(
-            directories, flags.python, job, source=flags.source, expected=expected, timeout=flags.timeout
-        )
+        written = serve_all(flags, names, job, expected)
     except BitladderError as error:
         sys.exit(f"error: {error}")
-    written = content(flags, probes, names, job)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     print(table(written))
     print(flags.out)
 

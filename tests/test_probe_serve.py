@@ -1,6 +1,7 @@
 """The serving probe: judging by itself, and vLLM's engine on the embedded model, on a CPU."""
 
 import math
+import shutil
 import signal
 
 import pytest
@@ -380,6 +381,19 @@ def test_a_time_limit_is_a_result_with_what_was_printed(vllm_python, good):
     assert (result.verdict, result.reached, result.scheme) == ("timeout", "started", "full")
     with pytest.raises(ProbeFailed, match="killed at the time limit"):
         serve.answer(good["full"], vllm_python, ServeJob(), timeout=0.5)
+
+
+def test_a_damaged_manifest_is_a_finding_and_stops_nothing(good, tmp_path):
+    without = tmp_path / "python"
+    without.write_text("#!/bin/sh\necho\n")
+    without.chmod(0o755)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(good["full"], damaged)
+    (damaged / CheckpointManifest.FILE_NAME).write_text("{")
+    first, second = serve.probe_all([damaged, good["full"]], without, ServeJob()).results
+    assert [f.where for f in first.findings if f.error_class == "missing_file"] == [CheckpointManifest.FILE_NAME]
+    assert first.scheme is None
+    assert second.scheme == "full"
 
 
 def test_a_python_without_vllm_is_a_result_and_one_that_is_not_there_an_error(tmp_path):

@@ -176,14 +176,15 @@ def read_files(directory: Path, findings: Findings) -> Files | None:
         )
     legacy = _read_json(directory / LEGACY_FILE, findings)
     tensors = _read_tensors(directory, findings)
-    manifest = _read_manifest(directory, findings)
+    manifest = read_manifest(directory, findings)
     if config is None or findings.failed:
         return None
     _check_side_files(directory, config, findings)
     return Files(directory, config, legacy, tuple(tensors), manifest)
 
 
-def _read_manifest(directory: Path, findings: Findings) -> CheckpointManifest | None:
+def read_manifest(directory: Path, findings: Findings) -> CheckpointManifest | None:
+    """Return the checkpoint's manifest; None: it has none, or one that can't be read (which is a finding)."""
     path = directory / CheckpointManifest.FILE_NAME
     if not path.exists():
         return None

@@ -17,11 +17,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from bitladder.errors import ModelError, RecordError
+from bitladder.errors import ModelError
 from bitladder.records import BF16, CheckpointManifest, ErrorClass, ProbedLayer, ProbeFinding, ProbeResult, RunInfo
 from bitladder.runinfo import Meter
 from bitladder.runtimes.child import VLLM_ENVIRONMENT, VLLM_PACKAGES, Outcome, first_line, installed_version, run_child
 from bitladder.runtimes.classify import classify, classify_exit
+from bitladder.runtimes.files import Findings, read_manifest
 
 SCRIPT = "vllm_load.py"
 RUNTIME = "vllm"
@@ -467,17 +468,6 @@ def findings(facts: Facts, manifest: CheckpointManifest | None) -> tuple[ProbeFi
     return tuple(dict.fromkeys([*known, *silent, *unknown]))
 
 
-def _manifest(directory: Path) -> tuple[CheckpointManifest | None, tuple[ProbeFinding, ...]]:
-    """Return the checkpoint's manifest, None where it has none, and what is wrong with it."""
-    path = directory / CheckpointManifest.FILE_NAME
-    if not path.is_file():
-        return None, ()
-    try:
-        return CheckpointManifest.read(path), ()
-    except RecordError as error:
-        return None, (_error("missing_file", path.name, str(error), _EXPORT),)
-
-
 def judge(
     directory: Path,
     facts: Facts | None,
@@ -499,7 +489,8 @@ def judge(
         output: the end of what it printed, kept where no exception has a traceback.
         run: times and memory.
     """
-    manifest, damage = _manifest(directory)
+    damage = Findings()
+    manifest = read_manifest(directory, damage)
     tracebacks = [failure.traceback for failure in facts.errors] if facts is not None else []
     return ProbeResult(
         checkpoint=directory.name,
@@ -511,7 +502,7 @@ def judge(
         reached="nothing" if facts is None else facts.reached,
         device=device,
         layers=() if facts is None else probed_layers(facts, manifest),
-        findings=(*extra, *(() if facts is None else findings(facts, manifest)), *damage),
+        findings=(*extra, *(() if facts is None else findings(facts, manifest)), *damage.records()),
         traceback="\n".join(tracebacks) or output,
         run=run,
     )

@@ -42,6 +42,7 @@ from bitladder.records import (
 from bitladder.runinfo import Meter
 from bitladder.runtimes.child import VLLM_ENVIRONMENT, Outcome, first_line, installed_version, run_child
 from bitladder.runtimes.classify import classify, classify_exit
+from bitladder.runtimes.files import Findings, read_manifest
 
 SCRIPT: Final = "vllm_serve.py"
 RUNTIME: Final = "vllm"
@@ -684,9 +685,42 @@ def _memory(served: Served) -> ServedMemory:
     )
 
 
-def _manifest(directory: Path) -> CheckpointManifest | None:
-    path = directory / CheckpointManifest.FILE_NAME
-    return CheckpointManifest.read(path) if path.is_file() else None
+def probe_one(
+    directory: Path,
+    python: Path,
+    job: ServeJob,
+    *,
+    original: Run | None = None,
+    expected: LogProbs | None = None,
+    timeout: float = 1800.0,
+) -> tuple[Run, ProbeResult]:
+    """Serve one checkpoint, and judge it beside an original that was served before; a failure is a result.
+
+    Args:
+        directory: the checkpoint.
+        python: the interpreter of vLLM's environment.
+        job: what it is asked.
+        original: what the original answered to the same job; None: it wasn't served.
+        expected: what our evaluation of the checkpoint's files gives the job's sequences.
+        timeout: seconds.
+
+    Raises:
+        ModelError: the directory holds no checkpoint. BitladderError: there is no such interpreter.
+    """
+    check_checkpoint(directory)
+    version, info, damage = installed_version(python), Meter().info(), Findings()
+    served = NOT_INSTALLED if version is None else serve(directory, python, job, timeout=timeout)
+    run = Run(served, expected)
+    result = judge(
+        run,
+        job,
+        checkpoint=directory.name,
+        version=version or "not installed",
+        manifest=read_manifest(directory, damage),
+        source=original,
+        info=info,
+    )
+    return run, result.model_copy(update={"findings": (*result.findings, *damage.records())})
 
 
 def probe_all(
@@ -714,23 +748,12 @@ def probe_all(
     """
     for directory in [*directories, *([] if source is None else [source])]:
         check_checkpoint(directory)
-    version = installed_version(python)
     served: dict[Path, Served] = {}
 
     def one(directory: Path, original: Run | None) -> tuple[Run, ProbeResult]:
-        info = Meter().info()
-        own = NOT_INSTALLED if version is None else serve(directory, python, job, timeout=timeout)
-        served[directory] = own
-        run = Run(own, (expected or {}).get(directory))
-        result = judge(
-            run,
-            job,
-            checkpoint=directory.name,
-            version=version or "not installed",
-            manifest=_manifest(directory),
-            source=original,
-            info=info,
-        )
+        own = (expected or {}).get(directory)
+        run, result = probe_one(directory, python, job, original=original, expected=own, timeout=timeout)
+        served[directory] = run.served
         return run, result
 
     original, first = (None, None) if source is None else one(source, None)
