@@ -170,6 +170,7 @@ def test_fused_scales_are_equal(vl):
 
 
 def test_shards_side_files_and_manifest(sharded_llama, text_file, tmp_path):
+    (sharded_llama / CheckpointManifest.CARD_NAME).write_text("# The original's card, which speaks of the original")
     measurement = measure_text(sharded_llama, text_file, tmp_path)
     _, directory, manifest = export(sharded_llama, measurement, tmp_path)
     shards = sorted(path.name for path in sharded_llama.glob("*.safetensors"))
@@ -182,6 +183,7 @@ def test_shards_side_files_and_manifest(sharded_llama, text_file, tmp_path):
         with safe_open(directory / file, framework="pt") as opened:
             assert name in opened.keys()  # noqa: SIM118
     stored = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    assert CheckpointManifest.CARD_NAME not in stored
     assert {entry.name for entry in manifest.files} == stored - {CheckpointManifest.FILE_NAME}
     for entry in manifest.files:
         assert entry.sha256 == sha256_of_file(directory / entry.name)

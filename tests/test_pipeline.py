@@ -109,6 +109,10 @@ def test_everything_is_written(finished):
     report = (finished / "report.md").read_text()
     for word in ("top50", "full", "held-out KL", "verified"):
         assert word in report
+    for name in ("top50", "full"):  # the model card comes after the checks, which let it be
+        card = (finished / "checkpoints" / name / CheckpointManifest.CARD_NAME).read_text()
+        assert f", {name}\n" in card
+        assert "checked: they match" in card
 
 
 def test_a_second_run_does_nothing(files, finished):
@@ -117,7 +121,7 @@ def test_a_second_run_does_nothing(files, finished):
     pipeline.run(work)
     assert work.done == []
     changed = {p.name for p in finished.rglob("*") if p.is_file() and before.get(p) != p.stat().st_mtime_ns}
-    assert changed <= {".lock", "report.md", "report.json"}
+    assert changed <= {".lock", "report.md", "report.json", "README.md"}
 
 
 def test_another_scheme_redoes_only_what_depends_on_it(files, copied):

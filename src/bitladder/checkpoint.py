@@ -51,7 +51,14 @@ _CORES_PER_EXPORT = 4
 _QUEUED_BLOCKS = 4  # so many blocks may wait to be hashed and written: 16 MiB
 _CODED_ELEMENTS = 1 << 18  # of a weight are made into codes at a time: 1 MiB in float32, which a cache holds
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
-_NOT_COPIED = (CONFIG_FILE, QUANT_CONFIG_FILE, INDEX_FILE, CheckpointManifest.FILE_NAME)
+# The original's model card would speak of another model: a report writes this one's.
+_NOT_COPIED = (
+    CONFIG_FILE,
+    QUANT_CONFIG_FILE,
+    INDEX_FILE,
+    CheckpointManifest.FILE_NAME,
+    CheckpointManifest.CARD_NAME,
+)
 _TEMPLATE_DIRECTORY = "additional_chat_templates"  # transformers keeps named chat templates there
 # The ModelOpt release whose file layout is written; runtimes look at the producer's name and version.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}

@@ -709,7 +709,7 @@ def _serve(work: Workspace, directories: Sequence[Path], python: Path, timeout: 
 
 
 def make_report(work: Workspace) -> report.Report:
-    """Write `report.md` and `report.json` from the records that are there.
+    """Write `report.md`, `report.json` and each checkpoint's model card from the records that are there.
 
     Raises:
         RecordError: there is no measurement or no plan yet.
@@ -749,6 +749,9 @@ def make_report(work: Workspace) -> report.Report:
     )
     report.write_report(result, work.output)
     work.place_report()
+    for name in manifests:
+        card = work.checkpoint_directory(name) / CheckpointManifest.CARD_NAME
+        atomic_write(card, report.render_card(result, name))
     return result
 
 

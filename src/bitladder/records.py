@@ -320,6 +320,7 @@ class CheckpointManifest(Record):
     """What an exported directory holds, written last; `bitladder_manifest.json` in that directory."""
 
     FILE_NAME: ClassVar[str] = "bitladder_manifest.json"
+    CARD_NAME: ClassVar[str] = "README.md"  # the model card, which every report writes again; not among `files`
 
     scheme: str
     scheme_sha256: str
@@ -381,6 +382,9 @@ class Verification(Record):
     def ok(self) -> bool:
         """Whether no checkpoint and no pair has a finding."""
         return all(c.ok for c in self.checkpoints) and not any(p.findings for p in self.pairs)
+
+
+KL = "kl"  # the main metric: of the original's next-token distribution to the checkpoint's
 
 
 class EvalResult(Part):

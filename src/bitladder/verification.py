@@ -111,7 +111,8 @@ def _check_files(exam: _Examination, manifest: CheckpointManifest) -> None:
     """Check sizes and digests of the files, and that none is missing or extra."""
     listed = {entry.name: entry for entry in manifest.files}
     present = {path.relative_to(exam.directory).as_posix() for path in exam.directory.rglob("*") if path.is_file()} - {
-        CheckpointManifest.FILE_NAME
+        CheckpointManifest.FILE_NAME,
+        CheckpointManifest.CARD_NAME,
     }
     for name in sorted(set(listed) - present):
         exam.find(name, None, "listed in the manifest, but missing")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from bitladder.errors import RecordError
-from bitladder.report.content import KL, MAX_MOVED, Report, ReportedGroup, rank_correlation, ranks_of
+from bitladder.records import KL
+from bitladder.report.content import MAX_MOVED, Report, ReportedGroup, rank_correlation, ranks_of
 from bitladder.report.render import KL_EXPONENT, NONE, exact, markdown_table, percent, power_of_ten
 
 

@@ -15,6 +15,7 @@ from bitladder.prediction import LEVEL, KlMap, leave_one_out
 from bitladder.records import (
     BF16,
     BF16_BITS,
+    KL,
     Candidate,
     CheckpointManifest,
     ControlArm,
@@ -37,9 +38,9 @@ from bitladder.records import (
     Throughput,
     Verification,
 )
+from bitladder.report.verdict import verdict
 from bitladder.uncertainty import flips, rank_intervals
 
-KL = "kl"
 WITHIN_NOISE_ERRORS = 2.0  # two values closer than so many standard errors of their difference aren't told apart
 _BITS_PER_BYTE = 8
 _KV_CACHE = "KV cache"  # stands beside the groups where schemes are compared; no group's name has a blank
@@ -262,6 +263,7 @@ class Report(Record):
 
     volatile = frozenset({"environments", "phases"})
 
+    verdict: str = Field(default="", description="which scheme to take, in one sentence (`report.verdict`)")
     measurement_sha256: str
     model: ModelSource
     source_weight_file_bytes: int | None = Field(description="the original's *.safetensors; None: not known")
@@ -357,7 +359,7 @@ def build_report(
     comparable = len(contexts) <= 1
     nested_in = _nested_in(ladder)
     arms = evidence.arms if evidence and comparable else ()
-    return Report(
+    report = Report(
         measurement_sha256=measurement.fingerprint(),
         model=measurement.model,
         source_weight_file_bytes=sum(weight_files) if weight_files else None,
@@ -404,6 +406,7 @@ def build_report(
         environments=_environments(measurement, ladder, evaluations),
         phases=tuple(phases) or (measurement.run.phases if measurement.run else ()),
     )
+    return report.model_copy(update={"verdict": verdict(report)})
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import jinja2
 import yaml
 from rich.table import Table
 
-from bitladder.records import BF16, BF16_BITS, EvalResult
-from bitladder.report.content import KL, WITHIN_NOISE_ERRORS, Report, ReportedProbe, ReportedScheme
+from bitladder.records import BF16, BF16_BITS, KL, EvalResult
+from bitladder.report.content import WITHIN_NOISE_ERRORS, Report, ReportedProbe, ReportedScheme
 from bitladder.storage import atomic_write
 from bitladder.uncertainty import LEVEL as RANK_LEVEL
 from bitladder.uncertainty import MULTIPLES
@@ -169,7 +169,7 @@ def _exponent_for(values: Iterable[float], unit: str) -> int:
     return 0 if -1 <= exponent <= 3 else exponent
 
 
-class _Ladder:
+class Ladder:
     """The rows that the page's summary and the terminal's closing table share."""
 
     def __init__(self, report: Report) -> None:
@@ -255,17 +255,17 @@ def _share_with_error(result: EvalResult | None) -> str:
     return percent(result.value, 1) + ("" if error is None else f" ± {percent(error, 1)}")
 
 
-def _of(split: str, ladder: _Ladder) -> str:
+def _of(split: str, ladder: Ladder) -> str:
     """Return how a column names its held-out set, where there are several."""
     return f" on {split}" if ladder.further else ""
 
 
-def _task_of(ladder: _Ladder) -> str:
+def _task_of(ladder: Ladder) -> str:
     """Return how the task's column names its held-out set, where it isn't that of the columns beside it."""
     return f" on {ladder.task_split}" if ladder.task_split != ladder.split else ""
 
 
-def _summary(report: Report, ladder: _Ladder) -> str:
+def _summary(report: Report, ladder: Ladder) -> str:
     quality = [f"held-out KL{_of(ladder.split, ladder)} ± SE, {ladder.kl_unit}"]
     quality += [f"KL{_of(split, ladder)} ± SE, {ladder.kl_unit}" for split in ladder.further]
     quality += ["perplexity", "top-1 agreement"]
@@ -294,7 +294,7 @@ def _summary(report: Report, ladder: _Ladder) -> str:
     return markdown_table(header, rows, left=2)
 
 
-def _noise_lines(report: Report, ladder: _Ladder) -> list[str]:
+def _noise_lines(report: Report, ladder: Ladder) -> list[str]:
     """Return one sentence for everything that the evaluation can't tell apart, or one that says that it can."""
     if not ladder.evaluated:
         return [f"Held-out evaluation: {NOT_RUN}."]
@@ -368,7 +368,8 @@ def _sizes(report: Report) -> str:
     return markdown_table(header, rows)
 
 
-def _layer_counts(report: Report) -> str:
+def layer_counts(report: Report) -> str:
+    """Return the table of how many groups, modules and weights each scheme has in each format."""
     kinds = list(dict.fromkeys(group.kind for group in report.groups))
     header = ["scheme", "format", "groups", "modules", "weights", *kinds]
     rows = [
@@ -439,7 +440,8 @@ def _positions(report: Report, prefix: str) -> dict[str, Any]:
     return {"rankings": rankings, "schemes": markdown_table(header, rows) if rows else ""}
 
 
-def _evaluation(report: Report, ladder: _Ladder) -> str:
+def evaluation_table(report: Report, ladder: Ladder) -> str:
+    """Return the table of every metric of every scheme, with its error, noise floor and the original's value."""
     several = bool(ladder.further)
     header = ["scheme", *(["set"] if several else []), "metric"]
     header += ["value", "SE", "noise floor", "original", "samples", "unit"]
@@ -462,7 +464,7 @@ def _evaluation(report: Report, ladder: _Ladder) -> str:
     return markdown_table(header, rows, left=3 if several else 2)
 
 
-def _metric_format(result: EvalResult, ladder: _Ladder) -> tuple[Any, str]:
+def _metric_format(result: EvalResult, ladder: Ladder) -> tuple[Any, str]:
     """Return how a metric's numbers are shown, and in which unit."""
     if result.metric == KL:
         return ladder.kl_columns[result.split].show, _with_unit(KL_EXPONENT, result.unit)
@@ -472,7 +474,7 @@ def _metric_format(result: EvalResult, ladder: _Ladder) -> tuple[Any, str]:
     return column.show, result.unit
 
 
-def _held_out(report: Report) -> list[dict[str, Any]]:
+def held_out(report: Report) -> list[dict[str, Any]]:
     """Return the held-out data sets, each with the schemes that were evaluated on it."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for evaluation in report.evaluations:
@@ -515,7 +517,7 @@ def _verification(report: Report) -> dict[str, Any]:
     }
 
 
-def _controls(report: Report, ladder: _Ladder) -> dict[str, Any]:
+def controls(report: Report, ladder: Ladder) -> dict[str, Any]:
     """Return the tables of the control arms; {} where there are none."""
     if not report.control_comparisons:
         return {}
@@ -531,7 +533,7 @@ def _controls(report: Report, ladder: _Ladder) -> dict[str, Any]:
     return {"table": markdown_table([*header, "scheme / control"], rows, left=2), "left_out": report.controls_left_out}
 
 
-def _prediction(report: Report, ladder: _Ladder) -> dict[str, Any]:
+def _prediction(report: Report, ladder: Ladder) -> dict[str, Any]:
     """Return the table of predicted against measured KL; {} where too little was measured."""
     if report.prediction is None:
         return {}
@@ -600,7 +602,7 @@ def _runtime_name(probe: ReportedProbe) -> str:
     return f"{_RUNTIME_NAMES.get(probe.runtime, probe.runtime)} {probe.version}"
 
 
-def _runtimes(report: Report) -> dict[str, Any]:
+def runtimes(report: Report) -> dict[str, Any]:
     """Return the tables of what the runtimes do with the checkpoints, and what was found; {} where none was asked."""
     if not report.probes:
         return {}
@@ -683,10 +685,8 @@ def _phases(report: Report) -> str:
     return markdown_table(header, rows)
 
 
-def render_markdown(report: Report) -> str:
-    """Return the report as Markdown (GitHub's tables), the same for the same report."""
-    ladder = _Ladder(report)
-    prefix = common_prefix([group.name for group in report.groups])
+def template(name: str) -> jinja2.Template:
+    """Return one of the templates beside this file, with our ways of showing numbers as its filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -696,7 +696,14 @@ def render_markdown(report: Report) -> str:
         autoescape=False,
     )
     environment.filters.update(exact=exact, percent=percent, byte_size=byte_size)
-    return environment.get_template("report.md.jinja").render(
+    return environment.get_template(name)
+
+
+def render_markdown(report: Report) -> str:
+    """Return the report as Markdown (GitHub's tables), the same for the same report."""
+    ladder = Ladder(report)
+    prefix = common_prefix([group.name for group in report.groups])
+    return template("report.md.jinja").render(
         report=report,
         title=PurePath(report.model.path).name or report.model.path,
         summary=_summary(report, ladder),
@@ -706,20 +713,20 @@ def render_markdown(report: Report) -> str:
         failed=[scheme.name for scheme in report.schemes if scheme.verified is False],
         is_predicted_kl=report.score_unit == "nats per token",
         sizes=_sizes(report),
-        layer_counts=_layer_counts(report),
+        layer_counts=layer_counts(report),
         prefix=prefix.rstrip("."),
         groups=_groups(report, prefix),
         positions=_positions(report, prefix),
         several=bool(ladder.further),
         evaluated=ladder.evaluated,
-        evaluation=_evaluation(report, ladder),
-        held_out=_held_out(report),
+        evaluation=evaluation_table(report, ladder),
+        held_out=held_out(report),
         verification=_verification(report),
-        controls=_controls(report, ladder),
+        controls=controls(report, ladder),
         prediction=_prediction(report, ladder),
         worth_lines=[*_worth_lines(report), *_unsettled_lines(report)],
         flips_often=percent(FLIPS_OFTEN, 0),
-        runtimes=_runtimes(report),
+        runtimes=runtimes(report),
         runtime_lines=_runtime_lines(report),
         settings=yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=120),
         phases=_phases(report) if report.phases else "",
@@ -756,7 +763,7 @@ def _runs(report: Report, scheme: str) -> str:
 
 def closing_table(report: Report) -> Table:
     """Return the ladder as a table for a terminal of 120 columns; several held-out sets cost it blanks and letters."""
-    ladder = _Ladder(report)
+    ladder = Ladder(report)
     several = bool(ladder.further)
     table = Table(title=PurePath(report.model.path).name, caption_justify="left", padding=(0, 0 if several else 1))
     table.add_column("scheme", overflow="fold")

@@ -1,0 +1,61 @@
+"""A model card for each checkpoint, as model hubs show it: `render_card(report, scheme) -> str`, its `README.md`."""
+
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from bitladder.records import BF16
+from bitladder.report import render
+from bitladder.report.content import Report, ReportedScheme
+
+_TAGS = ("fp8", "mixed-precision", "modelopt", "vllm", "bitladder")
+
+
+def render_card(report: Report, name: str) -> str:
+    """Return the model card of one scheme's checkpoint, in Markdown with YAML metadata: the same for the same report.
+
+    Args:
+        report: of the whole run; what it says of other schemes is left out.
+        name: of the scheme.
+
+    Source: huggingface.co/docs/hub/model-cards, for the metadata.
+    """
+    scheme = next(scheme for scheme in report.schemes if scheme.name == name)
+    alone = report.model_copy(
+        update={
+            "schemes": (scheme,),
+            "probes": tuple(probe for probe in report.probes if probe.scheme == name),
+            "control_comparisons": tuple(c for c in report.control_comparisons if c.scheme == name),
+            "evaluations": tuple(evaluation for evaluation in report.evaluations if evaluation.scheme == name),
+        }
+    )
+    ladder = render.Ladder(alone)
+    groups = [group for group in report.groups if group.formats[name] == BF16]
+    return render.template("card.md.jinja").render(
+        report=alone,
+        scheme=scheme,
+        metadata=yaml.safe_dump(_metadata(report), sort_keys=False),
+        base=PurePath(report.model.path).name or report.model.path,
+        quantised=_modules(scheme, quantised=True),
+        modules=_modules(scheme, quantised=True) + _modules(scheme, quantised=False),
+        left=[module for group in groups for module in group.modules],
+        formats=" and ".join(count.format.upper() for count in scheme.format_counts if count.format != BF16),
+        calibration=PurePath(report.calibration.source).name,
+        layers=render.layer_counts(alone),
+        evaluation=render.evaluation_table(alone, ladder) if scheme.results else "",
+        held_out=[(entry["evaluation"].split, entry["evaluation"].data) for entry in render.held_out(alone)],
+        controls=render.controls(alone, ladder),
+        runtimes=render.runtimes(alone),
+    )
+
+
+def _metadata(report: Report) -> dict[str, Any]:
+    """Return a hub's metadata; the base model is named only where it came from a hub."""
+    known = report.model.revision is not None
+    base = {"base_model": report.model.path, "base_model_relation": "quantized"} if known else {}
+    return {**base, "tags": list(_TAGS)}
+
+
+def _modules(scheme: ReportedScheme, *, quantised: bool) -> int:
+    return sum(count.modules for count in scheme.format_counts if (count.format != BF16) == quantised)

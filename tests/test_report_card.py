@@ -1,0 +1,70 @@
+"""The model card of a checkpoint: a hub's metadata, and one scheme's part of the report."""
+
+import yaml
+
+from bitladder.records import ModelSource
+from bitladder.report import build_report, render_card
+from test_report import (
+    make_evaluation,
+    make_manifest,
+    make_measurement,
+    make_report,
+    make_scheme,
+    make_verification,
+    section,
+    tables,
+)
+from test_report_evidence import report_with as report_with_controls
+from test_report_runtimes import make_probe
+from test_report_runtimes import report_with as report_with_probes
+
+
+def metadata_of(card):
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_card_is_about_one_scheme():
+    report = make_report(task=True)
+    card = render_card(report, "top50")
+    assert "# tiny-lm, top50" in card
+    assert "3 of the 8 searched linear modules" in card
+    assert "top25" not in card
+    assert "`full`" not in card
+    rows = tables(section(card, "Evaluation"))[0][2:]
+    assert {row[0] for row in rows} == {"top50"}
+    assert [row[2] for row in rows] == ["7.10", "37.680", "97.12%", "94.40%"]
+    assert "files against the scheme | checked: they match" in card
+    assert card == render_card(report, "top50")
+
+
+def test_what_was_not_done_is_said():
+    assert "Not evaluated." in render_card(make_report({}), "full")
+    assert "**they do not match**" in render_card(make_report(broken="full"), "full")
+    assert "searched modules left in 16 bits" not in render_card(make_report(), "full")
+
+
+def test_a_base_model_is_named_only_where_a_hub_knows_it():
+    assert metadata_of(render_card(make_report(), "full")) == {
+        "tags": ["fp8", "mixed-precision", "modelopt", "vllm", "bitladder"]
+    }
+    measurement = make_measurement(
+        model=ModelSource(
+            path="org/tiny-lm", revision="abc", architecture="A", model_type="tiny", sha256="c" * 64, files=()
+        )
+    )
+    scheme = make_scheme(measurement, "full", set(range(8)))
+    manifests = {"full": make_manifest(scheme)}
+    evaluations = {"full": make_evaluation(manifests["full"], 1e-3, 1e-4)}
+    report = build_report({}, measurement, [scheme], manifests, make_verification(manifests), evaluations, [])
+    found = metadata_of(render_card(report, "full"))
+    assert (found["base_model"], found["base_model_relation"]) == ("org/tiny-lm", "quantized")
+
+
+def test_its_runtimes_and_controls_come_along():
+    report = report_with_probes(("top25", make_probe), ("full", lambda m: make_probe(m, version="9")))
+    served = section(render_card(report, "full"), "Serve it")
+    assert "vLLM 9" in served
+    assert "0.32.0" not in served
+    evaluation = section(render_card(report_with_controls(), "top25"), "Evaluation")
+    assert [row[0] for row in tables(evaluation)[1][2:]] == ["top25", "top25"]

@@ -1,0 +1,119 @@
+"""The sentence at the top: which scheme to take for which aim, and when none can be advised."""
+
+import pytest
+
+from bitladder.records import Throughput
+from bitladder.report import build_report, render_markdown
+from bitladder.report.verdict import NEARLY_LOSSLESS_KL
+from test_report import make_evaluation, make_manifest, make_measurement, make_report, make_scheme, make_verification
+from test_report_evidence import report_with as report_with_controls
+from test_report_runtimes import MISSING, make_probe
+
+CHOSEN = {"top25": {0, 1}, "top50": {0, 1, 2}, "full": set(range(8))}
+
+
+def verdict_of(kls, probes=(), errors=1e-4, broken=None, tasks=None, names=CHOSEN, **changes):
+    measurement = make_measurement()
+    schemes = [make_scheme(measurement, name, names[name]) for name in names]
+    manifests = {scheme.name: make_manifest(scheme) for scheme in schemes}
+    evaluations = {
+        name: make_evaluation(manifests[name], kl, errors, task=(tasks or {}).get(name), **changes)
+        for name, kl in kls.items()
+    }
+    verification = make_verification(manifests, broken)
+    found = [make_probe(manifests[name], **fields) for name, fields in probes]
+    return build_report({}, measurement, schemes, manifests, verification, evaluations, [], probes=found).verdict
+
+
+def test_it_stands_at_the_top_and_in_the_record():
+    report = make_report()
+    assert f"**{report.verdict}**" in render_markdown(report).split("\n## ")[0]
+    assert report.verdict.startswith("Take `top50`")
+    assert report.verdict.endswith(".")
+
+
+def test_the_smallest_that_is_nearly_lossless_and_the_smallest_of_all():
+    said = verdict_of({"top25": 2e-3, "top50": 7e-3, "full": 30e-3})
+    assert said.startswith("Take `top50` (KL 0.007, ")
+    assert "or `full` (KL 0.03, " in said
+    assert f"at most {NEARLY_LOSSLESS_KL:g} nats per token" in said
+
+
+def test_uniform_fp8_is_good_enough_where_it_is():
+    said = verdict_of({"top25": 1e-3, "top50": 2e-3, "full": 5e-3})
+    assert said.startswith("Uniform FP8 is good enough: take `full` (KL 0.005, ")
+    partial = verdict_of({"top25": 1e-3, "top50": 2e-3}, names={name: CHOSEN[name] for name in ("top25", "top50")})
+    assert partial.startswith("Take `top50` (KL 0.002, ")
+    assert "Uniform" not in partial
+
+
+def test_a_bound_within_the_error_is_not_kept():
+    kls = {"top25": 2e-3, "full": 0.95 * NEARLY_LOSSLESS_KL}
+    names = {name: CHOSEN[name] for name in ("top25", "full")}
+    assert "Uniform" in verdict_of(kls, errors=0.02 * NEARLY_LOSSLESS_KL, names=names)
+    assert verdict_of(kls, errors=0.03 * NEARLY_LOSSLESS_KL, names=names).startswith("Take `top25`")
+
+
+def test_a_task_that_suffers_is_damage_whatever_the_kl():
+    kls = {"top25": 1e-3, "top50": 1e-3, "full": 1e-3}  # the original's accuracy is 94.8%, its error 1.01%
+    assert "Uniform" in verdict_of(kls, tasks={"full": 0.93})
+    said = verdict_of(kls, tasks={"full": 0.92, "top50": 0.94})
+    assert said.startswith("Take `top50` (KL 0.001, task accuracy 94.0% against the original's 94.8%, ")
+
+
+def test_where_nothing_is_nearly_lossless_the_gentlest_is_named():
+    said = verdict_of({"top25": 12e-3, "top50": 20e-3, "full": 40e-3})
+    assert said.startswith("No scheme is nearly lossless")
+    assert "take `top25` (KL 0.012" in said
+    assert "or `full` (KL 0.04" in said
+    alone = verdict_of({"full": 40e-3}, names={"full": CHOSEN["full"]})
+    assert "`full` (KL 0.04, " in alone
+    assert "does the least damage too" in alone
+
+
+def test_a_checkpoint_that_is_not_what_it_says_is_not_advised():
+    kls = {"top25": 1e-3, "top50": 2e-3, "full": 5e-3}
+    said = verdict_of(kls, broken="full")
+    assert said.startswith("Take `top50`")
+    assert "`full` is left out: its files don't match it" in said
+    said = verdict_of(kls, [("full", {"findings": (MISSING,)})])
+    assert "`full` is left out: vllm 0.32.0: missing_tensor" in said
+    every = [(name, {"findings": (MISSING,)}) for name in CHOSEN]
+    assert verdict_of(kls, every).startswith("No scheme can be advised: `top25` is left out: ")
+
+
+def speeds(prefill, decode):
+    rates = {"prefill": prefill, "decode": decode}
+    return {
+        "stage": "generate",
+        "device": "GPU X",
+        "throughput": tuple(
+            Throughput(phase=phase, requests=64, tokens_per_second=100 * rate, source_tokens_per_second=100)
+            for phase, rate in rates.items()
+        ),
+    }
+
+
+def test_the_fastest_is_named_and_that_none_is():
+    kls = {"top25": 1e-3, "top50": 2e-3, "full": 5e-3}
+    said = verdict_of(kls, [("top50", speeds(1.2, 1.1)), ("full", speeds(1.4, 1.05))])
+    assert said.endswith(
+        "; served fastest on GPU X is `full`, 1.40 times at prefill and 1.05 times at decode "
+        "the original's tokens per second."
+    )
+    said = verdict_of(kls, [("top50", speeds(0.7, 0.8)), ("full", speeds(0.5, 0.4))])
+    assert said.endswith(
+        "; none is faster than the original on GPU X: `top50` comes nearest with 0.70 times at prefill and 0.80 times "
+        "at decode."
+    )
+
+
+def test_what_the_search_is_worth_is_said_of_the_scheme_that_is_advised():
+    assert " at 1.06 times the KL of random groups, or `full`" in report_with_controls().verdict
+
+
+@pytest.mark.parametrize("kls", [{}, {"top25": 1e-3}])
+def test_only_what_was_evaluated_is_advised(kls):
+    said = verdict_of(kls)
+    assert ("run `bitladder evaluate`" in said) == (not kls)
+    assert ("`top25`" in said) == bool(kls)
