@@ -19,12 +19,12 @@ KL_SAMPLES = 8  # scored by kl_div, which takes a forward pass a group and batch
 WITHIN = 0.15  # of the measured KL
 
 
-def measurements(scratch: Path) -> dict:
-    """Return the measurement of each method, and the recipe's workspace."""
+def measurements(scratch: Path, path: Path = RECIPE) -> dict:
+    """Return the measurement of a recipe's model by each method, and the recipe's workspace."""
     from bitladder import pipeline
     from bitladder.recipe import read_recipe
 
-    recipe = read_recipe(RECIPE)
+    recipe = read_recipe(path)
     found = {}
     for method, samples in (("gradient", recipe.measurement.score_samples), ("kl_div", KL_SAMPLES)):
         changed = recipe.measurement.model_copy(update={"method": method, "score_samples": samples})

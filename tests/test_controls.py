@@ -35,6 +35,7 @@ def test_every_arm_has_its_schemes_bits(deep):
             "inverse",
             "first_last",
             "largest",
+            "lowest_score",
             "random",
             "random",
         ]
@@ -65,6 +66,15 @@ def test_largest_needs_the_fewest_groups(deep):
     _, arms = arms_of(deep)
     counts = {arm.name: len(arm.quantised_groups()) for arm in arms}
     assert min(counts, key=counts.get) == "half.largest"
+
+
+def test_lowest_score_goes_by_damage_and_not_by_what_it_saves(deep):
+    scheme, arms = arms_of(deep, kinds=("lowest_score",))
+    table = deep[1].by_group()
+    score = {group: deep[1].sensitivity(table[group]["fp8"]) for group in scheme.formats}
+    assert max(score[group] for group in arms[0].quantised_groups()) < max(
+        score[group] for group in scheme.quantised_groups()
+    )
 
 
 def test_seeds_decide(deep):

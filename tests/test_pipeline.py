@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitladder import pipeline, planning
+from bitladder.controls import KINDS
 from bitladder.errors import (
     DuplicateSchemes,
     InfeasibleTarget,
@@ -25,7 +26,7 @@ from bitladder.errors import (
 from bitladder.pipeline import Workspace
 from bitladder.prediction import KlMap
 from bitladder.recipe import SchemeSpec, parse_recipe
-from bitladder.records import CheckpointManifest, Evaluation, Evidence, KlPoints, Measurement
+from bitladder.records import CheckpointManifest, Evaluation, Evidence, KlPoints, Measurement, Refinements
 from bitladder.storage import TEMPORARY_PREFIX
 from conftest import make_text
 
@@ -122,6 +123,26 @@ def test_a_second_run_does_nothing(files, finished):
     assert work.done == []
     changed = {p.name for p in finished.rglob("*") if p.is_file() and before.get(p) != p.stat().st_mtime_ns}
     assert changed <= {".lock", "report.md", "report.json", "README.md"}
+
+
+def test_refined_schemes_are_kept_and_not_refined_again(files, copied):
+    planned = {scheme.name: scheme for scheme in pipeline.plan(work_of(files, copied))}
+    refine = {"evaluations": 12, "marginal": 2}
+    work = work_of(files, copied, refine=refine)
+    schemes = {scheme.name: scheme for scheme in pipeline.plan(work)}
+    assert "refine schemes" in work.done
+    found = {r.scheme: r for r in Refinements.read(copied / "refinements.json").refinements}
+    assert set(found) == {"top50"}  # the other one leaves no choice
+    changes = found["top50"].changes
+    assert schemes["top50"].formats == {**planned["top50"].formats, **changes}
+    assert schemes["top50"].weight_bits <= planned["top50"].weight_bits
+    assert found["top50"].kl_refined <= found["top50"].kl_planned
+    assert (found["top50"].kl_refined < found["top50"].kl_planned) == bool(changes)
+    assert 5 <= found["top50"].evaluations <= 12
+    assert schemes["full"].formats == planned["full"].formats
+    again = work_of(files, copied, refine=refine)
+    assert pipeline.plan(again) == tuple(schemes.values())
+    assert again.done == []
 
 
 def test_another_scheme_redoes_only_what_depends_on_it(files, copied):
@@ -231,10 +252,10 @@ def test_standard_errors_are_those_of_the_score_that_was_planned(finished):
 def test_control_arms_stand_beside_each_scheme(files, finished, copied):
     evidence = Evidence.read(finished / "evidence.json")
     assert {arm.scheme.asked["beside"] for arm in evidence.arms} == {"top50"}  # full leaves no choice
-    assert {arm.scheme.asked["control"] for arm in evidence.arms} == {"random", "inverse", "first_last", "largest"}
+    assert {arm.scheme.asked["control"] for arm in evidence.arms} == set(KINDS)
     assert evidence.left_out == ()
     report = pipeline.make_report(work_of(files, copied))
-    assert {found.control for found in report.control_comparisons} == {"random", "inverse", "first_last", "largest"}
+    assert {found.control for found in report.control_comparisons} == set(KINDS)
     assert len(report.prediction.points) == 2 + len(evidence.arms)
 
 

@@ -39,6 +39,8 @@ from bitladder.records import (
     QuantGroup,
     QuantModule,
     Record,
+    Refinement,
+    Refinements,
     RunInfo,
     RunState,
     Scheme,
@@ -147,6 +149,23 @@ SAMPLES: list[Record] = [
         data=DATA,
         samples=2,
         points=(KlPoint(name="top50", score=1e-5, kl=1e-3),),
+        run=RUN,
+    ),
+    Refinements(
+        measurement_sha256="m",
+        settings_sha256="s",
+        data=DATA,
+        samples=2,
+        refinements=(
+            Refinement(
+                scheme="top50",
+                planned_sha256="p",
+                kl_planned=2e-3,
+                kl_refined=1e-3,
+                evaluations=9,
+                changes={"a": "fp8", "b": "bf16"},
+            ),
+        ),
         run=RUN,
     ),
     Evidence(

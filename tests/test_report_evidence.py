@@ -5,7 +5,7 @@ import random
 import pytest
 
 from bitladder.errors import StaleRecord
-from bitladder.records import ControlArm, Evidence
+from bitladder.records import ControlArm, Evidence, Refinement, Refinements
 from bitladder.report import build_report, render_markdown
 from test_report import (
     HELD_OUT,
@@ -116,3 +116,19 @@ def test_groups_that_another_draw_would_change_are_marked():
     assert sum(cell.endswith(" ?") for cell in cells) == len(marked) > 0
     settled = render_markdown(make_report())
     assert "More calibration" not in settled
+
+
+def test_what_refining_gained_is_said():
+    found = {"scheme": "top50", "planned_sha256": "p", "kl_planned": 7.1e-3, "kl_refined": 6.5e-3, "evaluations": 27}
+    refinements = Refinements(
+        measurement_sha256="m",
+        settings_sha256="s",
+        data=HELD_OUT,
+        samples=8,
+        refinements=(Refinement(**found, changes={"a": "fp8", "b": "bf16"}),),
+    )
+    top = render_markdown(report_with().model_copy(update={"refinements": refinements.refinements})).split("\n## ")[0]
+    assert (
+        "- Refined: `top50` has 2 groups in another format than planned; KL on calibration samples 7.10 → " in top
+    )
+    assert "27 simulations" in top

@@ -8,6 +8,7 @@ effective bits than its scheme, and at most one group's worth more.
     inverse      the most sensitive first: the worst that the same measurement can do
     first_last   from the middle layer outwards, so that the first and last layers stay in 16 bits: a common rule
     largest      the largest groups first, which needs the fewest groups
+    lowest_score the least sensitive first, whatever they save: the rule of ModelOpt's `kl_div` method (a threshold)
 """
 
 import random
@@ -18,7 +19,7 @@ from bitladder import planning
 from bitladder.errors import PlanError
 from bitladder.records import BF16, Measurement, Scheme
 
-KINDS = ("random", "inverse", "first_last", "largest")
+KINDS = ("random", "inverse", "first_last", "largest", "lowest_score")
 _LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a module's path
 
 
@@ -81,6 +82,9 @@ def _order(measurement: Measurement, format_name: str, kind: str, seed: int | No
         return names
     if kind == "inverse":
         return planning.density_order(measurement, format_name)[::-1]
+    if kind == "lowest_score":
+        table = measurement.by_group()
+        return sorted(names, key=lambda group: measurement.sensitivity(table[group][format_name]))
     if kind == "largest":
         size = {group.name: group.weight_elements for group in measurement.groups}
         return sorted(names, key=lambda group: -size[group])

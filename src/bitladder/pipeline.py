@@ -3,6 +3,7 @@
     run.json                    marks the directory as ours; the resolved recipe; what each step took
     measurement.json            + measurement.safetensors
     kl_points.json              where a scheme is asked for by its KL
+    refinements.json            where schemes are refined
     schemes/<name>.json
     checkpoints/<name>/
     verification.json
@@ -25,7 +26,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,6 +59,7 @@ from bitladder.errors import (
 from bitladder.prediction import KlMap
 from bitladder.recipe import SCHEME_PLACE, ControlSpec, Recipe, SchemeSpec
 from bitladder.records import (
+    BF16,
     CheckpointManifest,
     ControlArm,
     Evaluation,
@@ -68,11 +70,14 @@ from bitladder.records import (
     ModelSource,
     PhaseCost,
     ProbeResult,
+    Refinement,
+    Refinements,
     RunState,
     Scheme,
     Verification,
     digest_of,
 )
+from bitladder.refinement import refine, with_formats
 from bitladder.runinfo import Meter, Progress, no_progress
 from bitladder.runtimes import load
 from bitladder.runtimes import preflight as rules
@@ -83,6 +88,7 @@ from bitladder.weights import DigestCache, model_source
 
 EVIDENCE_FILE = "evidence.json"
 KL_POINTS_FILE = "kl_points.json"
+REFINEMENTS_FILE = "refinements.json"
 _KL_POINT_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the searched weights; schemes between which KL is interpolated
 PROBES = "probes"  # directory
 
@@ -241,7 +247,8 @@ class Workspace:
         }
 
 
-def _calibration_data(work: Workspace) -> calibration.DataSet:
+def calibration_data(work: Workspace) -> calibration.DataSet:
+    """Return the recipe's calibration batches."""
     spec = work.recipe.calibration
     return calibration.load_data(
         spec.data,
@@ -259,7 +266,7 @@ def measure(work: Workspace) -> Measurement:
     Raises:
         BitladderError: see `sensitivity.measure`.
     """
-    source, directory, data = work.source(), work.model_directory, _calibration_data(work)
+    source, directory, data = work.source(), work.model_directory, calibration_data(work)
     path = work.output / sensitivity.MEASUREMENT_FILE
     key = sensitivity.settings_sha256(source, data, work.recipe.measurement)
     if path.exists():
@@ -301,39 +308,56 @@ def take_over(work: Workspace, path: Path) -> Measurement:
     return known
 
 
+def _scored_calibration_data(work: Workspace, measurement: Measurement) -> calibration.DataSet:
+    """Return the calibration batches that were scored.
+
+    Raises:
+        StaleRecord: the data isn't what was measured on.
+    """
+    data = calibration_data(work)
+    if data.summary.sha256 != measurement.calibration.sha256:
+        raise StaleRecord("the calibration data is not what was measured on; measure again")
+    return dataclasses.replace(data, batches=data.batches[: len(measurement.score_weights)])
+
+
+@contextmanager
+def kl_on(work: Workspace, measurement: Measurement, data: calibration.DataSet) -> Iterator[Callable[[Scheme], float]]:
+    """Give the KL of any scheme of the measurement on `data`, in nats per token, simulated in memory.
+
+    Raises:
+        BitladderError: see `simulation`.
+    """
+    directory, device = work.model_directory, sensitivity.resolve_device(work.recipe.measurement.device)
+    reference = evaluation.Reference.compute(directory, data, split="calibration", device=device)
+    with reference:
+        simulation = Simulation(directory, measurement, sensitivity.read_amax(measurement, work.output), device)
+        yield lambda scheme: simulation.results([reference], scheme)[0].value
+
+
 def measure_kl_points(work: Workspace) -> KlPoints:
     """Simulate a few schemes on the scored calibration samples, to learn which KL a predicted score means, once.
 
     Raises:
         BitladderError: see `simulation`.
     """
-    measurement, directory, data = work.measurement(), work.model_directory, _calibration_data(work)
-    if data.summary.sha256 != measurement.calibration.sha256:
-        raise StaleRecord("the calibration data is not what was measured on; measure again")
-    batches = data.batches[: len(measurement.score_weights)]
-    schemes = kl_point_schemes(measurement)
-    key = digest_of([evaluation.ARITHMETIC, str(len(batches)), *(scheme.fingerprint() for scheme in schemes)])
+    measurement = work.measurement()
+    data, schemes = _scored_calibration_data(work, measurement), kl_point_schemes(measurement)
+    key = digest_of([evaluation.ARITHMETIC, str(len(data.batches)), *(scheme.fingerprint() for scheme in schemes)])
     path = work.output / KL_POINTS_FILE
     known = KlPoints.read_if_whole(path)
     if known is not None and known.settings_sha256 == key:
         return known
-    meter, device = Meter(), sensitivity.resolve_device(work.recipe.measurement.device)
-    with meter.phase("measure KL of a few schemes"):
-        scored = dataclasses.replace(data, batches=batches)
-        reference = evaluation.Reference.compute(directory, scored, split="kl_points", device=device)
-        simulation = Simulation(directory, measurement, sensitivity.read_amax(measurement, work.output), device)
-        points = []
-        with reference:
-            for index, scheme in enumerate(schemes):
-                work.progress("measure KL of a few schemes", index, len(schemes))
-                kl = simulation.results([reference], scheme)[0].value
-                points.append(KlPoint(name=scheme.name, score=scheme.predicted_score, kl=kl))
+    meter, points = Meter(), []
+    with meter.phase("measure KL of a few schemes"), kl_on(work, measurement, data) as kl:
+        for index, scheme in enumerate(schemes):
+            work.progress("measure KL of a few schemes", index, len(schemes))
+            points.append(KlPoint(name=scheme.name, score=scheme.predicted_score, kl=kl(scheme)))
         work.progress("measure KL of a few schemes", len(schemes), len(schemes))
     result = KlPoints(
         measurement_sha256=measurement.fingerprint(),
         settings_sha256=key,
         data=data.summary,
-        samples=sum(len(batch.labels) for batch in batches),
+        samples=sum(len(batch.labels) for batch in data.batches),
         points=tuple(points),
         run=meter.info(),
     )
@@ -374,7 +398,8 @@ def _kl_map(work: Workspace) -> KlMap | None:
 def plan(work: Workspace) -> tuple[Scheme, ...]:
     """Plan every scheme of the recipe (it takes well under a second) and write those that changed.
 
-    Where one is asked for by KL, a few schemes are simulated first: `measure_kl_points`.
+    Where one is asked for by KL, a few schemes are simulated first: `measure_kl_points`. Where the recipe wants schemes
+    refined, that follows: `refine_schemes`.
 
     Raises:
         PlanError: infeasible, or two schemes are equal.
@@ -382,6 +407,8 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
     kl_map, meter = _kl_map(work), Meter()
     with meter.phase("plan"):
         schemes = planning.plan_all(work.measurement(), work.recipe.scheme_specs(), kl_map)
+    if work.recipe.refine.evaluations:
+        schemes = refine_schemes(work, schemes)
     changed = []
     for scheme in schemes:
         path = work.output / "schemes" / f"{scheme.name}.json"
@@ -392,6 +419,63 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
     if changed:
         work.finished("plan", meter.phases)
     return schemes
+
+
+def refine_schemes(work: Workspace, schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:
+    """Swap groups at each scheme's edge while its KL on the scored calibration samples falls, unless that was done.
+
+    Schemes that leave no choice, or name their groups, stay as they are.
+
+    Raises:
+        PlanError: see `refinement.refine`. DuplicateSchemes: two schemes come out equal.
+    """
+    measurement, spec, path = work.measurement(), work.recipe.refine, work.output / REFINEMENTS_FILE
+    data = _scored_calibration_data(work, measurement)
+    key = digest_of([evaluation.ARITHMETIC, str(len(data.batches)), spec.model_dump_json()])
+    known = Refinements.read_if_whole(path)
+    done = {} if known is None or known.settings_sha256 != key else {r.planned_sha256: r for r in known.refinements}
+    open_ = [scheme for scheme in schemes if BF16 in scheme.formats.values() and "include" not in scheme.asked]
+    missing = [scheme for scheme in open_ if scheme.fingerprint() not in done]
+    if missing:
+        meter = Meter()
+        with meter.phase("refine schemes"), kl_on(work, measurement, data) as kl:
+            for index, scheme in enumerate(missing):
+                work.progress("refine schemes", index, len(missing))
+                asked = SchemeSpec.model_validate(scheme.asked)
+                found = refine(
+                    measurement.weigh_images(asked.image_weight),
+                    scheme,
+                    kl,
+                    evaluations=spec.evaluations,
+                    marginal=spec.marginal,
+                    excluded=planning.matching_groups(measurement, scheme.name, asked.exclude),
+                )
+                done[scheme.fingerprint()] = Refinement(
+                    scheme=scheme.name,
+                    planned_sha256=scheme.fingerprint(),
+                    kl_planned=found.before,
+                    kl_refined=found.after,
+                    evaluations=found.evaluations,
+                    changes={group: found.scheme.formats[group] for group in found.swapped},
+                )
+            work.progress("refine schemes", len(missing), len(missing))
+        Refinements(
+            measurement_sha256=measurement.fingerprint(),
+            settings_sha256=key,
+            data=data.summary,
+            samples=sum(len(batch.labels) for batch in data.batches),
+            refinements=tuple(done[scheme.fingerprint()] for scheme in open_),
+            run=meter.info(),
+        ).write(path)
+        work.finished("refine schemes", meter.phases)
+    return planning.related([_refined(measurement, scheme, done.get(scheme.fingerprint())) for scheme in schemes])
+
+
+def _refined(measurement: Measurement, scheme: Scheme, refinement: Refinement | None) -> Scheme:
+    if refinement is None:
+        return scheme
+    weight = SchemeSpec.model_validate(scheme.asked).image_weight
+    return with_formats(measurement.weigh_images(weight), scheme, refinement.changes)
 
 
 def _is_intact(work: Workspace, scheme: Scheme, directory: Path) -> bool:
@@ -734,6 +818,7 @@ def make_report(work: Workspace) -> report.Report:
     wanted = {name: manifest.fingerprint() for name, manifest in manifests.items()}
     if verified and {c.scheme: c.manifest_sha256 for c in verified.checkpoints} != wanted:
         verified = None  # of earlier checkpoints
+    refined = Refinements.read_if_whole(work.output / REFINEMENTS_FILE) if work.recipe.refine.evaluations else None
     result = report.build_report(
         recipe=work.state.recipe,
         measurement=measurement,
@@ -746,6 +831,7 @@ def make_report(work: Workspace) -> report.Report:
         text_only_changes=text_only_changes(measurement, schemes),
         probes=probes(work, manifests),
         evidence=_evidence(work, measurement, schemes),
+        refinements=refined,
     )
     report.write_report(result, work.output)
     work.place_report()

@@ -187,8 +187,9 @@ def standard_error(measurement: Measurement, formats: Mapping[str, str]) -> floa
     return math.sqrt(count / (count - 1) * math.fsum((part - mean) ** 2 for part in parts))
 
 
-def _matching(measurement: Measurement, scheme: str, patterns: Iterable[str]) -> set[str]:
-    """Return the groups that a pattern matches by their own name, a module's, or a module's name in the checkpoint.
+def matching_groups(measurement: Measurement, scheme: str, patterns: Iterable[str]) -> set[str]:
+    """Return the groups that any of the patterns matches: by their own name, or by a module's, also as the checkpoint
+    names it.
 
     Raises:
         PlanError: a pattern matches nothing.
@@ -386,7 +387,7 @@ def _by_name(measurement: Measurement, spec: SchemeSpec, excluded: set[str]) -> 
     """Return what `include` names, less what is excluded."""
     assert spec.include is not None
     name = _one_format(measurement, spec)
-    chosen = _matching(measurement, spec.name, spec.include) - excluded
+    chosen = matching_groups(measurement, spec.name, spec.include) - excluded
     if not chosen:
         raise InfeasibleTarget(
             f"scheme {spec.name} would quantise nothing: include {list(spec.include)} without exclude "
@@ -476,7 +477,7 @@ def plan(
     if spec.image_weight != 1.0:
         measurement, frontier = measurement.weigh_images(spec.image_weight), None
     _check_usable(measurement)
-    excluded = _matching(measurement, spec.name, spec.exclude)
+    excluded = matching_groups(measurement, spec.name, spec.exclude)
     if len(excluded) == len(measurement.groups):
         raise InfeasibleTarget(
             f"scheme {spec.name} would quantise nothing: exclude {list(spec.exclude)} leaves no group; exclude less"
@@ -531,7 +532,15 @@ def plan_all(measurement: Measurement, specs: Sequence[SchemeSpec], kl_map: KlMa
     """
     needs_edge = any(spec.coverage is None and spec.include is None and spec.image_weight == 1.0 for spec in specs)
     edge = Frontier(measurement) if needs_edge else None
-    schemes = [plan(measurement, spec, frontier=edge, kl_map=kl_map) for spec in specs]
+    return related([plan(measurement, spec, frontier=edge, kl_map=kl_map) for spec in specs])
+
+
+def related(schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:
+    """Return the schemes, each with the others that it is nested in.
+
+    Raises:
+        DuplicateSchemes: two are equal. PlanError: two have one name.
+    """
     for index, scheme in enumerate(schemes):
         for other in schemes[index + 1 :]:
             if scheme.name == other.name:

@@ -150,11 +150,18 @@ class LayoutSpec(Section):
 class ControlSpec(Section):
     """Other choices of groups at each scheme's bits, evaluated beside it to show what the search is worth."""
 
-    kinds: tuple[Literal["random", "inverse", "first_last", "largest"], ...] = Field(
-        default=("random", "inverse", "first_last", "largest"), description="empty: none"
+    kinds: tuple[Literal["random", "inverse", "first_last", "largest", "lowest_score"], ...] = Field(
+        default=("random", "inverse", "first_last", "largest", "lowest_score"), description="empty: none"
     )
     seeds: int = Field(default=3, ge=1, description="random arms of each scheme")
     max_seconds: float = Field(default=300.0, ge=0, description="no arm is begun after so many seconds")
+
+
+class RefineSpec(Section):
+    """Groups at a scheme's edge scored again in context, and swapped while the KL on calibration samples falls."""
+
+    evaluations: int = Field(default=0, ge=0, description="schemes that may be simulated for each scheme; 0: off")
+    marginal: int = Field(default=6, ge=1, description="groups on each side of the edge")
 
 
 class VllmSpec(Section):
@@ -182,6 +189,7 @@ class Recipe(Section):
     measurement: MeasureSpec = MeasureSpec()
     schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
     kv_cache: Literal["none", "fp8"] = "none"
+    refine: RefineSpec = RefineSpec()
     controls: ControlSpec = ControlSpec()
     export: ExportSpec = ExportSpec()
     layout: LayoutSpec = LayoutSpec()

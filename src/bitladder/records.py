@@ -458,6 +458,30 @@ class KlPoints(Record):
     run: RunInfo | None = None
 
 
+class Refinement(Part):
+    """What refining one scheme in context came to."""
+
+    scheme: str
+    planned_sha256: str = Field(description="fingerprint of the scheme as planned")
+    kl_planned: float = Field(description="nats per token, on calibration samples")
+    kl_refined: float = Field(description="nats per token, on the same")
+    evaluations: int = Field(description="simulated schemes that it took")
+    changes: dict[str, str] = Field(description="group -> format, where it isn't the planned one")
+
+
+class Refinements(Record):
+    """Schemes whose groups were swapped at their edge while the KL on the scored calibration samples fell."""
+
+    volatile = frozenset({"run"})
+
+    measurement_sha256: str
+    settings_sha256: str
+    data: DataSummary = Field(description="calibration data: held-out data must not choose a scheme")
+    samples: int = Field(description="of it that were used, the first ones")
+    refinements: tuple[Refinement, ...]
+    run: RunInfo | None = None
+
+
 class Evidence(Record):
     """What the search is worth: control arms beside the schemes, evaluated in memory on the same held-out sets."""
 

@@ -32,6 +32,8 @@ from bitladder.records import (
     ProbeResult,
     QuantGroup,
     Record,
+    Refinement,
+    Refinements,
     RunInfo,
     Scheme,
     Stage,
@@ -185,7 +187,7 @@ class ReportedArm(Part):
     """One control arm: another choice of groups at a scheme's bits."""
 
     name: str
-    control: str = Field(description="random, inverse, first_last or largest")
+    control: str = Field(description="random, inverse, first_last, largest or lowest_score")
     beside: str = Field(description="the scheme at whose bits it stands")
     coverage: float
     effective_bits: float
@@ -291,6 +293,7 @@ class Report(Record):
     probes: tuple[ReportedProbe, ...]
     controls: tuple[ReportedArm, ...]
     control_comparisons: tuple[ControlComparison, ...]
+    refinements: tuple[Refinement, ...] = Field(description="schemes whose groups were swapped in context")
     controls_left_out: tuple[str, ...] = Field(description="control arms for which there was no time")
     prediction: Prediction | None = Field(description="None: too few measured points")
     not_searched: tuple[NotSearched, ...]
@@ -327,6 +330,7 @@ def build_report(
     text_only_changes: Mapping[str, int | None] = MappingProxyType({}),
     probes: Sequence[ProbeResult] = (),
     evidence: Evidence | None = None,
+    refinements: Refinements | None = None,
 ) -> Report:
     """Return the report of one run; steps that haven't run are left out of the arguments.
 
@@ -342,6 +346,7 @@ def build_report(
         text_only_changes: groups of each scheme that would change if only text positions counted; None: can't be met.
         probes: what the runtimes do with those checkpoints.
         evidence: the control arms of the schemes.
+        refinements: of the schemes, where they were refined.
 
     Raises:
         StaleRecord: a record belongs to another measurement, scheme or checkpoint than the ones given.
@@ -399,6 +404,7 @@ def build_report(
         probes=tuple(_reported_probe(probe) for scheme in ladder for probe in probes if probe.scheme == scheme.name),
         controls=tuple(_reported_arm(arm) for arm in arms),
         control_comparisons=_control_comparisons(ladder, evaluations, arms),
+        refinements=refinements.refinements if refinements else (),
         controls_left_out=evidence.left_out if evidence else (),
         prediction=_prediction(ladder, evaluations, arms) if comparable else None,
         not_searched=_not_searched(measurement),

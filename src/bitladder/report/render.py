@@ -44,6 +44,7 @@ CONTROLS = {
     "inverse": "most sensitive first",
     "first_last": "first and last layers kept",
     "largest": "largest groups first",
+    "lowest_score": "least sensitive first, whatever they save",
 }
 STAGES = {"preflight": "pre-flight", "load": "loader", "generate": "engine"}  # in the order of what they prove
 _RUNTIME_NAMES = {"vllm": "vLLM", "sglang": "SGLang", "tensorrt_llm": "TensorRT-LLM"}
@@ -598,6 +599,19 @@ def _worth_lines(report: Report) -> list[str]:
     return lines
 
 
+def _refinement_lines(report: Report) -> list[str]:
+    """Return a sentence for every scheme that was refined: what it gained on calibration samples."""
+    lines = []
+    for found in report.refinements:
+        column = _column([found.kl_planned, found.kl_refined], [], KL_EXPONENT)
+        gain = f"{column.show(found.kl_planned)} → {column.show(found.kl_refined)} × {power_of_ten(KL_EXPONENT)} nats"
+        lines.append(
+            f"Refined: `{found.scheme}` has {len(found.changes)} group{'' if len(found.changes) == 1 else 's'} in "
+            f"another format than planned; KL on calibration samples {gain} per token, {found.evaluations} simulations."
+        )
+    return lines
+
+
 def _runtime_name(probe: ReportedProbe) -> str:
     return f"{_RUNTIME_NAMES.get(probe.runtime, probe.runtime)} {probe.version}"
 
@@ -724,7 +738,7 @@ def render_markdown(report: Report) -> str:
         verification=_verification(report),
         controls=controls(report, ladder),
         prediction=_prediction(report, ladder),
-        worth_lines=[*_worth_lines(report), *_unsettled_lines(report)],
+        worth_lines=[*_worth_lines(report), *_unsettled_lines(report), *_refinement_lines(report)],
         flips_often=percent(FLIPS_OFTEN, 0),
         runtimes=runtimes(report),
         runtime_lines=_runtime_lines(report),
