@@ -51,6 +51,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-speed", action="store_true", help="time nothing")
+    parser.add_argument(
+        "--kv-cache-gib", type=float, help="on a GPU that others use too; default: all that is left"
+    )
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one checkpoint")
     parser.add_argument("--out", type=Path, default=RESULT)
     return parser.parse_args(arguments)
@@ -92,7 +96,10 @@ def job_of(flags: argparse.Namespace, data: dict[str, DataSet], directory: Path)
     return ServeJob(
         questions=tuple(Question(prompt, image) for image in images for prompt in prompts),
         sequences=tuple(s for name, one in data.items() for s in logprobs.sequences(one, name, directory)),
-        speed=SpeedJob(flags.requests, flags.prompt_tokens, flags.output_tokens, flags.repeats),
+        speed=None
+        if flags.no_speed
+        else SpeedJob(flags.requests, flags.prompt_tokens, flags.output_tokens, flags.repeats),
+        kv_cache_bytes=None if flags.kv_cache_gib is None else int(flags.kv_cache_gib * 2**30),
     )
 
 
@@ -153,7 +160,10 @@ def heading(flags: argparse.Namespace, job: ServeJob, first: ProbeResult) -> dic
         "hardware": first.run.hardware if first.run is not None else hardware(),
         "versions": first.run.versions if first.run is not None else {},
         "vllm": first.version,
-        "batch": {
+        "kv_cache_gib": flags.kv_cache_gib,
+        "batch": None
+        if flags.no_speed
+        else {
             "requests": flags.requests,
             "prompt_tokens": flags.prompt_tokens,
             "output_tokens": flags.output_tokens,

@@ -50,6 +50,8 @@ RUNTIME: Final = "vllm"
 ENVIRONMENT: Final = {**VLLM_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 MAX_TOKENS_IN_CONTEXT: Final = 4096  # prompt and answer, unless the job needs more; bounds what vLLM plans memory for
 MAX_REQUESTS_AT_ONCE: Final = 256  # vLLM's own default for offline use (vllm/engine/arg_utils.py)
+# What must be free at the start where the cache's size is given: vLLM then takes what it needs, whatever this says.
+SHARED_GPU_UTILIZATION: Final = 0.05
 GPU_MEMORY_UTILIZATION: Final = 0.9  # vLLM's long-standing default; the share of the GPU that it may take
 
 # How far vLLM may be from our evaluation of the same files: a multiple of the original's own distance, which is that
@@ -131,6 +133,7 @@ class ServeJob:
         max_tokens: the most that an answer may have.
         chat: whether questions go through the chat template; False: text is continued as it is, without pictures.
         kv_cache_dtype: `auto` is what the checkpoint asks for.
+        kv_cache_bytes: of the cache on a GPU that others use too; None: what is left of `GPU_MEMORY_UTILIZATION`.
         speed: what is timed; None: nothing.
     """
 
@@ -139,6 +142,7 @@ class ServeJob:
     max_tokens: int = 64
     chat: bool = True
     kv_cache_dtype: str = "auto"
+    kv_cache_bytes: int | None = None
     speed: SpeedJob | None = None
 
     @property
@@ -358,7 +362,8 @@ def serve(directory: Path, python: Path, job: ServeJob, *, timeout: float = 1800
         "kv_cache_dtype": job.kv_cache_dtype,
         "max_model_len": _context(directory, job.tokens_in_context),
         "max_num_seqs": min(job.requests, MAX_REQUESTS_AT_ONCE),
-        "gpu_memory_utilization": GPU_MEMORY_UTILIZATION,
+        "kv_cache_bytes": job.kv_cache_bytes,
+        "gpu_memory_utilization": SHARED_GPU_UTILIZATION if job.kv_cache_bytes else GPU_MEMORY_UTILIZATION,
         "speed": None if job.speed is None else asdict(job.speed),
     }
     return Served.parse(run_child(python, SCRIPT, words, timeout=timeout, environment=ENVIRONMENT))

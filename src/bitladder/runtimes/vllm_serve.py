@@ -121,6 +121,7 @@ def build(job: Facts, gpu: bool) -> Any:
         max_model_len=job["max_model_len"],
         max_num_seqs=job["max_num_seqs"],
         gpu_memory_utilization=job["gpu_memory_utilization"],
+        kv_cache_memory_bytes=job["kv_cache_bytes"] if gpu else None,
         enforce_eager=not gpu,  # on a GPU CUDA graphs, as in service; compiling for a CPU takes minutes
         enable_prefix_caching=False,  # a prompt that is timed again would else be found in the cache
     )
