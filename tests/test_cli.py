@@ -67,7 +67,7 @@ def test_run_prints_progress_table_and_report_and_then_nothing_to_do(recipe, tmp
     assert result.returncode == 0, result.stderr
     for word in ("calibrate", "score", "export top50", "verify", "evaluate full", "held-out KL", "verified", "yes"):
         assert word in result.stdout
-    assert f"Report: {tmp_path / 'out' / 'report.md'}" in result.stdout
+    assert f"Report: {tmp_path / 'out' / 'report.html'}" in result.stdout
     assert "Inserted" not in result.stdout  # ModelOpt's own chatter
     assert "Nothing to do" not in result.stdout
     again = bitladder("run", path)

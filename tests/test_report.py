@@ -789,9 +789,13 @@ def test_predicted_kl_is_shown_in_the_unit_of_the_measured_one() -> None:
 def test_same_records_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_report(make_report(), tmp_path / name)
-    for file in ("report.md", "report.json"):
+    for file in ("report.html", "report.md", "report.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
 
 
 def test_json_is_a_record_with_numbers(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def run(recipe: RecipePath, output: Output = None) -> None:
     _print_table(report.closing_table(result))
     if not work.done:
         console.print("Nothing to do: every step is done and valid.")
-    console.print(f"Report: {work.output / 'report.md'}", soft_wrap=True)
+    console.print(f"Report: {work.output / report.HTML_FILE}", soft_wrap=True)
 
 
 @app.command()
@@ -464,8 +464,14 @@ def controls(recipe: RecipePath, output: Output = None) -> None:
 
 
 @app.command()
-def report(recipe: RecipePath, output: Output = None) -> None:
-    """Write report.md and report.json from the records that are there.
+def report(
+    recipe: RecipePath,
+    output: Output = None,
+    figures: Annotated[
+        bool, typer.Option("--figures", help="Also write the plots as SVG and PNG to figures/.")
+    ] = False,
+) -> None:
+    """Write report.html, report.md and report.json from the records that are there.
 
     Example: bitladder report recipes/demo.yaml
     """
@@ -474,8 +480,10 @@ def report(recipe: RecipePath, output: Output = None) -> None:
 
     with _workspace(recipe, output) as work, work.locked():
         result = pipeline.make_report(work)
+        if figures:
+            reports.write_figures(result, work.output / "figures")
     _print_table(reports.closing_table(result))
-    console.print(f"Report: {work.output / 'report.md'}", soft_wrap=True)
+    console.print(f"Report: {work.output / reports.HTML_FILE}", soft_wrap=True)
 
 
 @app.command()

@@ -10,7 +10,7 @@
     evaluations/<name>.json
     evidence.json               control arms
     probes/<name>--<runtime>-<version>-<stage>.json
-    report.md, report.json
+    report.html, report.md, report.json
 
 The recipe's `layout` may place the checkpoints elsewhere, manifests beside them, and a copy of the report.
 
@@ -793,7 +793,7 @@ def _serve(work: Workspace, directories: Sequence[Path], python: Path, timeout: 
 
 
 def make_report(work: Workspace) -> report.Report:
-    """Write `report.md`, `report.json` and each checkpoint's model card from the records that are there.
+    """Write `report.html`, `report.md`, `report.json` and each checkpoint's model card from the records that are there.
 
     Raises:
         RecordError: there is no measurement or no plan yet.

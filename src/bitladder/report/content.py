@@ -293,7 +293,7 @@ class Report(Record):
     probes: tuple[ReportedProbe, ...]
     controls: tuple[ReportedArm, ...]
     control_comparisons: tuple[ControlComparison, ...]
-    refinements: tuple[Refinement, ...] = Field(description="schemes whose groups were swapped in context")
+    refinements: tuple[Refinement, ...] = Field(default=(), description="schemes whose groups were swapped in context")
     controls_left_out: tuple[str, ...] = Field(description="control arms for which there was no time")
     prediction: Prediction | None = Field(description="None: too few measured points")
     not_searched: tuple[NotSearched, ...]

@@ -6,7 +6,7 @@ A column keeps one number of decimals, set by the smallest standard error in it,
 import itertools
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,11 +17,9 @@ from rich.table import Table
 
 from bitladder.records import BF16, BF16_BITS, KL, EvalResult
 from bitladder.report.content import WITHIN_NOISE_ERRORS, Report, ReportedProbe, ReportedScheme
-from bitladder.storage import atomic_write
 from bitladder.uncertainty import LEVEL as RANK_LEVEL
 from bitladder.uncertainty import MULTIPLES
 
-MARKDOWN_FILE = "report.md"
 JSON_FILE = "report.json"
 NOT_RUN = "not run"
 NONE = "–"
@@ -699,8 +697,8 @@ def _phases(report: Report) -> str:
     return markdown_table(header, rows)
 
 
-def template(name: str) -> jinja2.Template:
-    """Return one of the templates beside this file, with our ways of showing numbers as its filters."""
+def template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
+    """Return one of the templates beside this file, with our ways of showing numbers, and more, as its filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -709,53 +707,48 @@ def template(name: str) -> jinja2.Template:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters.update(exact=exact, percent=percent, byte_size=byte_size)
+    environment.filters.update(exact=exact, percent=percent, byte_size=byte_size, **filters)
     return environment.get_template(name)
+
+
+def page_context(report: Report) -> dict[str, Any]:
+    """Return everything that a page shows besides the report itself: tables in Markdown, sentences, titles."""
+    ladder = Ladder(report)
+    prefix = common_prefix([group.name for group in report.groups])
+    return {
+        "report": report,
+        "title": PurePath(report.model.path).name or report.model.path,
+        "summary": _summary(report, ladder),
+        "noise_lines": _noise_lines(report, ladder),
+        "edge_lines": _edge_lines(report, prefix),
+        "nesting_lines": _nesting_lines(report),
+        "failed": [scheme.name for scheme in report.schemes if scheme.verified is False],
+        "is_predicted_kl": report.score_unit == "nats per token",
+        "sizes": _sizes(report),
+        "layer_counts": layer_counts(report),
+        "prefix": prefix.rstrip("."),
+        "groups": _groups(report, prefix),
+        "positions": _positions(report, prefix),
+        "several": bool(ladder.further),
+        "evaluated": ladder.evaluated,
+        "evaluation": evaluation_table(report, ladder),
+        "held_out": held_out(report),
+        "verification": _verification(report),
+        "controls": controls(report, ladder),
+        "prediction": _prediction(report, ladder),
+        "worth_lines": [*_worth_lines(report), *_unsettled_lines(report), *_refinement_lines(report)],
+        "flips_often": percent(FLIPS_OFTEN, 0),
+        "runtimes": runtimes(report),
+        "runtime_lines": _runtime_lines(report),
+        "settings": yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=120),
+        "phases": _phases(report) if report.phases else "",
+        "not_run": NOT_RUN,
+    }
 
 
 def render_markdown(report: Report) -> str:
     """Return the report as Markdown (GitHub's tables), the same for the same report."""
-    ladder = Ladder(report)
-    prefix = common_prefix([group.name for group in report.groups])
-    return template("report.md.jinja").render(
-        report=report,
-        title=PurePath(report.model.path).name or report.model.path,
-        summary=_summary(report, ladder),
-        noise_lines=_noise_lines(report, ladder),
-        edge_lines=_edge_lines(report, prefix),
-        nesting_lines=_nesting_lines(report),
-        failed=[scheme.name for scheme in report.schemes if scheme.verified is False],
-        is_predicted_kl=report.score_unit == "nats per token",
-        sizes=_sizes(report),
-        layer_counts=layer_counts(report),
-        prefix=prefix.rstrip("."),
-        groups=_groups(report, prefix),
-        positions=_positions(report, prefix),
-        several=bool(ladder.further),
-        evaluated=ladder.evaluated,
-        evaluation=evaluation_table(report, ladder),
-        held_out=held_out(report),
-        verification=_verification(report),
-        controls=controls(report, ladder),
-        prediction=_prediction(report, ladder),
-        worth_lines=[*_worth_lines(report), *_unsettled_lines(report), *_refinement_lines(report)],
-        flips_often=percent(FLIPS_OFTEN, 0),
-        runtimes=runtimes(report),
-        runtime_lines=_runtime_lines(report),
-        settings=yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=120),
-        phases=_phases(report) if report.phases else "",
-        not_run=NOT_RUN,
-    )
-
-
-def write_report(report: Report, directory: Path) -> None:
-    """Write `report.json` and `report.md` into `directory`, each atomically.
-
-    Raises:
-        OutputError: no space, no permission.
-    """
-    report.write(directory / JSON_FILE)
-    atomic_write(directory / MARKDOWN_FILE, render_markdown(report))
+    return template("report.md.jinja").render(page_context(report))
 
 
 def _narrow(*lines: str | None) -> str:
