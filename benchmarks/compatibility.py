@@ -36,6 +36,7 @@ def cell(result) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, action="append", default=[], help="of an environment with vLLM")
+    parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=DIR")
     arguments = parser.parse_args()
     directories = {name: Path(path) for name, _, path in (item.partition("=") for item in arguments.checkpoints)}
@@ -47,7 +48,7 @@ def main() -> None:
         results = load.probe_all(list(directories.values()), Path(os.path.abspath(python)), isolated=False)
         for name, result in zip(directories, results, strict=True):
             table[name][f"vLLM {result.version}, loader"] = cell(result)
-    RESULT.write_text(json.dumps({"hardware": hardware(), "checkpoints": table}, indent=1) + "\n")
+    arguments.out.write_text(json.dumps({"hardware": hardware(), "checkpoints": table}, indent=1) + "\n")
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     rows = []
     for name, row in table.items():
