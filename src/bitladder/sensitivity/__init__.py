@@ -221,7 +221,7 @@ def measure(
     Raises:
         ModelError: NaN or Inf in weights. MeasurementError: NaN or Inf in activations or scores.
     """
-    from bitladder.sensitivity import modelopt
+    from bitladder.sensitivity import modelopt, native
 
     for name in spec.formats:
         get_format(name)
@@ -237,7 +237,8 @@ def measure(
         with meter.phase("load model"):
             model = load_model(directory, dtype, device)
             check_weights(model, directory, target)
-        modelopt.run(model, job, partial, meter)
+        engine = native if spec.engine == "native" else modelopt
+        engine.run(model, job, partial, meter)
         del model
     amax = partial.amax()
     assert amax is not None

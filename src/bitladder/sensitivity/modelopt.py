@@ -22,9 +22,16 @@ from torch import nn
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import get_format
-from bitladder.kv_cache import AmaxCache, cached_layers, layer_index
+from bitladder.kv_cache import AmaxCache
 from bitladder.runinfo import Meter
 from bitladder.sensitivity import Amax, BatchScores, Job, Partial, RawScore, check_amax
+from bitladder.sensitivity.common import (
+    OUT_OF_MEMORY,
+    gradient_score,
+    image_positions,
+    kv_cache_amax,
+    without_cudnn_attention,
+)
 from bitladder.targets import image_token_ids
 
 _KEEP_EVERYTHING_BITS = 16.0  # a budget that ModelOpt's own solver, whose result we don't use, always meets
@@ -70,7 +77,7 @@ class _Session:
                 self._share_fused_scales(groups)
             amax = self._read_amax(groups)
             check_amax(amax, self.job.target)
-            self.partial.keep_amax(amax | self._cache_amax())
+            self.partial.keep_amax(amax | kv_cache_amax(self.model, self.job.target, self.cache))
         else:
             self._install_amax(groups, self.known_amax)
         total = self.job.score_batches
@@ -79,7 +86,7 @@ class _Session:
             if self.partial.scores(index) is not None:
                 continue
             batch = self.job.batches[index].to(self.job.device)
-            self.images = self._image_positions(batch)
+            self.images = image_positions(batch, self.image_tokens)
             yield batch
             self.partial.keep_scores(index, self._read_scores(groups))
             self._forget(groups)
@@ -153,38 +160,9 @@ class _Session:
         for key, quantiser in self._quantisers(groups):
             quantiser.amax = amax[key].to(self.job.device)
 
-    def _cache_amax(self) -> Amax:
-        """Return the amax of every layer's keys and values, or nothing where some layer's modules aren't searched."""
-        layers = cached_layers(self.job.target.groups)
-        amax: Amax = {}
-        for layer in layers:
-            seen = self.cache.amax.get(layer_index(self.model, layer.key.name))
-            if seen is not None:
-                amax.update(zip(layer.amax_names, (value.cpu() for value in seen), strict=True))
-        return amax if len(amax) == 2 * len(layers) == 2 * len(self.cache.amax) else {}
-
-    def _image_positions(self, batch: Batch) -> torch.Tensor | None:
-        """Return the mask [rows, tokens] of image-token positions, or None where the batch has none."""
-        ids = batch.inputs["input_ids"]
-        mask = torch.isin(ids, torch.tensor(self.image_tokens, dtype=ids.dtype, device=ids.device))
-        return mask if bool(mask.any()) else None
-
     def score(self, gradient: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
-        """Return ModelOpt's gradient score of one module's output [rows, tokens, features], and what of it lies at
-        image-token positions: [2].
-
-        Source: modelopt.torch.quantization.algorithms._get_auto_quantize_score, which it stands in for.
-        """
-        squares = (gradient.float() * difference.float()).clamp(-1e10, 1e10).square()
-        total = squares.sum()
-        if self.images is None:
-            return torch.stack([total, torch.zeros_like(total)])
-        if squares.shape[:2] != self.images.shape:
-            raise EngineError(
-                f"a module's output has shape {list(squares.shape)}, [rows, tokens, features] was expected: "
-                "image positions can't be told apart"
-            )
-        return torch.stack([total, squares.sum(-1)[self.images].sum()])
+        """Stand in for ModelOpt's score of one module's output, with image-token positions apart: [2]."""
+        return gradient_score(gradient, difference, self.images)
 
     def _forget(self, groups: dict[str, Any]) -> None:
         """Drop ModelOpt's running scores, and the outputs that it leaves on every module that it scored."""
@@ -245,17 +223,6 @@ def _changed(session: _Session) -> Iterator[None]:
             setattr(algorithms, name, value)
 
 
-@contextlib.contextmanager
-def _without_cudnn_attention() -> Iterator[None]:
-    """Leave cuDNN's attention out: it builds a plan for every new shape, and image+text batches each have their own."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-
-
 def freeze_outside(model: nn.Module, language_model: str) -> None:
     """Let no gradient into the vision tower and the projector: ModelOpt asks for one at every parameter whose name has
     "embed" in it, a vision tower's patch embedding included, and the backward pass would run through all of it.
@@ -285,7 +252,7 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     searched = {module.name for group in job.target.groups for module in group.modules}
     model.config.use_cache = False  # type: ignore[union-attr]
     freeze_outside(model, job.target.language_model)
-    with meter.phase("calibrate and score"), _without_cudnn_attention(), _changed(session):
+    with meter.phase("calibrate and score"), without_cudnn_attention(), _changed(session):
         try:
             mtq.auto_quantize(
                 model,
@@ -313,9 +280,7 @@ def _explain(error: Exception) -> None:
     """Raise what went wrong inside ModelOpt as one of our errors."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
-        raise MeasurementError(
-            "out of GPU memory while measuring; lower calibration.batch_size or calibration.sequence_length"
-        ) from error
+        raise MeasurementError(OUT_OF_MEMORY) from error
     if "nan" in text.lower() or "inf " in text.lower():
         raise MeasurementError(
             f"NaN or Inf in activations during calibration ({text[:200]}); check the model and the data"
