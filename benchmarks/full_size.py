@@ -10,7 +10,8 @@ speed, memory and loading mean something, and quality nothing. The tokenizer is 
 below the vocabulary's size; the special tokens' ids in the configuration are its.
 
 `compare`: Bitladder (identify, measure, plan, export three schemes) and ModelOpt (load, auto_quantize, export, three
-times) get the same batches of text, the same BF16 arithmetic and the same targets in effective bits; sizes are the
+times) get the same batches of text, the same BF16 arithmetic and the same targets in effective bits; ours measures with
+`engine: native`; sizes are the
 defaults of ModelOpt's `hf_ptq` example (512 samples to calibrate, 128 to score). Each run is a process of its own,
 timed after its imports; both flush what they write to the disk. ModelOpt's CUDA extension is compiled before, outside
 the clock.
@@ -213,8 +214,10 @@ def drive(model: Path, out_root: Path, sizes: dict, score_samples: int, measurem
     }
 
 
-def compare(model: Path, result: Path, scratch: Path, sizes: dict, score_samples: int, repeats: int) -> None:
-    """Run both kinds of process in turn and write the comparison."""
+def compare(
+    model: Path, result: Path, scratch: Path, sizes: dict, score_samples: int, repeats: int, keep: Path | None
+) -> None:
+    """Run both kinds of process in turn and write the comparison; `keep` is where our measurement is copied to."""
     from bitladder.runinfo import hardware, versions
 
     common = ["--model", str(model), "--sizes", json.dumps({**sizes, "score_samples": score_samples})]
@@ -229,6 +232,8 @@ def compare(model: Path, result: Path, scratch: Path, sizes: dict, score_samples
     for repeat in range(repeats):
         output = scratch / str(repeat)
         ours.append(child("bitladder", output / "ours"))
+        if keep is not None:
+            shutil.copy(output / "ours" / "measurement.json", keep)
         shutil.rmtree(output)
         runs = []
         for bits in BITS:
@@ -279,6 +284,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: samples, sequence_length, batch_size, ...")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--result", type=Path)
+    parser.add_argument("--keep", type=Path, help="compare: copy our measurement to this file")
     arguments = parser.parse_args()
     sizes = {**SIZES, **arguments.sizes}
     score_samples = sizes.pop("score_samples", SCORE_SAMPLES)
@@ -294,8 +300,9 @@ def main() -> None:
     dtype = "bfloat16"
     if arguments.what == "bitladder":
         data = text_of(model, arguments.scratch, sizes)
-        warm_up()
-        found = ladder.run_bitladder(model, arguments.scratch, data, BITS, dtype, score_samples, verify=False)
+        found = ladder.run_bitladder(
+            model, arguments.scratch, data, BITS, dtype, score_samples, verify=False, engine="native"
+        )
     elif arguments.what.startswith("modelopt-"):
         data = text_of(model, arguments.scratch, sizes)
         warm_up()
@@ -306,7 +313,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="full-size-", dir=arguments.scratch or model.parent) as scratch:
             if arguments.what == "compare":
                 result = arguments.result or RESULTS / "full_size.json"
-                compare(model, result, Path(scratch), sizes, score_samples, arguments.repeats)
+                compare(model, result, Path(scratch), sizes, score_samples, arguments.repeats, arguments.keep)
             elif arguments.what == "driver":
                 if arguments.measurement is None:
                     warm_up()

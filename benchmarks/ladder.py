@@ -38,7 +38,14 @@ def data_of(model: Path, path: Path, options: dict):
 
 
 def run_bitladder(
-    model: Path, output: Path, data, bits_asked=BITS, dtype="float32", score_samples=None, verify=True
+    model: Path,
+    output: Path,
+    data,
+    bits_asked=BITS,
+    dtype="float32",
+    score_samples=None,
+    verify=True,
+    engine="modelopt",
 ) -> dict:
     from bitladder import checkpoint, planning, sensitivity, targets, verification, weights
     from bitladder.recipe import MeasureSpec, SchemeSpec
@@ -51,9 +58,8 @@ def run_bitladder(
         source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
         target = targets.find_target(model)
     with meter.phase("measure"):
-        measurement = sensitivity.measure(
-            model, source, target, data, MeasureSpec(dtype=dtype, score_samples=score_samples), output
-        )
+        settings = MeasureSpec(engine=engine, dtype=dtype, score_samples=score_samples)
+        measurement = sensitivity.measure(model, source, target, data, settings, output)
     with meter.phase("plan"):
         specs = [SchemeSpec(name=f"bits{bits:g}", effective_bits=bits) for bits in bits_asked]
         schemes = planning.plan_all(measurement, specs)
@@ -70,6 +76,7 @@ def run_bitladder(
         "verified": verified,
         "effective_bits": {scheme.name: scheme.effective_bits for scheme in schemes},
         "phases": [phase.model_dump() for phase in meter.phases],
+        "measuring": [phase.model_dump() for phase in (measurement.run.phases if measurement.run else ())],
     }
 
 

@@ -15,7 +15,7 @@ import choice
 import ladder
 import prediction
 
-EVALUATIONS, MARGINAL = 40, 6
+EVALUATIONS, MARGINAL = 27, 6
 
 
 def refine_all(recipe: Path, scratch: Path) -> list[dict]:
@@ -69,6 +69,9 @@ def refine_all(recipe: Path, scratch: Path) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument(
+        "--recipes", nargs="+", default=list(choice.MODELS.values()), help="of those that choice.py names"
+    )
     parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/refine.json")
     arguments = parser.parse_args()
 
@@ -86,7 +89,8 @@ def main() -> None:
         "marginal": MARGINAL,
         "models": {
             name: refine_all(ladder.ROOT / "recipes" / recipe, arguments.scratch.resolve() / Path(recipe).stem)
-            for name, recipe in reversed(choice.MODELS.items())
+            for name, recipe in choice.MODELS.items()
+            if recipe in arguments.recipes
         },
     }
     arguments.result.write_text(json.dumps(content, indent=1) + "\n")

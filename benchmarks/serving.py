@@ -52,9 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-speed", action="store_true", help="time nothing")
-    parser.add_argument(
-        "--kv-cache-gib", type=float, help="on a GPU that others use too; default: all that is left"
-    )
+    parser.add_argument("--kv-cache-gib", type=float, help="on a GPU that others use too; default: all that is left")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one checkpoint")
     parser.add_argument("--out", type=Path, default=RESULT)
     return parser.parse_args(arguments)

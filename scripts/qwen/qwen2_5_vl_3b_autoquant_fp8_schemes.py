@@ -38,7 +38,16 @@ RECORDS = "autoquant"  # the run's own directory in the out-root
 LADDER = "top25,top50,full"
 TEXT_TOKENS, PAIR_TOKENS = 512, 1024  # a row; the most of a pair (an image of 640 × 640 has 529)
 # Flags that say what is measured and how; where none is given, the measurement that is there is used again.
-MEASURING = ("model_dir", "captions", "calib_size", "calib_seq_len", "batch_size", "score_size", "auto_quantize_method")
+MEASURING = (
+    "model_dir",
+    "captions",
+    "calib_size",
+    "calib_seq_len",
+    "batch_size",
+    "score_size",
+    "auto_quantize_method",
+    "engine",
+)
 _PERCENT = re.compile(r"top(\d{1,3})")
 
 
@@ -57,6 +66,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     measure = parser.add_argument_group("measurement")
     measure.add_argument("--measurement", type=Path, metavar="FILE", help="use this measurement.json: don't measure")
     measure.add_argument("--auto-quantize-method", choices=["gradient", "kl_div"], help="default gradient")
+    measure.add_argument(
+        "--engine", choices=["modelopt", "native"], help="who scores; native is faster; default modelopt"
+    )
     measure.add_argument("--score-size", type=int, metavar="N", help="samples scored; default all")
     measure.add_argument("--calib-size", type=int, metavar="N", help="samples: rows of tokens, or pairs; default 48")
     measure.add_argument("--calib-seq-len", type=int, metavar="TOKENS", help="default 512; for pairs at most, 1024")
@@ -156,12 +168,15 @@ def recipe_of(flags: argparse.Namespace, records: Path, earlier: dict[str, Any])
         calibration["sequence_length"] = PAIR_TOKENS if calibration["data"]["kind"] in PAIR_KINDS else TEXT_TOKENS
     given = {"samples": flags.calib_size, "sequence_length": flags.calib_seq_len, "batch_size": flags.batch_size}
     calibration.update({key: value for key, value in given.items() if value is not None})
-    given = {"method": flags.auto_quantize_method, "score_samples": flags.score_size}
+    given = {"method": flags.auto_quantize_method, "score_samples": flags.score_size, "engine": flags.engine}
     measurement.update({key: value for key, value in given.items() if value is not None})
     if flags.measurement is not None:
         if flags.auto_quantize_method is not None or flags.score_size is not None:
             raise RecipeError("--measurement goes without --auto-quantize-method and --score-size: nothing is measured")
-        measurement["method"] = Measurement.read(flags.measurement).method
+        known = Measurement.read(flags.measurement)
+        measurement.update(method=known.method)
+        if known.engine in ("modelopt", "native"):
+            measurement.update(engine=known.engine)
     if flags.held_out or flags.captions is not None or "held_out" not in content:
         content["held_out"] = held_out_of(flags.held_out or [], calibration)
     for entry in content["held_out"]:
