@@ -18,8 +18,8 @@ import prediction
 EVALUATIONS, MARGINAL = 27, 6
 
 
-def refine_all(recipe: Path, scratch: Path) -> list[dict]:
-    """Return one row for each scheme of a recipe that leaves a choice."""
+def refine_all(recipe: Path, scratch: Path, wanted: list[str]) -> list[dict]:
+    """Return one row for each scheme of a recipe that leaves a choice, and is wanted (empty: all are)."""
     from bitladder import evaluation, pipeline, planning, sensitivity
     from bitladder.recipe import read_recipe
     from bitladder.records import BF16
@@ -46,7 +46,7 @@ def refine_all(recipe: Path, scratch: Path) -> list[dict]:
         found = [
             (scheme, refine(measurement, scheme, kl, evaluations=EVALUATIONS, marginal=MARGINAL))
             for scheme in schemes
-            if BF16 in scheme.formats.values()
+            if BF16 in scheme.formats.values() and (not wanted or scheme.name in wanted)
         ]
     for scheme, refined in found:
         pair = [scheme, refined.scheme.model_copy(update={"name": f"{scheme.name}.refined"})]
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument(
         "--recipes", nargs="+", default=list(choice.MODELS.values()), help="of those that choice.py names"
     )
+    parser.add_argument("--schemes", nargs="*", default=[], help="of those recipes; default all")
     parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/refine.json")
     arguments = parser.parse_args()
 
@@ -88,7 +89,9 @@ def main() -> None:
         "evaluations": EVALUATIONS,
         "marginal": MARGINAL,
         "models": {
-            name: refine_all(ladder.ROOT / "recipes" / recipe, arguments.scratch.resolve() / Path(recipe).stem)
+            name: refine_all(
+                ladder.ROOT / "recipes" / recipe, arguments.scratch.resolve() / Path(recipe).stem, arguments.schemes
+            )
             for name, recipe in choice.MODELS.items()
             if recipe in arguments.recipes
         },
