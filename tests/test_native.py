@@ -1,19 +1,37 @@
 """The native engine against ModelOpt: the same amax values, the same scores, on text and on pictures."""
 
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from bitladder import calibration, sensitivity, targets
-from bitladder.errors import MeasurementError, RecipeError
-from bitladder.recipe import DataSpec, MeasureSpec, parse_recipe
+from bitladder.errors import EngineError, MeasurementError
+from bitladder.recipe import DataSpec, MeasureSpec
 from bitladder.report.content import rank_correlation
 from bitladder.sensitivity import native
-from conftest import load_text, measure_text, source_of
+from conftest import (
+    llama_config,
+    llava_config,
+    load_text,
+    measure_text,
+    qwen2_5_vl_config,
+    qwen2_vl_config,
+    qwen3_vl_config,
+    save_model,
+    source_of,
+)
 from test_positions import DEMO, MODEL
 
-WITHIN = 0.02  # of ModelOpt's score, for every group
+ROOT = Path(__file__).parents[1]
+SMOLLM2 = ROOT / "models/smollm2_135m_instruct"
+WITHIN = {"gradient": 0.02, "kl_div": 0.01}  # of ModelOpt's score, for every group
 ARITHMETIC = 1e-4  # float32 in another order
+ENGINES = ("native", "modelopt")
 
 
 def measured_by(engine, directory, data, output, **settings):
@@ -22,7 +40,7 @@ def measured_by(engine, directory, data, output, **settings):
     return sensitivity.measure(directory, source_of(directory), targets.find_target(directory), data, spec, output)
 
 
-def assert_same_scores(ours, theirs, tolerance=WITHIN):
+def assert_same_scores(ours, theirs, tolerance):
     assert [(c.group, c.format) for c in ours.candidates] == [(c.group, c.format) for c in theirs.candidates]
     for mine, other in zip(ours.candidates, theirs.candidates, strict=True):
         assert mine.scores == pytest.approx(other.scores, rel=tolerance), mine.group
@@ -38,45 +56,165 @@ def assert_same_amax(first, second):
         assert float(value) == pytest.approx(float(theirs[name]), rel=ARITHMETIC), name
 
 
+def measured_by_both(directory, data, output, **settings):
+    found = {engine: measured_by(engine, directory, data, output / engine, **settings) for engine in ENGINES}
+    assert_same_amax(output / "native", output / "modelopt")
+    assert found["native"].score_unit == found["modelopt"].score_unit
+    return found["native"], found["modelopt"]
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_text_scores_and_amax_equal_modelopts(llama, text_file, tmp_path, shared):
     data = load_text(llama, text_file)
-    found = {
-        engine: measured_by(engine, llama, data, tmp_path / engine, share_fused_scales=shared)
-        for engine in ("native", "modelopt")
-    }
-    assert found["native"].engine == "native"
-    assert_same_scores(found["native"], found["modelopt"], ARITHMETIC)
-    assert_same_amax(tmp_path / "native", tmp_path / "modelopt")
+    ours, theirs = measured_by_both(llama, data, tmp_path, share_fused_scales=shared)
+    assert ours.engine == "native"
+    assert_same_scores(ours, theirs, ARITHMETIC)
+
+
+@pytest.fixture
+def exact_modelopt(monkeypatch):
+    """ModelOpt's KL with log-probabilities in float64: in float32 they round a small KL by several per cent."""
+    from modelopt.torch.quantization import algorithms
+
+    monkeypatch.setattr(algorithms, "_get_log_prob", lambda logits, lm_head=None: logits.double().log_softmax(-1))
+
+
+@pytest.mark.usefixtures("exact_modelopt")
+def test_text_kl_equals_modelopts(llama, text_file, tmp_path):
+    ours, theirs = measured_by_both(llama, load_text(llama, text_file), tmp_path, method="kl_div")
+    assert_same_scores(ours, theirs, WITHIN["kl_div"])
+
+
+def test_logits_in_several_parts_give_the_same(llama, text_file, tmp_path, monkeypatch):
+    data = load_text(llama, text_file)
+    for method in WITHIN:
+        whole = measured_by("native", llama, data, tmp_path / method / "whole", method=method)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "_ROWS_AT_ONCE", 7)  # of 46 rows: the last part is shorter
+            parts = measured_by("native", llama, data, tmp_path / method / "parts", method=method)
+        assert_same_scores(parts, whole, ARITHMETIC if method == "gradient" else WITHIN["kl_div"])
+
+
+def pairs(samples, batch_size):
+    spec = DataSpec(kind="image_text", path=str(DEMO / "data" / "calibration.jsonl"))
+    processor = calibration.load_processor(MODEL)
+    return calibration.load_data(spec, processor, samples=samples, sequence_length=64, batch_size=batch_size, seed=0)
 
 
 def test_scores_after_pictures_equal_modelopts_in_both_parts(tmp_path):
-    pairs = DataSpec(kind="image_text", path=str(DEMO / "data" / "calibration.jsonl"))
-    processor = calibration.load_processor(MODEL)
-    data = calibration.load_data(pairs, processor, samples=8, sequence_length=64, batch_size=4, seed=0)
-    found = {engine: measured_by(engine, MODEL, data, tmp_path / engine) for engine in ("native", "modelopt")}
-    assert all(candidate.image_scores for candidate in found["native"].candidates)
-    assert_same_scores(found["native"], found["modelopt"])
-    assert_same_amax(tmp_path / "native", tmp_path / "modelopt")
+    ours, theirs = measured_by_both(MODEL, pairs(8, 4), tmp_path)
+    assert all(candidate.image_scores for candidate in ours.candidates)
+    assert_same_scores(ours, theirs, WITHIN["gradient"])
 
 
-def test_a_killed_measurement_goes_on_with_the_same_numbers(llama, text_file, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("exact_modelopt")
+def test_kl_after_pictures_equals_modelopts(tmp_path):
+    ours, theirs = measured_by_both(MODEL, pairs(4, 2), tmp_path, method="kl_div")
+    assert_same_scores(ours, theirs, WITHIN["kl_div"])
+
+
+@pytest.mark.usefixtures("exact_modelopt")
+@pytest.mark.parametrize("method", WITHIN)
+def test_a_real_model_scores_as_with_modelopt(tmp_path, method):
+    if not SMOLLM2.exists():
+        pytest.skip(f"no model at {SMOLLM2}: run `bitladder smollm2 {SMOLLM2.relative_to(ROOT)}`")
+    captions = ROOT / "recipes/data/coco2017_captions.txt"
+    samples = 2 if method == "gradient" else 1  # ModelOpt runs the model 121 times for each
+    data = load_text(SMOLLM2, captions, samples=samples, length=32, batch=1)
+    ours, theirs = measured_by_both(SMOLLM2, data, tmp_path, method=method)
+    assert len(ours.groups) == 120
+    assert_same_scores(ours, theirs, WITHIN[method])
+
+
+def decoder_of(cls, config, directory):
+    """Return the native decoder of a tiny random model in float32, and one batch of token ids."""
+    save_model(cls, config, directory, tokenizer=False)
+    job = sensitivity.Job(targets.find_target(directory), (), 0, MeasureSpec(engine="native"), "cpu", lambda *_: None)
+    ids = torch.arange(10, 34).view(2, 12)
+    return native._Decoder(targets.load_model(directory, torch.float32, "cpu"), job), calibration.Batch(
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids
+    )
+
+
+FAMILIES = {
+    "llama": (transformers.LlamaForCausalLM, llama_config),
+    "qwen2_vl": (transformers.Qwen2VLForConditionalGeneration, qwen2_vl_config),
+    "qwen2_5_vl": (transformers.Qwen2_5_VLForConditionalGeneration, qwen2_5_vl_config),
+    "qwen3_vl": (transformers.Qwen3VLForConditionalGeneration, qwen3_vl_config),
+    "llava": (transformers.LlavaForConditionalGeneration, llava_config),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replay_and_gradient_are_the_models_own_in_every_family(family, tmp_path):
+    cls, config = FAMILIES[family]
+    decoder, batch = decoder_of(cls, config(), tmp_path)
+    decoder.record(batch)
+    torch.testing.assert_close(decoder.replay(0), decoder.output, rtol=0, atol=0)
+
+    def keep(_, __, output):
+        leaves.append(native._hidden_of(output))
+        leaves[-1].retain_grad()
+
+    leaves = []
+    with torch.enable_grad():
+        decoder.model.requires_grad_(True)
+        handle = decoder.layers[-1].register_forward_hook(keep)
+        decoder.model(**batch.inputs, labels=batch.labels).loss.backward()
+        handle.remove()
+    torch.testing.assert_close(decoder.loss_gradient(batch), leaves[0].grad, rtol=1e-4, atol=1e-8)
+
+
+def test_what_is_added_between_layers_is_not_replayed(tmp_path):
+    decoder, batch = decoder_of(transformers.LlamaForCausalLM, llama_config(), tmp_path)
+    for layer in decoder.layers[1:]:
+        layer.register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+    decoder.record(batch)
+    decoder.replay(2)  # what was added before layer 2 is in its input
+    for first in (0, 1):
+        with pytest.raises(EngineError, match="changes the hidden states before decoder layer 2"):
+            decoder.replay(first)
+
+
+@pytest.mark.parametrize("difference", [1e-4, 1e-2, 1.0, 200.0])
+def test_kl_is_exact_for_near_and_far_distributions(difference):
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(300, 50, generator=generator)
+    others = logits + difference * torch.randn(300, 50, generator=generator)
+    p, q = (torch.log_softmax(values.double(), -1) for values in (logits, others))
+    expected = float((p.exp() * (p - q)).sum())
+    scorer = SimpleNamespace(decoder=SimpleNamespace(logits=lambda hidden: hidden))
+    (found,) = native._KlScorer._kl(scorer, logits, [others])
+    assert float(found) == pytest.approx(expected, rel=2e-3)
+    (back,) = native._KlScorer._kl(scorer, others, [logits])
+    assert float(back) == pytest.approx(float((q.exp() * (q - p)).sum()), rel=2e-3)
+
+
+def test_a_model_that_does_more_behind_its_layers_is_refused(tmp_path):
+    decoder, batch = decoder_of(transformers.LlamaForCausalLM, llama_config(), tmp_path)
+    decoder.model.register_forward_hook(lambda _, __, output: dataclasses.replace(output, logits=output.logits.tanh()))
+    with pytest.raises(EngineError, match="does more than norm and head behind its layers"):
+        decoder.record(batch)
+
+
+@pytest.mark.parametrize("method", WITHIN)
+def test_a_killed_measurement_goes_on_with_the_same_numbers(llama, text_file, tmp_path, monkeypatch, method):
     data = load_text(llama, text_file)
-    whole = measured_by("native", llama, data, tmp_path / "whole")
-    backward, calls = native._backward, []
+    whole = measured_by("native", llama, data, tmp_path / "whole", method=method)
+    record, calls = native._Decoder.record, []
 
     def killed(*args):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        backward(*args)
+        record(*args)
 
-    monkeypatch.setattr(native, "_backward", killed)
+    monkeypatch.setattr(native._Decoder, "record", killed)
     with pytest.raises(KeyboardInterrupt):
-        measured_by("native", llama, data, tmp_path / "killed")
-    monkeypatch.setattr(native, "_backward", backward)
+        measured_by("native", llama, data, tmp_path / "killed", method=method)
+    monkeypatch.setattr(native._Decoder, "record", record)
     monkeypatch.setattr(native, "calibrate", None)  # done already
-    resumed = measured_by("native", llama, data, tmp_path / "killed")
+    resumed = measured_by("native", llama, data, tmp_path / "killed", method=method)
     assert resumed.fingerprint() == whole.fingerprint()
 
 
@@ -104,19 +242,6 @@ def test_nan_is_refused_as_by_the_reference(llama, text_file, tmp_path, monkeypa
     monkeypatch.setattr(native, "calibrate", broken)
     with pytest.raises(MeasurementError, match="hold NaN or Inf during calibration"):
         measured_by("native", llama, load_text(llama, text_file), tmp_path)
-
-
-def test_other_methods_are_refused_before_anything_runs():
-    content = {
-        "model": {"path": "m"},
-        "calibration": {"data": {"kind": "text", "path": "t"}},
-        "held_out": {},
-        "measurement": {"engine": "native", "method": "kl_div"},
-        "schemes": [{"name": "a", "coverage": 0.5}],
-        "output": "o",
-    }
-    with pytest.raises(RecipeError, match="engine native scores by gradient, not by kl_div; use engine: modelopt"):
-        parse_recipe(content, "recipe")
 
 
 def test_measuring_through_the_helper_is_the_same(llama, text_file, tmp_path, measured):

@@ -264,6 +264,8 @@ def test_dark_and_light(opened):
     assert (dark, light) == ("rgb(20, 24, 31)", "rgb(255, 255, 255)")
     assert page.evaluate("document.getElementById('plot-heat').layout.font.color") == "#1c2330"
     page.emulate_media(color_scheme="light")
+    # A change is told when a frame is drawn; two changes between frames would be none.
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     page.emulate_media(color_scheme="dark")
     page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
 

@@ -108,7 +108,7 @@ def test_a_key_that_is_not_text(tmp_path: Path) -> None:
         ("held_out.samples", 0, "(got 0)"),
         ("held_out.data.kind", "csv", "(got 'csv')"),
         ("measurement.method", "fisher", "'gradient' or 'kl_div' (got 'fisher')"),
-        ("measurement.engine", "own", "'modelopt' (got 'own')"),
+        ("measurement.engine", "own", "'modelopt' or 'native' (got 'own')"),
         ("measurement.formats", [], "(got [])"),
         ("measurement.dtype", "fp16", "'auto', 'float32' or 'bfloat16' (got 'fp16')"),
         ("measurement.score_samples", 0, "(got 0)"),

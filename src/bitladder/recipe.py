@@ -89,7 +89,7 @@ class HeldOutSpec(Section):
 class MeasureSpec(Section):
     """How sensitivity is measured."""
 
-    engine: Literal["modelopt", "native"] = Field(default="modelopt", description="native: ours, by gradient only")
+    engine: Literal["modelopt", "native"] = Field(default="modelopt", description="native: ours, without ModelOpt")
     method: Literal["gradient", "kl_div"] = "gradient"
     formats: tuple[str, ...] = Field(default=("fp8",), min_length=1)
     share_fused_scales: bool = Field(default=True, description="False only to compare with ModelOpt; not exportable")
@@ -98,12 +98,6 @@ class MeasureSpec(Section):
         default="auto", description="arithmetic while scoring; auto: float32 on a CPU, bfloat16 on a GPU"
     )
     device: str = Field(default="auto", description="auto: a GPU where there is one")
-
-    @model_validator(mode="after")
-    def _known_together(self) -> Self:
-        if self.engine == "native" and self.method != "gradient":
-            raise ValueError(f"engine native scores by gradient, not by {self.method}; use engine: modelopt")
-        return self
 
 
 class SchemeSpec(Section):

@@ -1,9 +1,11 @@
-"""Our own engine: the gradient scores of ModelOpt's AutoQuantize, without ModelOpt.
+"""Our own engine: the scores of ModelOpt's AutoQuantize, by gradient or by KL, without ModelOpt.
 
-A batch is scored in two passes:
+Both begin with a forward pass without gradients that keeps every decoder layer's input, [rows, tokens, hidden]. The
+model's own norm and head follow for some rows at a time: all logits of a batch at once are large.
 
-1. Forward without gradients. The input of every decoder layer is kept, [rows, tokens, hidden]. After the last layer
-   gradients are switched on, so that the model's own norm, head and loss give the gradient by that layer's output.
+`gradient`:
+
+1. Norm, head and loss give the gradient by the last layer's output.
 2. Backward, layer by layer. Each layer is run again from its input with gradients by activations alone. On every
    searched module's output y stands a tap: what the module gives in FP8 less y is the error, and as soon as the
    gradient by y is known, the sum of (gradient x error)^2 is the module's score.
@@ -11,13 +13,19 @@ A batch is scored in two passes:
 So no gradient of a weight is computed, and the activations of one layer live at a time. On GPUs that multiply FP8
 numbers the error comes from such a product; elsewhere from weights and inputs that are rounded through FP8.
 
-It trades a second forward pass for memory. Layers must follow one another, each taking the hidden states that the one
-before gives; a constant that is added between two layers (Qwen3-VL's deepstack) changes no gradient.
+It trades a second forward pass for memory. A constant that is added between two layers (Qwen3-VL's deepstack) changes
+no gradient.
+
+`kl_div`: a group in FP8 changes nothing before its own layer. So that layer's input is taken, and the layers from there
+on run again with the group in FP8: half a forward pass on average. What a model adds between two layers would be lost,
+so a batch where it does is refused.
 """
 
+import inspect
+import itertools
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +37,7 @@ from bitladder import numerics
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.kv_cache import AmaxCache
-from bitladder.records import QuantModule
+from bitladder.records import QuantGroup, QuantModule
 from bitladder.runinfo import Meter
 from bitladder.sensitivity import Amax, BatchScores, Job, Partial, check_amax
 from bitladder.sensitivity.common import (
@@ -44,6 +52,9 @@ from bitladder.targets import image_token_ids
 _LAYER = re.compile(r"(.+?)\.(\d+)\.")  # path of the list of decoder layers, and the number in it
 _FP8_CAPABILITY = (8, 9)  # of the first NVIDIA GPUs that multiply FP8 numbers
 _FP8_MULTIPLE = 16  # torch._scaled_mm takes matrices whose sides are multiples of this
+_ROWS_AT_ONCE = 256  # of logits: 151,936 a row in float32 make 156 MB, and a loss or KL needs several of them
+_LEAST_LOG = -87.0  # its exponential is just above the smallest normal number of float32
+_SAME_LOGITS = 0.02  # of the largest logit: BF16 rounds to 0.004, a softcap or a factor changes more
 FORMAT = "fp8"
 
 
@@ -61,6 +72,7 @@ class _Fp8Linear:
 
     def __init__(self, linear: nn.Linear, weight_amax: torch.Tensor, input_amax: torch.Tensor) -> None:
         self.linear = linear
+        self.input_amax_value = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
         self.input_amax = input_amax.to(linear.weight.device)
         self.input_scale = numerics.scale_of(self.input_amax)
         self.weight_scale = numerics.scale_of(weight_amax.to(linear.weight.device))
@@ -89,6 +101,10 @@ class _Fp8Linear:
         )
         return product.view(shape)
 
+    def replace(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """Return the output in FP8 instead; a forward hook of the module."""
+        return self.output_of(self.input_of(inputs[0]), output.shape)
+
 
 def _multiplies_fp8(linear: nn.Linear) -> bool:
     weight = linear.weight
@@ -106,7 +122,7 @@ class _Taps:
     def __init__(self, model: nn.Module, job: Job, amax: Amax) -> None:
         self.images: torch.Tensor | None = None  # positions of the batch at hand
         self.scores: dict[str, torch.Tensor] = {}  # module -> [2], of the batch at hand
-        self._shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._shared: tuple[torch.Tensor, float, torch.Tensor] | None = None  # input, its amax, input in FP8
         self.modules = [module for group in job.target.groups for module in group.modules]
         self.linears = {
             module.name: _Fp8Linear(
@@ -138,8 +154,8 @@ class _Taps:
 
     def _input(self, linear: _Fp8Linear, x: torch.Tensor) -> torch.Tensor:
         """Return the FP8 input; modules that are fused by the runtime share one, and its scale."""
-        if self._shared is None or self._shared[0] is not x or not torch.equal(self._shared[1], linear.input_amax):
-            self._shared = x, linear.input_amax, linear.input_of(x)
+        if self._shared is None or self._shared[0] is not x or self._shared[1] != linear.input_amax_value:
+            self._shared = x, linear.input_amax_value, linear.input_of(x)
         return self._shared[2]
 
     @torch.no_grad()
@@ -167,61 +183,117 @@ class _Taps:
 
 
 class _Decoder:
-    """The decoder layers of a model, and what each was called with in the last forward pass."""
+    """The decoder layers of a model, the norm and head behind them, and what each layer was last called with."""
 
-    def __init__(self, model: nn.Module, job: Job) -> None:
+    def __init__(self, model: Any, job: Job) -> None:
         paths = {found[1] for group in job.target.groups for m in group.modules if (found := _LAYER.match(m.name))}
         if len(paths) != 1:
             raise EngineError(
                 f"the searched modules lie in {len(paths)} lists of layers ({', '.join(sorted(paths)) or 'none'}); "
                 "engine: native needs one, use engine: modelopt"
             )
-        self.layers: Any = model.get_submodule(paths.pop())
-        numbers = [int(found[2]) for g in job.target.groups for m in g.modules if (found := _LAYER.match(m.name))]
-        self.first = min(numbers)  # layers before it need no gradient
-        self.calls: dict[int, _LayerCall] = {}
-        self.output: torch.Tensor | None = None  # of the last layer, a leaf
+        path = paths.pop()
+        self.model = model
+        self.layers: Any = model.get_submodule(path)
+        self.norm = getattr(model.get_submodule(path.rpartition(".")[0]), "norm", None)
+        if self.norm is None or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+            raise EngineError(
+                f"{type(model).__name__} has no `norm` beside its layers or takes no `logits_to_keep`; engine: native "
+                "needs both, use engine: modelopt"
+            )
+        self.first = min(_layer_of(group) for group in job.target.groups)  # layers before it need no gradient
+        self.calls: list[_LayerCall] = []
+        self.output = torch.empty(0)  # of the last layer, [rows, tokens, hidden]
+        self.changed_before = 0  # the last layer whose input is not what the one before gave; 0: there is none
 
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Keep what every layer is called with, and switch gradients on after the last one."""
-        self.calls, self.output = {}, None
+    @torch.no_grad()
+    def record(self, batch: Batch) -> None:
+        """Run the model, and keep what every layer is called with and what the last one gives.
+
+        Raises:
+            EngineError: norm and head don't make the model's logits of the last layer's output.
+        """
+        self.calls, self.output, self.changed_before = [], torch.empty(0), 0
         with ExitStack() as stack:
-            for index, layer in enumerate(self.layers):
-                handle = layer.register_forward_pre_hook(self._keep(index), with_kwargs=True)
-                stack.callback(handle.remove)
-            stack.callback(self.layers[-1].register_forward_hook(self._open).remove)
-            with torch.no_grad():
-                yield
+            for layer in self.layers:
+                stack.callback(layer.register_forward_pre_hook(self._keep_call, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(self._keep_output).remove)
+            # No cache: it would be filled again when layers run again. One position: all logits are large.
+            logits = self.model(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1:]
+        ours = self.logits(self.output[:, -1:])
+        if float((ours - logits).abs().max()) > _SAME_LOGITS * float(logits.abs().max()):
+            raise EngineError(
+                f"{type(self.model).__name__} does more than norm and head behind its layers; engine: native can't "
+                "score it, use engine: modelopt"
+            )
 
-    def _keep(self, index: int) -> Callable[..., None]:
-        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            hidden = args[0] if args else kwargs["hidden_states"]
-            self.calls[index] = _LayerCall(hidden.detach(), args[1:], others)
+    def _keep_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self.calls and hidden is not self.output:
+            self.changed_before = len(self.calls)
+        others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        self.calls.append(_LayerCall(hidden, args[1:], others))
 
-        return keep
+    def _keep_output(self, _: nn.Module, __: Any, output: Any) -> None:
+        self.output = _hidden_of(output)
 
-    def _open(self, _: nn.Module, __: Any, output: Any) -> Any:
-        """Make the last layer's output a leaf that wants a gradient, and let what follows build a graph."""
-        hidden = _hidden_of(output)
-        self.output = hidden.detach().requires_grad_()
-        torch.set_grad_enabled(True)  # until the surrounding no_grad() ends
-        return (self.output, *output[1:]) if isinstance(output, tuple) else self.output
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits [..., vocabulary] of what the last layer gives, [..., hidden]."""
+        assert self.norm is not None
+        logits: torch.Tensor = self.model.get_output_embeddings()(self.norm(hidden))
+        return logits
 
-    def backward(self) -> None:
+    def loss_gradient(self, batch: Batch) -> torch.Tensor:
+        """Return the gradient of the batch's mean loss by the last layer's output, [rows, tokens, hidden]."""
+        hidden, labels = _counted(self.output, batch), batch.labels[:, 1:][batch.predicted]
+        parts: list[torch.Tensor] = []
+        for start in range(0, len(labels), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            leaf = hidden[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = functional.cross_entropy(self.logits(leaf).float(), labels[rows], reduction="sum") / len(labels)
+            parts += torch.autograd.grad(loss, leaf)
+        gradient = torch.zeros_like(self.output)
+        gradient[:, :-1][batch.predicted] = torch.cat(parts)
+        return gradient
+
+    def backward(self, gradient: torch.Tensor) -> None:
         """Run the layers again, last to first, each with the gradient by its output."""
-        assert self.output is not None
-        gradient = self.output.grad
-        if gradient is None:
-            raise MeasurementError("no gradient of the loss reaches the last decoder layer")
         for index in range(len(self.layers) - 1, self.first - 1, -1):
-            call = self.calls.pop(index)
-            hidden = call.hidden.requires_grad_()
+            call = self.calls.pop()
+            hidden = call.hidden.detach().requires_grad_()
             with torch.enable_grad():
                 output = _hidden_of(self.layers[index](hidden, *call.args, **call.kwargs))
-            torch.autograd.backward(output, gradient)
-            gradient = hidden.grad
+            (gradient,) = torch.autograd.grad(output, hidden, gradient)
+
+    @torch.no_grad()
+    def replay(self, first: int) -> torch.Tensor:
+        """Return what the last layer gives when the layers from `first` on run again, [rows, tokens, hidden].
+
+        Raises:
+            EngineError: hidden states change between two layers, so that a layer's output isn't the next one's input.
+        """
+        if self.changed_before > first:
+            raise EngineError(
+                f"the model changes the hidden states before decoder layer {self.changed_before} (deepstack?); "
+                "engine: native can't replay that for method: kl_div, use method: gradient or engine: modelopt"
+            )
+        hidden = self.calls[first].hidden
+        for layer, call in zip(self.layers[first:], self.calls[first:], strict=True):
+            hidden = _hidden_of(layer(hidden, *call.args, **call.kwargs))
+        return hidden
+
+
+def _layer_of(group: QuantGroup) -> int:
+    """Return the number of the decoder layer that holds a group."""
+    found = _LAYER.match(group.modules[0].name)
+    assert found is not None
+    return int(found[2])
+
+
+def _counted(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return the rows [counted tokens, hidden] of [rows, tokens, hidden] whose next token counts."""
+    return hidden[:, :-1][batch.predicted]
 
 
 def _hidden_of(output: Any) -> torch.Tensor:
@@ -294,25 +366,80 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
 
 
 def _score(model: nn.Module, job: Job, partial: Partial, amax: Amax) -> None:
-    decoder, taps = _Decoder(model, job), _Taps(model, job, amax)
-    image_tokens = image_token_ids(model.config)
-    with ExitStack() as stack:
-        for module in taps.modules:
-            linear = model.get_submodule(module.name)
-            stack.callback(linear.register_forward_hook(taps.hook(module)).remove)
+    scorer = _GradientScorer(model, job, amax) if job.spec.method == "gradient" else _KlScorer(model, job, amax)
+    with scorer:
         for index in range(job.score_batches):
             job.progress("score", index, job.score_batches)
             if partial.scores(index) is None:
-                batch = job.batches[index].to(job.device)
-                taps.begin(image_positions(batch, image_tokens))
-                _backward(model, batch, decoder)
-                partial.keep_scores(index, taps.read(job))
+                partial.keep_scores(index, scorer.scores(job.batches[index].to(job.device)))
     job.progress("score", job.score_batches, job.score_batches)
 
 
-def _backward(model: nn.Module, batch: Batch, decoder: _Decoder) -> None:
-    with decoder.recorded():
-        # A cache would be filled again when the layers are run again.
-        loss = model(**batch.inputs, labels=batch.labels, use_cache=False).loss
-        loss.backward()
-    decoder.backward()
+class _GradientScorer(ExitStack):
+    """Gradient scores; a context manager, within which the searched modules are tapped."""
+
+    def __init__(self, model: nn.Module, job: Job, amax: Amax) -> None:
+        super().__init__()
+        self.job, self.decoder, self.taps = job, _Decoder(model, job), _Taps(model, job, amax)
+        self.image_tokens = image_token_ids(model.config)
+        for module in self.taps.modules:
+            self.callback(model.get_submodule(module.name).register_forward_hook(self.taps.hook(module)).remove)
+
+    def scores(self, batch: Batch) -> BatchScores:
+        """Return a batch's scores."""
+        self.taps.begin(image_positions(batch, self.image_tokens))
+        self.decoder.record(batch)
+        self.decoder.backward(self.decoder.loss_gradient(batch))
+        return self.taps.read(self.job)
+
+
+class _KlScorer(ExitStack):
+    """KL scores: nats, added up over the batch's counted tokens."""
+
+    def __init__(self, model: nn.Module, job: Job, amax: Amax) -> None:
+        super().__init__()
+        self.model, self.job, self.amax, self.decoder = model, job, amax, _Decoder(model, job)
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> BatchScores:
+        """Return a batch's scores."""
+        self.decoder.record(batch)
+        original = _counted(self.decoder.output, batch)
+        groups = sorted(self.job.target.groups, key=_layer_of)
+        sums: dict[str, torch.Tensor] = {}
+        for layer, members in itertools.groupby(groups, key=_layer_of):
+            # One layer's groups together: the original's distribution is made once for them.
+            quantised = {group.name: _counted(self._replayed(group, layer), batch) for group in members}
+            sums |= dict(zip(quantised, self._kl(original, list(quantised.values())), strict=True))
+        values = torch.stack(list(sums.values())).cpu().tolist()
+        scores = dict(zip(sums, values, strict=True))
+        return {group.name: {FORMAT: (scores[group.name],)} for group in self.job.target.groups}
+
+    def _replayed(self, group: QuantGroup, layer: int) -> torch.Tensor:
+        """Return what the last layer gives with the group in FP8, [rows, tokens, hidden]."""
+        with ExitStack() as stack:
+            for module in group.modules:
+                # Quantised here, where it is used once a batch: codes of the whole model would not fit as easily.
+                linear: Any = self.model.get_submodule(module.name)
+                fp8 = _Fp8Linear(
+                    linear, self.amax[f"{module.name}.weight_amax"], self.amax[f"{module.name}.input_amax"]
+                )
+                stack.callback(linear.register_forward_hook(fp8.replace).remove)
+            return self.decoder.replay(layer)
+
+    def _kl(self, original: torch.Tensor, others: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return KL(original || other) in nats, added up over the rows, for each of `others` [counted, hidden].
+
+        With d = log q - log p it is the sum of p (exp(d) - 1 - d), which equals the sum of -p d for exact distributions
+        and takes the float32 rounding of the two normalisers out (as in `evaluation`). For small d a term's error is d
+        times float32's precision.
+        """
+        sums = [torch.zeros((), dtype=torch.float64, device=original.device) for _ in others]
+        for start in range(0, len(original), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            log_p = torch.log_softmax(self.decoder.logits(original[rows]), -1, dtype=torch.float32)
+            p = log_p.clamp_min_(_LEAST_LOG).exp()  # so that p exp(d) is never 0 times infinity
+            for total, other in zip(sums, others, strict=True):
+                d = torch.log_softmax(self.decoder.logits(other[rows]), -1, dtype=torch.float32).sub_(log_p)
+                total += d.expm1().sub_(d).mul_(p).sum(dtype=torch.float64)
+        return sums

@@ -1,0 +1,260 @@
+"""Measuring with the native engine against ModelOpt's, step by step: calibration, gradient scores, KL scores, memory.
+
+    python benchmarks/full_size.py build DIR                  # Qwen2.5-VL-3B at full size, random weights
+    python benchmarks/scoring.py run --model DIR              # writes benchmarks/results/scoring.json
+
+For every size (rows × tokens of a batch of real captions) each engine and method is a process of its own, so that its
+peak memory is its own. A step's time is that between two calls of the engine's progress, the GPU waited for; the first
+of several is left out. Both engines are called through `bitladder.sensitivity.measure`, which gives ModelOpt the same
+arithmetic and data and spares it the backward pass of the vision tower. `plain` is the model alone: a forward pass, and
+one with the backward pass by activations. ModelOpt's CUDA extension is compiled before, and its time stated apart. The
+result is written after every process, so that a killed run keeps what it has.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import full_size
+import ladder
+
+RESULT = full_size.RESULTS / "scoring.json"
+SIZES = "8x512,1x512,4x2048"
+BATCHES = 6  # to calibrate; gradient scores all of them
+KL_BATCHES = 3  # ModelOpt runs the whole model 145 times for each
+PLAIN_STEPS = 6
+DTYPE = "bfloat16"
+PARTS = ("plain", "native-gradient", "modelopt-gradient", "native-kl_div", "modelopt-kl_div")
+
+
+def parse_size(size: str) -> dict:
+    """Return the settings of a data set whose batches have `rows`x`tokens`."""
+    rows, tokens = (int(part) for part in size.split("x"))
+    return {"samples": BATCHES * rows, "sequence_length": tokens, "batch_size": rows, "seed": 0}
+
+
+def synchronise() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Clock:
+    """When each phase of a measurement had done how many batches; called as its progress."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.times: dict[str, dict[int, float]] = {}
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        synchronise()
+        self.times.setdefault(phase, {})[done] = time.perf_counter() - self.start
+
+    def steps(self, phase: str) -> list[float]:
+        """Return the seconds of each batch."""
+        times = [self.times[phase][done] for done in sorted(self.times[phase])]
+        return [after - before for before, after in itertools.pairwise(times)]
+
+
+def step_seconds(steps: list[float]) -> float:
+    """Return the median without the first step, which warms up."""
+    return statistics.median(steps[1:])
+
+
+def measure(model: Path, scratch: Path, size: str, engine: str, method: str) -> dict:
+    """Measure once; return the seconds of each step, the peak memory, and every group's scores."""
+    from bitladder import sensitivity, targets, weights
+    from bitladder.recipe import MeasureSpec
+
+    settings = parse_size(size)
+    data = full_size.text_of(model, scratch, settings)
+    source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
+    target = targets.find_target(model)
+    scored = settings["batch_size"] * (BATCHES if method == "gradient" else KL_BATCHES)
+    spec = MeasureSpec(engine=engine, method=method, dtype=DTYPE, score_samples=scored)
+    clock = Clock()
+    measurement = sensitivity.measure(model, source, target, data, spec, scratch, clock)
+    assert measurement.run is not None
+    return {
+        "calibration_step_seconds": step_seconds(clock.steps("calibrate")),
+        "scoring_step_seconds": step_seconds(clock.steps("score")),
+        "calibration_steps": clock.steps("calibrate"),
+        "scoring_steps": clock.steps("score"),
+        "first_score_seconds": clock.times["score"][1],
+        "peak_gpu_bytes": max(phase.peak_gpu_bytes or 0 for phase in measurement.run.phases),
+        "phases": [phase.model_dump() for phase in measurement.run.phases],
+        "scores": {candidate.group: measurement.sensitivity(candidate) for candidate in measurement.candidates},
+    }
+
+
+def plain(model: Path, scratch: Path, size: str) -> dict:
+    """Time the model alone: forward, and forward with the backward pass by activations (no gradient of a weight)."""
+    import torch
+
+    from bitladder.sensitivity import resolve_device
+    from bitladder.targets import load_model
+
+    device = resolve_device("auto")
+    batch = full_size.text_of(model, scratch, parse_size(size)).batches[0].to(device)
+    loaded = load_model(model, getattr(torch, DTYPE), device)
+    loaded.requires_grad_(False)
+
+    def forward() -> None:
+        with torch.no_grad():
+            loaded(**batch.inputs, use_cache=False)
+
+    def forward_backward() -> None:
+        loaded(**batch.inputs, labels=batch.labels, use_cache=False).loss.backward()
+
+    found: dict = {"forward_seconds": timed(forward)}
+    loaded.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    try:
+        found["forward_backward_seconds"] = timed(forward_backward)
+    except torch.OutOfMemoryError:  # every layer's activations at once
+        found["forward_backward_seconds"] = None
+    found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return found
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Return the median seconds of a step."""
+    steps = []
+    for _ in range(PLAIN_STEPS):
+        start = time.perf_counter()
+        step()
+        synchronise()
+        steps.append(time.perf_counter() - start)
+    return step_seconds(steps)
+
+
+def over(top: float | None, bottom: float | None) -> float | None:
+    """Return the ratio, or None where one of the two is missing."""
+    return None if top is None or bottom is None else top / bottom
+
+
+def ratios(parts: dict[str, dict]) -> dict[str, float | None]:
+    """Return what the claims are about, of the parts that there are."""
+
+    def get(part: str, key: str) -> float | None:
+        return parts.get(part, {}).get(key)
+
+    step, first, calibration = "scoring_step_seconds", "first_score_seconds", "calibration_step_seconds"
+    ours, theirs = "native-gradient", "modelopt-gradient"
+    found = {
+        "gradient_speedup": over(get(theirs, step), get(ours, step)),
+        "gradient_over_forward_backward": over(get(ours, step), get("plain", "forward_backward_seconds")),
+        "kl_speedup": over(get("modelopt-kl_div", step), get("native-kl_div", step)),
+        "calibration_speedup": over(get(theirs, calibration), get(ours, calibration)),
+        "calibration_over_forward": over(get(ours, calibration), get("plain", "forward_seconds")),
+        "first_score_speedup": over(get(theirs, first), get(ours, first)),
+        "gradient_memory": over(get(ours, "peak_gpu_bytes"), get(theirs, "peak_gpu_bytes") or None),
+    }
+    for method in ("gradient", "kl_div"):
+        found |= agreement(method, parts.get(f"native-{method}", {}), parts.get(f"modelopt-{method}", {}))
+    return found
+
+
+def agreement(method: str, ours: dict, theirs: dict) -> dict[str, float]:
+    """Return how the groups' scores compare, where both engines have scored."""
+    from bitladder.report.content import rank_correlation
+
+    if "scores" not in ours or "scores" not in theirs:
+        return {}
+    quotients = [ours["scores"][group] / score for group, score in theirs["scores"].items()]
+    return {
+        f"{method}_least_quotient": min(quotients),
+        f"{method}_median_quotient": statistics.median(quotients),
+        f"{method}_largest_quotient": max(quotients),
+        f"{method}_spearman": rank_correlation(
+            [ours["scores"][group] for group in theirs["scores"]], list(theirs["scores"].values())
+        ),
+    }
+
+
+def child(part: str, model: Path, scratch: Path, size: str) -> dict:
+    """Run one part in a process of its own; a failure is written down, and the other parts go on."""
+    try:
+        found = ladder.child(part, "--model", str(model), "--size", size, "--scratch", str(scratch), script=__file__)
+    except SystemExit as error:
+        return {"error": str(error)[-1000:]}
+    return found
+
+
+def describe(model: Path) -> str:
+    """Return one line on the model of `full_size.py`."""
+    config = json.loads((model / "config.json").read_text())
+    text = config["text_config"]
+    return f"{config['architectures'][0]}, {text['num_hidden_layers']} layers of {text['hidden_size']}, random weights"
+
+
+def run(model: Path, sizes: list[str], parts: list[str], out: Path) -> None:
+    """Run every part at every size, and write the result after each."""
+    from bitladder.runinfo import hardware, versions
+
+    content: dict = {
+        "claim": "measuring with engine native against ModelOpt's engine, the same batches and arithmetic",
+        "model": describe(model),
+        "hardware": hardware(),
+        "versions": versions(),
+        "batches": {"calibrated": BATCHES, "scored by gradient": BATCHES, "scored by kl_div": KL_BATCHES},
+    }
+    with tempfile.TemporaryDirectory(prefix="scoring-", dir=model.parent) as scratch:
+        content["modelopt_extension"] = child("compile", model, Path(scratch), sizes[0])
+        content["sizes"] = {}
+        for size in sizes:
+            found: dict[str, dict] = {}
+            for part in parts:
+                directory = Path(scratch) / size / part
+                directory.mkdir(parents=True)
+                found[part] = child(part, model, directory, size)
+                content["sizes"][size] = {"ratios": ratios(found), **found}
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(content, indent=1) + "\n")
+                shown = {key: value for key, value in found[part].items() if key not in ("scores", "phases")}
+                print(f"{size} {part}: {json.dumps(shown)}", flush=True)
+            print(f"{size}: {json.dumps(content['sizes'][size]['ratios'])}", flush=True)
+
+
+def run_part(part: str, model: Path, scratch: Path, size: str) -> dict:
+    """Do what one process does."""
+    if part == "plain":
+        return plain(model, scratch, size)
+    start = time.perf_counter()
+    if part == "compile":
+        full_size.warm_up()
+        return {"seconds": time.perf_counter() - start}
+    engine, method = part.split("-")
+    if engine == "modelopt":
+        full_size.warm_up()  # compiled already: this loads it
+    return measure(model, scratch, size, engine, method)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "compile", *PARTS], help="run; the rest is internal")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--sizes", default=SIZES, help="rows x tokens of a batch, several separated by commas")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what is run at each size, separated by commas")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--size", help="internal: of one process")
+    parser.add_argument("--scratch", type=Path, help="internal")
+    arguments = parser.parse_args()
+    if arguments.what == "run":
+        run(arguments.model, arguments.sizes.split(","), arguments.parts.split(","), arguments.out)
+        return
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    print(json.dumps(run_part(arguments.what, arguments.model, arguments.scratch, arguments.size)))
+
+
+if __name__ == "__main__":
+    main()
