@@ -8,7 +8,6 @@ const MARKS = ["x", "cross", "triangle-up", "triangle-down", "star"];
 const TONES = ["second", "third", "fourth", "fifth", "soft"];
 const byName = Object.fromEntries(data.schemes.map((scheme) => [scheme.name, scheme]));
 const quantised = (group, scheme) => group.formats[scheme] !== "bf16";
-const short = (name) => name.split(".").slice(-3).join(".");
 
 function fill(id, values, chosen) {
   const select = $(id);

@@ -77,7 +77,6 @@ def plot_data(report: Report) -> dict[str, Any]:
     """Return what the plots are drawn from, as plain data; KL in nats per token, sizes in bytes."""
     prediction = report.prediction
     return {
-        "unit": report.score_unit,
         "splits": list(report.splits),
         "formats": list(report.formats),
         "floors": {
@@ -116,8 +115,6 @@ def _scheme(report: Report, scheme: ReportedScheme) -> dict[str, Any]:
         "name": scheme.name,
         "bits": scheme.effective_bits,
         "bytes": _bytes_of(report, scheme.effective_bits),
-        "files": scheme.weight_file_bytes,
-        "coverage": scheme.coverage,
         "kl": _kl_of(scheme.results),
         "flips": scheme.unsettled.shares if scheme.unsettled else {},
     }
