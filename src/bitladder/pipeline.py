@@ -210,7 +210,7 @@ class Workspace:
     def place_report(self) -> None:
         """Copy `report.md` to where the recipe's layout wants it."""
         if self.recipe.layout.report is not None:
-            atomic_write(self._placed(self.recipe.layout.report), (self.output / "report.md").read_bytes())
+            atomic_write(self._placed(self.recipe.layout.report), (self.output / report.MARKDOWN_FILE).read_bytes())
 
     def measurement(self) -> Measurement:
         """Return the measurement, checked to be of this model and of this recipe's formats.
