@@ -10,6 +10,7 @@ done in `measuring/` beside the result, so that a killed run goes on where it st
     measurement.json               the Measurement, written last
 """
 
+import gc
 import json
 import math
 import shutil
@@ -240,6 +241,8 @@ def measure(
         engine = native if spec.engine == "native" else modelopt
         engine.run(model, job, partial, meter)
         del model
+        gc.collect()  # a model's modules and hooks refer to each other: `del` alone frees nothing yet
+        torch.cuda.empty_cache()
     amax = partial.amax()
     assert amax is not None
     unit, weights = score_weights(spec.method, data.batches[:count])

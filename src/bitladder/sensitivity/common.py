@@ -13,7 +13,6 @@ from bitladder.sensitivity import Amax
 from bitladder.targets import Target
 
 OUT_OF_MEMORY = "out of GPU memory while measuring; lower calibration.batch_size or calibration.sequence_length"
-_LARGEST_PRODUCT = 1e10  # ModelOpt's own bound on gradient times error
 
 
 def gradient_score(gradient: torch.Tensor, difference: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
@@ -27,19 +26,21 @@ def gradient_score(gradient: torch.Tensor, difference: torch.Tensor, images: tor
     Raises:
         EngineError: the output's shape is another, so that positions can't be told apart.
 
-    Source: modelopt.torch.quantization.algorithms._get_auto_quantize_score.
+    Source: modelopt.torch.quantization.algorithms._get_auto_quantize_score, which also bounds every product at 1e10.
     """
-    # One new tensor, changed in place: the sums over all outputs of a model are bound by memory traffic.
-    squares = torch.mul(gradient.float(), difference).clamp_(-_LARGEST_PRODUCT, _LARGEST_PRODUCT).square_()
-    total = squares.sum()
+    # Few passes over memory bound the time: the product in the tensors' own dtype (its rounding averages out over
+    # the elements), then one reduction that squares in float32.
+    product = torch.mul(gradient, difference)
+    scores = torch.linalg.vector_norm(product, dim=-1, dtype=torch.float32).double().square_()
+    total = scores.sum()
     if images is None:
         return torch.stack([total, torch.zeros_like(total)])
-    if squares.shape[:2] != images.shape:
+    if scores.shape != images.shape:
         raise EngineError(
-            f"a module's output has shape {list(squares.shape)}, [rows, tokens, features] was expected: "
+            f"a module's output has shape {list(product.shape)}, [rows, tokens, features] was expected: "
             "image positions can't be told apart"
         )
-    return torch.stack([total, squares.sum(-1)[images].sum()])
+    return torch.stack([total, scores[images].sum()])
 
 
 def image_positions(batch: Batch, image_tokens: Sequence[int]) -> torch.Tensor | None:

@@ -24,6 +24,7 @@ so a batch where it does is refused.
 import inspect
 import itertools
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ class _Taps:
                 return  # the first pass
             with torch.no_grad():
                 linear = self.linears[module.name]
-                error = linear.output_of(self._input(linear, inputs[0]), output.shape) - output
+                error = linear.output_of(self._input(linear, inputs[0]), output.shape).sub_(output)
             output.register_hook(  # type: ignore[no-untyped-call]
                 lambda gradient: self._add(module.name, gradient, error)
             )
@@ -399,6 +400,7 @@ class _KlScorer(ExitStack):
     def __init__(self, model: nn.Module, job: Job, amax: Amax) -> None:
         super().__init__()
         self.model, self.job, self.amax, self.decoder = model, job, amax, _Decoder(model, job)
+        self.kl = _fused(_kl_sum, job.device)
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> BatchScores:
@@ -428,18 +430,30 @@ class _KlScorer(ExitStack):
             return self.decoder.replay(layer)
 
     def _kl(self, original: torch.Tensor, others: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return KL(original || other) in nats, added up over the rows, for each of `others` [counted, hidden].
-
-        With d = log q - log p it is the sum of p (exp(d) - 1 - d), which equals the sum of -p d for exact distributions
-        and takes the float32 rounding of the two normalisers out (as in `evaluation`). For small d a term's error is d
-        times float32's precision.
-        """
+        """Return KL(original || other) in nats, added up over the rows, for each of `others` [counted, hidden]."""
         sums = [torch.zeros((), dtype=torch.float64, device=original.device) for _ in others]
         for start in range(0, len(original), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             log_p = torch.log_softmax(self.decoder.logits(original[rows]), -1, dtype=torch.float32)
-            p = log_p.clamp_min_(_LEAST_LOG).exp()  # so that p exp(d) is never 0 times infinity
+            log_p.clamp_min_(_LEAST_LOG)  # so that p exp(d) is never 0 times infinity
             for total, other in zip(sums, others, strict=True):
-                d = torch.log_softmax(self.decoder.logits(other[rows]), -1, dtype=torch.float32).sub_(log_p)
-                total += d.expm1().sub_(d).mul_(p).sum(dtype=torch.float64)
+                total += self.kl(log_p, self.decoder.logits(other[rows]))
         return sums
+
+
+def _kl_sum(log_p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return KL(p || softmax(logits)) in nats, added up over the rows of [rows, vocabulary]; float64.
+
+    With d = log q - log p it is the sum of p (exp(d) - 1 - d), which equals the sum of -p d for exact distributions
+    and takes the float32 rounding of the two normalisers out (as in `evaluation`). For small d a term's error is d
+    times float32's precision.
+    """
+    d = torch.log_softmax(logits, -1, dtype=torch.float32) - log_p
+    return (log_p.exp() * (d.expm1() - d)).sum(dtype=torch.float64)
+
+
+def _fused(function: Callable[..., torch.Tensor], device: str) -> Callable[..., torch.Tensor]:
+    """Return the function as one GPU kernel where it can be compiled: on a GPU, with a C compiler (Triton's need)."""
+    if device.startswith("cuda") and any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return torch.compile(function, dynamic=True)
+    return function
