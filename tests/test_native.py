@@ -14,6 +14,7 @@ from bitladder.errors import EngineError, MeasurementError
 from bitladder.recipe import DataSpec, MeasureSpec
 from bitladder.report.content import rank_correlation
 from bitladder.sensitivity import native
+from bitladder.sensitivity.common import gradient_score
 from conftest import (
     llama_config,
     llava_config,
@@ -93,6 +94,21 @@ def test_logits_in_several_parts_give_the_same(llama, text_file, tmp_path, monke
             patch.setattr(native, "_ROWS_AT_ONCE", 7)  # of 46 rows: the last part is shorter
             parts = measured_by("native", llama, data, tmp_path / method / "parts", method=method)
         assert_same_scores(parts, whole, ARITHMETIC if method == "gradient" else WITHIN["kl_div"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e12])  # ModelOpt bounds what a product of gradient and error may be
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_a_modules_score_is_modelopts_own(scale, dtype, tolerance):
+    from modelopt.torch.quantization.algorithms import _get_auto_quantize_score
+
+    generator = torch.Generator().manual_seed(0)
+    gradient, difference = torch.randn(2, 3, 50, 40, generator=generator).mul(scale**0.5).to(dtype)
+    images = torch.zeros(3, 50, dtype=torch.bool)
+    images[1:, :20] = True
+    whole, part = gradient_score(gradient, difference, images).tolist()
+    assert whole == pytest.approx(float(_get_auto_quantize_score(gradient, difference)), rel=tolerance)
+    theirs = _get_auto_quantize_score(gradient[images], difference[images])
+    assert part == pytest.approx(float(theirs), rel=tolerance)
 
 
 def pairs(samples, batch_size):

@@ -13,6 +13,7 @@ from bitladder.sensitivity import Amax
 from bitladder.targets import Target
 
 OUT_OF_MEMORY = "out of GPU memory while measuring; lower calibration.batch_size or calibration.sequence_length"
+_LARGEST_PRODUCT = 1e10  # ModelOpt's own bound on gradient times error
 
 
 def gradient_score(gradient: torch.Tensor, difference: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
@@ -26,11 +27,11 @@ def gradient_score(gradient: torch.Tensor, difference: torch.Tensor, images: tor
     Raises:
         EngineError: the output's shape is another, so that positions can't be told apart.
 
-    Source: modelopt.torch.quantization.algorithms._get_auto_quantize_score, which also bounds every product at 1e10.
+    Source: modelopt.torch.quantization.algorithms._get_auto_quantize_score.
     """
     # Few passes over memory bound the time: the product in the tensors' own dtype (its rounding averages out over
     # the elements), then one reduction that squares in float32.
-    product = torch.mul(gradient, difference)
+    product = torch.mul(gradient, difference).clamp_(-_LARGEST_PRODUCT, _LARGEST_PRODUCT)
     scores = torch.linalg.vector_norm(product, dim=-1, dtype=torch.float32).double().square_()
     total = scores.sum()
     if images is None:
