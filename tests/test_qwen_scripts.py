@@ -196,8 +196,9 @@ def test_flags_that_contradict_each_other(tmp_path):
         schemes("--schemes", "top25", "--coverage", "0.5")
     with pytest.raises(RecipeError, match="--images goes with"):
         here(tmp_path, "--images", "x")
-    with pytest.raises(RecipeError, match="nothing is measured"):
-        here(tmp_path, "--measurement", "m.json", "--score-size", "4")
+    for flag in (("--score-size", "4"), ("--auto-quantize-method", "kl_div"), ("--engine", "native")):
+        with pytest.raises(RecipeError, match="nothing is measured"):
+            here(tmp_path, "--measurement", "m.json", *flag)
 
 
 def test_what_captions_may_be(tmp_path):

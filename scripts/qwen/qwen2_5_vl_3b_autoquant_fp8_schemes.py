@@ -171,8 +171,10 @@ def recipe_of(flags: argparse.Namespace, records: Path, earlier: dict[str, Any])
     given = {"method": flags.auto_quantize_method, "score_samples": flags.score_size, "engine": flags.engine}
     measurement.update({key: value for key, value in given.items() if value is not None})
     if flags.measurement is not None:
-        if flags.auto_quantize_method is not None or flags.score_size is not None:
-            raise RecipeError("--measurement goes without --auto-quantize-method and --score-size: nothing is measured")
+        if any(flag is not None for flag in (flags.auto_quantize_method, flags.score_size, flags.engine)):
+            raise RecipeError(
+                "--measurement goes without --auto-quantize-method, --score-size and --engine: nothing is measured"
+            )
         known = Measurement.read(flags.measurement)
         measurement.update(method=known.method)
         if known.engine in ("modelopt", "native"):
