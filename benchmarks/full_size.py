@@ -11,10 +11,9 @@ below the vocabulary's size; the special tokens' ids in the configuration are it
 
 `compare`: Bitladder (identify, measure, plan, export three schemes) and ModelOpt (load, auto_quantize, export, three
 times) get the same batches of text, the same BF16 arithmetic and the same targets in effective bits; ours measures with
-`engine: native`; sizes are the
-defaults of ModelOpt's `hf_ptq` example (512 samples to calibrate, 128 to score). Each run is a process of its own,
-timed after its imports; both flush what they write to the disk. ModelOpt's CUDA extension is compiled before, outside
-the clock.
+`engine: native`; sizes are the defaults of ModelOpt's `hf_ptq` example (512 samples to calibrate, 128 to score). Each
+run is a process of its own, timed after its imports; both flush what they write to the disk. ModelOpt's CUDA extension
+is compiled before, outside the clock.
 
 `images`: measures on image+text pairs of random pictures with real captions, which ModelOpt's own script refuses.
 
