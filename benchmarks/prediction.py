@@ -1,10 +1,11 @@
-"""How well predicted scores say a scheme's KL on SmolLM2-135M: ModelOpt's gradient and kl_div scores.
+"""How well predicted scores say a scheme's KL on real models: ModelOpt's gradient and kl_div scores.
 
-    python benchmarks/prediction.py --scratch DIR        # writes benchmarks/results/prediction.json; about 40 minutes
+    python benchmarks/prediction.py --scratch DIR [--model NAME]   # writes benchmarks/results/prediction.json
 
-The schemes of recipes/smollm2_135m.yaml, planned from gradient scores, and all their control arms are simulated on the
-recipe's held-out text. Then each method's scores predict each one's KL from all the others (`bitladder.prediction`).
-The measurements, and every simulation that is finished, are kept in the scratch directory.
+About 40 minutes for SmolLM2-135M, two for the embedded model. Five schemes, planned from gradient scores, and all their
+control arms are simulated on the recipe's first held-out set. Then each method's scores predict each one's KL from all
+the others (`bitladder.prediction`). The measurements, and every simulation that is finished, are kept in the scratch
+directory, one for each model; a model that isn't named keeps its results.
 """
 
 import argparse
@@ -14,19 +15,25 @@ from pathlib import Path
 
 import ladder
 
-RECIPE = ladder.ROOT / "recipes/smollm2_135m.yaml"
+SMOLLM2 = ladder.ROOT / "recipes/smollm2_135m.yaml"
 KL_SAMPLES = 8  # scored by kl_div, which takes a forward pass a group and batch
+MODELS = {  # name -> recipe, and samples scored by kl_div
+    "smollm2-135m-instruct": (SMOLLM2, KL_SAMPLES),
+    "embedded-qwen2.5-vl": (ladder.ROOT / "recipes/demo.yaml", 96),
+}
+COVERAGES = (0.25, 0.5, 0.75, 1.0)
+EFFECTIVE_BITS = 11.0
 WITHIN = 0.15  # of the measured KL
 
 
-def measurements(scratch: Path, path: Path = RECIPE) -> dict:
+def measurements(scratch: Path, path: Path = SMOLLM2, kl_samples: int = KL_SAMPLES) -> dict:
     """Return the measurement of a recipe's model by each method, and the recipe's workspace."""
     from bitladder import pipeline
     from bitladder.recipe import read_recipe
 
     recipe = read_recipe(path)
     found = {}
-    for method, samples in (("gradient", recipe.measurement.score_samples), ("kl_div", KL_SAMPLES)):
+    for method, samples in (("gradient", recipe.measurement.score_samples), ("kl_div", kl_samples)):
         changed = recipe.measurement.model_copy(update={"method": method, "score_samples": samples})
         work = pipeline.Workspace(recipe.model_copy(update={"measurement": changed}), scratch / method)
         found[method] = (pipeline.measure(work), work)
@@ -72,25 +79,20 @@ def predicted(scores: list[float], kls: list[float]) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, required=True)
-    arguments = parser.parse_args()
-
-    import transformers
-
+def points_of(scratch: Path, recipe: Path, kl_samples: int) -> dict:
+    """Return the schemes and arms of one model with their KL, and how well each method's scores say it."""
     from bitladder import pipeline, planning
-    from bitladder.recipe import ControlSpec
+    from bitladder.recipe import ControlSpec, SchemeSpec
     from bitladder.records import BF16
     from bitladder.runinfo import hardware, versions
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    found = measurements(arguments.scratch.resolve())
+    found = measurements(scratch, recipe, kl_samples)
     measurement, work = found["gradient"]
-    schemes = planning.plan_all(measurement, work.recipe.scheme_specs())
+    specs = [SchemeSpec(name=f"top{100 * share:g}", coverage=share) for share in COVERAGES]
+    specs.append(SchemeSpec(name=f"{EFFECTIVE_BITS:g}bits", effective_bits=EFFECTIVE_BITS))
+    schemes = planning.plan_all(measurement, specs)
     every = [*schemes, *pipeline.control_arms(measurement, schemes, ControlSpec())]
-    kls = simulate(work, measurement, every, arguments.scratch / "simulated.json")
+    kls = simulate(work, measurement, every, scratch / "simulated.json")
     methods = {}
     for method, (scored, _) in found.items():
         table = scored.by_group()
@@ -104,9 +106,7 @@ def main() -> None:
             "scores": scores,
             **predicted(scores, [kls[scheme.name][0] for scheme in every]),
         }
-    content = {
-        "claim": "predicted scores say the held-out KL of schemes and control arms, each from all the others",
-        "model": "SmolLM2-135M-Instruct",
+    return {
         "hardware": hardware(),
         "versions": versions(),
         "points": [
@@ -120,10 +120,26 @@ def main() -> None:
         ],
         "methods": methods,
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--model", choices=MODELS, action="append", help="all where none is named")
+    arguments = parser.parse_args()
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     path = ladder.ROOT / "benchmarks/results/prediction.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    for method, result in methods.items():
-        print(method, {key: value for key, value in result.items() if not isinstance(value, list)})
+    models = json.loads(path.read_text())["models"] if path.exists() else {}
+    for name in arguments.model or MODELS:
+        models[name] = points_of(arguments.scratch.resolve() / name, *MODELS[name])
+        for method, result in models[name]["methods"].items():
+            print(name, method, {key: value for key, value in result.items() if not isinstance(value, list)})
+    claim = "predicted scores say the held-out KL of schemes and control arms, each from all the others"
+    path.write_text(json.dumps({"claim": claim, "models": models}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

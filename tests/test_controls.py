@@ -77,6 +77,27 @@ def test_lowest_score_goes_by_damage_and_not_by_what_it_saves(deep):
     )
 
 
+def test_modelopts_choice_keeps_the_bits_and_counts_every_batch_alike(deep):
+    measurement = deep[1]
+    scheme, arms = arms_of(deep, kinds=("modelopt",))
+    assert arms == ()  # every batch has as many tokens: its choice is the scheme's own
+    weights = (0.1,) * (len(measurement.score_weights) - 1) + (2.0,)
+    reordered = [*measurement.candidates[1:], measurement.candidates[0]]  # each group with another one's last score
+    candidates = tuple(
+        one.model_copy(update={"scores": (*one.scores[:-1], other.scores[-1])})
+        for one, other in zip(measurement.candidates, reordered, strict=True)
+    )
+    uneven = measurement.model_copy(update={"score_weights": weights, "candidates": candidates})
+    even = uneven.model_copy(update={"score_weights": measurement.score_weights})
+    other = planning.plan(uneven, spec("half", coverage=0.5))
+    scheme = planning.plan(even, spec("half", coverage=0.5))
+    assert other.quantised_groups() != scheme.quantised_groups()
+    (arm,) = controls.arms(uneven, other, kinds=("modelopt",), seeds=1)
+    assert arm.quantised_groups() == scheme.quantised_groups()
+    assert arm.weight_bits <= other.weight_bits
+    assert arm.measurement_sha256 == other.measurement_sha256
+
+
 def test_seeds_decide(deep):
     first, second = arms_of(deep, kinds=("random",))[1], arms_of(deep, kinds=("random",))[1]
     assert first == second

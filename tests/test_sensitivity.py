@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -5,17 +6,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from bitladder import sensitivity, targets
+from bitladder import controls, planning, sensitivity, targets
 from bitladder.calibration import Batch, DataSet
 from bitladder.errors import MeasurementError, ModelError, RecordError
 from bitladder.recipe import MeasureSpec
-from bitladder.records import Measurement
+from bitladder.records import BF16, Measurement
 from bitladder.sensitivity.modelopt import _Session
 from conftest import load_text, measure_text, qwen2_5_vl_config, save_model, source_of
 
 
 def direct_auto_quantize(directory, data, method):
-    """ModelOpt called directly, as its documentation shows: {group's first module: score}."""
+    """ModelOpt called directly, as its documentation shows: its state."""
     import modelopt.torch.quantization as mtq
 
     model = targets.load_model(directory, torch.float32)
@@ -38,22 +39,50 @@ def direct_auto_quantize(directory, data, method):
         verbose=False,
         **step,
     )
-    # candidates are sorted by bits: FP8 first, unquantised last
-    return {
-        min(stats["module_names"]): stats["scores"][0]
-        for stats in state["candidate_stats"].values()
+    return state
+
+
+@pytest.fixture(scope="module", params=["gradient", "kl_div"])
+def beside_modelopt(request, llama, text_file, tmp_path_factory):
+    """(our measurement, ModelOpt's own state, {ModelOpt's name of a group: ours}), by one method."""
+    output = tmp_path_factory.mktemp("beside_modelopt")
+    ours = measure_text(llama, text_file, output, method=request.param, share_fused_scales=False)
+    theirs = direct_auto_quantize(llama, load_text(llama, text_file), request.param)
+    members = {min(module.name for module in group.modules): group.name for group in ours.groups}
+    names = {
+        name: members[min(stats["module_names"])]
+        for name, stats in theirs["candidate_stats"].items()
         if "lm_head" not in stats["module_names"]
     }
+    return ours, theirs, names
 
 
-@pytest.mark.parametrize("method", ["gradient", "kl_div"])
-def test_scores_equal_modelopts_without_sharing(method, llama, text_file, tmp_path):
-    ours = measure_text(llama, text_file, tmp_path, method=method, share_fused_scales=False)
-    theirs = direct_auto_quantize(llama, load_text(llama, text_file), method)
-    members = {group.name: min(module.name for module in group.modules) for group in ours.groups}
-    assert len(theirs) == len(ours.groups)
+def test_scores_equal_modelopts_without_sharing(beside_modelopt):
+    ours, theirs, names = beside_modelopt
+    # its candidates are sorted by bits: FP8 first, unquantised last
+    scores = {group: theirs["candidate_stats"][name]["scores"][0] for name, group in names.items()}
+    assert len(scores) == len(ours.groups)
     for candidate in ours.candidates:
-        assert sum(candidate.scores) == pytest.approx(theirs[members[candidate.group]], rel=1e-5)
+        assert sum(candidate.scores) == pytest.approx(scores[candidate.group], rel=1e-5)
+
+
+def test_the_modelopt_control_is_the_choice_of_modelopts_own_solver(beside_modelopt):
+    from modelopt.torch.quantization.algorithms import QuantRecipe, _resolve_best_recipe
+
+    ours, theirs, names = beside_modelopt
+    # Scores of 1e-6 are below the tolerance of its solver, which then takes any choice: in thousands they are not.
+    theirs = copy.deepcopy(theirs)
+    for stats in theirs["candidate_stats"].values():
+        stats["scores"] = [1e9 * score for score in stats["scores"]]
+    sizes = set()
+    for bits in (9.0, 10.5, 12.0, 13.5, 15.0):
+        recipes = _resolve_best_recipe(theirs, {"effective_bits": bits})
+        chosen = {group for name, group in names.items() if recipes[name] != QuantRecipe(quant_cfg=None)}
+        formats = {group.name: "fp8" if group.name in chosen else BF16 for group in ours.groups}
+        scheme = planning.price(ours, f"at-{bits:g}", formats, {"effective_bits": bits})
+        assert controls._modelopt_choice(ours, scheme, "fp8") == chosen
+        sizes.add(len(chosen))
+    assert len(sizes) >= 3  # not one choice for all
 
 
 def test_sharing_moves_only_fused_groups_scales(llama, text_file, tmp_path, measured):

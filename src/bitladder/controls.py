@@ -1,14 +1,17 @@
 """Control arms: other choices of groups at a scheme's own bits, to show what the search is worth. Pure, no torch.
 
-An arm takes groups in an order that knows less than the measurement does, or the opposite, and goes on while the
-scheme's weight bits have room: a group that doesn't fit is passed over, the next one may. So an arm never has fewer
-effective bits than its scheme, and at most one group's worth more.
+Most arms take groups in an order that knows less than the measurement does, or the opposite, and go on while the
+scheme's weight bits have room: a group that doesn't fit is passed over, the next one may. So such an arm never has
+fewer effective bits than its scheme, and at most one group's worth more.
 
     random       groups in a random order, by seed
     inverse      the most sensitive first: the worst that the same measurement can do
     first_last   from the middle layer outwards, so that the first and last layers stay in 16 bits: a common rule
     largest      the largest groups first, which needs the fewest groups
-    lowest_score the least sensitive first, whatever they save: the rule of ModelOpt's `kl_div` method (a threshold)
+    lowest_score the least sensitive first, whatever they save
+    modelopt     what ModelOpt's solver chooses from the same scores within the scheme's bits, so at most those. A
+                 group's score is the plain sum over batches then, however many tokens a batch has. `gradient`: the
+                 least sum within the bits; `kl_div`: all groups below a threshold
 """
 
 import random
@@ -19,7 +22,7 @@ from bitladder import planning
 from bitladder.errors import PlanError
 from bitladder.records import BF16, Measurement, Scheme
 
-KINDS = ("random", "inverse", "first_last", "largest", "lowest_score")
+KINDS = ("random", "inverse", "first_last", "largest", "lowest_score", "modelopt")
 _LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a module's path
 
 
@@ -49,7 +52,10 @@ def arms(measurement: Measurement, scheme: Scheme, *, kinds: Sequence[str], seed
     taken = {frozenset(scheme.quantised_groups())}
     found = []
     for kind, seed in _wanted(kinds, seeds):
-        chosen = _fill(measurement, scheme, name, _order(measurement, name, kind, seed))
+        if kind == "modelopt":
+            chosen = _modelopt_choice(measurement, scheme, name)
+        else:
+            chosen = _fill(measurement, scheme, name, _order(measurement, name, kind, seed))
         if not chosen or chosen in taken:  # a small model has few choices
             continue
         taken.add(chosen)
@@ -72,6 +78,29 @@ def _wanted(kinds: Sequence[str], seeds: int) -> list[tuple[str, int | None]]:
     single: list[tuple[str, int | None]] = [(kind, None) for kind in kinds if kind != "random"]
     drawn: list[tuple[str, int | None]] = [("random", seed) for seed in range(seeds)] if "random" in kinds else []
     return [*drawn[:1], *single, *drawn[1:]]
+
+
+def _modelopt_choice(measurement: Measurement, scheme: Scheme, format_name: str) -> frozenset[str]:
+    """Return the groups that ModelOpt's solver would quantise within the scheme's bits.
+
+    Source: modelopt.torch.quantization.algorithms, AutoQuantizeGradientSearcher and AutoQuantizeKLDivSearcher (a
+    threshold over normalised scores, found by bisection: here it is the highest that keeps the bits).
+    """
+    plain = measurement.model_copy(update={"score_weights": (1.0,) * len(measurement.score_weights)})
+    if measurement.method == "gradient":
+        frontier = planning.frontier(plain)
+        index = frontier.within_bits(scheme.weight_bits)
+        assert index is not None  # the scheme itself is within its bits
+        return frozenset(group for group, name in frontier.assignment(index).items() if name != BF16)
+    size = {group.name: group.weight_elements for group in measurement.groups}
+    room = sum(size[group] for group in scheme.quantised_groups())
+    chosen = set()
+    for group in _order(plain, format_name, "lowest_score", None):
+        chosen.add(group)
+        room -= size[group]
+        if room <= 0:
+            break
+    return frozenset(chosen)
 
 
 def _order(measurement: Measurement, format_name: str, kind: str, seed: int | None) -> list[str]:

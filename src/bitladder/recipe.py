@@ -150,8 +150,8 @@ class LayoutSpec(Section):
 class ControlSpec(Section):
     """Other choices of groups at each scheme's bits, evaluated beside it to show what the search is worth."""
 
-    kinds: tuple[Literal["random", "inverse", "first_last", "largest", "lowest_score"], ...] = Field(
-        default=("random", "inverse", "first_last", "largest", "lowest_score"), description="empty: none"
+    kinds: tuple[Literal["random", "inverse", "first_last", "largest", "lowest_score", "modelopt"], ...] = Field(
+        default=("random", "inverse", "first_last", "largest", "lowest_score", "modelopt"), description="empty: none"
     )
     seeds: int = Field(default=3, ge=1, description="random arms of each scheme")
     max_seconds: float = Field(default=300.0, ge=0, description="no arm is begun after so many seconds")

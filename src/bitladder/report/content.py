@@ -187,7 +187,7 @@ class ReportedArm(Part):
     """One control arm: another choice of groups at a scheme's bits."""
 
     name: str
-    control: str = Field(description="random, inverse, first_last, largest or lowest_score")
+    control: str = Field(description="random, inverse, first_last, largest, lowest_score or modelopt")
     beside: str = Field(description="the scheme at whose bits it stands")
     coverage: float
     effective_bits: float

@@ -43,6 +43,7 @@ CONTROLS = {
     "first_last": "first and last layers kept",
     "largest": "largest groups first",
     "lowest_score": "least sensitive first, whatever they save",
+    "modelopt": "ModelOpt's own choice from these scores",
 }
 STAGES = {"preflight": "pre-flight", "load": "loader", "generate": "engine"}  # in the order of what they prove
 _RUNTIME_NAMES = {"vllm": "vLLM", "sglang": "SGLang", "tensorrt_llm": "TensorRT-LLM"}
