@@ -14,7 +14,7 @@ from bitladder.errors import EngineError, MeasurementError
 from bitladder.recipe import DataSpec, MeasureSpec
 from bitladder.report.content import rank_correlation
 from bitladder.sensitivity import native
-from bitladder.sensitivity.common import gradient_score
+from bitladder.sensitivity.common import gradient_score, hidden_of
 from conftest import (
     llama_config,
     llava_config,
@@ -169,7 +169,7 @@ def test_replay_and_gradient_are_the_models_own_in_every_family(family, tmp_path
     torch.testing.assert_close(decoder.replay(0), decoder.output, rtol=0, atol=0)
 
     def keep(_, __, output):
-        leaves.append(native._hidden_of(output))
+        leaves.append(hidden_of(output))
         leaves[-1].retain_grad()
 
     leaves = []

@@ -41,6 +41,8 @@ from bitladder.records import (
     Record,
     Refinement,
     Refinements,
+    RoundedModule,
+    Rounding,
     RunInfo,
     RunState,
     Scheme,
@@ -80,6 +82,16 @@ MEASUREMENT: dict[str, Any] = {
     "settings_sha256": "e",
     "run": RUN,
 }
+ROUNDED = Rounding(
+    method="compensated",
+    damping=0.1,
+    samples=2,
+    scored=True,
+    files=(FILE,),
+    modules=(
+        RoundedModule(name="g", codes_sha256="f", largest_shift=1.5, output_error=0.01, nearest_output_error=0.03),
+    ),
+)
 SCHEME = Scheme(
     name="top25",
     measurement_sha256="m",
@@ -200,6 +212,7 @@ SAMPLES: list[Record] = [
         run=RUN,
     ),
     RunState(recipe={"output": "o"}, phases={"measure": (PHASE,)}, digests={"f": (1, 2, "s")}),
+    Measurement(**MEASUREMENT | {"rounding": ROUNDED}),
 ]
 each_record = pytest.mark.parametrize("record", SAMPLES, ids=lambda record: type(record).__name__)
 

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from bitladder.records import (
     Scheme,
 )
 from bitladder.runinfo import Progress, no_progress, one_core_each
-from bitladder.sensitivity import Amax, kv_amax
+from bitladder.sensitivity import Amax, Codes, check_codes, kv_amax
 from bitladder.storage import atomic_directory, remove_leftovers, sha256_of_file
 from bitladder.weights import INDEX_FILE, WeightFiles, read_config
 
@@ -71,13 +71,13 @@ Quantised = Mapping[str, tuple[QuantModule, str]]  # tensor name of a quantised 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of an output file: a source tensor's bytes, what is made of a source weight, or a given value."""
+    """One tensor of an output file: a source tensor's bytes, what is made of a source weight, or what is given."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
-    content: TensorInfo | torch.Tensor
+    content: TensorInfo | torch.Tensor | Callable[[], torch.Tensor]  # the last: read when it is written
     make: Callable[[torch.Tensor], torch.Tensor] | None = None  # from the source weight; None: its bytes as they are
 
 
@@ -162,7 +162,12 @@ def _quantised_modules(scheme: Scheme, measurement: Measurement) -> Quantised:
 
 
 def _entries(
-    weights: WeightFiles, file: str, quantised: Quantised, amax: Amax, kv_scales: Mapping[str, torch.Tensor]
+    weights: WeightFiles,
+    file: str,
+    quantised: Quantised,
+    amax: Amax,
+    kv_scales: Mapping[str, torch.Tensor],
+    codes: Codes | None,
 ) -> list[_Entry]:
     """Return the tensors of one output file, in the order of their data."""
     entries = []
@@ -185,8 +190,8 @@ def _entries(
                 format_.code_dtype,
                 info.shape,
                 math.prod(info.shape),
-                info,
-                partial(_codes, format_, weight_amax),
+                info if codes is None else partial(codes.read, module.name),
+                partial(_codes, format_, weight_amax) if codes is None else None,
             ),
             _Entry(f"{prefix}.weight_scale", "F32", (), 4, format_.scale(weight_amax)),
             _Entry(f"{prefix}.input_scale", "F32", (), 4, format_.scale(input_amax)),
@@ -279,6 +284,8 @@ def _write_weights(weights: WeightFiles, file: str, entries: Sequence[_Entry], d
         for entry in entries:
             if isinstance(entry.content, torch.Tensor):
                 output.write(_bytes(entry.content))
+            elif not isinstance(entry.content, TensorInfo):
+                output.write(_bytes(entry.content()))
             elif entry.make is None:
                 for block in _read(source, entry.content, _BLOCK_BYTES):
                     output.write(block)
@@ -343,6 +350,7 @@ def export(
     source: Path,
     destination: Path,
     progress: Progress = no_progress,
+    codes: Codes | None = None,
 ) -> CheckpointManifest:
     """Write the checkpoint of one scheme to `destination`.
 
@@ -353,6 +361,7 @@ def export(
         source: the original model's directory.
         destination: a directory that doesn't exist, is empty, or holds an earlier checkpoint of ours.
         progress: told of every file.
+        codes: the measurement's, where they are not the nearest ones (`sensitivity.read_codes`).
 
     Raises:
         StaleRecord: the scheme belongs to another measurement. MeasurementError: not exportable.
@@ -360,6 +369,7 @@ def export(
     """
     if scheme.measurement_sha256 != measurement.fingerprint():
         raise StaleRecord(f"scheme {scheme.name} was planned from another measurement; plan again")
+    check_codes(measurement, codes)
     _check_destination(destination)
     quantised = _quantised_modules(scheme, measurement)
     kv_scales: dict[str, torch.Tensor] = {}
@@ -375,7 +385,7 @@ def export(
         placed: dict[str, str] = {}
         for index, file in enumerate(weights.files):
             progress(f"export {scheme.name}", index, len(weights.files))
-            entries = _entries(weights, file, quantised, amax, kv_scales)
+            entries = _entries(weights, file, quantised, amax, kv_scales, codes)
             files.append(_write_weights(weights, file, entries, temporary))
             placed.update(dict.fromkeys((entry.name for entry in entries), file))
             table.update((entry.name, entry) for entry in entries)
@@ -397,7 +407,7 @@ def export(
             measurement_sha256=scheme.measurement_sha256,
             source_sha256=measurement.model.sha256,
             files=tuple(sorted(files, key=lambda entry: entry.name)),
-            modules=tuple(_module_records(quantised, amax)),
+            modules=tuple(_module_records(quantised, amax, "nearest" if codes is None else "compensated")),
             kv_cache_format=scheme.kv_cache_format,
             kv_scales=tuple(KvScale(tensor=name, scale=float(value)) for name, value in kv_scales.items()),
         )
@@ -412,6 +422,7 @@ def export_all(
     source: Path,
     directories: Mapping[str, Path],
     progress: Progress = no_progress,
+    codes: Codes | None = None,
 ) -> dict[str, CheckpointManifest]:
     """Write the checkpoints of several schemes, `{scheme name: directory}`; at once where there are cores for it.
 
@@ -424,14 +435,16 @@ def export_all(
         remove_leftovers(parent)
 
     def write(scheme: Scheme) -> CheckpointManifest:
-        return export(scheme, measurement, amax, source, directories[scheme.name], progress)
+        return export(scheme, measurement, amax, source, directories[scheme.name], progress, codes)
 
     at_once = max(1, min(len(schemes), len(os.sched_getaffinity(0)) // _CORES_PER_EXPORT))
     with one_core_each(at_once) as pool:
         return {scheme.name: manifest for scheme, manifest in zip(schemes, pool.map(write, schemes), strict=True)}
 
 
-def _module_records(quantised: Quantised, amax: Amax) -> Iterator[ModuleRecord]:
+def _module_records(
+    quantised: Quantised, amax: Amax, rounding: Literal["nearest", "compensated"]
+) -> Iterator[ModuleRecord]:
     for tensor, (module, name) in quantised.items():
         format_ = get_format(name)
         yield ModuleRecord(
@@ -441,6 +454,7 @@ def _module_records(quantised: Quantised, amax: Amax) -> Iterator[ModuleRecord]:
             dtype=format_.code_dtype,
             weight_scale=float(format_.scale(amax[f"{module.name}.weight_amax"])),
             input_scale=float(format_.scale(amax[f"{module.name}.input_amax"])),
+            rounding=rounding,
         )
 
 

@@ -272,7 +272,8 @@ def measure(work: Workspace) -> Measurement:
     if path.exists():
         known = Measurement.read(path)
         amax = work.output / sensitivity.AMAX_FILE
-        if known.settings_sha256 == key and amax.exists() and work.cache.sha256(amax) == known.amax_sha256:
+        has_amax = amax.exists() and work.cache.sha256(amax) == known.amax_sha256
+        if known.settings_sha256 == key and has_amax and _codes_are_intact(work, known, work.output):
             return known
     target = targets.find_target(directory)
     measurement = sensitivity.measure(
@@ -280,6 +281,13 @@ def measure(work: Workspace) -> Measurement:
     )
     work.finished("measure", measurement.run.phases if measurement.run else ())
     return measurement
+
+
+def _codes_are_intact(work: Workspace, measurement: Measurement, directory: Path) -> bool:
+    """Return whether the compensated codes of a measurement, where it has some, lie in `directory` as they were."""
+    entries = measurement.rounding.files if measurement.rounding is not None else ()
+    paths = {directory / sensitivity.CODES / entry.name: entry.sha256 for entry in entries}
+    return all(path.is_file() and work.cache.sha256(path) == sha256 for path, sha256 in paths.items())
 
 
 def take_over(work: Workspace, path: Path) -> Measurement:
@@ -300,9 +308,14 @@ def take_over(work: Workspace, path: Path) -> Measurement:
         )
     if not amax.is_file() or work.cache.sha256(amax) != known.amax_sha256:
         raise RecordError(f"{amax} is missing or not the one that {path} was written with; copy both files together")
+    if not _codes_are_intact(work, known, path.parent):
+        raise RecordError(
+            f"{path.parent / sensitivity.CODES} does not hold the codes that {path} was written with; copy it too"
+        )
     own = work.output / sensitivity.MEASUREMENT_FILE
     if path.resolve() != own.resolve():
         atomic_write(work.output / sensitivity.AMAX_FILE, amax.read_bytes())
+        sensitivity.copy_codes(known, path.parent, work.output)
         known.write(own)
         work.finished("measure", known.run.phases if known.run else ())
     return known
@@ -330,8 +343,14 @@ def kl_on(work: Workspace, measurement: Measurement, data: calibration.DataSet) 
     directory, device = work.model_directory, sensitivity.resolve_device(work.recipe.measurement.device)
     reference = evaluation.Reference.compute(directory, data, split="calibration", device=device)
     with reference:
-        simulation = Simulation(directory, measurement, sensitivity.read_amax(measurement, work.output), device)
+        simulation = _simulation(work, measurement, device)
         yield lambda scheme: simulation.results([reference], scheme)[0].value
+
+
+def _simulation(work: Workspace, measurement: Measurement, device: str) -> Simulation:
+    """Return the original, ready to take any scheme with the codes and scales of the measurement."""
+    amax, codes = sensitivity.read_amax(measurement, work.output), sensitivity.read_codes(measurement, work.output)
+    return Simulation(work.model_directory, measurement, amax, device, codes)
 
 
 def measure_kl_points(work: Workspace) -> KlPoints:
@@ -496,7 +515,7 @@ def export(work: Workspace) -> dict[str, CheckpointManifest]:
         BitladderError: see `checkpoint.export`.
     """
     measurement, schemes = work.measurement(), work.schemes()
-    amax = sensitivity.read_amax(measurement, work.output)
+    amax, codes = sensitivity.read_amax(measurement, work.output), sensitivity.read_codes(measurement, work.output)
     missing = [s for s in schemes if not _is_intact(work, s, work.checkpoint_directory(s.name))]
     for scheme in missing:
         work.check_place(work.checkpoint_directory(scheme.name))
@@ -504,7 +523,7 @@ def export(work: Workspace) -> dict[str, CheckpointManifest]:
         meter = Meter()
         with meter.phase(f"export {len(missing)} scheme{'s' if len(missing) > 1 else ''}"):
             directories = {scheme.name: work.checkpoint_directory(scheme.name) for scheme in missing}
-            checkpoint.export_all(missing, measurement, amax, work.model_directory, directories, work.progress)
+            checkpoint.export_all(missing, measurement, amax, work.model_directory, directories, work.progress, codes)
         if work.recipe.export.share_files:
             checkpoint.share_equal_files([work.checkpoint_directory(scheme.name) for scheme in schemes])
         for scheme in schemes:
@@ -676,9 +695,7 @@ def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Ev
     meter, start, found = Meter(), time.monotonic(), []
     references = originals.references(meter)
     with meter.phase("control arms"):
-        simulation = Simulation(
-            work.model_directory, measurement, sensitivity.read_amax(measurement, work.output), references[0].device
-        )
+        simulation = _simulation(work, measurement, references[0].device)
         for index, arm in enumerate(arms):
             work.progress("control arms", index, len(arms))
             if time.monotonic() - start > spec.max_seconds:

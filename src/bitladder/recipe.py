@@ -93,11 +93,23 @@ class MeasureSpec(Section):
     method: Literal["gradient", "kl_div"] = "gradient"
     formats: tuple[str, ...] = Field(default=("fp8",), min_length=1)
     share_fused_scales: bool = Field(default=True, description="False only to compare with ModelOpt; not exportable")
+    rounding: Literal["nearest", "compensated"] = Field(
+        default="nearest", description="compensated: codes that make up for one another's errors (GPTQ)"
+    )
+    damping: float = Field(
+        default=0.1, gt=0, description="of compensated rounding; more of it trusts the calibration tokens less"
+    )
     score_samples: int | None = Field(default=None, gt=0, description="samples scored; None: all calibration samples")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="arithmetic while scoring; auto: float32 on a CPU, bfloat16 on a GPU"
     )
     device: str = Field(default="auto", description="auto: a GPU where there is one")
+
+    @model_validator(mode="after")
+    def _exportable_codes(self) -> Self:
+        if self.rounding == "compensated" and not (self.share_fused_scales and len(self.formats) == 1):
+            raise ValueError("rounding: compensated needs share_fused_scales: true and one format")
+        return self
 
 
 class SchemeSpec(Section):

@@ -172,6 +172,27 @@ class Candidate(Part):
     )
 
 
+class RoundedModule(Part):
+    """What one module's compensated codes do, on the calibration tokens that they were made from."""
+
+    name: str
+    codes_sha256: str = Field(description="of the codes, row by row, one byte an element")
+    largest_shift: float = Field(description="largest |code · scale - weight|, in units of the scale")
+    output_error: float = Field(description="|X (W - Q)| / |X W|, every token's input at unit length")
+    nearest_output_error: float = Field(description="the same with the nearest codes")
+
+
+class Rounding(Part):
+    """How the codes were chosen where they are not the nearest ones."""
+
+    method: Literal["compensated"]
+    damping: float
+    samples: int = Field(description="calibration samples")
+    scored: bool = Field(description="whether the scores are those of these codes; else of the nearest ones")
+    files: tuple[FileDigest, ...] = Field(description="codes, one file a decoder layer, in the directory `codes`")
+    modules: tuple[RoundedModule, ...]
+
+
 class Measurement(Record):
     """One sensitivity measurement: everything that planning and exporting need.
 
@@ -193,6 +214,7 @@ class Measurement(Record):
     candidates: tuple[Candidate, ...]
     untouched: tuple[UntouchedModule, ...]
     amax_sha256: str | None = Field(description="SHA-256 of measurement.safetensors; None: no amax, so no export")
+    rounding: Rounding | None = Field(default=None, description="None: every weight to its nearest code")
     settings_sha256: str = Field(default="", description="digest of the recipe's settings that led here")
     run: RunInfo | None = None
 
@@ -307,6 +329,7 @@ class ModuleRecord(Part):
     dtype: str
     weight_scale: float
     input_scale: float
+    rounding: Literal["nearest", "compensated"] = "nearest"
 
 
 class KvScale(Part):

@@ -19,7 +19,7 @@ from bitladder.formats import get_format
 from bitladder.kv_cache import cached_layers, layer_index
 from bitladder.records import BF16, EvalResult, Measurement, QuantModule, Scheme
 from bitladder.runinfo import Progress, no_progress
-from bitladder.sensitivity import Amax, kv_amax
+from bitladder.sensitivity import Amax, Codes, check_codes, kv_amax
 from bitladder.targets import load_model
 
 
@@ -29,8 +29,11 @@ class Simulation:
     Memory: the model once, and what a scheme quantises a second time.
     """
 
-    def __init__(self, directory: Path, measurement: Measurement, amax: Amax, device: str = "cpu") -> None:
-        self.measurement = measurement
+    def __init__(
+        self, directory: Path, measurement: Measurement, amax: Amax, device: str = "cpu", codes: Codes | None = None
+    ) -> None:
+        check_codes(measurement, codes)
+        self.measurement, self.codes = measurement, codes
         self.amax = amax
         self.device = device
         self.model = load_model(directory, torch.float32, device)
@@ -87,7 +90,11 @@ class Simulation:
         format_ = get_format(format_name)
         weight_amax = self.amax[f"{module.name}.weight_amax"].to(self.device)
         input_amax = self.amax[f"{module.name}.input_amax"].to(self.device)
-        weight = numerics.dequantise(format_.codes(linear.weight, weight_amax), format_.scale(weight_amax))
+        if self.codes is None:
+            codes = format_.codes(linear.weight, weight_amax)
+        else:
+            codes = self.codes.read(module.name).to(self.device)
+        weight = numerics.dequantise(codes, format_.scale(weight_amax))
         restored = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         restored.weight = nn.Parameter(weight, requires_grad=False)
         restored.bias = linear.bias

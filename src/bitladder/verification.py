@@ -7,7 +7,9 @@ tensor by tensor. What is checked:
 - every tensor of the source is there under its name, with the dtype and shape that the scheme says, and no other is;
 - outside the scheme: bytes equal to the source's;
 - inside: E4M3 codes without NaN, finite positive float32 scales, equal within a fused group and to the manifest, and
-  every code · scale within half an E4M3 step of the source weight (a code at ±448 may stand for what lies beyond);
+  every code · scale within half an E4M3 step of the source weight (a code at ±448 may stand for what lies beyond).
+  Compensated codes are not the nearest ones: they are the very codes that the measurement has, by their SHA-256, and
+  no code · scale is farther from the source weight than it says;
 - `config.json`, `hf_quant_config.json` and the weight index agree with the scheme, with the source and with each other;
 - of every two schemes, exactly the modules with different formats have different tensors.
 """
@@ -37,6 +39,7 @@ from bitladder.records import (
     PairDifference,
     QuantGroup,
     QuantModule,
+    RoundedModule,
     Scheme,
     Verification,
 )
@@ -211,11 +214,20 @@ def _scalar(exam: _Examination, tensors: _Tensors, name: str) -> float | None:
     return value
 
 
-def _check_codes(exam: _Examination, name: str, codes: torch.Tensor, scale: float, original: torch.Tensor) -> None:
-    """Check that every code restores its source weight within half an E4M3 step."""
+def _check_codes(
+    exam: _Examination,
+    name: str,
+    codes: torch.Tensor,
+    scale: float,
+    original: torch.Tensor,
+    rounded: RoundedModule | None,
+) -> None:
+    """Check that every code restores its source weight: within half an E4M3 step, or as far off as was recorded."""
     exam.codes += codes.numel()
     step = torch.tensor(scale)
     wrong = 0
+    if rounded is not None and hashlib.sha256(_bytes(codes).numpy().data).hexdigest() != rounded.codes_sha256:
+        exam.find("*.safetensors", name, "its codes are not the compensated ones of the measurement")
     flat, source = codes.view(-1), original.reshape(-1)
     for start in range(0, len(flat), _BLOCK):
         some = flat[start : start + _BLOCK]
@@ -223,11 +235,15 @@ def _check_codes(exam: _Examination, name: str, codes: torch.Tensor, scale: floa
         if not bool(torch.isfinite(restored).all()):
             exam.find("*.safetensors", name, "holds NaN codes")
             return
+        if rounded is not None:
+            wrong += int(((restored - wanted).abs() > rounded.largest_shift * step * _STEP_TOLERANCE).sum())
+            continue
         allowed = numerics.half_step(wanted, step) * _STEP_TOLERANCE
         saturated = (some.float().abs() == numerics.E4M3_MAX) & (wanted.abs() >= restored.abs())
         wrong += int((((restored - wanted).abs() > allowed) & ~saturated).sum())
     if wrong:
-        exam.find("*.safetensors", name, f"{wrong:,} of {codes.numel():,} codes are not the ones nearest to the source")
+        what = "not the ones nearest to the source" if rounded is None else "farther from the source than was recorded"
+        exam.find("*.safetensors", name, f"{wrong:,} of {codes.numel():,} codes are {what}")
 
 
 def _check_tensor(
@@ -236,6 +252,7 @@ def _check_tensor(
     group: QuantGroup | None,
     module: QuantModule | None,
     entry: ModuleRecord | None,
+    rounded: RoundedModule | None,
     tensors: _Tensors,
     originals: _Tensors,
 ) -> _Scales | None:
@@ -258,6 +275,8 @@ def _check_tensor(
     input_scale = _scalar(exam, tensors, f"{prefix}.input_scale")
     if entry is None or (entry.weight_scale, entry.input_scale) != (weight_scale, input_scale):
         exam.find(CheckpointManifest.FILE_NAME, name, "the manifest's scales are not those in the file")
+    if entry is not None and entry.rounding != ("nearest" if rounded is None else "compensated"):
+        exam.find(CheckpointManifest.FILE_NAME, name, f"is recorded as rounded {entry.rounding}, the measurement not")
     if tensor.dtype != numerics.E4M3_DTYPE or tensor.shape != original.shape:
         exam.find(
             file,
@@ -265,13 +284,15 @@ def _check_tensor(
             f"is {tensor.dtype} {list(tensor.shape)}, the scheme says FP8 codes {list(original.shape)}",
         )
     elif weight_scale is not None:
-        _check_codes(exam, name, tensor, weight_scale, original)
+        _check_codes(exam, name, tensor, weight_scale, original, rounded)
     return weight_scale, input_scale
 
 
 def _check_tensors(exam: _Examination, measurement: Measurement, manifest: CheckpointManifest, source: Path) -> None:
     """Check every tensor of the checkpoint against the source and the scheme."""
     recorded = {module.name: module for module in manifest.modules}
+    rounding = measurement.rounding.modules if measurement.rounding is not None else ()
+    rounded = {module.name: module for module in rounding}
     with ExitStack() as stack:
         tensors, originals = _Tensors(exam.directory, stack), _Tensors(source, stack)
         for file, problem in tensors.broken.items():
@@ -292,8 +313,10 @@ def _check_tensors(exam: _Examination, measurement: Measurement, manifest: Check
         def check(name: str) -> tuple[_Examination, _Scales | None]:
             part = exam.part()
             group, module = modules.get(name, (None, None))
-            entry = recorded.get(module.name) if module is not None else None
-            return part, _check_tensor(part, name, group, module, entry, tensors, originals)
+            if module is None:
+                return part, _check_tensor(part, name, None, None, None, None, tensors, originals)
+            entry, own = recorded.get(module.name), rounded.get(module.name)
+            return part, _check_tensor(part, name, group, module, entry, own, tensors, originals)
 
         group_scales: dict[str, set[_Scales]] = {}
         with one_core_each(_THREADS) as pool:

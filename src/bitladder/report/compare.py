@@ -47,6 +47,7 @@ def _settings(first: Report, second: Report, names: tuple[str, str]) -> str:
         "calibration": [f"{PurePath(r.calibration.source).name} ({r.calibration.kind})" for r in (first, second)],
         "samples, tokens": [f"{exact(r.calibration.samples)}, {exact(r.calibration.tokens)}" for r in (first, second)],
         "engine, method": [f"{r.engine}, {r.method}" for r in (first, second)],
+        "codes": ["nearest" if r.rounding is None else r.rounding.method for r in (first, second)],
         "score unit": [r.score_unit for r in (first, second)],
         "searched weights": [exact(r.searched_weights) for r in (first, second)],
     }.items():

@@ -34,6 +34,7 @@ from bitladder.records import (
     Record,
     Refinement,
     Refinements,
+    Rounding,
     RunInfo,
     Scheme,
     Stage,
@@ -276,6 +277,7 @@ class Report(Record):
     method: str
     compute_dtype: str
     fused_scales_shared: bool
+    rounding: Rounding | None = Field(default=None, description="None: every weight to its nearest code")
     formats: tuple[str, ...]
     score_unit: str
     score_batches: int
@@ -375,6 +377,7 @@ def build_report(
         method=measurement.method,
         compute_dtype=measurement.compute_dtype,
         fused_scales_shared=measurement.fused_scales_shared,
+        rounding=measurement.rounding,
         formats=measurement.formats,
         score_unit=measurement.score_unit,
         score_batches=len(measurement.score_weights),

@@ -5,6 +5,7 @@ A column keeps one number of decimals, set by the smallest standard error in it,
 
 import itertools
 import math
+import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,23 @@ def byte_size(count: int | None) -> str:
 def exact(count: int | None) -> str:
     """Return an integer in full, with separators."""
     return NONE if count is None else f"{count:,}"
+
+
+def rounding(report: Report) -> str:
+    """Return how the codes were chosen, and what that does."""
+    chosen = report.rounding
+    if chosen is None:
+        return "every weight to its nearest"
+    errors = [
+        statistics.median(getattr(module, name) for module in chosen.modules)
+        for name in ("output_error", "nearest_output_error")
+    ]
+    scored = "these" if chosen.scored else "the nearest"
+    return (
+        f"compensated (GPTQ), damping {chosen.damping:g}, from {exact(chosen.samples)} calibration samples; the error "
+        f"of a module's output by its weights is {percent(errors[0])} at the median, with the nearest codes "
+        f"{percent(errors[1])}; the scores are those of {scored} codes"
+    )
 
 
 def _size_of(count: int | None, whole: int | None) -> str:
@@ -708,7 +726,7 @@ def template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters.update(exact=exact, percent=percent, byte_size=byte_size, **filters)
+    environment.filters.update(exact=exact, percent=percent, byte_size=byte_size, rounding=rounding, **filters)
     return environment.get_template(name)
 
 

@@ -5,20 +5,24 @@ done in `measuring/` beside the result, so that a killed run goes on where it st
 
     measuring/key.json             what the files in here belong to
     measuring/amax.safetensors     after calibration
+    measuring/codes/               where codes are compensated, one file per decoder layer
     measuring/scores-00007.json    one per scored batch
     measurement.safetensors        amax of every searched module
+    codes/                         the codes of every searched weight, where they are compensated
     measurement.json               the Measurement, written last
 """
 
 import gc
 import json
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from bitladder.calibration import Batch, DataSet
@@ -26,7 +30,7 @@ from bitladder.errors import MeasurementError, ModelError, RecordError
 from bitladder.formats import get_format
 from bitladder.kv_cache import cached_layers
 from bitladder.recipe import MeasureSpec
-from bitladder.records import Candidate, Measurement, ModelSource, digest_of
+from bitladder.records import Candidate, FileDigest, Measurement, ModelSource, Rounding, digest_of
 from bitladder.runinfo import Meter, Progress, no_progress
 from bitladder.storage import atomic_path, atomic_write, remove_leftovers, sha256_of_file
 from bitladder.targets import Target, checkpoint_tensor_names, load_model
@@ -34,6 +38,7 @@ from bitladder.weights import WeightFiles
 
 MEASUREMENT_FILE = "measurement.json"
 AMAX_FILE = "measurement.safetensors"
+CODES = "codes"  # directory
 _PARTIAL = "measuring"
 
 # Float32 scalars: "<module>.weight_amax" and "<module>.input_amax"; keys and values as `kv_cache` names them.
@@ -54,6 +59,28 @@ class Job:
     progress: Progress
 
 
+class Codes:
+    """Compensated codes of weights on disk: `{module: file}`, read when they are asked for."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self.files = files
+
+    @classmethod
+    def in_directory(cls, directory: Path) -> Self:
+        """Return the codes in the files of `directory`."""
+        found = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                found.update(dict.fromkeys(file.keys(), path))
+        return cls(found)
+
+    def read(self, module: str) -> torch.Tensor:
+        """Return a module's codes, [out_features, in_features], on the CPU."""
+        with safe_open(self.files[module], framework="pt") as file:
+            codes: torch.Tensor = file.get_tensor(module)
+        return codes
+
+
 class Partial:
     """What a measurement has so far, on disk."""
 
@@ -71,6 +98,15 @@ class Partial:
             directory.mkdir(parents=True)
             atomic_write(path, json.dumps({"key": key}))
         remove_leftovers(directory)
+        remove_leftovers(directory / CODES)
+
+    def codes_file(self, layer: int) -> Path:
+        """Return where the codes of a decoder layer's modules are kept, once they are made."""
+        return self.directory / CODES / f"layer-{layer:05}.safetensors"
+
+    def codes(self) -> "Codes":
+        """Return the codes that are made so far."""
+        return Codes.in_directory(self.directory / CODES)
 
     def amax(self) -> Amax | None:
         """Return the amax values of a finished calibration, or None."""
@@ -222,7 +258,7 @@ def measure(
     Raises:
         ModelError: NaN or Inf in weights. MeasurementError: NaN or Inf in activations or scores.
     """
-    from bitladder.sensitivity import modelopt, native
+    from bitladder.sensitivity import compensation, modelopt, native
 
     for name in spec.formats:
         get_format(name)
@@ -245,6 +281,16 @@ def measure(
         torch.cuda.empty_cache()
     amax = partial.amax()
     assert amax is not None
+    rounding = None
+    if spec.rounding == "compensated":
+        if spec.engine != "native":  # which has made the codes already, and scored them
+            with meter.phase("load model"):
+                model = load_model(directory, dtype, device)
+            compensation.run(model, job, partial, amax, meter)
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+        rounding = _keep_codes(partial, output, data, spec)
     unit, weights = score_weights(spec.method, data.batches[:count])
     batches = [partial.scores(batch) or {} for batch in range(count)]
     raw = [score for batch in batches for formats in batch.values() for score in formats.values()]
@@ -278,12 +324,73 @@ def measure(
         candidates=candidates,
         untouched=target.untouched,
         amax_sha256=sha256_of_file(output / AMAX_FILE),
+        rounding=rounding,
         settings_sha256=key,
         run=meter.info(),
     )
     measurement.write(output / MEASUREMENT_FILE)
+    if rounding is None:
+        shutil.rmtree(output / CODES, ignore_errors=True)  # of an earlier measurement
     partial.remove()
     return measurement
+
+
+def _keep_codes(partial: Partial, output: Path, data: DataSet, spec: MeasureSpec) -> Rounding:
+    """Move the finished codes to where they stay, and return their record."""
+    from bitladder.sensitivity import compensation
+
+    made, kept = partial.directory / CODES, output / CODES
+    if made.exists():
+        shutil.rmtree(kept, ignore_errors=True)
+        os.replace(made, kept)
+    paths = sorted(kept.glob("*.safetensors"))
+    return Rounding(
+        method="compensated",
+        damping=spec.damping,
+        samples=data.summary.samples,
+        scored=spec.engine == "native",
+        files=tuple(
+            FileDigest(name=path.name, bytes=path.stat().st_size, sha256=sha256_of_file(path)) for path in paths
+        ),
+        modules=tuple(module for path in paths for module in compensation.read_modules(path)),
+    )
+
+
+def read_codes(measurement: Measurement, directory: Path) -> Codes | None:
+    """Return the codes that belong to a measurement, `directory` being where its files lie; None: the nearest ones.
+
+    Raises:
+        RecordError: a file is missing, or not the one that the measurement was written with.
+    """
+    if measurement.rounding is None:
+        return None
+    for entry in measurement.rounding.files:
+        path = directory / CODES / entry.name
+        if not path.is_file():
+            raise RecordError(f"{path} is missing; run `bitladder measure` again")
+        if sha256_of_file(path) != entry.sha256:
+            raise RecordError(f"{path} is not the file that {MEASUREMENT_FILE} was written with; measure again")
+    return Codes.in_directory(directory / CODES)
+
+
+def check_codes(measurement: Measurement, codes: Codes | None) -> None:
+    """Check that compensated codes are at hand exactly where the measurement has them.
+
+    Raises:
+        MeasurementError: they are not, or of other modules.
+    """
+    wanted = {module.name for module in measurement.rounding.modules} if measurement.rounding is not None else None
+    if wanted != (None if codes is None else set(codes.files)):
+        have, need = ("no" if found is None else "compensated" for found in (codes, wanted))
+        raise MeasurementError(f"{have} codes were given, the measurement has {need} ones; read them with read_codes")
+
+
+def copy_codes(measurement: Measurement, source: Path, destination: Path) -> None:
+    """Copy a measurement's codes, where it has some, to another run's directory."""
+    shutil.rmtree(destination / CODES, ignore_errors=True)
+    for entry in measurement.rounding.files if measurement.rounding is not None else ():
+        with atomic_path(destination / CODES / entry.name) as temporary:
+            shutil.copyfile(source / CODES / entry.name, temporary)
 
 
 def _finite(score: float, group: str, format_name: str) -> float:

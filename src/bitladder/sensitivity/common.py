@@ -1,7 +1,10 @@
-"""What both engines do alike: the score itself, image-token positions, and the amax of keys and values."""
+"""What engines and rounding do alike: the score, image-token positions, amax of keys and values, decoder layers."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -9,11 +12,55 @@ from torch import nn
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError
 from bitladder.kv_cache import AmaxCache, cached_layers, layer_index
+from bitladder.records import QuantGroup
 from bitladder.sensitivity import Amax
 from bitladder.targets import Target
 
 OUT_OF_MEMORY = "out of GPU memory while measuring; lower calibration.batch_size or calibration.sequence_length"
 _LARGEST_PRODUCT = 1e10  # ModelOpt's own bound on gradient times error
+_LAYER = re.compile(r"(.+?)\.(\d+)\.")  # path of the list of decoder layers, and the number in it
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a decoder layer was called with; the hidden states are apart."""
+
+    hidden: torch.Tensor  # [rows, tokens, hidden]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Self:
+        """Return the call that a forward pre-hook of the layer saw."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return cls(hidden, args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"})
+
+
+def layers_path(target: Target, remedy: str) -> str:
+    """Return the path of the one list of decoder layers that holds all searched modules.
+
+    Raises:
+        EngineError: there are several, or none; the message ends with `remedy`.
+    """
+    paths = {found[1] for group in target.groups for m in group.modules if (found := _LAYER.match(m.name))}
+    if len(paths) != 1:
+        listed = ", ".join(sorted(paths)) or "none"
+        raise EngineError(f"the searched modules lie in {len(paths)} lists of layers ({listed}); {remedy}")
+    return paths.pop()
+
+
+def layer_of(group: QuantGroup) -> int:
+    """Return the number of the decoder layer that holds a group."""
+    found = _LAYER.match(group.modules[0].name)
+    assert found is not None
+    return int(found[2])
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """Return the hidden states [rows, tokens, hidden] that a decoder layer gave."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, torch.Tensor)
+    return hidden
 
 
 def gradient_score(gradient: torch.Tensor, difference: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:

@@ -23,11 +23,9 @@ so a batch where it does is refused.
 
 import inspect
 import itertools
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,17 +38,20 @@ from bitladder.errors import EngineError, MeasurementError
 from bitladder.kv_cache import AmaxCache
 from bitladder.records import QuantGroup, QuantModule
 from bitladder.runinfo import Meter
-from bitladder.sensitivity import Amax, BatchScores, Job, Partial, check_amax
+from bitladder.sensitivity import Amax, BatchScores, Codes, Job, Partial, check_amax, compensation
 from bitladder.sensitivity.common import (
     OUT_OF_MEMORY,
+    LayerCall,
     gradient_score,
+    hidden_of,
     image_positions,
     kv_cache_amax,
+    layer_of,
+    layers_path,
     without_cudnn_attention,
 )
 from bitladder.targets import image_token_ids
 
-_LAYER = re.compile(r"(.+?)\.(\d+)\.")  # path of the list of decoder layers, and the number in it
 _FP8_CAPABILITY = (8, 9)  # of the first NVIDIA GPUs that multiply FP8 numbers
 _FP8_MULTIPLE = 16  # torch._scaled_mm takes matrices whose sides are multiples of this
 _ROWS_AT_ONCE = 256  # of logits: 151,936 a row in float32 make 156 MB, and a loss or KL needs several of them
@@ -59,27 +60,22 @@ _SAME_LOGITS = 0.02  # of the largest logit: BF16 rounds to 0.004, a softcap or 
 FORMAT = "fp8"
 
 
-@dataclass(frozen=True)
-class _LayerCall:
-    """What a decoder layer was called with; the hidden states are apart."""
-
-    hidden: torch.Tensor  # [rows, tokens, hidden]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 class _Fp8Linear:
     """What one searched module would give in FP8."""
 
-    def __init__(self, linear: nn.Linear, weight_amax: torch.Tensor, input_amax: torch.Tensor) -> None:
+    def __init__(self, linear: nn.Linear, module: str, amax: Amax, codes: Codes | None) -> None:
+        weight_amax, input_amax = amax[f"{module}.weight_amax"], amax[f"{module}.input_amax"]
         self.linear = linear
         self.input_amax_value = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
         self.input_amax = input_amax.to(linear.weight.device)
         self.input_scale = numerics.scale_of(self.input_amax)
         self.weight_scale = numerics.scale_of(weight_amax.to(linear.weight.device))
         self.native = _multiplies_fp8(linear)
-        codes = numerics.quantise(linear.weight, weight_amax.to(linear.weight.device))
-        self.weight = codes if self.native else numerics.dequantise(codes, self.weight_scale, linear.weight.dtype)
+        if codes is None:
+            stored = numerics.quantise(linear.weight, weight_amax.to(linear.weight.device))
+        else:
+            stored = codes.read(module).to(linear.weight.device)
+        self.weight = stored if self.native else numerics.dequantise(stored, self.weight_scale, linear.weight.dtype)
 
     def input_of(self, x: torch.Tensor) -> torch.Tensor:
         """Return the module's input as it is multiplied: FP8 codes, or values rounded through FP8."""
@@ -120,7 +116,7 @@ def _multiplies_fp8(linear: nn.Linear) -> bool:
 class _Taps:
     """Scores every searched module of the layer that is run with gradients."""
 
-    def __init__(self, model: nn.Module, job: Job, amax: Amax) -> None:
+    def __init__(self, model: nn.Module, job: Job, amax: Amax, codes: Codes | None) -> None:
         self.images: torch.Tensor | None = None  # positions of the batch at hand
         self.scores: dict[str, torch.Tensor] = {}  # module -> [2], of the batch at hand
         self._shared: tuple[torch.Tensor, float, torch.Tensor] | None = None  # input, its amax, input in FP8
@@ -128,8 +124,9 @@ class _Taps:
         self.linears = {
             module.name: _Fp8Linear(
                 model.get_submodule(module.name),  # type: ignore[arg-type]
-                amax[f"{module.name}.weight_amax"],
-                amax[f"{module.name}.input_amax"],
+                module.name,
+                amax,
+                codes,
             )
             for module in self.modules
         }
@@ -187,13 +184,7 @@ class _Decoder:
     """The decoder layers of a model, the norm and head behind them, and what each layer was last called with."""
 
     def __init__(self, model: Any, job: Job) -> None:
-        paths = {found[1] for group in job.target.groups for m in group.modules if (found := _LAYER.match(m.name))}
-        if len(paths) != 1:
-            raise EngineError(
-                f"the searched modules lie in {len(paths)} lists of layers ({', '.join(sorted(paths)) or 'none'}); "
-                "engine: native needs one, use engine: modelopt"
-            )
-        path = paths.pop()
+        path = layers_path(job.target, "engine: native needs one, use engine: modelopt")
         self.model = model
         self.layers: Any = model.get_submodule(path)
         self.norm = getattr(model.get_submodule(path.rpartition(".")[0]), "norm", None)
@@ -202,8 +193,8 @@ class _Decoder:
                 f"{type(model).__name__} has no `norm` beside its layers or takes no `logits_to_keep`; engine: native "
                 "needs both, use engine: modelopt"
             )
-        self.first = min(_layer_of(group) for group in job.target.groups)  # layers before it need no gradient
-        self.calls: list[_LayerCall] = []
+        self.first = min(layer_of(group) for group in job.target.groups)  # layers before it need no gradient
+        self.calls: list[LayerCall] = []
         self.output = torch.empty(0)  # of the last layer, [rows, tokens, hidden]
         self.changed_before = 0  # the last layer whose input is not what the one before gave; 0: there is none
 
@@ -229,14 +220,13 @@ class _Decoder:
             )
 
     def _keep_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if self.calls and hidden is not self.output:
+        call = LayerCall.of(args, kwargs)
+        if self.calls and call.hidden is not self.output:
             self.changed_before = len(self.calls)
-        others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        self.calls.append(_LayerCall(hidden, args[1:], others))
+        self.calls.append(call)
 
     def _keep_output(self, _: nn.Module, __: Any, output: Any) -> None:
-        self.output = _hidden_of(output)
+        self.output = hidden_of(output)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., vocabulary] of what the last layer gives, [..., hidden]."""
@@ -264,7 +254,7 @@ class _Decoder:
             call = self.calls.pop()
             hidden = call.hidden.detach().requires_grad_()
             with torch.enable_grad():
-                output = _hidden_of(self.layers[index](hidden, *call.args, **call.kwargs))
+                output = hidden_of(self.layers[index](hidden, *call.args, **call.kwargs))
             (gradient,) = torch.autograd.grad(output, hidden, gradient)
 
     @torch.no_grad()
@@ -281,26 +271,13 @@ class _Decoder:
             )
         hidden = self.calls[first].hidden
         for layer, call in zip(self.layers[first:], self.calls[first:], strict=True):
-            hidden = _hidden_of(layer(hidden, *call.args, **call.kwargs))
+            hidden = hidden_of(layer(hidden, *call.args, **call.kwargs))
         return hidden
-
-
-def _layer_of(group: QuantGroup) -> int:
-    """Return the number of the decoder layer that holds a group."""
-    found = _LAYER.match(group.modules[0].name)
-    assert found is not None
-    return int(found[2])
 
 
 def _counted(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Return the rows [counted tokens, hidden] of [rows, tokens, hidden] whose next token counts."""
     return hidden[:, :-1][batch.predicted]
-
-
-def _hidden_of(output: Any) -> torch.Tensor:
-    hidden = output[0] if isinstance(output, tuple) else output
-    assert isinstance(hidden, torch.Tensor)
-    return hidden
 
 
 @torch.no_grad()
@@ -360,15 +337,18 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
                 with meter.phase("calibrate"):
                     amax = calibrate(model, job)
                 partial.keep_amax(amax)
+            codes = None
+            if job.spec.rounding == "compensated":
+                compensation.run(model, job, partial, amax, meter)
+                codes = partial.codes()
             with meter.phase("score"):
-                _score(model, job, partial, amax)
+                _score(model, job, partial, amax, codes)
     except torch.OutOfMemoryError as error:
         raise MeasurementError(OUT_OF_MEMORY) from error
 
 
-def _score(model: nn.Module, job: Job, partial: Partial, amax: Amax) -> None:
-    scorer = _GradientScorer(model, job, amax) if job.spec.method == "gradient" else _KlScorer(model, job, amax)
-    with scorer:
+def _score(model: nn.Module, job: Job, partial: Partial, amax: Amax, codes: Codes | None) -> None:
+    with (_GradientScorer if job.spec.method == "gradient" else _KlScorer)(model, job, amax, codes) as scorer:
         for index in range(job.score_batches):
             job.progress("score", index, job.score_batches)
             if partial.scores(index) is None:
@@ -379,9 +359,9 @@ def _score(model: nn.Module, job: Job, partial: Partial, amax: Amax) -> None:
 class _GradientScorer(ExitStack):
     """Gradient scores; a context manager, within which the searched modules are tapped."""
 
-    def __init__(self, model: nn.Module, job: Job, amax: Amax) -> None:
+    def __init__(self, model: nn.Module, job: Job, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
-        self.job, self.decoder, self.taps = job, _Decoder(model, job), _Taps(model, job, amax)
+        self.job, self.decoder, self.taps = job, _Decoder(model, job), _Taps(model, job, amax, codes)
         self.image_tokens = image_token_ids(model.config)
         for module in self.taps.modules:
             self.callback(model.get_submodule(module.name).register_forward_hook(self.taps.hook(module)).remove)
@@ -397,9 +377,9 @@ class _GradientScorer(ExitStack):
 class _KlScorer(ExitStack):
     """KL scores: nats, added up over the batch's counted tokens."""
 
-    def __init__(self, model: nn.Module, job: Job, amax: Amax) -> None:
+    def __init__(self, model: nn.Module, job: Job, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
-        self.model, self.job, self.amax, self.decoder = model, job, amax, _Decoder(model, job)
+        self.model, self.job, self.amax, self.codes, self.decoder = model, job, amax, codes, _Decoder(model, job)
         self.kl = _fused(_kl_sum, job.device)
 
     @torch.no_grad()
@@ -407,9 +387,9 @@ class _KlScorer(ExitStack):
         """Return a batch's scores."""
         self.decoder.record(batch)
         original = _counted(self.decoder.output, batch)
-        groups = sorted(self.job.target.groups, key=_layer_of)
+        groups = sorted(self.job.target.groups, key=layer_of)
         sums: dict[str, torch.Tensor] = {}
-        for layer, members in itertools.groupby(groups, key=_layer_of):
+        for layer, members in itertools.groupby(groups, key=layer_of):
             # One layer's groups together: the original's distribution is made once for them.
             quantised = {group.name: _counted(self._replayed(group, layer), batch) for group in members}
             sums |= dict(zip(quantised, self._kl(original, list(quantised.values())), strict=True))
@@ -423,9 +403,7 @@ class _KlScorer(ExitStack):
             for module in group.modules:
                 # Quantised here, where it is used once a batch: codes of the whole model would not fit as easily.
                 linear: Any = self.model.get_submodule(module.name)
-                fp8 = _Fp8Linear(
-                    linear, self.amax[f"{module.name}.weight_amax"], self.amax[f"{module.name}.input_amax"]
-                )
+                fp8 = _Fp8Linear(linear, module.name, self.amax, self.codes)
                 stack.callback(linear.register_forward_hook(fp8.replace).remove)
             return self.decoder.replay(layer)
 

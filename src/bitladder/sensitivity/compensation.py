@@ -1,0 +1,217 @@
+"""Compensated codes of every searched weight, layer by layer: `run(...) -> tuple[RoundedModule, ...]`.
+
+The model runs once for every calibration batch up to its last decoder layer, to learn what each layer is called with.
+Then layer after layer runs on all batches; the products of its searched modules' inputs are added up, and its codes are
+made from them (`rounding`). So the products of one layer live at a time, and the hidden states of all batches,
+[tokens, hidden] in the model's dtype; both stay on the model's device.
+
+Inputs are those of the original model, each rounded through its own FP8 scale: codes then serve every scheme, whatever
+else that quantises. Every token counts alike: its input is divided by its own length, since a few tokens (the first
+of a sequence, above all) are a hundred times as long as the others and would settle the codes alone. Padding doesn't
+count.
+
+    measuring/codes/layer-00007.safetensors   one per decoder layer; what its codes do is in the file's metadata
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from bitladder import numerics
+from bitladder.calibration import Batch
+from bitladder.errors import EngineError, MeasurementError
+from bitladder.formats import get_format
+from bitladder.records import QuantGroup, RoundedModule
+from bitladder.rounding import compensated_codes, output_error
+from bitladder.runinfo import Meter
+from bitladder.sensitivity import Amax, Job, Partial
+from bitladder.sensitivity.common import (
+    OUT_OF_MEMORY,
+    LayerCall,
+    hidden_of,
+    layer_of,
+    layers_path,
+    without_cudnn_attention,
+)
+from bitladder.storage import atomic_path
+
+_REMEDY = "rounding: compensated goes layer by layer and needs one list, use rounding: nearest"
+
+
+def run(model: nn.Module, job: Job, partial: Partial, amax: Amax, meter: Meter) -> tuple[RoundedModule, ...]:
+    """Make the codes of every layer that has none in `partial` yet, and return what all of them do.
+
+    Raises:
+        MeasurementError: too few calibration tokens, or out of memory. EngineError: a model that can't be taken apart.
+    """
+    layers: Any = model.get_submodule(layers_path(job.target, _REMEDY))
+    groups: dict[int, list[QuantGroup]] = {}
+    for group in job.target.groups:
+        groups.setdefault(layer_of(group), []).append(group)
+    missing = [layer for layer in sorted(groups) if not partial.codes_file(layer).exists()]
+    if missing:
+        try:
+            with meter.phase("round"), torch.no_grad(), without_cudnn_attention():
+                _round_layers(model, layers, groups, missing, job, partial, amax)
+        except torch.OutOfMemoryError as error:
+            raise MeasurementError(OUT_OF_MEMORY) from error
+    return tuple(module for layer in sorted(groups) for module in read_modules(partial.codes_file(layer)))
+
+
+def read_modules(path: Path) -> tuple[RoundedModule, ...]:
+    """Return what the codes in a layer's file do, as it was found when they were made."""
+    with safe_open(path, framework="pt") as file:
+        return tuple(RoundedModule.model_validate(entry) for entry in json.loads(file.metadata()["modules"]))
+
+
+def _round_layers(
+    model: nn.Module,
+    layers: Any,
+    groups: dict[int, list[QuantGroup]],
+    missing: list[int],
+    job: Job,
+    partial: Partial,
+    amax: Amax,
+) -> None:
+    last = missing[-1]
+    calls = [_calls(model, layers[: last + 1], batch.to(job.device)) for batch in job.batches]
+    hidden = [found[0].hidden for found in calls]
+    for index in range(last + 1):
+        job.progress("round", index, last + 1)
+        layer_groups = groups[index] if index in missing else []
+        inputs = _Products(model, layer_groups, amax)
+        with inputs:
+            for number, (found, batch) in enumerate(zip(calls, job.batches, strict=True)):
+                inputs.begin(batch)
+                hidden[number] = hidden_of(layers[index](hidden[number], *found[index].args, **found[index].kwargs))
+        if layer_groups:
+            _write(partial.codes_file(index), model, layer_groups, inputs.products, job, amax)
+    job.progress("round", last + 1, last + 1)
+
+
+class _Stop(Exception):
+    """All layers have been called."""
+
+
+def _calls(model: nn.Module, layers: Any, batch: Batch) -> list[LayerCall]:
+    """Return what each layer is called with; hidden states are kept of the first alone.
+
+    Raises:
+        EngineError: hidden states change between two layers, so that a layer's output isn't the next one's input.
+    """
+    calls: list[LayerCall] = []
+    before: list[torch.Tensor] = []
+
+    def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = LayerCall.of(args, kwargs)
+        if before and call.hidden is not before[0]:
+            raise EngineError(
+                f"the model changes the hidden states before decoder layer {len(calls)} (deepstack?); "
+                "rounding: compensated can't take that apart, use rounding: nearest"
+            )
+        calls.append(call if not calls else LayerCall(torch.empty(0), call.args, call.kwargs))
+
+    def ran(_: nn.Module, __: Any, output: Any) -> None:
+        before[:] = [hidden_of(output)]
+        if len(calls) == len(layers):
+            raise _Stop
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(called, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(ran).remove)
+        try:
+            model(**batch.inputs, use_cache=False)
+        except _Stop:
+            return calls
+    raise EngineError(f"{type(model).__name__} doesn't call all of its layers; use rounding: nearest")
+
+
+class _Products(ExitStack):
+    """Adds up the products of inputs, group by group; a context manager, within which a layer runs on all batches."""
+
+    def __init__(self, model: nn.Module, groups: list[QuantGroup], amax: Amax) -> None:
+        super().__init__()
+        self.products: dict[str, torch.Tensor] = {}  # group -> [in_features, in_features] float32
+        self._counted = torch.empty(0)
+        for group in groups:
+            module = group.modules[0]  # all of a group have the same input, and its scale
+            scale = numerics.scale_of(amax[f"{module.name}.input_amax"])
+            hook = self._hook(group.name, module.name, scale)
+            self.callback(model.get_submodule(module.name).register_forward_pre_hook(hook).remove)
+
+    def begin(self, batch: Batch) -> None:
+        """Say which batch comes next."""
+        self._counted = batch.inputs["attention_mask"].bool()
+
+    def _hook(self, group: str, module: str, scale: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
+        def add(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            x = inputs[0]
+            if x.shape[:2] != self._counted.shape:
+                raise EngineError(
+                    f"{module}: its input has shape {list(x.shape)}, [rows, tokens, features] was expected; "
+                    "use rounding: nearest"
+                )
+            rows = numerics.fake_quantise(x[self._counted.to(x.device)].float(), scale.to(x.device))
+            rows = nn.functional.normalize(rows, dim=-1)
+            if group not in self.products:
+                self.products[group] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            self.products[group].addmm_(rows.t(), rows)
+
+        return add
+
+
+def _write(
+    path: Path,
+    model: nn.Module,
+    groups: list[QuantGroup],
+    products: dict[str, torch.Tensor],
+    job: Job,
+    amax: Amax,
+) -> None:
+    """Write the codes of one layer's modules, and what they do."""
+    (name,) = job.spec.formats
+    format_ = get_format(name)
+    tensors: dict[str, torch.Tensor] = {}
+    modules = []
+    for group in groups:
+        product = products.pop(group.name, None)
+        if product is None:
+            raise EngineError(f"{group.name} doesn't run inside its layer; use rounding: nearest")
+        weights: list[torch.Tensor] = [model.get_parameter(f"{module.name}.weight") for module in group.modules]
+        # One call for all modules of a group: they share input and scale.
+        weight_amax = amax[f"{group.modules[0].name}.weight_amax"].to(product.device)
+        scale = format_.scale(weight_amax)
+        try:
+            codes = compensated_codes(torch.cat(weights), product, weight_amax, format_, job.spec.damping)
+        except MeasurementError as error:
+            raise MeasurementError(f"{group.name}: {error}") from error
+        parts = torch.split(codes, [len(weight) for weight in weights])
+        for module, weight, part in zip(group.modules, weights, parts, strict=True):
+            tensors[module.name] = part.cpu().contiguous()
+            shift = (numerics.dequantise(part, scale) - weight.float()).abs().amax() / scale
+            modules.append(
+                RoundedModule(
+                    name=module.name,
+                    codes_sha256=codes_sha256(tensors[module.name]),
+                    largest_shift=float(shift),
+                    output_error=output_error(weight, part, scale, product),
+                    nearest_output_error=output_error(weight, format_.codes(weight, weight_amax), scale, product),
+                )
+            )
+    with atomic_path(path) as temporary:
+        metadata = {"modules": json.dumps([module.model_dump(mode="json") for module in modules])}
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def codes_sha256(codes: torch.Tensor) -> str:
+    """Return the hex SHA-256 of a module's codes on the CPU, row by row, one byte an element."""
+    return hashlib.sha256(codes.contiguous().view(torch.uint8).numpy().data).hexdigest()

@@ -1,0 +1,319 @@
+"""Compensated codes: ModelOpt's own GPTQ gives the same; they are exported, verified, simulated and scored."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from bitladder import calibration, checkpoint, evaluation, numerics, planning, rounding, sensitivity, targets
+from bitladder.errors import EngineError, MeasurementError, RecordError
+from bitladder.formats import FP8
+from bitladder.recipe import MeasureSpec
+from bitladder.records import CheckpointManifest, Measurement
+from bitladder.sensitivity import compensation
+from bitladder.simulation import Simulation
+from bitladder.storage import sha256_of_file
+from bitladder.verification import verify
+from conftest import load_text, measure_text, spec
+from test_native import measured_by, pairs
+from test_positions import MODEL
+
+COMPENSATED = {"engine": "native", "rounding": "compensated"}
+
+
+def correlated(tokens, features, seed=0):
+    """Inputs [tokens, features] of which each is much like its neighbours."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, features, generator=generator).cumsum(1) / features**0.5
+
+
+@pytest.fixture
+def layer():
+    """(weight [24, 160], products of its inputs, amax)."""
+    weight = torch.randn(24, 160, generator=torch.Generator().manual_seed(1))
+    x = correlated(1000, 160)
+    return weight, x.t() @ x, weight.abs().amax()
+
+
+def test_codes_are_those_of_modelopts_gptq(layer):
+    from modelopt.torch.quantization.utils.calib_utils import compute_hessian_inverse, gptq_blockwise_update
+
+    weight, products, amax = layer
+    order = torch.argsort(products.diagonal(), descending=True)
+    theirs = weight[:, order].clone()
+    inverse = compute_hessian_inverse(products[order][:, order], theirs, 0.01)
+    scale = numerics.scale_of(amax)
+    gptq_blockwise_update(theirs, inverse, 64, lambda w: numerics.dequantise(numerics.quantise(w, amax), scale))
+    ours = rounding.compensated_codes(weight, products, amax, FP8, 0.01)
+    assert ours.dtype == torch.float8_e4m3fn
+    same = numerics.dequantise(ours, scale)[:, order] == theirs
+    assert same.float().mean() > 0.999  # a float32 sum in another order may lie on the other side of a boundary
+
+
+def test_the_outputs_error_falls(layer):
+    weight, products, amax = layer
+    scale = numerics.scale_of(amax)
+    nearest = numerics.quantise(weight, amax)
+    codes = rounding.compensated_codes(weight, products, amax, FP8, 0.01)
+    x = correlated(1000, 160)
+
+    def direct(some):
+        exact = x @ weight.t()
+        return float((x @ numerics.dequantise(some, scale).t() - exact).norm() / exact.norm())
+
+    for some in (nearest, codes):
+        assert rounding.output_error(weight, some, scale, products) == pytest.approx(direct(some), rel=1e-3)
+    assert direct(codes) < 0.5 * direct(nearest)
+
+
+def test_without_correlation_the_nearest_codes_are_the_best(layer):
+    weight, _, amax = layer
+    codes = rounding.compensated_codes(weight, torch.eye(160), amax, FP8, 0.01)
+    assert torch.equal(codes.view(torch.uint8), numerics.quantise(weight, amax).view(torch.uint8))
+    far = rounding.compensated_codes(weight, layer[1], amax, FP8, 1e9)
+    assert torch.equal(far.view(torch.uint8), numerics.quantise(weight, amax).view(torch.uint8))
+
+
+def test_products_that_have_no_inverse_are_refused(layer):
+    weight, _, amax = layer
+    with pytest.raises(MeasurementError, match="not positive definite.*raise measurement.damping"):
+        rounding.compensated_codes(weight, torch.zeros(160, 160), amax, FP8, 0.1)
+
+
+@pytest.fixture(scope="module")
+def compensated(llama, text_file, tmp_path_factory):
+    """(measurement with compensated codes, its directory) of the tiny Llama."""
+    output = tmp_path_factory.mktemp("compensated")
+    return measure_text(llama, text_file, output, **COMPENSATED), output
+
+
+def test_every_module_has_its_codes_and_a_smaller_error(compensated):
+    measurement, output = compensated
+    names = [module.name for group in measurement.groups for module in group.modules]
+    rounding_ = measurement.rounding
+    assert [module.name for module in rounding_.modules] == names
+    assert rounding_.scored
+    assert rounding_.samples == 6
+    for module in rounding_.modules:
+        assert 0 < module.output_error < module.nearest_output_error
+        assert module.largest_shift > 0
+    stored = {name: codes for path in sorted((output / "codes").iterdir()) for name, codes in load_file(path).items()}
+    assert set(stored) == set(names)
+    assert Measurement.read(output / "measurement.json") == measurement
+    assert not (output / "measuring").exists()
+
+
+def test_products_are_those_of_the_inputs_that_count(llama, text_file, compensated):
+    """The recorded errors again, from transformers' own forward pass and nothing of ours but the numbers' grid."""
+    measurement, output = compensated
+    amax, codes = sensitivity.read_amax(measurement, output), sensitivity.read_codes(measurement, output)
+    model = targets.load_model(llama, torch.float32)
+    seen = {}
+    for module in measurement.rounding.modules:
+        hook = lambda _, inputs, name=module.name: seen.setdefault(name, []).append(inputs[0].flatten(0, 1))  # noqa: E731
+        model.get_submodule(module.name).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        for batch in load_text(llama, text_file).batches:
+            model(**batch.inputs)
+    for module in measurement.rounding.modules:
+        scale = numerics.scale_of(amax[f"{module.name}.input_amax"])
+        x = numerics.fake_quantise(torch.cat(seen[module.name]), scale)
+        x = x / x.norm(dim=1, keepdim=True)
+        weight = model.get_parameter(f"{module.name}.weight").detach()
+        restored = numerics.dequantise(codes.read(module.name), numerics.scale_of(amax[f"{module.name}.weight_amax"]))
+        error = float((x @ (weight - restored).t()).norm() / (x @ weight.t()).norm())
+        assert module.output_error == pytest.approx(error, rel=1e-3)
+
+
+def test_both_engines_make_the_same_codes(llama, text_file, tmp_path, compensated):
+    by_modelopt = measure_text(llama, text_file, tmp_path, engine="modelopt", rounding="compensated")
+    ours, theirs = compensated[0].rounding, by_modelopt.rounding
+    assert [m.codes_sha256 for m in ours.modules] == [m.codes_sha256 for m in theirs.modules]
+    assert not theirs.scored  # ModelOpt's scores are those of the nearest codes
+    nearest = measure_text(llama, text_file, tmp_path, engine="modelopt")
+    assert nearest.candidates == by_modelopt.candidates
+    assert nearest.rounding is None
+    assert not (tmp_path / "codes").exists()  # of the measurement before
+
+
+@pytest.mark.parametrize("method", ["gradient", "kl_div"])
+def test_scores_are_those_of_the_codes(llama, text_file, tmp_path, method):
+    measurement = measure_text(llama, text_file, tmp_path, **COMPENSATED, method=method)
+    nearest = measure_text(llama, text_file, tmp_path / "nearest", engine="native", method=method)
+    total, before = (sum(m.sensitivity(c) for c in m.candidates) for m in (measurement, nearest))
+    assert total < before
+    if method != "kl_div":
+        return
+    amax, codes = sensitivity.read_amax(measurement, tmp_path), sensitivity.read_codes(measurement, tmp_path)
+    simulation = Simulation(llama, measurement, amax, "cpu", codes)
+    with evaluation.Reference.compute(llama, load_text(llama, text_file), split="calibration") as reference:
+        for candidate in measurement.candidates[:3]:
+            scheme = planning.plan(measurement, spec("one", include=[candidate.group]))
+            kl = simulation.results([reference], scheme)[0].value
+            assert measurement.sensitivity(candidate) == pytest.approx(kl, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def exported(llama, compensated, tmp_path_factory):
+    """(schemes, {name: directory}) with compensated codes."""
+    measurement, directory = compensated
+    amax, codes = sensitivity.read_amax(measurement, directory), sensitivity.read_codes(measurement, directory)
+    schemes = planning.plan_all(measurement, [spec("half", coverage=0.5), spec("all", coverage=1.0)])
+    output = tmp_path_factory.mktemp("exported")
+    directories = {scheme.name: output / scheme.name for scheme in schemes}
+    checkpoint.export_all(schemes, measurement, amax, llama, directories, codes=codes)
+    return schemes, directories
+
+
+def test_checkpoints_hold_the_codes_and_verify(llama, compensated, exported):
+    measurement, directory = compensated
+    schemes, directories = exported
+    codes = sensitivity.read_codes(measurement, directory)
+    for scheme in schemes:
+        manifest = CheckpointManifest.read(directories[scheme.name] / CheckpointManifest.FILE_NAME)
+        tensors = load_file(directories[scheme.name] / "model.safetensors")
+        assert {module.rounding for module in manifest.modules} == {"compensated"}
+        for module in manifest.modules:
+            assert torch.equal(tensors[module.tensor].view(torch.uint8), codes.read(module.name).view(torch.uint8))
+    assert verify(schemes, measurement, llama, directories).ok
+
+
+def test_files_have_the_layout_of_nearest_codes(llama, text_file, exported, tmp_path):
+    measurement = measure_text(llama, text_file, tmp_path / "nearest", engine="native")
+    amax = sensitivity.read_amax(measurement, tmp_path / "nearest")
+    scheme = planning.plan(measurement, spec("all", coverage=1.0))
+    checkpoint.export(scheme, measurement, amax, llama, tmp_path / "all")
+    nearest, ours = (load_file(path / "model.safetensors") for path in (tmp_path / "all", exported[1]["all"]))
+    assert {name: (t.dtype, t.shape) for name, t in nearest.items()} == {
+        name: (t.dtype, t.shape) for name, t in ours.items()
+    }
+    raw = [{name: tensor.reshape(-1).view(torch.uint8) for name, tensor in t.items()} for t in (nearest, ours)]
+    differing = {name for name in nearest if not torch.equal(raw[0][name], raw[1][name])}
+    assert differing
+    assert all(nearest[name].dtype == torch.float8_e4m3fn for name in differing)  # the same scales
+    for name in ("config.json", "hf_quant_config.json"):
+        assert (tmp_path / "all" / name).read_bytes() == (exported[1]["all"] / name).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["nearest", "far"])
+def test_other_codes_are_found(llama, compensated, exported, tmp_path, how):
+    measurement, _ = compensated
+    schemes, directories = exported
+    shutil.copytree(directories["all"], tmp_path / "all")
+    path = tmp_path / "all/model.safetensors"
+    tensors, source = load_file(path), load_file(llama / "model.safetensors")
+    manifest = CheckpointManifest.read(tmp_path / "all" / CheckpointManifest.FILE_NAME)
+    module = manifest.modules[0]
+    if how == "nearest":
+        tensors[module.tensor] = (source[module.tensor].float() / module.weight_scale).to(torch.float8_e4m3fn)
+    else:
+        tensors[module.tensor][0, 0] = -tensors[module.tensor][0].float().abs().amax()
+    save_file(tensors, path, metadata={"format": "pt"})
+    digests = {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+    files = tuple(f.model_copy(update=digests) if f.name == path.name else f for f in manifest.files)
+    manifest.model_copy(update={"files": files}).write(tmp_path / "all" / CheckpointManifest.FILE_NAME)
+    result = verify(schemes[1:], measurement, llama, {"all": tmp_path / "all"})
+    problems = [(finding.tensor, finding.problem) for finding in result.checkpoints[0].findings]
+    assert (module.tensor, "its codes are not the compensated ones of the measurement") in problems
+    farther = [problem for _, problem in problems if "farther from the source than was recorded" in problem]
+    assert len(farther) == (how == "far")
+
+
+def test_a_simulated_scheme_equals_the_exported_checkpoint(llama, text_file, compensated, exported):
+    measurement, directory = compensated
+    amax, codes = sensitivity.read_amax(measurement, directory), sensitivity.read_codes(measurement, directory)
+    data = load_text(llama, text_file, samples=4, avoid=measurement.calibration)
+    simulation = Simulation(llama, measurement, amax, "cpu", codes)
+    with evaluation.Reference.compute(llama, data) as reference:
+        for scheme in exported[0]:
+            on_disk = evaluation.evaluate_checkpoint([reference], exported[1][scheme.name])
+            assert simulation.results([reference], scheme) == on_disk.results
+
+
+def test_codes_of_the_wrong_kind_are_refused(llama, compensated, measured, tmp_path):
+    measurement, directory = compensated
+    amax = sensitivity.read_amax(measurement, directory)
+    scheme = planning.plan(measurement, spec("all", coverage=1.0))
+    with pytest.raises(MeasurementError, match="no codes were given, the measurement has compensated ones"):
+        checkpoint.export(scheme, measurement, amax, llama, tmp_path / "x")
+    codes = sensitivity.read_codes(measurement, directory)
+    with pytest.raises(MeasurementError, match="compensated codes were given, the measurement has no"):
+        Simulation(llama, measured[0], amax, "cpu", codes)
+
+
+def test_changed_code_files_are_refused(compensated, tmp_path):
+    measurement, directory = compensated
+    shutil.copytree(directory / "codes", tmp_path / "codes")
+    first = sorted((tmp_path / "codes").iterdir())[0]
+    with first.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    with pytest.raises(RecordError, match="is not the file that measurement.json was written with"):
+        sensitivity.read_codes(measurement, tmp_path)
+    first.unlink()
+    with pytest.raises(RecordError, match="is missing; run `bitladder measure` again"):
+        sensitivity.read_codes(measurement, tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["native", "modelopt"])
+@pytest.mark.parametrize("phase", ["round", "score"])
+def test_a_killed_run_goes_on_with_the_same_codes(llama, text_file, tmp_path, compensated, phase, engine):
+    class Killed(Exception):
+        pass
+
+    def progress(what, done, total):
+        if what == phase and done == 1:
+            raise Killed
+
+    settings = {**COMPENSATED, "engine": engine}
+    with pytest.raises(Killed):
+        measure_text(llama, text_file, tmp_path, progress=progress, **settings)
+    assert (
+        len(list((tmp_path / "measuring/codes").glob("*")))
+        == {("round", "native"): 1, ("round", "modelopt"): 1, ("score", "native"): 3, ("score", "modelopt"): 0}[
+            phase, engine
+        ]
+    )
+    again = []
+    measurement = measure_text(
+        llama, text_file, tmp_path, progress=lambda what, done, total: again.append((what, done)), **settings
+    )
+    assert measurement.rounding.modules == compensated[0].rounding.modules
+    assert (("round", 0) in again) == ((phase, engine) != ("score", "native"))
+
+
+def test_pictures_count_and_padding_does_not(tmp_path):
+    data = pairs(8, 4)
+    padded = [~batch.inputs["attention_mask"].bool() for batch in data.batches]
+    assert any(bool(mask.any()) for mask in padded)
+    others = []
+    for batch, mask in zip(data.batches, padded, strict=True):
+        ids = batch.inputs["input_ids"].masked_fill(mask, 5)  # another token where nothing counts
+        others.append(calibration.Batch({**batch.inputs, "input_ids": ids}, batch.labels))
+    found = [
+        measured_by("native", MODEL, some, tmp_path / name, rounding="compensated").rounding.modules
+        for name, some in (("one", data), ("other", dataclasses.replace(data, batches=tuple(others))))
+    ]
+    assert all(module.output_error < module.nearest_output_error for module in found[0])
+    assert [m.output_error for m in found[0]] == pytest.approx([m.output_error for m in found[1]], rel=1e-4)
+
+
+def test_hidden_states_that_change_between_layers_are_refused(llama):
+    model = targets.load_model(llama, torch.float32)
+    layers = model.model.layers
+    ids = torch.arange(10, 34).view(2, 12)
+    batch = calibration.Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
+    with torch.no_grad():
+        calls = compensation._calls(model, layers, batch)
+        assert len(calls) == len(layers)
+        layers[2].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+        with pytest.raises(EngineError, match="changes the hidden states before decoder layer 2"):
+            compensation._calls(model, layers, batch)
+
+
+def test_what_cannot_be_exported_cannot_be_compensated():
+    with pytest.raises(ValidationError, match="rounding: compensated needs share_fused_scales: true"):
+        MeasureSpec(rounding="compensated", share_fused_scales=False)
