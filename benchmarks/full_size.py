@@ -3,6 +3,7 @@
     python benchmarks/full_size.py build DIR                         # the model: seconds on a GPU, 7.5 GB on disk
     python benchmarks/full_size.py compare --model DIR               # writes benchmarks/results/full_size.json
     python benchmarks/full_size.py images --model DIR                # ... full_size_images.json
+    python benchmarks/full_size.py rounding --model DIR              # ... full_size_rounding.json
     python benchmarks/full_size.py driver --model DIR --out-root OUT # ... full_size_driver.json; keeps the checkpoints
 
 The architecture is the published one (36 layers, 144 quant groups, vision depth 32); the weights are random, so that
@@ -16,6 +17,9 @@ run is a process of its own, timed after its imports; both flush what they write
 is compiled before, outside the clock.
 
 `images`: measures on image+text pairs of random pictures with real captions, which ModelOpt's own script refuses.
+
+`rounding`: compensates the codes of every searched weight, scores some samples with them, exports everything in FP8 and
+verifies the files; by `engine: native`, without ModelOpt.
 
 `driver`: two calls of `scripts/qwen/qwen2_5_vl_3b_autoquant_fp8_schemes.py`, as a user would make them: the ladder of
 three schemes, then the whole language model with an FP8 KV cache from the same measurement.
@@ -176,6 +180,36 @@ def measure_images(model: Path, output: Path, sizes: dict) -> dict:
     }
 
 
+def compensate(model: Path, output: Path, sizes: dict, score_samples: int) -> dict:
+    """Measure with compensated codes, export and verify the full scheme; return what it took and what the codes do."""
+    from bitladder import checkpoint, planning, sensitivity, targets, verification, weights
+    from bitladder.recipe import MeasureSpec, SchemeSpec
+    from bitladder.runinfo import Meter
+
+    data = text_of(model, output, sizes)
+    spec = MeasureSpec(engine="native", rounding="compensated", score_samples=score_samples)
+    source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
+    measurement = sensitivity.measure(model, source, targets.find_target(model), data, spec, output)
+    assert measurement.run is not None
+    assert measurement.rounding is not None
+    scheme = planning.plan(measurement, SchemeSpec(name="full", coverage=1.0))
+    amax, codes = sensitivity.read_amax(measurement, output), sensitivity.read_codes(measurement, output)
+    meter = Meter()
+    with meter.phase("export"):
+        checkpoint.export(scheme, measurement, amax, model, output / "full", codes=codes)
+    with meter.phase("verify"):
+        verified = verification.verify([scheme], measurement, model, {"full": output / "full"}).ok
+    modules = measurement.rounding.modules
+    return {
+        "modules": len(modules),
+        "damping": spec.damping,
+        "verified": verified,
+        "median_output_error": statistics.median(module.output_error for module in modules),
+        "median_nearest_output_error": statistics.median(module.nearest_output_error for module in modules),
+        "phases": [phase.model_dump() for phase in (*measurement.run.phases, *meter.phases)],
+    }
+
+
 def drive(model: Path, out_root: Path, sizes: dict, score_samples: int, measurement: Path | None) -> dict:
     """Call the driver for the ladder and for the FP8 KV cache; return what each call and each phase took.
 
@@ -273,7 +307,7 @@ def save(path: Path, claim: str, sizes: dict, found: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", help="build, compare, images or driver; the rest is internal")
+    parser.add_argument("what", help="build, compare, images, rounding or driver; the rest is internal")
     parser.add_argument("directory", type=Path, nargs="?")
     parser.add_argument("--layers", type=int, help="build: a small model, to try this script without a GPU")
     parser.add_argument("--model", type=Path)
@@ -320,6 +354,13 @@ def main() -> None:
                 found["measured_before"] = arguments.measurement is not None
                 claim = "the driver, called twice: a ladder of three schemes, and one with an FP8 KV cache"
                 path = arguments.result or RESULTS / "full_size_driver.json"
+                save(path, claim, {**sizes, "score_samples": score_samples}, found)
+            elif arguments.what == "rounding":
+                sizes = {**sizes, "samples": 128, **arguments.sizes}
+                sizes.pop("score_samples", None)
+                found = compensate(model, Path(scratch), sizes, min(score_samples, sizes["samples"]))
+                path = arguments.result or RESULTS / "full_size_rounding.json"
+                claim = "codes of every searched weight compensated, then exported and verified, at full size"
                 save(path, claim, {**sizes, "score_samples": score_samples}, found)
             else:
                 warm_up()

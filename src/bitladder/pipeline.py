@@ -343,11 +343,11 @@ def kl_on(work: Workspace, measurement: Measurement, data: calibration.DataSet) 
     directory, device = work.model_directory, sensitivity.resolve_device(work.recipe.measurement.device)
     reference = evaluation.Reference.compute(directory, data, split="calibration", device=device)
     with reference:
-        simulation = _simulation(work, measurement, device)
+        simulation = simulation_of(work, measurement, device)
         yield lambda scheme: simulation.results([reference], scheme)[0].value
 
 
-def _simulation(work: Workspace, measurement: Measurement, device: str) -> Simulation:
+def simulation_of(work: Workspace, measurement: Measurement, device: str) -> Simulation:
     """Return the original, ready to take any scheme with the codes and scales of the measurement."""
     amax, codes = sensitivity.read_amax(measurement, work.output), sensitivity.read_codes(measurement, work.output)
     return Simulation(work.model_directory, measurement, amax, device, codes)
@@ -695,7 +695,7 @@ def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Ev
     meter, start, found = Meter(), time.monotonic(), []
     references = originals.references(meter)
     with meter.phase("control arms"):
-        simulation = _simulation(work, measurement, references[0].device)
+        simulation = simulation_of(work, measurement, references[0].device)
         for index, arm in enumerate(arms):
             work.progress("control arms", index, len(arms))
             if time.monotonic() - start > spec.max_seconds:

@@ -1,0 +1,224 @@
+"""Held-out KL at equal effective bits: nearest and compensated codes, and the choices of ModelOpt's two methods.
+
+    python benchmarks/quality.py --scratch DIR [--model NAME]     # writes benchmarks/results/quality.json
+
+ModelOpt calibrates, scores and chooses by itself (`choice.py`), once by each of its methods, and rounds to nearest. We
+measure twice by `engine: native`, method kl_div, on the same calibration samples: with nearest and with compensated
+codes. For each of ModelOpt's choices there is ours with at most its bits. Everything is simulated with the scales that
+an export would have, on held-out sets: for SmolLM2 a novel, of a kind that calibration never saw, and captions that it
+didn't see; for the embedded model those of its recipe. What is finished is kept in the scratch directory; a model that
+isn't named keeps its results.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import choice
+import ladder
+
+BITS = ("9", "10", "11", "12", "13", "14")  # asked of ModelOpt; 8 is everything, where there is no choice
+SCORE_SAMPLES = 8  # of SmolLM2; ModelOpt's kl_div scores as many
+MODELS = {
+    "smollm2-135m-instruct": ("smollm2_135m.yaml", SCORE_SAMPLES),
+    "embedded-qwen2.5-vl": ("demo.yaml", 96),
+}
+HELD_OUT_SAMPLES = 16
+ROUNDINGS = ("nearest", "compensated")
+
+
+def recipe_of(name: str):
+    """Return the model's recipe with the held-out sets of this benchmark."""
+    from bitladder.recipe import HeldOutSpec, read_recipe
+
+    recipe = read_recipe(ladder.ROOT / "recipes" / MODELS[name][0])
+    if name != "smollm2-135m-instruct":
+        return recipe
+    novel = recipe.held_out[0].model_copy(update={"name": "novel", "samples": HELD_OUT_SAMPLES})
+    seen = HeldOutSpec(
+        name="captions", samples=HELD_OUT_SAMPLES, sequence_length=novel.sequence_length, batch_size=novel.batch_size
+    )
+    return recipe.model_copy(update={"held_out": (novel, seen)})
+
+
+def measured(recipe, scratch: Path, score_samples: int) -> dict:
+    """Return, for each way of rounding, the measurement and its workspace."""
+    from bitladder import pipeline
+
+    found = {}
+    for rounding in ROUNDINGS:
+        spec = recipe.measurement.model_copy(
+            update={"engine": "native", "method": "kl_div", "rounding": rounding, "score_samples": score_samples}
+        )
+        work = pipeline.Workspace(recipe.model_copy(update={"measurement": spec}), scratch / rounding)
+        found[rounding] = (pipeline.measure(work), work)
+        print(rounding, [(p.phase, p.seconds) for p in found[rounding][0].run.phases], flush=True)
+    return found
+
+
+def modelopt_choices(recipe, measurement, scratch: Path) -> dict[str, dict[str, list[str]]]:
+    """Return the groups that ModelOpt quantises, by method and bits asked."""
+    from bitladder import pipeline
+
+    found = {}
+    for method in ("gradient", "kl_div"):
+        path = scratch / f"modelopt-{method}.json"
+        if not path.exists():
+            samples = recipe.measurement.score_samples if method == "gradient" else len(measurement.score_weights)
+            work = pipeline.Workspace(recipe, scratch / "recipe")
+            weights = measurement.score_weights[:1] * (samples or len(measurement.score_weights))
+            asked = measurement.model_copy(update={"score_weights": weights})
+            path.write_text(json.dumps(choice.modelopt_choices(work, asked, method)))
+        found[method] = json.loads(path.read_text())
+    return found
+
+
+class Simulator:
+    """The KL of any choice of groups with any codes, on every held-out set, each computed once."""
+
+    def __init__(self, found: dict, path: Path) -> None:
+        self.found, self.path = found, path
+        self.known = json.loads(path.read_text()) if path.exists() else {}
+
+    def fill(self, wanted: list[tuple[str, tuple[str, ...]]]) -> None:
+        """Simulate what isn't known yet: pairs of rounding and groups."""
+        from bitladder import pipeline
+        from bitladder.runinfo import Meter
+
+        for rounding in ROUNDINGS:
+            measurement, work = self.found[rounding]
+            missing = [pair for pair in wanted if pair[0] == rounding and self._key(pair) not in self.known]
+            if not missing:
+                continue
+            with pipeline.Originals(work) as originals:
+                references = originals.references(Meter())
+                simulation = pipeline.simulation_of(work, measurement, references[0].device)
+                for pair in missing:
+                    scheme = scheme_of(measurement, pair[1])
+                    results = simulation.results(references, scheme)
+                    self.known[self._key(pair)] = {
+                        result.split: [result.value, result.standard_error]
+                        for result in results
+                        if result.metric == "kl"
+                    }
+                    self.path.write_text(json.dumps(self.known))
+                    print(rounding, f"{scheme.effective_bits:.3f}", self.known[self._key(pair)], flush=True)
+
+    def kl(self, rounding: str, groups: tuple[str, ...]) -> dict[str, list[float]]:
+        """Return the KL and its standard error by held-out set."""
+        return self.known[self._key((rounding, groups))]
+
+    @staticmethod
+    def _key(pair: tuple[str, tuple[str, ...]]) -> str:
+        return json.dumps(pair)
+
+
+def scheme_of(measurement, groups: tuple[str, ...]):
+    """Return the scheme that quantises these groups."""
+    from bitladder import planning
+    from bitladder.records import BF16
+
+    formats = {group.name: "fp8" if group.name in groups else BF16 for group in measurement.groups}
+    return planning.price(measurement, "choice", formats, {})
+
+
+def planned(measurement, bits: float) -> tuple[str, ...]:
+    """Return the groups that we quantise within so many effective bits."""
+    from bitladder import planning
+    from bitladder.recipe import SchemeSpec
+
+    return tuple(sorted(planning.plan(measurement, SchemeSpec(name="ours", effective_bits=bits)).quantised_groups()))
+
+
+def rows_of(found: dict, theirs: dict[str, dict[str, list[str]]], simulator: Simulator) -> list[dict]:
+    """Return one row for each of ModelOpt's choices, and one for everything in FP8."""
+    nearest = found["nearest"][0]
+    everything = tuple(sorted(group.name for group in nearest.groups))
+    cases = [(method, bits, tuple(sorted(theirs[method][bits]))) for method in theirs for bits in BITS]
+    cases = [("all", "8", everything)] + [case for case in cases if case[2] and case[2] != everything]
+    entries = []
+    for method, bits, groups in cases:
+        budget = scheme_of(nearest, groups).effective_bits
+        entries.append(
+            {
+                "method": method,
+                "bits_asked": bits,
+                "effective_bits": budget,
+                "arms": {
+                    "modelopt": ("nearest", groups),
+                    "nearest": ("nearest", planned(nearest, budget)),
+                    "compensated": ("compensated", planned(found["compensated"][0], budget)),
+                    "compensated, planned from scores of nearest codes": ("compensated", planned(nearest, budget)),
+                },
+            }
+        )
+    simulator.fill([pair for entry in entries for pair in entry["arms"].values()])
+    for entry in entries:
+        entry["kl"] = {arm: simulator.kl(*pair) for arm, pair in entry.pop("arms").items()}
+    return entries
+
+
+def summary(rows: list[dict]) -> dict:
+    """Return, for each held-out set and arm, the geometric mean of its KL over that of ModelOpt's choice."""
+    arms = [arm for arm in rows[0]["kl"] if arm != "modelopt"]
+    found: dict = {}
+    for split in rows[0]["kl"]["modelopt"]:
+        for arm in arms:
+            for method in ("gradient", "kl_div"):
+                ratios = [
+                    row["kl"][arm][split][0] / row["kl"]["modelopt"][split][0]
+                    for row in rows
+                    if row["method"] in (method, "all")
+                ]
+                entry = {**choice.geometric_mean(ratios), "largest": max(ratios), "points": len(ratios)}
+                found.setdefault(split, {}).setdefault(arm, {})[method] = entry
+    return found
+
+
+def result_of(name: str, scratch: Path) -> dict:
+    """Return everything about one model."""
+    from bitladder.report.content import rank_correlation
+    from bitladder.runinfo import hardware, versions
+
+    recipe = recipe_of(name)
+    found = measured(recipe, scratch, MODELS[name][1])
+    theirs = modelopt_choices(recipe, found["nearest"][0], scratch)
+    rows = rows_of(found, theirs, Simulator(found, scratch / "simulated.json"))
+    scores = [[m.sensitivity(candidate) for candidate in m.candidates] for m, _ in found.values()]
+    rounding = found["compensated"][0].rounding
+    return {
+        "hardware": hardware(),
+        "versions": versions(),
+        "calibration": {"samples": rounding.samples, "damping": rounding.damping},
+        "phases": {name: [p.model_dump() for p in m.run.phases] for name, (m, _) in found.items()},
+        "median_output_error": statistics.median(m.output_error for m in rounding.modules),
+        "median_nearest_output_error": statistics.median(m.nearest_output_error for m in rounding.modules),
+        "rank_correlation_of_scores": rank_correlation(*scores),
+        "sum_of_scores_over_nearest": sum(scores[1]) / sum(scores[0]),
+        "over_modelopt": summary(rows),
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--model", choices=MODELS, action="append", help="all where none is named")
+    arguments = parser.parse_args()
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    path = ladder.ROOT / "benchmarks/results/quality.json"
+    models = json.loads(path.read_text())["models"] if path.exists() else {}
+    for name in arguments.model or MODELS:
+        models[name] = result_of(name, arguments.scratch.resolve() / name)
+        print(json.dumps(models[name]["over_modelopt"], indent=1))
+        claim = "held-out KL of nearest and compensated codes over that of ModelOpt's choices at equal effective bits"
+        path.write_text(json.dumps({"claim": claim, "models": models}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
