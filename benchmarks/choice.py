@@ -26,19 +26,26 @@ MODELS = {"SmolLM2-135M-Instruct": "smollm2_135m.yaml", "embedded Qwen2.5-VL (3.
 DRAWS, LEVEL = 10_000, 0.9  # of the bootstrap over models and bits
 
 
-def modelopt_choices(work, measurement, method: str) -> dict[str, list[str]]:
-    """Return the groups that ModelOpt's own solver quantises, by bits asked, from its own scores."""
+def modelopt_choices(work, measurement, method: str, count_all: bool = True) -> dict[str, list[str]]:
+    """Return the groups that ModelOpt's own solver quantises, by bits asked, from its own scores.
+
+    With `count_all` false it is told to leave modules that aren't searched out of its count of bits.
+    """
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.quantization.algorithms import QuantRecipe, _resolve_best_recipe
 
     from bitladder import pipeline
+    from bitladder.sensitivity import resolve_device
     from bitladder.targets import load_model
 
-    data = pipeline.calibration_data(work)
+    data, device = pipeline.calibration_data(work), resolve_device(work.recipe.measurement.device)
     searched = {module.name: group.name for group in measurement.groups for module in group.modules}
-    model = load_model(work.model_directory, torch.float32, "cpu")
+    model = load_model(work.model_directory, torch.float32, device)
     model.config.use_cache = False
+
+    left_alone = [name for name, _ in model.named_modules() if name and name not in searched]
+    cost = {} if count_all else {"cost": {"excluded_module_name_patterns": left_alone}}
 
     def forward(loaded, batch):
         if method == "gradient":
@@ -47,15 +54,15 @@ def modelopt_choices(work, measurement, method: str) -> dict[str, list[str]]:
 
     _, state = mtq.auto_quantize(
         model,
-        constraints={"effective_bits": 12.0},
+        constraints={"effective_bits": 12.0, **cost},
         quantization_formats=[mtq.FP8_DEFAULT_CFG],
-        data_loader=list(data.batches),
+        data_loader=[batch.to(device) for batch in data.batches],
         forward_step=forward,
         loss_func=(lambda output, _: output.loss) if method == "gradient" else None,
         num_calib_steps=len(data.batches),
         num_score_steps=len(measurement.score_weights),
         method=method,
-        disabled_layers=[name for name, _ in model.named_modules() if name and name not in searched],
+        disabled_layers=left_alone,
         verbose=False,
     )
     nothing = QuantRecipe(quant_cfg=None)
@@ -66,7 +73,7 @@ def modelopt_choices(work, measurement, method: str) -> dict[str, list[str]]:
     assert sorted(group for groups in stats.values() for group in groups) == sorted(set(searched.values()))
     found = {}
     for bits in BITS:
-        best = _resolve_best_recipe(state, {"effective_bits": bits})
+        best = _resolve_best_recipe(state, {"effective_bits": bits, **cost})
         found[f"{bits:g}"] = sorted(
             group for name, recipe in best.items() if recipe != nothing for group in stats[name]
         )

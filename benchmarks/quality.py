@@ -2,12 +2,12 @@
 
     python benchmarks/quality.py --scratch DIR [--model NAME]     # writes benchmarks/results/quality.json
 
-ModelOpt calibrates, scores and chooses by itself (`choice.py`), once by each of its methods, and rounds to nearest. We
-measure twice by `engine: native`, method kl_div, on the same calibration samples: with nearest and with compensated
-codes. For each of ModelOpt's choices there is ours with at most its bits. Everything is simulated with the scales that
-an export would have, on held-out sets: for SmolLM2 a novel, of a kind that calibration never saw, and captions that it
-didn't see; for the embedded model those of its recipe. What is finished is kept in the scratch directory; a model that
-isn't named keeps its results.
+ModelOpt calibrates, scores and chooses by itself (`choice.py`), once by each of its methods, and rounds to nearest;
+bits are counted over the searched weights. We measure twice by `engine: native`, method kl_div, on the same calibration
+samples: with nearest and with compensated codes. For each of ModelOpt's choices there is ours with at most its bits.
+Everything is simulated with the scales that an export would have, on held-out sets: for SmolLM2 and Gemma a novel, of a
+kind that calibration never saw, and captions that it didn't see; for the embedded model those of its recipe. What is
+finished is kept in the scratch directory; a model that isn't named keeps its results. A GPU helps.
 """
 
 import argparse
@@ -19,12 +19,13 @@ import choice
 import ladder
 
 BITS = ("9", "10", "11", "12", "13", "14")  # asked of ModelOpt; 8 is everything, where there is no choice
-SCORE_SAMPLES = 8  # of SmolLM2; ModelOpt's kl_div scores as many
+SCORE_SAMPLES = 8  # by each method of either tool
 MODELS = {
     "smollm2-135m-instruct": ("smollm2_135m.yaml", SCORE_SAMPLES),
+    "gemma-3-270m": ("gemma3_270m.yaml", SCORE_SAMPLES),
     "embedded-qwen2.5-vl": ("demo.yaml", 96),
 }
-HELD_OUT_SAMPLES = 16
+HELD_OUT_SAMPLES = {"smollm2-135m-instruct": 16, "gemma-3-270m": 8}  # of each set
 ROUNDINGS = ("nearest", "compensated")
 
 
@@ -33,11 +34,11 @@ def recipe_of(name: str):
     from bitladder.recipe import HeldOutSpec, read_recipe
 
     recipe = read_recipe(ladder.ROOT / "recipes" / MODELS[name][0])
-    if name != "smollm2-135m-instruct":
+    if name == "embedded-qwen2.5-vl":
         return recipe
-    novel = recipe.held_out[0].model_copy(update={"name": "novel", "samples": HELD_OUT_SAMPLES})
+    novel = recipe.held_out[0].model_copy(update={"name": "novel", "samples": HELD_OUT_SAMPLES[name]})
     seen = HeldOutSpec(
-        name="captions", samples=HELD_OUT_SAMPLES, sequence_length=novel.sequence_length, batch_size=novel.batch_size
+        name="captions", samples=novel.samples, sequence_length=novel.sequence_length, batch_size=novel.batch_size
     )
     return recipe.model_copy(update={"held_out": (novel, seen)})
 
@@ -49,7 +50,13 @@ def measured(recipe, scratch: Path, score_samples: int) -> dict:
     found = {}
     for rounding in ROUNDINGS:
         spec = recipe.measurement.model_copy(
-            update={"engine": "native", "method": "kl_div", "rounding": rounding, "score_samples": score_samples}
+            update={
+                "engine": "native",
+                "method": "kl_div",
+                "rounding": rounding,
+                "score_samples": score_samples,
+                "dtype": "float32",  # as ModelOpt here; the KL of one group is below BF16's own noise
+            }
         )
         work = pipeline.Workspace(recipe.model_copy(update={"measurement": spec}), scratch / rounding)
         found[rounding] = (pipeline.measure(work), work)
@@ -65,11 +72,8 @@ def modelopt_choices(recipe, measurement, scratch: Path) -> dict[str, dict[str, 
     for method in ("gradient", "kl_div"):
         path = scratch / f"modelopt-{method}.json"
         if not path.exists():
-            samples = recipe.measurement.score_samples if method == "gradient" else len(measurement.score_weights)
             work = pipeline.Workspace(recipe, scratch / "recipe")
-            weights = measurement.score_weights[:1] * (samples or len(measurement.score_weights))
-            asked = measurement.model_copy(update={"score_weights": weights})
-            path.write_text(json.dumps(choice.modelopt_choices(work, asked, method)))
+            path.write_text(json.dumps(choice.modelopt_choices(work, measurement, method, count_all=False)))
         found[method] = json.loads(path.read_text())
     return found
 
@@ -88,7 +92,8 @@ class Simulator:
 
         for rounding in ROUNDINGS:
             measurement, work = self.found[rounding]
-            missing = [pair for pair in wanted if pair[0] == rounding and self._key(pair) not in self.known]
+            own = dict.fromkeys(pair for pair in wanted if pair[0] == rounding)
+            missing = [pair for pair in own if self._key(pair) not in self.known]
             if not missing:
                 continue
             with pipeline.Originals(work) as originals:
@@ -205,13 +210,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--model", choices=MODELS, action="append", help="all where none is named")
+    parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/quality.json")
     arguments = parser.parse_args()
 
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    path = ladder.ROOT / "benchmarks/results/quality.json"
+    path = arguments.result
     models = json.loads(path.read_text())["models"] if path.exists() else {}
     for name in arguments.model or MODELS:
         models[name] = result_of(name, arguments.scratch.resolve() / name)

