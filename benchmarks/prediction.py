@@ -40,24 +40,33 @@ def measurements(scratch: Path, path: Path = SMOLLM2, kl_samples: int = KL_SAMPL
     return found
 
 
-def simulate(work, measurement, schemes: list, cache: Path) -> dict[str, list[float]]:
-    """Return the held-out KL and its standard error of each scheme, by name."""
-    from bitladder import pipeline, sensitivity
+def results_of(work, measurement, schemes: list, cache: Path) -> dict[str, dict[str, list[float]]]:
+    """Return each scheme's KL and its standard error on every held-out set: fingerprint -> set -> both."""
+    from bitladder import pipeline
     from bitladder.runinfo import Meter
-    from bitladder.simulation import Simulation
 
     known = json.loads(cache.read_text()) if cache.exists() else {}
-    missing = [scheme for scheme in schemes if scheme.fingerprint() not in known]
+    missing = {scheme.fingerprint(): scheme for scheme in schemes if scheme.fingerprint() not in known}
     if missing:
         with pipeline.Originals(work) as originals:
             references = originals.references(Meter())
-            simulation = Simulation(work.model_directory, measurement, sensitivity.read_amax(measurement, work.output))
-            for scheme in missing:
-                result = simulation.results(references, scheme)[0]
-                known[scheme.fingerprint()] = [result.value, result.standard_error]
+            simulation = pipeline.simulation_of(work, measurement, references[0].device)
+            for fingerprint, scheme in missing.items():
+                known[fingerprint] = {
+                    result.split: [result.value, result.standard_error]
+                    for result in simulation.results(references, scheme)
+                    if result.metric == "kl"
+                }
                 cache.write_text(json.dumps(known))
-                print(scheme.name, result.value, flush=True)
-    return {scheme.name: known[scheme.fingerprint()] for scheme in schemes}
+                print(scheme.name, f"{scheme.effective_bits:.3f}", known[fingerprint], flush=True)
+    return known
+
+
+def simulate(work, measurement, schemes: list, cache: Path) -> dict[str, list[float]]:
+    """Return the KL and its standard error of each scheme on the first held-out set, by name."""
+    known = results_of(work, measurement, schemes, cache)
+    split = work.recipe.held_out[0].name
+    return {scheme.name: known[scheme.fingerprint()][split] for scheme in schemes}
 
 
 def predicted(scores: list[float], kls: list[float]) -> dict:

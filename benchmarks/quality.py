@@ -17,6 +17,7 @@ from pathlib import Path
 
 import choice
 import ladder
+import prediction
 
 BITS = ("9", "10", "11", "12", "13", "14")  # asked of ModelOpt; 8 is everything, where there is no choice
 SCORE_SAMPLES = 8  # by each method of either tool
@@ -78,47 +79,6 @@ def modelopt_choices(recipe, measurement, scratch: Path) -> dict[str, dict[str, 
     return found
 
 
-class Simulator:
-    """The KL of any choice of groups with any codes, on every held-out set, each computed once."""
-
-    def __init__(self, found: dict, path: Path) -> None:
-        self.found, self.path = found, path
-        self.known = json.loads(path.read_text()) if path.exists() else {}
-
-    def fill(self, wanted: list[tuple[str, tuple[str, ...]]]) -> None:
-        """Simulate what isn't known yet: pairs of rounding and groups."""
-        from bitladder import pipeline
-        from bitladder.runinfo import Meter
-
-        for rounding in ROUNDINGS:
-            measurement, work = self.found[rounding]
-            own = dict.fromkeys(pair for pair in wanted if pair[0] == rounding)
-            missing = [pair for pair in own if self._key(pair) not in self.known]
-            if not missing:
-                continue
-            with pipeline.Originals(work) as originals:
-                references = originals.references(Meter())
-                simulation = pipeline.simulation_of(work, measurement, references[0].device)
-                for pair in missing:
-                    scheme = scheme_of(measurement, pair[1])
-                    results = simulation.results(references, scheme)
-                    self.known[self._key(pair)] = {
-                        result.split: [result.value, result.standard_error]
-                        for result in results
-                        if result.metric == "kl"
-                    }
-                    self.path.write_text(json.dumps(self.known))
-                    print(rounding, f"{scheme.effective_bits:.3f}", self.known[self._key(pair)], flush=True)
-
-    def kl(self, rounding: str, groups: tuple[str, ...]) -> dict[str, list[float]]:
-        """Return the KL and its standard error by held-out set."""
-        return self.known[self._key((rounding, groups))]
-
-    @staticmethod
-    def _key(pair: tuple[str, tuple[str, ...]]) -> str:
-        return json.dumps(pair)
-
-
 def scheme_of(measurement, groups: tuple[str, ...]):
     """Return the scheme that quantises these groups."""
     from bitladder import planning
@@ -136,32 +96,32 @@ def planned(measurement, bits: float) -> tuple[str, ...]:
     return tuple(sorted(planning.plan(measurement, SchemeSpec(name="ours", effective_bits=bits)).quantised_groups()))
 
 
-def rows_of(found: dict, theirs: dict[str, dict[str, list[str]]], simulator: Simulator) -> list[dict]:
+def rows_of(found: dict, theirs: dict[str, dict[str, list[str]]], scratch: Path) -> list[dict]:
     """Return one row for each of ModelOpt's choices, and one for everything in FP8."""
-    nearest = found["nearest"][0]
+    nearest, compensated = (found[rounding][0] for rounding in ROUNDINGS)
     everything = tuple(sorted(group.name for group in nearest.groups))
     cases = [(method, bits, tuple(sorted(theirs[method][bits]))) for method in theirs for bits in BITS]
     cases = [("all", "8", everything)] + [case for case in cases if case[2] and case[2] != everything]
-    entries = []
+    rows = []
     for method, bits, groups in cases:
         budget = scheme_of(nearest, groups).effective_bits
-        entries.append(
-            {
-                "method": method,
-                "bits_asked": bits,
-                "effective_bits": budget,
-                "arms": {
-                    "modelopt": ("nearest", groups),
-                    "nearest": ("nearest", planned(nearest, budget)),
-                    "compensated": ("compensated", planned(found["compensated"][0], budget)),
-                    "compensated, planned from scores of nearest codes": ("compensated", planned(nearest, budget)),
-                },
-            }
-        )
-    simulator.fill([pair for entry in entries for pair in entry["arms"].values()])
-    for entry in entries:
-        entry["kl"] = {arm: simulator.kl(*pair) for arm, pair in entry.pop("arms").items()}
-    return entries
+        arms = {
+            "modelopt": ("nearest", scheme_of(nearest, groups)),
+            "nearest": ("nearest", scheme_of(nearest, planned(nearest, budget))),
+            "compensated": ("compensated", scheme_of(compensated, planned(compensated, budget))),
+            "compensated, planned from scores of nearest codes": (
+                "compensated",
+                scheme_of(compensated, planned(nearest, budget)),
+            ),
+        }
+        rows.append({"method": method, "bits_asked": bits, "effective_bits": budget, "arms": arms})
+    kls = {}
+    for rounding, (measurement, work) in found.items():
+        schemes = [scheme for row in rows for used, scheme in row["arms"].values() if used == rounding]
+        kls |= prediction.results_of(work, measurement, schemes, scratch / f"simulated-{rounding}.json")
+    for row in rows:
+        row["kl"] = {arm: kls[scheme.fingerprint()] for arm, (_, scheme) in row.pop("arms").items()}
+    return rows
 
 
 def summary(rows: list[dict]) -> dict:
@@ -189,7 +149,7 @@ def result_of(name: str, scratch: Path) -> dict:
     recipe = recipe_of(name)
     found = measured(recipe, scratch, MODELS[name][1])
     theirs = modelopt_choices(recipe, found["nearest"][0], scratch)
-    rows = rows_of(found, theirs, Simulator(found, scratch / "simulated.json"))
+    rows = rows_of(found, theirs, scratch)
     scores = [[m.sensitivity(candidate) for candidate in m.candidates] for m, _ in found.values()]
     rounding = found["compensated"][0].rounding
     return {

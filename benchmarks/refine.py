@@ -20,21 +20,19 @@ EVALUATIONS, MARGINAL = 27, 6
 
 def refine_all(recipe: Path, scratch: Path, wanted: list[str]) -> list[dict]:
     """Return one row for each scheme of a recipe that leaves a choice, and is wanted (empty: all are)."""
-    from bitladder import evaluation, pipeline, planning, sensitivity
+    from bitladder import evaluation, pipeline, planning
     from bitladder.recipe import read_recipe
     from bitladder.records import BF16
     from bitladder.refinement import refine
-    from bitladder.simulation import Simulation
 
     work = pipeline.Workspace(read_recipe(recipe), scratch / "gradient")
     measurement, data = pipeline.measure(work), pipeline.calibration_data(work)
     scored = dataclasses.replace(data, batches=data.batches[: len(measurement.score_weights)])
     cache = scratch / "in_context.json"
     known = json.loads(cache.read_text()) if cache.exists() else {}
-    amax = sensitivity.read_amax(measurement, work.output)
     rows, schemes = [], planning.plan_all(measurement, work.recipe.scheme_specs())
     with evaluation.Reference.compute(work.model_directory, scored) as reference:
-        simulation = Simulation(work.model_directory, measurement, amax)
+        simulation = pipeline.simulation_of(work, measurement, reference.device)
 
         def kl(scheme) -> float:
             key = json.dumps(sorted(scheme.quantised_groups()))

@@ -285,9 +285,11 @@ def measure(work: Workspace) -> Measurement:
 
 def _codes_are_intact(work: Workspace, measurement: Measurement, directory: Path) -> bool:
     """Return whether the compensated codes of a measurement, where it has some, lie in `directory` as they were."""
-    entries = measurement.rounding.files if measurement.rounding is not None else ()
-    paths = {directory / sensitivity.CODES / entry.name: entry.sha256 for entry in entries}
-    return all(path.is_file() and work.cache.sha256(path) == sha256 for path, sha256 in paths.items())
+    try:
+        sensitivity.read_codes(measurement, directory, work.cache.sha256)
+    except RecordError:
+        return False
+    return True
 
 
 def take_over(work: Workspace, path: Path) -> Measurement:
@@ -349,7 +351,8 @@ def kl_on(work: Workspace, measurement: Measurement, data: calibration.DataSet) 
 
 def simulation_of(work: Workspace, measurement: Measurement, device: str) -> Simulation:
     """Return the original, ready to take any scheme with the codes and scales of the measurement."""
-    amax, codes = sensitivity.read_amax(measurement, work.output), sensitivity.read_codes(measurement, work.output)
+    amax = sensitivity.read_amax(measurement, work.output)
+    codes = sensitivity.read_codes(measurement, work.output, work.cache.sha256)
     return Simulation(work.model_directory, measurement, amax, device, codes)
 
 
@@ -515,7 +518,8 @@ def export(work: Workspace) -> dict[str, CheckpointManifest]:
         BitladderError: see `checkpoint.export`.
     """
     measurement, schemes = work.measurement(), work.schemes()
-    amax, codes = sensitivity.read_amax(measurement, work.output), sensitivity.read_codes(measurement, work.output)
+    amax = sensitivity.read_amax(measurement, work.output)
+    codes = sensitivity.read_codes(measurement, work.output, work.cache.sha256)
     missing = [s for s in schemes if not _is_intact(work, s, work.checkpoint_directory(s.name))]
     for scheme in missing:
         work.check_place(work.checkpoint_directory(scheme.name))

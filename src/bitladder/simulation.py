@@ -19,7 +19,7 @@ from bitladder.formats import get_format
 from bitladder.kv_cache import cached_layers, layer_index
 from bitladder.records import BF16, EvalResult, Measurement, QuantModule, Scheme
 from bitladder.runinfo import Progress, no_progress
-from bitladder.sensitivity import Amax, Codes, check_codes, kv_amax
+from bitladder.sensitivity import Amax, Codes, check_codes, codes_of, kv_amax
 from bitladder.targets import load_model
 
 
@@ -90,10 +90,7 @@ class Simulation:
         format_ = get_format(format_name)
         weight_amax = self.amax[f"{module.name}.weight_amax"].to(self.device)
         input_amax = self.amax[f"{module.name}.input_amax"].to(self.device)
-        if self.codes is None:
-            codes = format_.codes(linear.weight, weight_amax)
-        else:
-            codes = self.codes.read(module.name).to(self.device)
+        codes = codes_of(module.name, linear.weight, weight_amax, format_, self.codes)
         weight = numerics.dequantise(codes, format_.scale(weight_amax))
         restored = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         restored.weight = nn.Parameter(weight, requires_grad=False)

@@ -18,7 +18,7 @@ TEMPORARY_PREFIX = ".bitladder-tmp-"
 _HASH_BLOCK_BYTES = 1 << 22
 
 
-def sha256_of_bytes(data: bytes) -> str:
+def sha256_of_bytes(data: bytes | memoryview) -> str:
     """Return the hex SHA-256 of `data`."""
     return hashlib.sha256(data).hexdigest()
 

@@ -313,9 +313,8 @@ def _check_tensors(exam: _Examination, measurement: Measurement, manifest: Check
         def check(name: str) -> tuple[_Examination, _Scales | None]:
             part = exam.part()
             group, module = modules.get(name, (None, None))
-            if module is None:
-                return part, _check_tensor(part, name, None, None, None, None, tensors, originals)
-            entry, own = recorded.get(module.name), rounded.get(module.name)
+            path = module.name if module is not None else ""
+            entry, own = recorded.get(path), rounded.get(path)
             return part, _check_tensor(part, name, group, module, entry, own, tensors, originals)
 
         group_scales: dict[str, set[_Scales]] = {}

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from bitladder.calibration import Batch, DataSet
 from bitladder.errors import MeasurementError, ModelError, RecordError
-from bitladder.formats import get_format
+from bitladder.formats import Format, get_format
 from bitladder.kv_cache import cached_layers
 from bitladder.recipe import MeasureSpec
 from bitladder.records import Candidate, FileDigest, Measurement, ModelSource, Rounding, digest_of
@@ -277,8 +278,7 @@ def measure(
         engine = native if spec.engine == "native" else modelopt
         engine.run(model, job, partial, meter)
         del model
-        gc.collect()  # a model's modules and hooks refer to each other: `del` alone frees nothing yet
-        torch.cuda.empty_cache()
+        _free_memory()
     amax = partial.amax()
     assert amax is not None
     rounding = None
@@ -288,8 +288,7 @@ def measure(
                 model = load_model(directory, dtype, device)
             compensation.run(model, job, partial, amax, meter)
             del model
-            gc.collect()
-            torch.cuda.empty_cache()
+            _free_memory()
         rounding = _keep_codes(partial, output, data, spec)
     unit, weights = score_weights(spec.method, data.batches[:count])
     batches = [partial.scores(batch) or {} for batch in range(count)]
@@ -335,6 +334,12 @@ def measure(
     return measurement
 
 
+def _free_memory() -> None:
+    """Give back what deleted models hold: their modules and hooks refer to each other, so `del` frees nothing yet."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def _keep_codes(partial: Partial, output: Path, data: DataSet, spec: MeasureSpec) -> Rounding:
     """Move the finished codes to where they stay, and return their record."""
     from bitladder.sensitivity import compensation
@@ -356,8 +361,15 @@ def _keep_codes(partial: Partial, output: Path, data: DataSet, spec: MeasureSpec
     )
 
 
-def read_codes(measurement: Measurement, directory: Path) -> Codes | None:
+def read_codes(
+    measurement: Measurement, directory: Path, sha256: Callable[[Path], str] = sha256_of_file
+) -> Codes | None:
     """Return the codes that belong to a measurement, `directory` being where its files lie; None: the nearest ones.
+
+    Args:
+        measurement: whose codes.
+        directory: where its files lie.
+        sha256: of a file; a cache spares hashing gigabytes again.
 
     Raises:
         RecordError: a file is missing, or not the one that the measurement was written with.
@@ -368,9 +380,24 @@ def read_codes(measurement: Measurement, directory: Path) -> Codes | None:
         path = directory / CODES / entry.name
         if not path.is_file():
             raise RecordError(f"{path} is missing; run `bitladder measure` again")
-        if sha256_of_file(path) != entry.sha256:
+        if sha256(path) != entry.sha256:
             raise RecordError(f"{path} is not the file that {MEASUREMENT_FILE} was written with; measure again")
     return Codes.in_directory(directory / CODES)
+
+
+def codes_of(
+    module: str, weight: torch.Tensor, amax: torch.Tensor, format_: Format, codes: Codes | None
+) -> torch.Tensor:
+    """Return the codes [out_features, in_features] that a module's weight is stored as, on the weight's device.
+
+    Args:
+        module: its name.
+        weight: [out_features, in_features].
+        amax: of the weight, a scalar on its device.
+        format_: the codes' format.
+        codes: the measurement's; None: every weight to its nearest.
+    """
+    return format_.codes(weight, amax) if codes is None else codes.read(module).to(weight.device)
 
 
 def check_codes(measurement: Measurement, codes: Codes | None) -> None:

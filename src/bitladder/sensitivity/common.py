@@ -2,7 +2,8 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -34,6 +35,32 @@ class LayerCall:
         """Return the call that a forward pre-hook of the layer saw."""
         hidden = args[0] if args else kwargs["hidden_states"]
         return cls(hidden, args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"})
+
+
+class LayerRecorder(ExitStack):
+    """Keeps what every decoder layer is called with, and what the last one gave; a context for one forward pass.
+
+    calls: in the order of the layers. output: of the last layer that ran, [rows, tokens, hidden]. changed_before: the
+    last layer whose input is not what the one before gave; 0: there is none.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.calls: list[LayerCall] = []
+        self.output = torch.empty(0)
+        self.changed_before = 0
+        for layer in layers:
+            self.callback(layer.register_forward_pre_hook(self._keep_call, with_kwargs=True).remove)
+            self.callback(layer.register_forward_hook(self._keep_output).remove)
+
+    def _keep_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = LayerCall.of(args, kwargs)
+        if self.calls and call.hidden is not self.output:
+            self.changed_before = len(self.calls)
+        self.calls.append(call)
+
+    def _keep_output(self, _: nn.Module, __: Any, output: Any) -> None:
+        self.output = hidden_of(output)
 
 
 def layers_path(target: Target, remedy: str) -> str:

@@ -13,7 +13,8 @@ count.
     measuring/codes/layer-00007.safetensors   one per decoder layer; what its codes do is in the file's metadata
 """
 
-import hashlib
+import contextlib
+import dataclasses
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -36,12 +37,13 @@ from bitladder.sensitivity import Amax, Job, Partial
 from bitladder.sensitivity.common import (
     OUT_OF_MEMORY,
     LayerCall,
+    LayerRecorder,
     hidden_of,
     layer_of,
     layers_path,
     without_cudnn_attention,
 )
-from bitladder.storage import atomic_path
+from bitladder.storage import atomic_path, sha256_of_bytes
 
 _REMEDY = "rounding: compensated goes layer by layer and needs one list, use rounding: nearest"
 
@@ -82,15 +84,15 @@ def _round_layers(
     amax: Amax,
 ) -> None:
     last = missing[-1]
+    counted = [batch.inputs["attention_mask"].bool().to(job.device) for batch in job.batches]
     calls = [_calls(model, layers[: last + 1], batch.to(job.device)) for batch in job.batches]
     hidden = [found[0].hidden for found in calls]
     for index in range(last + 1):
         job.progress("round", index, last + 1)
         layer_groups = groups[index] if index in missing else []
-        inputs = _Products(model, layer_groups, amax)
-        with inputs:
-            for number, (found, batch) in enumerate(zip(calls, job.batches, strict=True)):
-                inputs.begin(batch)
+        with _Products(model, layer_groups, amax) as inputs:
+            for number, (found, mask) in enumerate(zip(calls, counted, strict=True)):
+                inputs.counted = mask
                 hidden[number] = hidden_of(layers[index](hidden[number], *found[index].args, **found[index].kwargs))
         if layer_groups:
             _write(partial.codes_file(index), model, layer_groups, inputs.products, job, amax)
@@ -98,7 +100,7 @@ def _round_layers(
 
 
 class _Stop(Exception):
-    """All layers have been called."""
+    """The last layer has run: what the model does behind it isn't needed."""
 
 
 def _calls(model: nn.Module, layers: Any, batch: Batch) -> list[LayerCall]:
@@ -107,32 +109,22 @@ def _calls(model: nn.Module, layers: Any, batch: Batch) -> list[LayerCall]:
     Raises:
         EngineError: hidden states change between two layers, so that a layer's output isn't the next one's input.
     """
-    calls: list[LayerCall] = []
-    before: list[torch.Tensor] = []
 
-    def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = LayerCall.of(args, kwargs)
-        if before and call.hidden is not before[0]:
-            raise EngineError(
-                f"the model changes the hidden states before decoder layer {len(calls)} (deepstack?); "
-                "rounding: compensated can't take that apart, use rounding: nearest"
-            )
-        calls.append(call if not calls else LayerCall(torch.empty(0), call.args, call.kwargs))
+    def stop(*_: Any) -> None:
+        raise _Stop
 
-    def ran(_: nn.Module, __: Any, output: Any) -> None:
-        before[:] = [hidden_of(output)]
-        if len(calls) == len(layers):
-            raise _Stop
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(called, with_kwargs=True).remove)
-            stack.callback(layer.register_forward_hook(ran).remove)
-        try:
-            model(**batch.inputs, use_cache=False)
-        except _Stop:
-            return calls
-    raise EngineError(f"{type(model).__name__} doesn't call all of its layers; use rounding: nearest")
+    with LayerRecorder(layers) as seen, contextlib.suppress(_Stop):
+        seen.callback(layers[-1].register_forward_hook(stop).remove)
+        model(**batch.inputs, use_cache=False)
+    if len(seen.calls) != len(layers):
+        raise EngineError(f"{type(model).__name__} doesn't call all of its layers; use rounding: nearest")
+    if seen.changed_before:
+        raise EngineError(
+            f"the model changes the hidden states before decoder layer {seen.changed_before} (deepstack?); "
+            "rounding: compensated can't take that apart, use rounding: nearest"
+        )
+    first, *others = seen.calls
+    return [first, *(dataclasses.replace(call, hidden=torch.empty(0)) for call in others)]
 
 
 class _Products(ExitStack):
@@ -141,26 +133,22 @@ class _Products(ExitStack):
     def __init__(self, model: nn.Module, groups: list[QuantGroup], amax: Amax) -> None:
         super().__init__()
         self.products: dict[str, torch.Tensor] = {}  # group -> [in_features, in_features] float32
-        self._counted = torch.empty(0)
+        self.counted = torch.empty(0)  # mask [rows, tokens] of the batch at hand: all but padding
         for group in groups:
-            module = group.modules[0]  # all of a group have the same input, and its scale
-            scale = numerics.scale_of(amax[f"{module.name}.input_amax"])
-            hook = self._hook(group.name, module.name, scale)
-            self.callback(model.get_submodule(module.name).register_forward_pre_hook(hook).remove)
-
-    def begin(self, batch: Batch) -> None:
-        """Say which batch comes next."""
-        self._counted = batch.inputs["attention_mask"].bool()
+            name = group.modules[0].name  # all of a group have the same input, and its scale
+            linear: Any = model.get_submodule(name)
+            scale = numerics.scale_of(amax[f"{name}.input_amax"].to(linear.weight.device))
+            self.callback(linear.register_forward_pre_hook(self._hook(group.name, name, scale)).remove)
 
     def _hook(self, group: str, module: str, scale: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
         def add(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
             x = inputs[0]
-            if x.shape[:2] != self._counted.shape:
+            if x.shape[:2] != self.counted.shape:
                 raise EngineError(
                     f"{module}: its input has shape {list(x.shape)}, [rows, tokens, features] was expected; "
                     "use rounding: nearest"
                 )
-            rows = numerics.fake_quantise(x[self._counted.to(x.device)].float(), scale.to(x.device))
+            rows = numerics.fake_quantise(x[self.counted].float(), scale)
             rows = nn.functional.normalize(rows, dim=-1)
             if group not in self.products:
                 self.products[group] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
@@ -214,4 +202,4 @@ def _write(
 
 def codes_sha256(codes: torch.Tensor) -> str:
     """Return the hex SHA-256 of a module's codes on the CPU, row by row, one byte an element."""
-    return hashlib.sha256(codes.contiguous().view(torch.uint8).numpy().data).hexdigest()
+    return sha256_of_bytes(codes.contiguous().view(torch.uint8).numpy().data)

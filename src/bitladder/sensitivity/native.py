@@ -35,13 +35,15 @@ from torch.nn import functional
 from bitladder import numerics
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError
+from bitladder.formats import get_format
 from bitladder.kv_cache import AmaxCache
 from bitladder.records import QuantGroup, QuantModule
 from bitladder.runinfo import Meter
-from bitladder.sensitivity import Amax, BatchScores, Codes, Job, Partial, check_amax, compensation
+from bitladder.sensitivity import Amax, BatchScores, Codes, Job, Partial, check_amax, codes_of, compensation
 from bitladder.sensitivity.common import (
     OUT_OF_MEMORY,
     LayerCall,
+    LayerRecorder,
     gradient_score,
     hidden_of,
     image_positions,
@@ -69,12 +71,10 @@ class _Fp8Linear:
         self.input_amax_value = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
         self.input_amax = input_amax.to(linear.weight.device)
         self.input_scale = numerics.scale_of(self.input_amax)
-        self.weight_scale = numerics.scale_of(weight_amax.to(linear.weight.device))
+        weight_amax = weight_amax.to(linear.weight.device)
+        self.weight_scale = numerics.scale_of(weight_amax)
         self.native = _multiplies_fp8(linear)
-        if codes is None:
-            stored = numerics.quantise(linear.weight, weight_amax.to(linear.weight.device))
-        else:
-            stored = codes.read(module).to(linear.weight.device)
+        stored = codes_of(module, linear.weight, weight_amax, get_format(FORMAT), codes)
         self.weight = stored if self.native else numerics.dequantise(stored, self.weight_scale, linear.weight.dtype)
 
     def input_of(self, x: torch.Tensor) -> torch.Tensor:
@@ -205,28 +205,17 @@ class _Decoder:
         Raises:
             EngineError: norm and head don't make the model's logits of the last layer's output.
         """
-        self.calls, self.output, self.changed_before = [], torch.empty(0), 0
-        with ExitStack() as stack:
-            for layer in self.layers:
-                stack.callback(layer.register_forward_pre_hook(self._keep_call, with_kwargs=True).remove)
-                stack.callback(layer.register_forward_hook(self._keep_output).remove)
+        self.calls, self.output = [], torch.empty(0)  # those of the batch before free their memory
+        with LayerRecorder(self.layers) as seen:
             # No cache: it would be filled again when layers run again. One position: all logits are large.
             logits = self.model(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1:]
+        self.calls, self.output, self.changed_before = seen.calls, seen.output, seen.changed_before
         ours = self.logits(self.output[:, -1:])
         if float((ours - logits).abs().max()) > _SAME_LOGITS * float(logits.abs().max()):
             raise EngineError(
                 f"{type(self.model).__name__} does more than norm and head behind its layers; engine: native can't "
                 "score it, use engine: modelopt"
             )
-
-    def _keep_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = LayerCall.of(args, kwargs)
-        if self.calls and call.hidden is not self.output:
-            self.changed_before = len(self.calls)
-        self.calls.append(call)
-
-    def _keep_output(self, _: nn.Module, __: Any, output: Any) -> None:
-        self.output = hidden_of(output)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., vocabulary] of what the last layer gives, [..., hidden]."""
