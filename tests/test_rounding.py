@@ -8,10 +8,20 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from bitladder import calibration, checkpoint, evaluation, numerics, planning, rounding, sensitivity, targets
+from bitladder import (
+    calibration,
+    checkpoint,
+    evaluation,
+    numerics,
+    pipeline,
+    planning,
+    rounding,
+    sensitivity,
+    targets,
+)
 from bitladder.errors import EngineError, MeasurementError, RecordError
 from bitladder.formats import FP8
-from bitladder.recipe import MeasureSpec
+from bitladder.recipe import HeldOutSpec, MeasureSpec
 from bitladder.records import CheckpointManifest, Measurement
 from bitladder.sensitivity import compensation
 from bitladder.simulation import Simulation
@@ -19,6 +29,7 @@ from bitladder.storage import sha256_of_file
 from bitladder.verification import verify
 from conftest import load_text, measure_text, spec
 from test_native import measured_by, pairs
+from test_pipeline import work_of
 from test_positions import MODEL
 
 COMPENSATED = {"engine": "native", "rounding": "compensated"}
@@ -312,6 +323,38 @@ def test_hidden_states_that_change_between_layers_are_refused(llama):
         layers[2].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
         with pytest.raises(EngineError, match="changes the hidden states before decoder layer 2"):
             compensation._calls(model, layers, batch)
+
+
+def test_a_run_keeps_its_codes_or_measures_again(llama, text_file, tmp_path):
+    def run(name, **changes):
+        work = work_of((llama, text_file, text_file), tmp_path / name, controls={"kinds": []}, **changes)
+        work.recipe = work.recipe.model_copy(update={"held_out": (HeldOutSpec(samples=2, sequence_length=24),)})
+        return work
+
+    first = run("first", measurement=COMPENSATED)
+    pipeline.run(first)
+    assert first.done[0] == "measure"
+    assert "Codes: compensated (GPTQ), damping 0.1" in (tmp_path / "first/report.md").read_text()
+    again = run("first", measurement=COMPENSATED)
+    pipeline.run(again)
+    assert again.done == []
+
+    path = sorted((tmp_path / "first/codes").iterdir())[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    other = run("other")
+    with pytest.raises(RecordError, match="does not hold the codes that .* was written with; copy it too"):
+        pipeline.take_over(other, tmp_path / "first/measurement.json")
+    damaged = run("first", measurement=COMPENSATED)
+    pipeline.run(damaged)
+    assert damaged.done == ["measure"]  # the same bytes as before: what came of them is still valid
+    assert path.read_bytes() == whole
+
+    pipeline.take_over(other, tmp_path / "first/measurement.json")
+    pipeline.plan(other)
+    pipeline.export(other)
+    name = "checkpoints/full/model.safetensors"
+    assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
 
 def test_what_cannot_be_exported_cannot_be_compensated():
