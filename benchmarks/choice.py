@@ -22,7 +22,11 @@ import ladder
 import prediction
 
 BITS = (9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0)
-MODELS = {"SmolLM2-135M-Instruct": "smollm2_135m.yaml", "embedded Qwen2.5-VL (3.7M)": "demo.yaml"}
+MODELS = {
+    "SmolLM2-135M-Instruct": "smollm2_135m.yaml",
+    "Gemma 3 270M": "gemma3_270m.yaml",
+    "embedded Qwen2.5-VL (3.7M)": "demo.yaml",
+}
 DRAWS, LEVEL = 10_000, 0.9  # of the bootstrap over models and bits
 
 
@@ -141,6 +145,7 @@ def compare(name: str, recipe: Path, scratch: Path) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--model", choices=MODELS, action="append", help="all where none is named; others keep theirs")
     parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/choice.json")
     arguments = parser.parse_args()
 
@@ -150,14 +155,18 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    rows: list[dict] = []
-    for name, recipe in MODELS.items():
-        scratch = arguments.scratch.resolve() / Path(recipe).stem
-        rows += compare(name, ladder.ROOT / "recipes" / recipe, scratch)
+    known = json.loads(arguments.result.read_text()) if arguments.result.exists() else {"rows": [], "measured": {}}
+    wanted = arguments.model or list(MODELS)
+    rows = [row for row in known["rows"] if row["model"] not in wanted]
+    for name in wanted:
+        scratch = arguments.scratch.resolve() / Path(MODELS[name]).stem
+        rows += compare(name, ladder.ROOT / "recipes" / MODELS[name], scratch)
     content = {
         "claim": "held-out KL of Bitladder's choice of groups over that of ModelOpt's, at equal effective bits",
-        "hardware": hardware(),
-        "versions": versions(),
+        "measured": {
+            **known["measured"],
+            **{name: {"hardware": hardware(), "versions": versions()} for name in wanted},
+        },
         "ours_over_theirs": {
             name: {
                 method: geometric_mean(
@@ -166,6 +175,7 @@ def main() -> None:
                 for method in ("gradient", "kl_div")
             }
             for name in MODELS
+            if any(row["model"] == name for row in rows)
         },
         "rows": rows,
     }

@@ -2,10 +2,10 @@
 
     python benchmarks/prediction.py --scratch DIR [--model NAME]   # writes benchmarks/results/prediction.json
 
-About 40 minutes for SmolLM2-135M, two for the embedded model. Five schemes, planned from gradient scores, and all their
-control arms are simulated on the recipe's first held-out set. Then each method's scores predict each one's KL from all
-the others (`bitladder.prediction`). The measurements, and every simulation that is finished, are kept in the scratch
-directory, one for each model; a model that isn't named keeps its results.
+About 40 minutes for SmolLM2-135M on two CPU cores, two for the embedded model; a GPU helps. Five schemes, planned from
+gradient scores, and all their control arms are simulated on the recipe's first held-out set. Then each method's scores
+predict each one's KL from all the others (`bitladder.prediction`). The measurements, and every simulation that is
+finished, are kept in the scratch directory, one for each model; a model that isn't named keeps its results.
 """
 
 import argparse
@@ -19,6 +19,7 @@ SMOLLM2 = ladder.ROOT / "recipes/smollm2_135m.yaml"
 KL_SAMPLES = 8  # scored by kl_div, which takes a forward pass a group and batch
 MODELS = {  # name -> recipe, and samples scored by kl_div
     "smollm2-135m-instruct": (SMOLLM2, KL_SAMPLES),
+    "gemma-3-270m": (ladder.ROOT / "recipes/gemma3_270m.yaml", KL_SAMPLES),
     "embedded-qwen2.5-vl": (ladder.ROOT / "recipes/demo.yaml", 96),
 }
 COVERAGES = (0.25, 0.5, 0.75, 1.0)
@@ -27,14 +28,17 @@ WITHIN = 0.15  # of the measured KL
 
 
 def measurements(scratch: Path, path: Path = SMOLLM2, kl_samples: int = KL_SAMPLES) -> dict:
-    """Return the measurement of a recipe's model by each method, and the recipe's workspace."""
+    """Return the measurement of a recipe's model by each method, and the recipe's workspace.
+
+    In float32 on a GPU too: the KL of one group of a small model is below BF16's own noise.
+    """
     from bitladder import pipeline
     from bitladder.recipe import read_recipe
 
     recipe = read_recipe(path)
     found = {}
     for method, samples in (("gradient", recipe.measurement.score_samples), ("kl_div", kl_samples)):
-        changed = recipe.measurement.model_copy(update={"method": method, "score_samples": samples})
+        changed = recipe.measurement.model_copy(update={"method": method, "score_samples": samples, "dtype": "float32"})
         work = pipeline.Workspace(recipe.model_copy(update={"measurement": changed}), scratch / method)
         found[method] = (pipeline.measure(work), work)
     return found

@@ -26,7 +26,7 @@ MODELS = {
     "gemma-3-270m": ("gemma3_270m.yaml", SCORE_SAMPLES),
     "embedded-qwen2.5-vl": ("demo.yaml", 96),
 }
-HELD_OUT_SAMPLES = {"smollm2-135m-instruct": 16, "gemma-3-270m": 8}  # of each set
+HELD_OUT_SAMPLES = {"smollm2-135m-instruct": 16, "gemma-3-270m": 16}  # of each set
 ROUNDINGS = ("nearest", "compensated")
 
 

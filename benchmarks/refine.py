@@ -21,12 +21,11 @@ EVALUATIONS, MARGINAL = 27, 6
 def refine_all(recipe: Path, scratch: Path, wanted: list[str]) -> list[dict]:
     """Return one row for each scheme of a recipe that leaves a choice, and is wanted (empty: all are)."""
     from bitladder import evaluation, pipeline, planning
-    from bitladder.recipe import read_recipe
     from bitladder.records import BF16
     from bitladder.refinement import refine
 
-    work = pipeline.Workspace(read_recipe(recipe), scratch / "gradient")
-    measurement, data = pipeline.measure(work), pipeline.calibration_data(work)
+    measurement, work = prediction.measurements(scratch, recipe)["gradient"]
+    data = pipeline.calibration_data(work)
     scored = dataclasses.replace(data, batches=data.batches[: len(measurement.score_weights)])
     cache = scratch / "in_context.json"
     known = json.loads(cache.read_text()) if cache.exists() else {}
@@ -80,20 +79,18 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    known = json.loads(arguments.result.read_text())["models"] if arguments.result.exists() else {}
     content = {
         "claim": "held-out KL of schemes as planned from gradient scores, and refined in context",
-        "hardware": hardware(),
-        "versions": versions(),
         "evaluations": EVALUATIONS,
         "marginal": MARGINAL,
-        "models": {
-            name: refine_all(
-                ladder.ROOT / "recipes" / recipe, arguments.scratch.resolve() / Path(recipe).stem, arguments.schemes
-            )
-            for name, recipe in choice.MODELS.items()
-            if recipe in arguments.recipes
-        },
+        "models": known,
     }
+    for name, recipe in choice.MODELS.items():
+        if recipe in arguments.recipes:
+            scratch = arguments.scratch.resolve() / Path(recipe).stem
+            rows = refine_all(ladder.ROOT / "recipes" / recipe, scratch, arguments.schemes)
+            known[name] = {"hardware": hardware(), "versions": versions(), "schemes": rows}
     arguments.result.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -235,7 +235,7 @@ class _Sums:
 
 
 def _log_probabilities(model: Any, batch: Any, device: str, what: str) -> torch.Tensor:
-    """Return the log-probabilities [counted tokens, vocabulary] of a batch in float32, on the CPU.
+    """Return the log-probabilities [counted tokens, vocabulary] of a batch in float32, on the model's device.
 
     Raises:
         ModelError: NaN or Inf in the logits.
@@ -249,7 +249,7 @@ def _log_probabilities(model: Any, batch: Any, device: str, what: str) -> torch.
     )
     if not bool(torch.isfinite(logits).all()):
         raise ModelError(f"{what} gives NaN or Inf; {_EXPORT_AGAIN}, or check the original")
-    return torch.log_softmax(logits, -1).cpu()
+    return torch.log_softmax(logits, -1)
 
 
 def _on(split: str) -> str:
@@ -317,16 +317,18 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def _add_rows(sums: _Sums, batch: Any, reference: torch.Tensor, ours: torch.Tensor) -> None:
+    """Add what a batch gives; the reference comes to the device of `ours` piece by piece."""
     mask = batch.predicted
-    targets = batch.labels[:, 1:][mask]
+    targets = batch.labels[:, 1:][mask].to(ours.device)
     kl, nll, agree = [], [], []
     for start in range(0, len(ours), _TOKENS_AT_ONCE):
-        p, q = reference[start : start + _TOKENS_AT_ONCE], ours[start : start + _TOKENS_AT_ONCE]
+        q = ours[start : start + _TOKENS_AT_ONCE]
+        p = reference[start : start + _TOKENS_AT_ONCE].to(ours.device)
         kl.append(_kl(p, q))
         nll.append(-q.gather(-1, targets[start : start + _TOKENS_AT_ONCE, None])[:, 0].double())
         agree.append(p.argmax(-1) == q.argmax(-1))
     per_row = mask.sum(-1).tolist()
-    columns = [torch.split(torch.cat(values), per_row) for values in (kl, nll, agree)]
+    columns = [torch.split(torch.cat(values).cpu(), per_row) for values in (kl, nll, agree)]
     for row_kl, row_nll, row_agree in zip(*columns, strict=True):
         if not len(row_kl):
             continue
@@ -387,7 +389,7 @@ class Reference:
             for index, batch in enumerate(data.batches):
                 progress(f"evaluate original{on}", index, len(data.batches))
                 values = _log_probabilities(model, batch, device, f"the original {directory}, batch {index},")
-                store.add(values)
+                store.add(values.cpu())
                 _add_rows(own, batch, values, values)
             progress(f"evaluate original{on}", len(data.batches), len(data.batches))
             _check_nll(own, f"the original {directory}")
