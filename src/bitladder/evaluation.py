@@ -43,6 +43,7 @@ MAX_REFERENCE_BYTES_IN_MEMORY = 2 << 30
 _EXPORT_AGAIN = "export this scheme again"
 _SCALE_NAMES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale")
 _KV_SCALE_NAMES = ("k_scale", "v_scale")
+_GPU_SHARE = 0.25  # of its free memory that the original's log-probabilities may take
 _TOKENS_AT_ONCE = 256  # rows of [tokens, vocabulary] compared at a time
 _MAX_MEAN_NLL = 300.0  # nats per token; chance is log(vocabulary), about 12. Keeps exp() finite
 _PROMPTS_AT_ONCE = 50
@@ -258,15 +259,18 @@ def _on(split: str) -> str:
 
 
 class _Store:
-    """The original's log-probabilities, batch by batch: in memory, or in files where they are large."""
+    """The original's log-probabilities, batch by batch: on the GPU where they fit, in memory, or in files."""
 
-    def __init__(self, total_bytes: int) -> None:
+    def __init__(self, total_bytes: int, device: str) -> None:
         self.memory: list[torch.Tensor] = []
         self.count = 0
-        large = total_bytes > MAX_REFERENCE_BYTES_IN_MEMORY
+        on_gpu = device.startswith("cuda") and total_bytes < _GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+        self.device = device if on_gpu else "cpu"
+        large = not on_gpu and total_bytes > MAX_REFERENCE_BYTES_IN_MEMORY
         self.directory = Path(tempfile.mkdtemp(prefix="bitladder-")) if large else None
 
     def add(self, values: torch.Tensor) -> None:
+        values = values.to(self.device)
         if self.directory is None:
             self.memory.append(values)
         else:
@@ -382,14 +386,14 @@ class Reference:
         """
         model = load_model(directory, torch.float32, device)
         vocabulary = model.get_output_embeddings().weight.shape[0]
-        store = _Store(4 * data.summary.tokens * vocabulary)
+        store = _Store(4 * data.summary.tokens * vocabulary, device)
         on = _on(split)
         try:
             own = _Sums()
             for index, batch in enumerate(data.batches):
                 progress(f"evaluate original{on}", index, len(data.batches))
                 values = _log_probabilities(model, batch, device, f"the original {directory}, batch {index},")
-                store.add(values.cpu())
+                store.add(values)
                 _add_rows(own, batch, values, values)
             progress(f"evaluate original{on}", len(data.batches), len(data.batches))
             _check_nll(own, f"the original {directory}")
