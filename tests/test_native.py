@@ -15,6 +15,7 @@ from bitladder.recipe import DataSpec, MeasureSpec
 from bitladder.report.content import rank_correlation
 from bitladder.sensitivity import native
 from bitladder.sensitivity.common import gradient_score, hidden_of
+from bitladder.sensitivity.layers import Layers
 from conftest import (
     llama_config,
     llava_config,
@@ -143,13 +144,14 @@ def test_a_real_model_scores_as_with_modelopt(tmp_path, method):
 
 
 def decoder_of(cls, config, directory):
-    """Return the native decoder of a tiny random model in float32, and one batch of token ids."""
+    """Return the native decoder of a tiny random model in float32, and one batch of token ids on its way."""
     save_model(cls, config, directory, tokenizer=False)
-    job = sensitivity.Job(targets.find_target(directory), (), 0, MeasureSpec(engine="native"), "cpu", lambda *_: None)
+    target = targets.find_target(directory)
+    job = sensitivity.Job(target, (), 0, MeasureSpec(engine="native"), "cpu", lambda *_: None)
+    model = targets.load_model(directory, torch.float32, "cpu").requires_grad_(False)
     ids = torch.arange(10, 34).view(2, 12)
-    return native._Decoder(targets.load_model(directory, torch.float32, "cpu"), job), calibration.Batch(
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids
-    )
+    batch = calibration.Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
+    return native._Decoder(Layers.of(model, target), job), native._Pass(batch)
 
 
 FAMILIES = {
@@ -162,11 +164,15 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replay_and_gradient_are_the_models_own_in_every_family(family, tmp_path):
+def test_layers_and_gradient_are_the_models_own_in_every_family(family, tmp_path):
     cls, config = FAMILIES[family]
-    decoder, batch = decoder_of(cls, config(), tmp_path)
-    decoder.record(batch)
-    torch.testing.assert_close(decoder.replay(0), decoder.output, rtol=0, atol=0)
+    decoder, current = decoder_of(cls, config(), tmp_path)
+    decoder.record(current)
+    again = native._Pass(current.batch)
+    decoder.begin(again)
+    for index, layer in enumerate(decoder.layers.layers):
+        again.output = decoder.run(layer, again.output, again.calls[index])
+    torch.testing.assert_close(again.output, current.output, rtol=0, atol=0)
 
     def keep(_, __, output):
         leaves.append(hidden_of(output))
@@ -175,21 +181,35 @@ def test_replay_and_gradient_are_the_models_own_in_every_family(family, tmp_path
     leaves = []
     with torch.enable_grad():
         decoder.model.requires_grad_(True)
-        handle = decoder.layers[-1].register_forward_hook(keep)
-        decoder.model(**batch.inputs, labels=batch.labels).loss.backward()
+        handle = decoder.layers.layers[-1].register_forward_hook(keep)
+        decoder.model(**current.batch.inputs, labels=current.batch.labels).loss.backward()
         handle.remove()
-    torch.testing.assert_close(decoder.loss_gradient(batch), leaves[0].grad, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(decoder.loss_gradient(current), leaves[0].grad, rtol=1e-4, atol=1e-8)
 
 
-def test_what_is_added_between_layers_is_not_replayed(tmp_path):
-    decoder, batch = decoder_of(transformers.LlamaForCausalLM, llama_config(), tmp_path)
-    for layer in decoder.layers[1:]:
-        layer.register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
-    decoder.record(batch)
-    decoder.replay(2)  # what was added before layer 2 is in its input
-    for first in (0, 1):
-        with pytest.raises(EngineError, match="changes the hidden states before decoder layer 2"):
-            decoder.replay(first)
+def test_what_is_kept_and_what_runs_again_give_the_same(llama, text_file, tmp_path, monkeypatch):
+    data, found, kept = load_text(llama, text_file), {}, {}
+    backward = native._Decoder.backward
+
+    def counted(decoder, layer, index, current, gradient):
+        kept.setdefault(name, []).append(index in current.kept)
+        return backward(decoder, layer, index, current, gradient)
+
+    monkeypatch.setattr(native._Decoder, "backward", counted)
+    for name, room in (("kept", True), ("again", False)):
+        monkeypatch.setattr(native._CutRecorder, "_has_room", lambda *_, room=room: room)
+        found[name] = measured_by("native", llama, data, tmp_path / name)
+    assert all(kept["kept"])
+    assert not any(kept["again"])
+    assert found["kept"].fingerprint() == found["again"].fingerprint()
+
+
+def test_what_is_added_between_layers_is_refused(tmp_path):
+    decoder, current = decoder_of(transformers.LlamaForCausalLM, llama_config(), tmp_path)
+    decoder.layers.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+    decoder.record(current)  # for gradients it doesn't matter
+    with pytest.raises(EngineError, match="changes the hidden states before decoder layer 1"):
+        decoder.begin(native._Pass(current.batch))
 
 
 @pytest.mark.parametrize("difference", [1e-4, 1e-2, 1.0, 200.0])
@@ -199,7 +219,8 @@ def test_kl_is_exact_for_near_and_far_distributions(difference):
     others = logits + difference * torch.randn(300, 50, generator=generator)
     p, q = (torch.log_softmax(values.double(), -1) for values in (logits, others))
     expected = float((p.exp() * (p - q)).sum())
-    scorer = SimpleNamespace(decoder=SimpleNamespace(logits=lambda hidden: hidden), kl=native._kl_sum)
+    decoder = SimpleNamespace(logits=lambda hidden: hidden)
+    scorer = SimpleNamespace(layers=SimpleNamespace(device="cpu"), decoder=decoder, kl=native._kl_sum)
     (found,) = native._KlScorer._kl(scorer, logits, [others])
     assert float(found) == pytest.approx(expected, rel=2e-3)
     (back,) = native._KlScorer._kl(scorer, others, [logits])
@@ -207,28 +228,30 @@ def test_kl_is_exact_for_near_and_far_distributions(difference):
 
 
 def test_a_model_that_does_more_behind_its_layers_is_refused(tmp_path):
-    decoder, batch = decoder_of(transformers.LlamaForCausalLM, llama_config(), tmp_path)
+    decoder, current = decoder_of(transformers.LlamaForCausalLM, llama_config(), tmp_path)
     decoder.model.register_forward_hook(lambda _, __, output: dataclasses.replace(output, logits=output.logits.tanh()))
-    with pytest.raises(EngineError, match="does more than norm and head behind its layers"):
-        decoder.record(batch)
+    for step in (decoder.record, decoder.begin):
+        with pytest.raises(EngineError, match="does more than norm and head behind its layers"):
+            step(current)
 
 
 @pytest.mark.parametrize("method", WITHIN)
 def test_a_killed_measurement_goes_on_with_the_same_numbers(llama, text_file, tmp_path, monkeypatch, method):
     data = load_text(llama, text_file)
     whole = measured_by("native", llama, data, tmp_path / "whole", method=method)
-    record, calls = native._Decoder.record, []
+    step = "record" if method == "gradient" else "begin"
+    original, calls = getattr(native._Decoder, step), []
 
     def killed(*args):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        record(*args)
+        original(*args)
 
-    monkeypatch.setattr(native._Decoder, "record", killed)
+    monkeypatch.setattr(native._Decoder, step, killed)
     with pytest.raises(KeyboardInterrupt):
         measured_by("native", llama, data, tmp_path / "killed", method=method)
-    monkeypatch.setattr(native._Decoder, "record", record)
+    monkeypatch.setattr(native._Decoder, step, original)
     monkeypatch.setattr(native, "calibrate", None)  # done already
     resumed = measured_by("native", llama, data, tmp_path / "killed", method=method)
     assert resumed.fingerprint() == whole.fingerprint()
@@ -249,11 +272,11 @@ def test_nan_is_refused_as_by_the_reference(llama, text_file, tmp_path, monkeypa
     seen = {}
     calibrate = native.calibrate
 
-    def broken(model, job):
+    def broken(layers, job):
         name = job.target.groups[0].modules[0].name
         seen["name"] = name
-        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: (inputs[0] * float("nan"),))
-        return calibrate(model, job)
+        layers.model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: (inputs[0] * float("nan"),))
+        return calibrate(layers, job)
 
     monkeypatch.setattr(native, "calibrate", broken)
     with pytest.raises(MeasurementError, match="hold NaN or Inf during calibration"):

@@ -11,7 +11,7 @@ fewer effective bits than its scheme, and at most one group's worth more.
     lowest_score the least sensitive first, whatever they save
     modelopt     what ModelOpt's solver chooses from the same scores within the scheme's bits, so at most those. A
                  group's score is the plain sum over batches then, however many tokens a batch has. `gradient`: the
-                 least sum within the bits; `kl_div`: all groups below a threshold
+                 least sum within the bits (`fisher` too); `kl_div`: all groups below a threshold
 """
 
 import random
@@ -87,7 +87,7 @@ def _modelopt_choice(measurement: Measurement, scheme: Scheme, format_name: str)
     threshold over normalised scores, found by bisection: here it is the highest that keeps the bits).
     """
     plain = measurement.model_copy(update={"score_weights": (1.0,) * len(measurement.score_weights)})
-    if measurement.method == "gradient":
+    if measurement.method != "kl_div":
         frontier = planning.frontier(plain)
         index = frontier.within_bits(scheme.weight_bits)
         assert index is not None  # the scheme itself is within its bits

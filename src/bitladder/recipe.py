@@ -90,7 +90,9 @@ class MeasureSpec(Section):
     """How sensitivity is measured."""
 
     engine: Literal["modelopt", "native"] = Field(default="modelopt", description="native: ours, without ModelOpt")
-    method: Literal["gradient", "kl_div"] = "gradient"
+    method: Literal["gradient", "kl_div", "fisher"] = Field(
+        default="gradient", description="fisher: engine native only; KL to second order, at the price of a gradient"
+    )
     formats: tuple[str, ...] = Field(default=("fp8",), min_length=1)
     share_fused_scales: bool = Field(default=True, description="False only to compare with ModelOpt; not exportable")
     rounding: Literal["nearest", "compensated"] = Field(
@@ -104,9 +106,14 @@ class MeasureSpec(Section):
         default="auto", description="arithmetic while scoring; auto: float32 on a CPU, bfloat16 on a GPU"
     )
     device: str = Field(default="auto", description="auto: a GPU where there is one")
+    memory_gb: float | None = Field(
+        default=None, gt=0, description="of the device, that measuring may take at most; None: what is free"
+    )
 
     @model_validator(mode="after")
-    def _exportable_codes(self) -> Self:
+    def _possible(self) -> Self:
+        if self.method == "fisher" and self.engine != "native":
+            raise ValueError("method: fisher needs engine: native; ModelOpt has gradient and kl_div")
         if self.rounding == "compensated" and not (self.share_fused_scales and len(self.formats) == 1):
             raise ValueError("rounding: compensated needs share_fused_scales: true and one format")
         return self

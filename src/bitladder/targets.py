@@ -80,12 +80,17 @@ def load_config(directory: Path) -> Any:
         raise UnsupportedModel(f"transformers can't read {directory / 'config.json'}: {reason}") from error
 
 
-def build_on_meta(directory: Path) -> Any:
-    """Return the model without weights (meta device), for its structure."""
+def build_on_meta(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the model without weights (meta device), for its structure; `dtype` is that of its parameters."""
     config = load_config(directory)
     cls = model_class(config)
-    with torch.device("meta"):
-        return cls(config).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return cls(config).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def load_model(

@@ -174,7 +174,7 @@ def score_batch_count(data: DataSet, spec: MeasureSpec) -> int:
 
 def settings_sha256(source: ModelSource, data: DataSet, spec: MeasureSpec) -> str:
     """Return the digest of everything that decides a measurement: model, data, settings."""
-    return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json()])
+    return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"})])
 
 
 def score_weights(method: str, batches: tuple[Batch, ...]) -> tuple[str, tuple[float, ...]]:
@@ -182,7 +182,7 @@ def score_weights(method: str, batches: tuple[Batch, ...]) -> tuple[str, tuple[f
 
     ModelOpt's gradient score of a batch is Σ (∂loss/∂y · Δy)² with `loss` the mean over the batch's n tokens: it
     shrinks with n², so a batch of few tokens would weigh most. n² / Σn makes it the score of the summed loss, per
-    token. A KL score is a sum over tokens: 1 / Σn.
+    token. A KL score, estimated by `fisher` or exact, is a sum over tokens: 1 / Σn.
     """
     tokens = [batch.loss_tokens for batch in batches]
     total = sum(tokens)
@@ -259,7 +259,7 @@ def measure(
     Raises:
         ModelError: NaN or Inf in weights. MeasurementError: NaN or Inf in activations or scores.
     """
-    from bitladder.sensitivity import compensation, modelopt, native
+    from bitladder.sensitivity import compensation, layers, modelopt, native
 
     for name in spec.formats:
         get_format(name)
@@ -271,25 +271,33 @@ def measure(
     count = score_batch_count(data, spec)
     job = Job(target, data.batches, count, spec, device, progress)
 
-    if partial.amax() is None or any(partial.scores(batch) is None for batch in range(count)):
+    memory = layers.DeviceMemory(device, spec.memory_gb)
+
+    def opened(remedy: str) -> layers.Layers:
+        """Return the model's layers, streamed where the model doesn't fit."""
         with meter.phase("load model"):
-            model = load_model(directory, dtype, device)
-            check_weights(model, directory, target)
-        engine = native if spec.engine == "native" else modelopt
-        engine.run(model, job, partial, meter)
-        del model
-        _free_memory()
-    amax = partial.amax()
-    assert amax is not None
-    rounding = None
-    if spec.rounding == "compensated":
-        if spec.engine != "native":  # which has made the codes already, and scored them
-            with meter.phase("load model"):
-                model = load_model(directory, dtype, device)
-            compensation.run(model, job, partial, amax, meter)
-            del model
+            if not memory.fits(directory, target, dtype):
+                return layers.StreamedLayers.open(directory, target, dtype, device, memory)
+            return layers.Layers.of(_loaded(directory, target, dtype, device), target, device, memory, remedy)
+
+    with memory.enforced():
+        if partial.amax() is None or any(partial.scores(batch) is None for batch in range(count)):
+            if spec.engine == "native":
+                native.run(opened(native.REMEDY), job, partial, meter)
+            else:
+                with meter.phase("load model"):
+                    model = _loaded(directory, target, dtype, device)
+                modelopt.run(model, job, partial, meter)
+                del model
             _free_memory()
-        rounding = _keep_codes(partial, output, data, spec)
+        amax = partial.amax()
+        assert amax is not None
+        rounding = None
+        if spec.rounding == "compensated":
+            if spec.engine != "native":  # which has made the codes already, and scored them
+                compensation.run(opened(compensation.REMEDY), job, partial, amax, meter)
+                _free_memory()
+            rounding = _keep_codes(partial, output, data, spec)
     unit, weights = score_weights(spec.method, data.batches[:count])
     batches = [partial.scores(batch) or {} for batch in range(count)]
     raw = [score for batch in batches for formats in batch.values() for score in formats.values()]
@@ -332,6 +340,13 @@ def measure(
         shutil.rmtree(output / CODES, ignore_errors=True)  # of an earlier measurement
     partial.remove()
     return measurement
+
+
+def _loaded(directory: Path, target: Target, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """Return the whole model, its weights checked."""
+    model: torch.nn.Module = load_model(directory, dtype, device)
+    check_weights(model, directory, target)
+    return model
 
 
 def _free_memory() -> None:

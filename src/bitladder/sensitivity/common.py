@@ -18,7 +18,7 @@ from bitladder.sensitivity import Amax
 from bitladder.targets import Target
 
 OUT_OF_MEMORY = "out of GPU memory while measuring; lower calibration.batch_size or calibration.sequence_length"
-_LARGEST_PRODUCT = 1e10  # ModelOpt's own bound on gradient times error
+LARGEST_PRODUCT = 1e10  # ModelOpt's own bound on gradient times error
 _LAYER = re.compile(r"(.+?)\.(\d+)\.")  # path of the list of decoder layers, and the number in it
 
 
@@ -53,13 +53,13 @@ class LayerRecorder(ExitStack):
             self.callback(layer.register_forward_pre_hook(self._keep_call, with_kwargs=True).remove)
             self.callback(layer.register_forward_hook(self._keep_output).remove)
 
-    def _keep_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _keep_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = LayerCall.of(args, kwargs)
         if self.calls and call.hidden is not self.output:
             self.changed_before = len(self.calls)
         self.calls.append(call)
 
-    def _keep_output(self, _: nn.Module, __: Any, output: Any) -> None:
+    def _keep_output(self, _: nn.Module, __: Any, output: Any) -> Any:
         self.output = hidden_of(output)
 
 
@@ -103,16 +103,30 @@ def gradient_score(gradient: torch.Tensor, difference: torch.Tensor, images: tor
 
     Source: modelopt.torch.quantization.algorithms._get_auto_quantize_score.
     """
+    return by_position(token_scores(gradient, difference), images)
+
+
+def token_scores(gradient: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+    """Return what every token adds to a module's gradient score: [rows, tokens] in float64."""
     # Few passes over memory bound the time: the product in the tensors' own dtype (its rounding averages out over
     # the elements), then one reduction that squares in float32.
-    product = torch.mul(gradient, difference).clamp_(-_LARGEST_PRODUCT, _LARGEST_PRODUCT)
-    scores = torch.linalg.vector_norm(product, dim=-1, dtype=torch.float32).double().square_()
+    product = torch.mul(gradient, difference).clamp_(-LARGEST_PRODUCT, LARGEST_PRODUCT)
+    lengths: torch.Tensor = torch.linalg.vector_norm(product, dim=-1, dtype=torch.float32)
+    return lengths.double().square_()
+
+
+def by_position(scores: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
+    """Return the sum of the tokens' scores [rows, tokens], and that over image-token positions: [2].
+
+    Raises:
+        EngineError: the shape is another than that of `images`, so that positions can't be told apart.
+    """
     total = scores.sum()
     if images is None:
         return torch.stack([total, torch.zeros_like(total)])
     if scores.shape != images.shape:
         raise EngineError(
-            f"a module's output has shape {list(product.shape)}, [rows, tokens, features] was expected: "
+            f"a module's output has positions {list(scores.shape)}, [rows, tokens] was expected: "
             "image positions can't be told apart"
         )
     return torch.stack([total, scores[images].sum()])

@@ -1,9 +1,8 @@
 """Compensated codes of every searched weight, layer by layer: `run(...) -> tuple[RoundedModule, ...]`.
 
-The model runs once for every calibration batch up to its last decoder layer, to learn what each layer is called with.
-Then layer after layer runs on all batches; the products of its searched modules' inputs are added up, and its codes are
-made from them (`rounding`). So the products of one layer live at a time, and the hidden states of all batches,
-[tokens, hidden] in the model's dtype; both stay on the model's device.
+Layer after layer runs on all batches (`layers`, which may stream them); the products of its searched modules' inputs
+are added up, and its codes are made from them (`rounding`). So the products of one layer live at a time, and the hidden
+states of all batches, [tokens, hidden] in the model's dtype.
 
 Inputs are those of the original model, each rounded through its own FP8 scale: codes then serve every scheme, whatever
 else that quantises. Every token counts alike: its input is divided by its own length, since a few tokens (the first
@@ -13,8 +12,6 @@ count.
     measuring/codes/layer-00007.safetensors   one per decoder layer; what its codes do is in the file's metadata
 """
 
-import contextlib
-import dataclasses
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,34 +24,26 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bitladder import numerics
-from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import get_format
 from bitladder.records import QuantGroup, RoundedModule
 from bitladder.rounding import compensated_codes, output_error
 from bitladder.runinfo import Meter
 from bitladder.sensitivity import Amax, Job, Partial
-from bitladder.sensitivity.common import (
-    OUT_OF_MEMORY,
-    LayerCall,
-    LayerRecorder,
-    hidden_of,
-    layer_of,
-    layers_path,
-    without_cudnn_attention,
-)
+from bitladder.sensitivity.common import OUT_OF_MEMORY, hidden_of, layer_of, without_cudnn_attention
+from bitladder.sensitivity.layers import Layers
 from bitladder.storage import atomic_path, sha256_of_bytes
 
-_REMEDY = "rounding: compensated goes layer by layer and needs one list, use rounding: nearest"
+_NEAREST = "rounding: nearest"
+REMEDY = f"rounding: compensated goes layer by layer and needs one list, use {_NEAREST}"
 
 
-def run(model: nn.Module, job: Job, partial: Partial, amax: Amax, meter: Meter) -> tuple[RoundedModule, ...]:
+def run(layers: Layers, job: Job, partial: Partial, amax: Amax, meter: Meter) -> tuple[RoundedModule, ...]:
     """Make the codes of every layer that has none in `partial` yet, and return what all of them do.
 
     Raises:
         MeasurementError: too few calibration tokens, or out of memory. EngineError: a model that can't be taken apart.
     """
-    layers: Any = model.get_submodule(layers_path(job.target, _REMEDY))
     groups: dict[int, list[QuantGroup]] = {}
     for group in job.target.groups:
         groups.setdefault(layer_of(group), []).append(group)
@@ -62,7 +51,7 @@ def run(model: nn.Module, job: Job, partial: Partial, amax: Amax, meter: Meter) 
     if missing:
         try:
             with meter.phase("round"), torch.no_grad(), without_cudnn_attention():
-                _round_layers(model, layers, groups, missing, job, partial, amax)
+                _round_layers(layers, groups, missing, job, partial, amax)
         except torch.OutOfMemoryError as error:
             raise MeasurementError(OUT_OF_MEMORY) from error
     return tuple(module for layer in sorted(groups) for module in read_modules(partial.codes_file(layer)))
@@ -75,8 +64,7 @@ def read_modules(path: Path) -> tuple[RoundedModule, ...]:
 
 
 def _round_layers(
-    model: nn.Module,
-    layers: Any,
+    layers: Layers,
     groups: dict[int, list[QuantGroup]],
     missing: list[int],
     job: Job,
@@ -85,46 +73,24 @@ def _round_layers(
 ) -> None:
     last = missing[-1]
     counted = [batch.inputs["attention_mask"].bool().to(job.device) for batch in job.batches]
-    calls = [_calls(model, layers[: last + 1], batch.to(job.device)) for batch in job.batches]
-    hidden = [found[0].hidden for found in calls]
+    try:
+        calls = [layers.calls(batch.to(job.device))[0] for batch in job.batches]
+    except EngineError as error:
+        raise EngineError(f"{error}; use {_NEAREST}") from error
+    hidden = [found[0].hidden.to(layers.home) for found in calls]
     for index in range(last + 1):
         job.progress("round", index, last + 1)
         layer_groups = groups[index] if index in missing else []
-        with _Products(model, layer_groups, amax) as inputs:
-            for number, (found, mask) in enumerate(zip(calls, counted, strict=True)):
-                inputs.counted = mask
-                hidden[number] = hidden_of(layers[index](hidden[number], *found[index].args, **found[index].kwargs))
-        if layer_groups:
-            _write(partial.codes_file(index), model, layer_groups, inputs.products, job, amax)
+        with layers.loaded(index) as layer:
+            with _Products(layers.model, layer_groups, amax) as inputs:
+                for number, (found, mask) in enumerate(zip(calls, counted, strict=True)):
+                    inputs.counted = mask
+                    x = hidden[number].to(job.device)
+                    output = hidden_of(layer(x, *found[index].args, **found[index].kwargs))
+                    hidden[number] = output.to(layers.home)
+            if layer_groups:
+                _write(partial.codes_file(index), layers.model, layer_groups, inputs.products, job, amax)
     job.progress("round", last + 1, last + 1)
-
-
-class _Stop(Exception):
-    """The last layer has run: what the model does behind it isn't needed."""
-
-
-def _calls(model: nn.Module, layers: Any, batch: Batch) -> list[LayerCall]:
-    """Return what each layer is called with; hidden states are kept of the first alone.
-
-    Raises:
-        EngineError: hidden states change between two layers, so that a layer's output isn't the next one's input.
-    """
-
-    def stop(*_: Any) -> None:
-        raise _Stop
-
-    with LayerRecorder(layers) as seen, contextlib.suppress(_Stop):
-        seen.callback(layers[-1].register_forward_hook(stop).remove)
-        model(**batch.inputs, use_cache=False)
-    if len(seen.calls) != len(layers):
-        raise EngineError(f"{type(model).__name__} doesn't call all of its layers; use rounding: nearest")
-    if seen.changed_before:
-        raise EngineError(
-            f"the model changes the hidden states before decoder layer {seen.changed_before} (deepstack?); "
-            "rounding: compensated can't take that apart, use rounding: nearest"
-        )
-    first, *others = seen.calls
-    return [first, *(dataclasses.replace(call, hidden=torch.empty(0)) for call in others)]
 
 
 class _Products(ExitStack):

@@ -1,31 +1,41 @@
-"""Our own engine: the scores of ModelOpt's AutoQuantize, by gradient or by KL, without ModelOpt.
-
-Both begin with a forward pass without gradients that keeps every decoder layer's input, [rows, tokens, hidden]. The
-model's own norm and head follow for some rows at a time: all logits of a batch at once are large.
+"""Our own engine: the scores of ModelOpt's AutoQuantize, by gradient or by KL, without ModelOpt; and a better gradient.
 
 `gradient`:
 
-1. Norm, head and loss give the gradient by the last layer's output.
-2. Backward, layer by layer. Each layer is run again from its input with gradients by activations alone. On every
-   searched module's output y stands a tap: what the module gives in FP8 less y is the error, and as soon as the
-   gradient by y is known, the sum of (gradient x error)^2 is the module's score.
+1. A forward pass, cut before every decoder layer: a layer's input is a leaf. The model's own norm and head follow for
+   some rows at a time (all logits of a batch at once are large), and give the gradient by the last layer's output.
+2. Backward, layer by layer, by activations alone. On every searched module's output y stands a tap, which kept the
+   module's input in FP8. As soon as the gradient by y is known, the module's FP8 output less y is the error, and the
+   sum of (gradient x error)^2 is the module's score.
 
-So no gradient of a weight is computed, and the activations of one layer live at a time. On GPUs that multiply FP8
-numbers the error comes from such a product; elsewhere from weights and inputs that are rounded through FP8.
+No gradient of a weight is computed. What a layer's backward pass needs is kept from the forward pass as long as
+memory lasts; the other layers run again from their inputs, to the same bits. On GPUs that multiply FP8 numbers the
+error comes from such a product; elsewhere from weights and inputs that are rounded through FP8. A constant that is
+added between two layers (Qwen3-VL's deepstack) changes no gradient.
 
-It trades a second forward pass for memory. A constant that is added between two layers (Qwen3-VL's deepstack) changes
-no gradient.
+`fisher`: the same two passes estimate the KL itself, in nats. To second order it is half the variance, over labels
+that the model draws itself, of the directional derivative of the loss along what FP8 changes. So the backward pass
+begins with a random gradient of the logits that has the covariance of such labels' (diag p - p pT), and a group's score
+is the sum over tokens of half the square of gradient times error, summed over the group's outputs. Tokens count as
+independent. `benchmarks/signals.py` compares.
 
-`kl_div`: a group in FP8 changes nothing before its own layer. So that layer's input is taken, and the layers from there
-on run again with the group in FP8: half a forward pass on average. What a model adds between two layers would be lost,
-so a batch where it does is refused.
+`kl_div`: a group in FP8 changes nothing before its own layer. So its layer runs a second time with the group in FP8,
+and what that gives goes through the layers behind it beside the original: half a forward pass a group on average. What
+a model adds between two layers would be lost, so a model that does so is refused.
+
+A model that doesn't fit the device is streamed (`layers`): every batch at hand goes through a layer before the next one
+is loaded, and hidden states lie on the host. Its scores are the same, to the last bit.
 """
 
+import contextlib
+import dataclasses
 import inspect
-import itertools
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial as bound
 from typing import Any
 
 import torch
@@ -37,37 +47,47 @@ from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import get_format
 from bitladder.kv_cache import AmaxCache
-from bitladder.records import QuantGroup, QuantModule
+from bitladder.records import QuantGroup
 from bitladder.runinfo import Meter
 from bitladder.sensitivity import Amax, BatchScores, Codes, Job, Partial, check_amax, codes_of, compensation
 from bitladder.sensitivity.common import (
     OUT_OF_MEMORY,
     LayerCall,
     LayerRecorder,
-    gradient_score,
+    by_position,
     hidden_of,
     image_positions,
     kv_cache_amax,
     layer_of,
-    layers_path,
+    token_scores,
     without_cudnn_attention,
 )
+from bitladder.sensitivity.layers import Layers, batches_at_once
+from bitladder.storage import sha256_of_bytes
 from bitladder.targets import image_token_ids
+
+_Quantise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _FP8_CAPABILITY = (8, 9)  # of the first NVIDIA GPUs that multiply FP8 numbers
 _FP8_MULTIPLE = 16  # torch._scaled_mm takes matrices whose sides are multiples of this
 _ROWS_AT_ONCE = 256  # of logits: 151,936 a row in float32 make 156 MB, and a loss or KL needs several of them
 _LEAST_LOG = -87.0  # its exponential is just above the smallest normal number of float32
 _SAME_LOGITS = 0.02  # of the largest logit: BF16 rounds to 0.004, a softcap or a factor changes more
+_FUSED_FROM = 64  # batches from which two seconds of compiling kernels are worth it
+_GROWTH = 40  # times a layer's input: what its backward pass needs, before it was seen
+_LAYERS_LEFT = 4  # of the memory that a kept layer takes: for the head, the backward pass, and the estimate's error
 FORMAT = "fp8"
+REMEDY = "engine: native needs one, use engine: modelopt"
 
 
 class _Fp8Linear:
     """What one searched module would give in FP8."""
 
-    def __init__(self, linear: nn.Linear, module: str, amax: Amax, codes: Codes | None) -> None:
+    def __init__(
+        self, linear: nn.Linear, module: str, amax: Amax, codes: Codes | None, quantise: _Quantise = numerics.quantise
+    ) -> None:
         weight_amax, input_amax = amax[f"{module}.weight_amax"], amax[f"{module}.input_amax"]
-        self.linear = linear
+        self.linear, self.quantise = linear, quantise
         self.input_amax_value = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
         self.input_amax = input_amax.to(linear.weight.device)
         self.input_scale = numerics.scale_of(self.input_amax)
@@ -80,7 +100,7 @@ class _Fp8Linear:
     def input_of(self, x: torch.Tensor) -> torch.Tensor:
         """Return the module's input as it is multiplied: FP8 codes, or values rounded through FP8."""
         if self.native:
-            return numerics.quantise(x.reshape(-1, x.shape[-1]), self.input_amax)
+            return self.quantise(x.reshape(-1, x.shape[-1]), self.input_amax)
         return numerics.fake_quantise(x, self.input_scale)
 
     def output_of(self, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -113,109 +133,192 @@ def _multiplies_fp8(linear: nn.Linear) -> bool:
     )
 
 
+@dataclass
+class _Pass:
+    """One batch on its way through the layers."""
+
+    batch: Batch
+    images: torch.Tensor | None = None  # mask [rows, tokens] of image-token positions
+    calls: list[LayerCall] = field(default_factory=list)  # of each layer; its hidden states are the layer's input
+    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # of the last layer that ran
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # layer -> leaf, its output
+    scores: dict[str, torch.Tensor] = field(default_factory=dict)  # module -> what each token adds, [rows, tokens]
+
+
 class _Taps:
-    """Scores every searched module of the layer that is run with gradients."""
+    """Scores the searched modules of layers that run with gradients, for the pass at hand."""
 
     def __init__(self, model: nn.Module, job: Job, amax: Amax, codes: Codes | None) -> None:
-        self.images: torch.Tensor | None = None  # positions of the batch at hand
-        self.scores: dict[str, torch.Tensor] = {}  # module -> [2], of the batch at hand
-        self._shared: tuple[torch.Tensor, float, torch.Tensor] | None = None  # input, its amax, input in FP8
-        self.modules = [module for group in job.target.groups for module in group.modules]
-        self.linears = {
-            module.name: _Fp8Linear(
-                model.get_submodule(module.name),  # type: ignore[arg-type]
-                module.name,
-                amax,
-                codes,
-            )
-            for module in self.modules
-        }
+        self.model, self.amax, self.codes = model, amax, codes
+        self.current: _Pass | None = None
+        fused = job.score_batches >= _FUSED_FROM
+        self.quantise = _fused(numerics.quantise, job.device) if fused else numerics.quantise
+        by_token = _token_scores if job.spec.method == "gradient" else _token_directions
+        self.by_token = _fused(by_token, job.device) if fused else by_token
+        self._shared: tuple[weakref.ref[torch.Tensor], float, torch.Tensor] | None = None  # input, amax, input in FP8
 
-    def begin(self, images: torch.Tensor | None) -> None:
-        """Forget the scores of the batch before."""
-        self.images, self.scores, self._shared = images, {}, None
+    def on(self, groups: Iterable[QuantGroup]) -> ExitStack:
+        """Tap the modules of these groups, whose weights must be at hand, until the context is left."""
+        stack = ExitStack()
+        for group in groups:
+            for module in group.modules:
+                linear: Any = self.model.get_submodule(module.name)
+                fp8 = _Fp8Linear(linear, module.name, self.amax, self.codes, self.quantise)
+                stack.callback(linear.register_forward_hook(self._hook(module.name, fp8)).remove)
+        return stack
 
-    def hook(self, module: QuantModule) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        """Return the forward hook of a searched module."""
-
+    def _hook(self, name: str, linear: _Fp8Linear) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def tap(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if not output.requires_grad:
-                return  # the first pass
+                return  # a layer that will run again
+            assert self.current is not None
             with torch.no_grad():
-                linear = self.linears[module.name]
-                error = linear.output_of(self._input(linear, inputs[0]), output.shape).sub_(output)
-            output.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self._add(module.name, gradient, error)
-            )
+                seen, exact = self._input(linear, inputs[0]), output.detach()
+            score = bound(self._add, self.current, name, linear, seen, exact)
+            output.register_hook(score)  # type: ignore[no-untyped-call]
 
         return tap
 
     def _input(self, linear: _Fp8Linear, x: torch.Tensor) -> torch.Tensor:
         """Return the FP8 input; modules that are fused by the runtime share one, and its scale."""
-        if self._shared is None or self._shared[0] is not x or self._shared[1] != linear.input_amax_value:
-            self._shared = x, linear.input_amax_value, linear.input_of(x)
-        return self._shared[2]
+        shared = self._shared
+        if shared is None or shared[0]() is not x or shared[1] != linear.input_amax_value:
+            self._shared = shared = weakref.ref(x), linear.input_amax_value, linear.input_of(x)
+        return shared[2]
 
     @torch.no_grad()
-    def _add(self, name: str, gradient: torch.Tensor, error: torch.Tensor) -> None:
-        if name in self.scores:
+    def _add(
+        self,
+        current: _Pass,
+        name: str,
+        linear: _Fp8Linear,
+        seen: torch.Tensor,
+        exact: torch.Tensor,
+        gradient: torch.Tensor,
+    ) -> None:
+        if name in current.scores:
             raise EngineError(f"{name} runs twice in one pass; engine: native can't score it, use engine: modelopt")
-        self.scores[name] = gradient_score(gradient, error, self.images)
+        current.scores[name] = self.by_token(gradient, linear.output_of(seen, exact.shape), exact)
 
-    def read(self, job: Job) -> BatchScores:
-        """Return the batch's scores, each group's modules added up in their order."""
-        missing = [module.name for module in self.modules if module.name not in self.scores]
+
+def _token_scores(gradient: torch.Tensor, quantised: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Return what every token adds to a module's gradient score: [rows, tokens] in float64."""
+    return token_scores(gradient, quantised - exact)
+
+
+def _token_directions(gradient: torch.Tensor, quantised: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Return how the loss changes with every token's output, to first order: [rows, tokens] in float64."""
+    return (gradient.float() * (quantised - exact).float()).sum(-1).double()
+
+
+def _read(current: _Pass, groups: Sequence[QuantGroup], method: str) -> BatchScores:
+    """Return the batch's scores, what each group's modules give added up in their order.
+
+    Raises:
+        MeasurementError: a module that no gradient reached.
+    """
+    found = []
+    for group in groups:
+        missing = [module.name for module in group.modules if module.name not in current.scores]
         if missing:
             raise MeasurementError(f"{missing[0]}: no gradient of the loss reaches this module")
-        rows = torch.stack([self.scores[module.name] for module in self.modules]).cpu().tolist()
-        values = {module.name: row for module, row in zip(self.modules, rows, strict=True)}
-        return {
-            group.name: {
-                FORMAT: (
-                    sum(values[module.name][0] for module in group.modules),
-                    sum(values[module.name][1] for module in group.modules),
-                )
-            }
-            for group in job.target.groups
-        }
+        tokens = torch.stack([current.scores[module.name] for module in group.modules]).sum(0)
+        found.append(by_position(tokens if method == "gradient" else tokens.square() / 2, current.images))
+    values = torch.stack(found).cpu().tolist()
+    return {group.name: {FORMAT: (whole, part)} for group, (whole, part) in zip(groups, values, strict=True)}
+
+
+class _CutRecorder(LayerRecorder):
+    """Makes each layer's input a leaf and keeps what its backward pass needs, as long as memory lasts."""
+
+    def __init__(self, layers: Layers, first: int) -> None:
+        self.memory, self.first = layers.memory, first
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._leaf: torch.Tensor | None = None
+        self._before = self._growth = 0.0  # bytes: taken before the layer at hand, and by one that was kept
+        super().__init__(layers.layers)
+
+    def _keep_call(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        super()._keep_call(layer, args, kwargs)
+        hidden = self.calls[-1].hidden.detach()
+        self._leaf = None
+        if len(self.calls) > self.first and self._has_room(hidden):
+            self._leaf = hidden = hidden.requires_grad_()
+        self._before = self._allocated(hidden)
+        return (hidden, *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": hidden}
+
+    def _keep_output(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        hidden = hidden_of(output)
+        if self._leaf is not None:
+            self.kept[len(self.calls) - 1] = self._leaf, hidden
+            self._growth = max(self._growth, self._allocated(hidden) - self._before)
+        hidden = hidden.detach()  # so that the next layer's input doesn't lead back to this one
+        output = (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        super()._keep_output(layer, args, output)
+        return output
+
+    def _has_room(self, hidden: torch.Tensor) -> bool:
+        growth = self._growth or _GROWTH * hidden.numel() * hidden.element_size()
+        return self.memory.free() > _LAYERS_LEFT * growth
+
+    @staticmethod
+    def _allocated(tensor: torch.Tensor) -> float:
+        return torch.cuda.memory_allocated(tensor.device) if tensor.is_cuda else 0.0
 
 
 class _Decoder:
-    """The decoder layers of a model, the norm and head behind them, and what each layer was last called with."""
+    """The decoder layers of a model with the norm and head behind them, and batches on their way through."""
 
-    def __init__(self, model: Any, job: Job) -> None:
-        path = layers_path(job.target, "engine: native needs one, use engine: modelopt")
-        self.model = model
-        self.layers: Any = model.get_submodule(path)
-        self.norm = getattr(model.get_submodule(path.rpartition(".")[0]), "norm", None)
-        if self.norm is None or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+    def __init__(self, layers: Layers, job: Job) -> None:
+        self.layers, self.model = layers, layers.model
+        self.norm = getattr(self.model.get_submodule(layers.path.rpartition(".")[0]), "norm", None)
+        if self.norm is None or "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
             raise EngineError(
-                f"{type(model).__name__} has no `norm` beside its layers or takes no `logits_to_keep`; engine: native "
-                "needs both, use engine: modelopt"
+                f"{type(self.model).__name__} has no `norm` beside its layers or takes no `logits_to_keep`; "
+                "engine: native needs both, use engine: modelopt"
             )
-        self.first = min(layer_of(group) for group in job.target.groups)  # layers before it need no gradient
-        self.calls: list[LayerCall] = []
-        self.output = torch.empty(0)  # of the last layer, [rows, tokens, hidden]
-        self.changed_before = 0  # the last layer whose input is not what the one before gave; 0: there is none
+        self.groups: dict[int, list[QuantGroup]] = {}
+        for group in job.target.groups:
+            self.groups.setdefault(layer_of(group), []).append(group)
+        self.first = min(self.groups)  # layers before it need no gradient
 
-    @torch.no_grad()
-    def record(self, batch: Batch) -> None:
-        """Run the model, and keep what every layer is called with and what the last one gives.
+    def record(self, current: _Pass) -> None:
+        """Run the model, and keep of every layer what it is called with, and its graph where memory lasts.
 
         Raises:
             EngineError: norm and head don't make the model's logits of the last layer's output.
         """
-        self.calls, self.output = [], torch.empty(0)  # those of the batch before free their memory
-        with LayerRecorder(self.layers) as seen:
+        with torch.enable_grad(), _CutRecorder(self.layers, self.first) as seen:
             # No cache: it would be filled again when layers run again. One position: all logits are large.
-            logits = self.model(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1:]
-        self.calls, self.output, self.changed_before = seen.calls, seen.output, seen.changed_before
-        ours = self.logits(self.output[:, -1:])
+            logits = self.model(**current.batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1:].detach()
+        self._check_head(seen.output, logits)
+        current.calls, current.output, current.kept = seen.calls, seen.output, seen.kept
+
+    @torch.no_grad()
+    def begin(self, current: _Pass, **options: Any) -> None:
+        """Put a batch before the first layer.
+
+        Raises:
+            EngineError: as `record`, or the model changes hidden states between two layers.
+        """
+        current.calls, logits = self.layers.calls(current.batch, **options)
+        hidden = current.calls[0].hidden
+        self._check_head(hidden, logits)
+        current.output = hidden.to(self.layers.home)
+
+    @torch.no_grad()
+    def _check_head(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        ours = self.logits(hidden[:, -1:])
         if float((ours - logits).abs().max()) > _SAME_LOGITS * float(logits.abs().max()):
             raise EngineError(
                 f"{type(self.model).__name__} does more than norm and head behind its layers; engine: native can't "
                 "score it, use engine: modelopt"
             )
+
+    @torch.no_grad()
+    def run(self, layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Return what a layer makes of hidden states [rows, tokens, hidden], called as `call` was; both at home."""
+        return hidden_of(layer(hidden.to(self.layers.device), *call.args, **call.kwargs)).to(self.layers.home)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., vocabulary] of what the last layer gives, [..., hidden]."""
@@ -223,60 +326,79 @@ class _Decoder:
         logits: torch.Tensor = self.model.get_output_embeddings()(self.norm(hidden))
         return logits
 
-    def loss_gradient(self, batch: Batch) -> torch.Tensor:
+    def loss_gradient(self, current: _Pass) -> torch.Tensor:
         """Return the gradient of the batch's mean loss by the last layer's output, [rows, tokens, hidden]."""
-        hidden, labels = _counted(self.output, batch), batch.labels[:, 1:][batch.predicted]
+
+        def by_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            (gradient,) = torch.autograd.grad(
+                functional.cross_entropy(logits.float(), labels, reduction="sum") / current.batch.loss_tokens, logits
+            )
+            return gradient
+
+        return self._gradient(current, by_logits)
+
+    def probe_gradient(self, current: _Pass) -> torch.Tensor:
+        """Return the gradient of the summed loss with labels of the model's own, as random signs stand for them.
+
+        With signs z and probabilities p the logits' gradient sqrt(p) z - p sum(sqrt(p) z) has the covariance of one
+        drawn label's, diag(p) - p p^T, without its rare large values. The signs are the same for the same tokens.
+
+        Returns:
+            [rows, tokens, hidden], by the last layer's output.
+        """
+        ids = current.batch.inputs["input_ids"].cpu().contiguous()
+        seed = int(sha256_of_bytes(ids.view(torch.uint8).numpy().data)[:15], 16)
+        generator = torch.Generator(self.layers.device).manual_seed(seed)
+
+        def by_logits(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            p = logits.detach().softmax(-1, dtype=torch.float32)
+            signs = torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=torch.int8)
+            root = p.sqrt() * (2 * signs - 1)
+            return (root - p * root.sum(-1, keepdim=True)).to(logits.dtype)
+
+        return self._gradient(current, by_logits)
+
+    def _gradient(
+        self, current: _Pass, by_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the gradient by the last layer's output from that by the logits [some counted tokens, vocabulary]."""
+        batch, output = current.batch, current.output.to(self.layers.device)
+        hidden, labels = _counted(output, batch), batch.labels[:, 1:][batch.predicted]
         parts: list[torch.Tensor] = []
         for start in range(0, len(labels), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             leaf = hidden[rows].detach().requires_grad_()
             with torch.enable_grad():
-                loss = functional.cross_entropy(self.logits(leaf).float(), labels[rows], reduction="sum") / len(labels)
-            parts += torch.autograd.grad(loss, leaf)
-        gradient = torch.zeros_like(self.output)
+                logits = self.logits(leaf)
+                parts += torch.autograd.grad(logits, leaf, by_logits(logits.detach().requires_grad_(), labels[rows]))
+        gradient = torch.zeros_like(output)
         gradient[:, :-1][batch.predicted] = torch.cat(parts)
-        return gradient
+        return gradient.to(self.layers.home)
 
-    def backward(self, gradient: torch.Tensor) -> None:
-        """Run the layers again, last to first, each with the gradient by its output."""
-        for index in range(len(self.layers) - 1, self.first - 1, -1):
-            call = self.calls.pop()
-            hidden = call.hidden.detach().requires_grad_()
+    def backward(self, layer: nn.Module, index: int, current: _Pass, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient by a layer's input from that by its output, [rows, tokens, hidden]; last layer first."""
+        call = current.calls.pop()
+        leaf, output = current.kept.pop(index, (None, None))
+        if leaf is None or output is None:
+            leaf = call.hidden.detach().to(self.layers.device).requires_grad_()
             with torch.enable_grad():
-                output = hidden_of(self.layers[index](hidden, *call.args, **call.kwargs))
-            (gradient,) = torch.autograd.grad(output, hidden, gradient)
-
-    @torch.no_grad()
-    def replay(self, first: int) -> torch.Tensor:
-        """Return what the last layer gives when the layers from `first` on run again, [rows, tokens, hidden].
-
-        Raises:
-            EngineError: hidden states change between two layers, so that a layer's output isn't the next one's input.
-        """
-        if self.changed_before > first:
-            raise EngineError(
-                f"the model changes the hidden states before decoder layer {self.changed_before} (deepstack?); "
-                "engine: native can't replay that for method: kl_div, use method: gradient or engine: modelopt"
-            )
-        hidden = self.calls[first].hidden
-        for layer, call in zip(self.layers[first:], self.calls[first:], strict=True):
-            hidden = hidden_of(layer(hidden, *call.args, **call.kwargs))
-        return hidden
+                output = hidden_of(layer(leaf, *call.args, **call.kwargs))
+        (found,) = torch.autograd.grad(output, leaf, gradient.to(self.layers.device))
+        return found.to(self.layers.home)
 
 
 def _counted(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Return the rows [counted tokens, hidden] of [rows, tokens, hidden] whose next token counts."""
-    return hidden[:, :-1][batch.predicted]
+    return hidden[:, :-1][batch.predicted.to(hidden.device)]
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, job: Job) -> Amax:
+def calibrate(layers: Layers, job: Job) -> Amax:
     """Return the amax of every searched module's weight and input, and of every layer's keys and values.
 
     Raises:
         MeasurementError: NaN, Inf, or zeros alone.
     """
-    device = torch.device(job.device)
     seen: dict[str, torch.Tensor] = {}
     last: list[tuple[torch.Tensor, torch.Tensor]] = []  # the input seen last, and its amax
 
@@ -290,16 +412,21 @@ def calibrate(model: nn.Module, job: Job) -> Amax:
 
     modules = [module.name for group in job.target.groups for module in group.modules]
     cache, total = AmaxCache(), len(job.batches)
+    amax: Amax = {}
     with ExitStack() as stack:
         for name in modules:
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(observe(name)).remove)
-        for index, batch in enumerate(job.batches):
-            job.progress("calibrate", index, total)
-            model(**batch.to(device).inputs, past_key_values=cache, use_cache=True)
-            last.clear()
+            stack.callback(layers.model.get_submodule(name).register_forward_pre_hook(observe(name)).remove)
+        stack.callback(last.clear)
+        if layers.streamed:
+            amax = _calibrate_streamed(layers, job, cache)
+        else:
+            for index, batch in enumerate(job.batches):
+                job.progress("calibrate", index, total)
+                layers.model(**batch.to(job.device).inputs, past_key_values=cache, use_cache=True)
+                last.clear()
+            amax = _weight_amax(layers.model, job.target.groups)
     job.progress("calibrate", total, total)
-    amax = {f"{name}.input_amax": value for name, value in seen.items()}
-    amax |= {f"{name}.weight_amax": model.get_parameter(f"{name}.weight").abs().amax().float() for name in modules}
+    amax |= {f"{name}.input_amax": value for name, value in seen.items()}
     if job.spec.share_fused_scales:
         for group in job.target.groups:
             for kind in ("weight_amax", "input_amax"):
@@ -307,16 +434,60 @@ def calibrate(model: nn.Module, job: Job) -> Amax:
                 amax |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax()) if keys else {}
     amax = {key: value.reshape(()).cpu().clone() for key, value in amax.items()}
     check_amax(amax, job.target)
-    return amax | kv_cache_amax(model, job.target, cache)
+    return amax | kv_cache_amax(layers.model, job.target, cache)
 
 
-def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
+def _weight_amax(model: Any, groups: Iterable[QuantGroup]) -> Amax:
+    """Return the amax of the weights of these groups."""
+    names = [module.name for group in groups for module in group.modules]
+    return {f"{name}.weight_amax": model.get_parameter(f"{name}.weight").abs().amax().float() for name in names}
+
+
+def _calibrate_streamed(layers: Layers, job: Job, cache: AmaxCache) -> Amax:
+    """Show every batch to the observers, a layer at a time, and return the amax of the weights."""
+    decoder, amax = _Decoder(layers, job), Amax()
+    passes: list[_Pass] = []
+    for start, chunk in _chunks(list(range(len(job.batches))), layers, job.batches, states=1):
+        job.progress("calibrate", start, len(job.batches))
+        passes = [_Pass(job.batches[number].to(job.device)) for number in chunk]
+        for current in passes:
+            decoder.begin(current, past_key_values=cache, use_cache=True)
+        for index in range(len(layers)):
+            with layers.loaded(index) as layer:
+                amax |= _weight_amax(layers.model, decoder.groups.get(index, ()))
+                for current in passes:
+                    current.output = decoder.run(layer, current.output, current.calls[index])
+    return amax
+
+
+def _chunks(
+    wanted: list[int], layers: Layers, batches: Sequence[Batch], states: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Give the batches that are at hand at once: one, or where layers are streamed as many as the host can keep.
+
+    Args:
+        wanted: numbers of the batches.
+        layers: what they go through.
+        batches: all of them.
+        states: hidden states, each like a batch's, that are kept of it.
+    """
+    size = 1
+    if layers.streamed and wanted:
+        embedding: Any = layers.model.get_input_embeddings()
+        tokens = max(batches[number].labels.numel() for number in wanted)
+        size = batches_at_once(states * tokens * embedding.weight.shape[1] * embedding.weight.element_size())
+    for start in range(0, len(wanted), size):
+        yield wanted[start], wanted[start : start + size]
+
+
+def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
     """Calibrate and score; amax values and each batch's scores go to `partial`.
 
     Raises:
         MeasurementError: NaN or Inf in activations, or out of memory. EngineError: a model that it can't score.
     """
-    model.config.use_cache = False  # type: ignore[union-attr]
+    model = layers.model
+    model.config.use_cache = False
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     try:
@@ -324,87 +495,142 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
             amax = partial.amax()
             if amax is None:
                 with meter.phase("calibrate"):
-                    amax = calibrate(model, job)
+                    amax = calibrate(layers, job)
                 partial.keep_amax(amax)
             codes = None
             if job.spec.rounding == "compensated":
-                compensation.run(model, job, partial, amax, meter)
+                compensation.run(layers, job, partial, amax, meter)
                 codes = partial.codes()
             with meter.phase("score"):
-                _score(model, job, partial, amax, codes)
+                _score(layers, job, partial, amax, codes)
     except torch.OutOfMemoryError as error:
         raise MeasurementError(OUT_OF_MEMORY) from error
 
 
-def _score(model: nn.Module, job: Job, partial: Partial, amax: Amax, codes: Codes | None) -> None:
-    with (_GradientScorer if job.spec.method == "gradient" else _KlScorer)(model, job, amax, codes) as scorer:
-        for index in range(job.score_batches):
-            job.progress("score", index, job.score_batches)
-            if partial.scores(index) is None:
-                partial.keep_scores(index, scorer.scores(job.batches[index].to(job.device)))
+def scorer(layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> "_GradientScorer | _KlScorer":
+    """Return what scores batches by the job's method; a context manager."""
+    return (_KlScorer if job.spec.method == "kl_div" else _GradientScorer)(layers, job, amax, codes)
+
+
+def _score(layers: Layers, job: Job, partial: Partial, amax: Amax, codes: Codes | None) -> None:
+    missing = [index for index in range(job.score_batches) if partial.scores(index) is None]
+    with scorer(layers, job, amax, codes) as scoring:
+        for start, chunk in _chunks(missing, layers, job.batches, scoring.states):
+            job.progress("score", start, job.score_batches)
+            found = scoring.scores([job.batches[index].to(job.device) for index in chunk])
+            for index, scores in zip(chunk, found, strict=True):
+                partial.keep_scores(index, scores)
     job.progress("score", job.score_batches, job.score_batches)
 
 
 class _GradientScorer(ExitStack):
-    """Gradient scores; a context manager, within which the searched modules are tapped."""
+    """Scores by `gradient` or `fisher`; a context manager, within which the searched modules are tapped."""
 
-    def __init__(self, model: nn.Module, job: Job, amax: Amax, codes: Codes | None) -> None:
+    def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
-        self.job, self.decoder, self.taps = job, _Decoder(model, job), _Taps(model, job, amax, codes)
-        self.image_tokens = image_token_ids(model.config)
-        for module in self.taps.modules:
-            self.callback(model.get_submodule(module.name).register_forward_hook(self.taps.hook(module)).remove)
+        self.layers, self.job, self.decoder = layers, job, _Decoder(layers, job)
+        self.taps = _Taps(layers.model, job, amax, codes)
+        self.states = len(layers) + 1  # of each batch: every layer's input
+        self.image_tokens = image_token_ids(layers.model.config)
+        if not layers.streamed:
+            self.enter_context(self.taps.on(job.target.groups))
 
-    def scores(self, batch: Batch) -> BatchScores:
-        """Return a batch's scores."""
-        self.taps.begin(image_positions(batch, self.image_tokens))
-        self.decoder.record(batch)
-        self.decoder.backward(self.decoder.loss_gradient(batch))
-        return self.taps.read(self.job)
+    def scores(self, batches: Sequence[Batch]) -> list[BatchScores]:
+        """Return the scores of each batch, all of which go through a layer before the next one is loaded."""
+        passes = [_Pass(batch, image_positions(batch, self.image_tokens)) for batch in batches]
+        self._forward(passes)
+        by_loss = self.job.spec.method == "gradient"
+        gradient = self.decoder.loss_gradient if by_loss else self.decoder.probe_gradient
+        gradients = [gradient(current) for current in passes]
+        for index in range(len(self.layers) - 1, self.decoder.first - 1, -1):
+            with self.layers.loaded(index) as layer, self._tapped(index):
+                for number, current in enumerate(passes):
+                    self.taps.current = current
+                    gradients[number] = self.decoder.backward(layer, index, current, gradients[number])
+        self.taps.current = None
+        return [_read(current, self.job.target.groups, self.job.spec.method) for current in passes]
+
+    def _tapped(self, index: int) -> ExitStack:
+        """Tap a layer's modules where they aren't all the time."""
+        return self.taps.on(self.decoder.groups.get(index, ())) if self.layers.streamed else ExitStack()
+
+    def _forward(self, passes: Sequence[_Pass]) -> None:
+        """Bring the batches behind the last layer, with every layer's input."""
+        if not self.layers.streamed:
+            for current in passes:
+                self.taps.current = current
+                self.decoder.record(current)
+            return
+        for current in passes:
+            self.decoder.begin(current)
+        for index in range(len(self.layers)):
+            with self.layers.loaded(index) as layer:
+                for current in passes:
+                    call = dataclasses.replace(current.calls[index], hidden=current.output)
+                    current.calls[index] = call
+                    current.output = self.decoder.run(layer, call.hidden, call)
 
 
 class _KlScorer(ExitStack):
     """KL scores: nats, added up over the batch's counted tokens."""
 
-    def __init__(self, model: nn.Module, job: Job, amax: Amax, codes: Codes | None) -> None:
+    def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
-        self.model, self.job, self.amax, self.codes, self.decoder = model, job, amax, codes, _Decoder(model, job)
+        self.layers, self.job, self.amax, self.codes = layers, job, amax, codes
+        self.decoder = _Decoder(layers, job)
+        self.states = len(job.target.groups) + 1  # of each batch: the original's, and with every group in FP8
         self.kl = _fused(_kl_sum, job.device)
 
     @torch.no_grad()
-    def scores(self, batch: Batch) -> BatchScores:
-        """Return a batch's scores."""
-        self.decoder.record(batch)
-        original = _counted(self.decoder.output, batch)
-        groups = sorted(self.job.target.groups, key=layer_of)
-        sums: dict[str, torch.Tensor] = {}
-        for layer, members in itertools.groupby(groups, key=layer_of):
-            # One layer's groups together: the original's distribution is made once for them.
-            quantised = {group.name: _counted(self._replayed(group, layer), batch) for group in members}
-            sums |= dict(zip(quantised, self._kl(original, list(quantised.values())), strict=True))
-        values = torch.stack(list(sums.values())).cpu().tolist()
-        scores = dict(zip(sums, values, strict=True))
-        return {group.name: {FORMAT: (scores[group.name],)} for group in self.job.target.groups}
+    def scores(self, batches: Sequence[Batch]) -> list[BatchScores]:
+        """Return the scores of each batch, all of which go through a layer before the next one is loaded."""
+        passes = [_Pass(batch) for batch in batches]
+        for current in passes:
+            self.decoder.begin(current)
+        states: list[dict[str, torch.Tensor]] = [{} for _ in passes]  # group -> hidden states with it in FP8
+        for index in range(len(self.layers)):
+            with self.layers.loaded(index) as layer:
+                fresh: list[dict[str, torch.Tensor]] = [{} for _ in passes]
+                for group in self.decoder.groups.get(index, ()):
+                    with self._in_fp8(group):
+                        for current, found in zip(passes, fresh, strict=True):
+                            found[group.name] = self.decoder.run(layer, current.output, current.calls[index])
+                for current, known, found in zip(passes, states, fresh, strict=True):
+                    call = current.calls[index]
+                    for name, hidden in known.items():
+                        known[name] = self.decoder.run(layer, hidden, call)
+                    current.output = self.decoder.run(layer, current.output, call)
+                    known.update(found)
+        return [self._batch_scores(current, known) for current, known in zip(passes, states, strict=True)]
 
-    def _replayed(self, group: QuantGroup, layer: int) -> torch.Tensor:
-        """Return what the last layer gives with the group in FP8, [rows, tokens, hidden]."""
+    @contextlib.contextmanager
+    def _in_fp8(self, group: QuantGroup) -> Iterator[None]:
+        """Let the group's modules give what they would in FP8."""
         with ExitStack() as stack:
             for module in group.modules:
                 # Quantised here, where it is used once a batch: codes of the whole model would not fit as easily.
-                linear: Any = self.model.get_submodule(module.name)
+                linear: Any = self.layers.model.get_submodule(module.name)
                 fp8 = _Fp8Linear(linear, module.name, self.amax, self.codes)
                 stack.callback(linear.register_forward_hook(fp8.replace).remove)
-            return self.decoder.replay(layer)
+            yield
+
+    def _batch_scores(self, current: _Pass, states: dict[str, torch.Tensor]) -> BatchScores:
+        original = _counted(current.output, current.batch)
+        others = [_counted(hidden, current.batch) for hidden in states.values()]
+        values = torch.stack(self._kl(original, others)).cpu().tolist()
+        scores = dict(zip(states, values, strict=True))
+        return {group.name: {FORMAT: (scores[group.name],)} for group in self.job.target.groups}
 
     def _kl(self, original: torch.Tensor, others: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return KL(original || other) in nats, added up over the rows, for each of `others` [counted, hidden]."""
-        sums = [torch.zeros((), dtype=torch.float64, device=original.device) for _ in others]
+        device = self.layers.device
+        sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in others]
         for start in range(0, len(original), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            log_p = torch.log_softmax(self.decoder.logits(original[rows]), -1, dtype=torch.float32)
+            log_p = torch.log_softmax(self.decoder.logits(original[rows].to(device)), -1, dtype=torch.float32)
             log_p.clamp_min_(_LEAST_LOG)  # so that p exp(d) is never 0 times infinity
             for total, other in zip(sums, others, strict=True):
-                total += self.kl(log_p, self.decoder.logits(other[rows]))
+                total += self.kl(log_p, self.decoder.logits(other[rows].to(device)))
         return sums
 
 

@@ -1,0 +1,287 @@
+"""The decoder layers of a model, one after another: in memory, or streamed from the model's files.
+
+A model that doesn't fit the device is opened without the weights of its decoder layers: embedding, vision tower, norm
+and head are there, and a layer's weights come from the shards while it is needed (`loaded`) and go again. The next
+layer's are read meanwhile by a thread, in the direction in which the last two were asked for. So the device holds one
+layer's weights at a time, the host two. Whoever streams runs every batch through a layer before the next one is
+loaded, and keeps hidden states on the host.
+
+What each layer is called with (masks, positions) doesn't depend on hidden states, so `calls` finds it out without
+running a layer.
+"""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import torch
+from torch import nn
+
+from bitladder.calibration import Batch
+from bitladder.errors import EngineError, ModelError
+from bitladder.sensitivity.common import LayerCall, LayerRecorder, layers_path
+from bitladder.targets import Target, build_on_meta, checkpoint_tensor_names
+from bitladder.weights import WeightFiles
+
+GB = 1e9
+_CPU_SHARE = 0.8  # of the host's available memory that measuring on a CPU may take
+_HOST_SHARE = 0.25  # of the host's available memory that hidden states of streamed layers may take
+_WORKING_BYTES = 1e9  # what measuring takes beside weights, at least
+_REMEDY = "streaming needs one, raise measurement.memory_gb"
+
+
+class DeviceMemory:
+    """How much of a device's memory is left for measuring.
+
+    Args:
+        device: where measuring runs.
+        limit_gb: what it may take of it at most, in GB; None: what is free.
+    """
+
+    def __init__(self, device: str, limit_gb: float | None) -> None:
+        self.device, self.limit = device, None if limit_gb is None else limit_gb * GB
+
+    def free(self) -> float:
+        """Return the bytes that can still be taken."""
+        if self.device.startswith("cuda"):
+            allocated = torch.cuda.memory_allocated(self.device)
+            if self.limit is not None:
+                return self.limit - allocated
+            return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - allocated
+        if self.limit is not None:
+            return self.limit - psutil.Process().memory_info().rss
+        return _CPU_SHARE * psutil.virtual_memory().available
+
+    def fits(self, directory: Path, target: Target, dtype: torch.dtype) -> bool:
+        """Return whether the whole model fits, with a copy of what is searched: in FP8, on a CPU in `dtype`."""
+        searched = sum(group.weight_elements for group in target.groups)
+        total = sum(math.prod(info.shape) for info in WeightFiles.open(directory).tensors.values())
+        copy = searched * (dtype.itemsize if self.device == "cpu" else 1)
+        room = self.free() if self.limit is None else self.limit
+        return dtype.itemsize * total + copy + _WORKING_BYTES <= room
+
+    @contextlib.contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Let a GPU refuse more than the limit."""
+        if self.limit is None or not self.device.startswith("cuda"):
+            yield
+            return
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit / total), self.device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+
+def batches_at_once(bytes_a_batch: float) -> int:
+    """Return how many batches' hidden states the host can keep, at least one."""
+    return max(1, int(_HOST_SHARE * psutil.virtual_memory().available / max(bytes_a_batch, 1.0)))
+
+
+class Layers:
+    """The decoder layers of a model whose weights are in memory.
+
+    model: the whole model. layers: its one list of decoder layers. home: where hidden states are kept between layers.
+    """
+
+    streamed = False
+
+    def __init__(self, model: Any, path: str, device: str, memory: DeviceMemory) -> None:
+        self.model, self.path, self.device, self.memory, self.home = model, path, device, memory, device
+        self.layers: Any = model.get_submodule(path)
+
+    @classmethod
+    def of(
+        cls, model: Any, target: Target, device: str = "cpu", memory: DeviceMemory | None = None, remedy: str = ""
+    ) -> Self:
+        """Return the layers of a loaded model.
+
+        Raises:
+            EngineError: its searched modules lie in several lists of layers, or none; the message ends with `remedy`.
+        """
+        return cls(model, layers_path(target, remedy), device, memory or DeviceMemory(device, None))
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @contextlib.contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Give a layer with its weights."""
+        yield self.layers[index]
+
+    @torch.no_grad()
+    def calls(self, batch: Batch, **options: Any) -> tuple[list[LayerCall], torch.Tensor]:
+        """Return what each layer is called with, without running one, and the logits without them.
+
+        The hidden states are those that the first layer is given, in all calls; the logits are what the model makes
+        of them at the last position, [rows, 1, vocabulary].
+
+        Args:
+            batch: on the model's device.
+            options: what the model is called with beside the batch.
+
+        Raises:
+            EngineError: the model changes hidden states between two layers, or doesn't call all layers.
+        """
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(_passed_through(layer))
+            seen = stack.enter_context(LayerRecorder(self.layers))
+            if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+                options["logits_to_keep"] = 1  # all logits are large
+            logits = self.model(**{"use_cache": False, **batch.inputs, **options}).logits[:, -1:]
+        name = type(self.model).__name__
+        if len(seen.calls) != len(self.layers):
+            raise EngineError(f"{name} doesn't call all of its layers, so that they can't be run one after another")
+        if seen.changed_before:
+            raise EngineError(
+                f"{name} changes the hidden states before decoder layer {seen.changed_before} (deepstack?), so that "
+                "its layers can't be run one after another"
+            )
+        return seen.calls, logits
+
+
+@contextlib.contextmanager
+def _passed_through(layer: nn.Module) -> Iterator[None]:
+    """Let the layer give back the hidden states that it is given."""
+
+    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+    known = layer.__dict__.get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if known is None:
+            del layer.forward
+        else:
+            layer.forward = known
+
+
+class StreamedLayers(Layers):
+    """The decoder layers of a model whose weights come from its files, a layer at a time."""
+
+    streamed = True
+
+    def __init__(
+        self, model: Any, path: str, device: str, memory: DeviceMemory, dtype: torch.dtype, directory: Path
+    ) -> None:
+        super().__init__(model, path, device, memory)
+        self.home = "cpu"
+        self.dtype, self.files = dtype, WeightFiles.open(directory)
+        names = checkpoint_tensor_names(model, self.files.tensors)
+        tensor_of = {parameter: tensor for tensor, parameter in names.items()}
+        self.tensors = [
+            {name: tensor_of[f"{path}.{index}.{name}"] for name, _ in layer.named_parameters()}
+            for index, layer in enumerate(self.layers)
+        ]
+        self._checked: set[int] = set()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="bitladder-layers")
+        self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._last = -1
+
+    @classmethod
+    def open(
+        cls, directory: Path, target: Target, dtype: torch.dtype, device: str, memory: DeviceMemory
+    ) -> "StreamedLayers":
+        """Open a model without the weights of its decoder layers.
+
+        Raises:
+            ModelError: a tensor is missing, or holds NaN or Inf. EngineError: a model that can't be streamed.
+        """
+        path = layers_path(target, _REMEDY)
+        model = open_without_layers(directory, path, dtype, device)
+        return cls(model, path, device, memory, dtype, directory)
+
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
+        found = {name: self.files.load(tensor).to(self.dtype) for name, tensor in self.tensors[index].items()}
+        return {name: value.pin_memory() for name, value in found.items()} if self.device != "cpu" else found
+
+    @contextlib.contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Give a layer with its weights, which go again afterwards.
+
+        Raises:
+            ModelError: a weight holds NaN or Inf.
+        """
+        ahead = self._ahead
+        weights = ahead[1].result() if ahead is not None and ahead[0] == index else self._read(index)
+        following = index + (1 if index >= self._last else -1)
+        self._last, self._ahead = index, None
+        if 0 <= following < len(self.layers):
+            self._ahead = following, self._reader.submit(self._read, following)
+        layer = self.layers[index]
+        for name, value in weights.items():
+            moved = value.to(self.device, non_blocking=True)
+            if index not in self._checked and not bool(torch.isfinite(moved).all()):
+                tensor = self.tensors[index][name]
+                raise ModelError(f"{self.files.directory}: tensor {tensor} holds NaN or Inf; fetch the model again")
+            _set(layer, name, nn.Parameter(moved, requires_grad=False))
+        self._checked.add(index)
+        del weights
+        try:
+            yield layer
+        finally:
+            for name, parameter in list(layer.named_parameters()):
+                _set(layer, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+
+
+def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, parameter)
+
+
+@torch.no_grad()
+def open_without_layers(directory: Path, path: str, dtype: torch.dtype, device: str) -> Any:
+    """Return the model in evaluation mode; the decoder layers at `path` stay on the meta device.
+
+    Raises:
+        ModelError: a tensor is missing, or holds NaN or Inf. EngineError: a model that can't be opened so.
+    """
+    model = build_on_meta(directory, dtype)
+    name = type(model).__name__
+    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
+        raise EngineError(f"{name} keeps some modules in float32, which streaming doesn't; {_REMEDY}")
+    for module_name, module in model.named_modules():
+        _fill_buffers(model, module_name, module, device)
+    files = WeightFiles.open(directory)
+    tensor_of = {parameter: tensor for tensor, parameter in checkpoint_tensor_names(model, files.tensors).items()}
+    tied = model.all_tied_weights_keys or {}
+    for parameter_name, _ in list(model.named_parameters()):
+        if parameter_name.startswith(f"{path}.") or parameter_name in tied:
+            continue
+        if parameter_name not in tensor_of:
+            raise ModelError(f"{directory}: no tensor becomes {parameter_name}; config.json is of another model")
+        value = files.load(tensor_of[parameter_name]).to(device, dtype)
+        if not bool(torch.isfinite(value).all()):
+            raise ModelError(f"{directory}: tensor {tensor_of[parameter_name]} holds NaN or Inf; fetch the model again")
+        _set(model, parameter_name, nn.Parameter(value, requires_grad=False))
+    model.tie_weights()
+    return model
+
+
+def _fill_buffers(model: Any, name: str, module: nn.Module, device: str) -> None:
+    """Give a module the buffers that no file holds (rotary frequencies), as transformers itself does after loading."""
+    missing = [key for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+    if not missing:
+        return
+    persistent = [key for key in missing if key not in module._non_persistent_buffers_set]
+    if persistent:
+        raise EngineError(f"{name} stores the buffer {persistent[0]}, which streaming doesn't load; {_REMEDY}")
+    for key in missing:
+        buffer = module.get_buffer(key)
+        if not buffer.is_floating_point():
+            raise EngineError(f"the buffer {name}.{key} is of {buffer.dtype}, which streaming can't make; {_REMEDY}")
+        module.register_buffer(key, torch.full(buffer.shape, torch.nan, dtype=buffer.dtype), persistent=False)
+    model._init_weights(module)
+    for key in missing:
+        if not bool(torch.isfinite(module.get_buffer(key)).all()):
+            raise EngineError(f"transformers doesn't fill the buffer {name}.{key}; {_REMEDY}")
+        module.register_buffer(key, module.get_buffer(key).to(device), persistent=False)
