@@ -1,6 +1,6 @@
 """Held-out KL at equal effective bits: nearest and compensated codes, and the choices of ModelOpt's two methods.
 
-    python benchmarks/quality.py --scratch DIR [--model NAME]     # writes benchmarks/results/quality.json
+    python benchmarks/quality.py --scratch DIR [--model NAME] [--calibration mixed]    # writes results/quality.json
 
 ModelOpt calibrates, scores and chooses by itself (`choice.py`), once by each of its methods, and rounds to nearest;
 bits are counted over the searched weights. We measure twice by `engine: native`, method kl_div, on the same calibration
@@ -8,12 +8,15 @@ samples: with nearest and with compensated codes. For each of ModelOpt's choices
 Everything is simulated with the scales that an export would have, on held-out sets: for SmolLM2 and Gemma a novel, of a
 kind that calibration never saw, and captions that it didn't see; for the embedded model those of its recipe. What is
 finished is kept in the scratch directory; a model that isn't named keeps its results. A GPU helps.
+
+`--calibration mixed` adds rows that the model writes itself to the recipe's calibration, for ModelOpt and for us; the
+held-out samples stay the same. Its results stand beside the others', under `models_mixed_calibration`.
 """
 
 import argparse
 import json
 import statistics
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import choice
 import ladder
@@ -28,27 +31,37 @@ MODELS = {
 }
 HELD_OUT_SAMPLES = {"smollm2-135m-instruct": 16, "gemma-3-270m": 16}  # of each set
 ROUNDINGS = ("nearest", "compensated")
+RESULTS = {"captions": "models", "mixed": "models_mixed_calibration"}  # calibration -> key of the results
+WRITTEN_ROWS = 64  # by the model itself, of as many tokens as the recipe's calibration has, where calibration is mixed
 
 
-def recipe_of(name: str):
-    """Return the model's recipe with the held-out sets of this benchmark."""
-    from bitladder.recipe import HeldOutSpec, read_recipe
+def recipe_of(name: str, calibration: str):
+    """Return the model's recipe with the calibration and the held-out sets of this benchmark."""
+    from bitladder.recipe import DataSpec, HeldOutSpec, read_recipe
 
     recipe = read_recipe(ladder.ROOT / "recipes" / MODELS[name][0])
+    (captions,) = recipe.calibration
+    if calibration == "mixed":
+        written = captions.model_copy(update={"data": DataSpec(kind="generated"), "samples": WRITTEN_ROWS})
+        recipe = recipe.model_copy(update={"calibration": (captions, written)})
     if name == "embedded-qwen2.5-vl":
         return recipe
     novel = recipe.held_out[0].model_copy(update={"name": "novel", "samples": HELD_OUT_SAMPLES[name]})
     seen = HeldOutSpec(
-        name="captions", samples=novel.samples, sequence_length=novel.sequence_length, batch_size=novel.batch_size
+        name="captions",
+        data=captions.data,
+        samples=novel.samples,
+        sequence_length=novel.sequence_length,
+        batch_size=novel.batch_size,
     )
     return recipe.model_copy(update={"held_out": (novel, seen)})
 
 
 def measured(recipe, scratch: Path, score_samples: int) -> dict:
-    """Return, for each way of rounding, the measurement and its workspace."""
-    from bitladder import pipeline
+    """Return, for each way of rounding, the measurement and its workspace; all are calibrated on the same batches."""
+    from bitladder import generation, pipeline
 
-    found = {}
+    found: dict = {}
     for rounding in ROUNDINGS:
         spec = recipe.measurement.model_copy(
             update={
@@ -60,20 +73,23 @@ def measured(recipe, scratch: Path, score_samples: int) -> dict:
             }
         )
         work = pipeline.Workspace(recipe.model_copy(update={"measurement": spec}), scratch / rounding)
+        for _, first in found.values():  # a GPU needn't write the same rows again
+            generation.copy_rows(first.output, work.output)
         found[rounding] = (pipeline.measure(work), work)
+        assert found[rounding][0].calibration == found[ROUNDINGS[0]][0].calibration
         print(rounding, [(p.phase, p.seconds) for p in found[rounding][0].run.phases], flush=True)
     return found
 
 
-def modelopt_choices(recipe, measurement, scratch: Path) -> dict[str, dict[str, list[str]]]:
-    """Return the groups that ModelOpt quantises, by method and bits asked."""
+def modelopt_choices(measurement, work, scratch: Path) -> dict[str, dict[str, list[str]]]:
+    """Return the groups that ModelOpt quantises, by method and bits asked, on the measurement's calibration batches."""
     from bitladder import pipeline
 
+    assert pipeline.calibration_data(work).summary == measurement.calibration
     found = {}
     for method in ("gradient", "kl_div"):
         path = scratch / f"modelopt-{method}.json"
         if not path.exists():
-            work = pipeline.Workspace(recipe, scratch / "recipe")
             path.write_text(json.dumps(choice.modelopt_choices(work, measurement, method, count_all=False)))
         found[method] = json.loads(path.read_text())
     return found
@@ -141,21 +157,33 @@ def summary(rows: list[dict]) -> dict:
     return found
 
 
-def result_of(name: str, scratch: Path) -> dict:
-    """Return everything about one model."""
+def result_of(name: str, calibration: str, scratch: Path) -> dict:
+    """Return everything about one model by one calibration."""
     from bitladder.report.content import rank_correlation
     from bitladder.runinfo import hardware, versions
 
-    recipe = recipe_of(name)
+    recipe = recipe_of(name, calibration)
     found = measured(recipe, scratch, MODELS[name][1])
-    theirs = modelopt_choices(recipe, found["nearest"][0], scratch)
+    theirs = modelopt_choices(*found["nearest"], scratch)
     rows = rows_of(found, theirs, scratch)
     scores = [[m.sensitivity(candidate) for candidate in m.candidates] for m, _ in found.values()]
-    rounding = found["compensated"][0].rounding
+    rounding, data = found["compensated"][0].rounding, found["compensated"][0].calibration
     return {
         "hardware": hardware(),
         "versions": versions(),
-        "calibration": {"samples": rounding.samples, "damping": rounding.damping},
+        "calibration": {
+            "samples": rounding.samples,
+            "damping": rounding.damping,
+            "sets": [
+                {
+                    "source": PurePath(part.source).name,
+                    "kind": part.kind,
+                    "samples": part.samples,
+                    "tokens": part.tokens,
+                }
+                for part in data.parts or (data,)
+            ],
+        },
         "phases": {name: [p.model_dump() for p in m.run.phases] for name, (m, _) in found.items()},
         "median_output_error": statistics.median(m.output_error for m in rounding.modules),
         "median_nearest_output_error": statistics.median(m.nearest_output_error for m in rounding.modules),
@@ -170,6 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--model", choices=MODELS, action="append", help="all where none is named")
+    parser.add_argument("--calibration", choices=RESULTS, default="captions", help="mixed: and rows of the model's own")
     parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/quality.json")
     arguments = parser.parse_args()
 
@@ -178,12 +207,14 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path = arguments.result
-    models = json.loads(path.read_text())["models"] if path.exists() else {}
+    claim = "held-out KL of nearest and compensated codes over that of ModelOpt's choices at equal effective bits"
+    content = json.loads(path.read_text()) if path.exists() else {"claim": claim}
+    models = content.setdefault(RESULTS[arguments.calibration], {})
     for name in arguments.model or MODELS:
-        models[name] = result_of(name, arguments.scratch.resolve() / name)
+        scratch = arguments.scratch.resolve() / (name if arguments.calibration == "captions" else f"{name}-mixed")
+        models[name] = result_of(name, arguments.calibration, scratch)
         print(json.dumps(models[name]["over_modelopt"], indent=1))
-        claim = "held-out KL of nearest and compensated codes over that of ModelOpt's choices at equal effective bits"
-        path.write_text(json.dumps({"claim": claim, "models": models}, indent=1) + "\n")
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

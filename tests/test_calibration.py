@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 import bitladder
-from bitladder.calibration import load_data, load_processor, prompt_inputs
+from bitladder.calibration import Batch, DataSet, interleaved, load_data, load_processor, prompt_inputs
 from bitladder.errors import DataError, ModelError
 from bitladder.recipe import DataSpec
+from bitladder.records import DataSummary, digest_of
 from conftest import make_text
 
 DEMO = Path(bitladder.__file__).parent / "demo"
@@ -234,3 +235,86 @@ def test_bad_coco(coco, processor):
     path.write_text('{"images": []}')
     with pytest.raises(DataError, match="not a file of COCO captions"):
         load(coco_spec(coco, split=None), processor)
+
+
+def rows_of(name, sizes, length=8, first=0):
+    """A data set of one row of `first`, `first` + 1, … a sample, in batches of these sizes."""
+    rows = torch.arange(first, first + sum(sizes))[:, None].expand(-1, length).contiguous()
+    batches = tuple(
+        Batch({"input_ids": part, "attention_mask": torch.ones_like(part)}, part.clone()) for part in rows.split(sizes)
+    )
+    summary = DataSummary(
+        source=name,
+        kind="text",
+        sha256=name,
+        samples=sum(sizes),
+        tokens=sum(sizes) * (length - 1),
+        sequence_length=length,
+        batch_size=max(sizes),
+        seed=first,
+        sample_ids=tuple(f"{name}{index}" for index in range(sum(sizes))),
+    )
+    return DataSet(batches, summary)
+
+
+def firsts(data):
+    return [int(batch.labels[0, 0]) for batch in data.batches]
+
+
+def test_sets_are_interleaved_evenly():
+    two, four, odd = rows_of("a", [2, 2]), rows_of("b", [1] * 4, first=100), rows_of("c", [4, 4, 1], 12, first=200)
+    assert firsts(interleaved([two, four])) == [100, 0, 101, 102, 2, 103]
+    assert firsts(interleaved([four, two])) == [100, 0, 101, 102, 2, 103]
+    assert firsts(interleaved([two, two])) == [0, 0, 2, 2]
+    sets = [two, four, odd]
+    data = interleaved(sets)
+    assert sorted(firsts(data)) == [0, 2, 100, 101, 102, 103, 200, 204, 208]
+    for count in range(1, len(data.batches) + 1):  # no set is ahead of the whole by more than a batch of its own
+        held = [sum(len(b.labels) for b in data.batches[:count] if any(b is own for own in s.batches)) for s in sets]
+        share = sum(held) / data.summary.samples
+        for one, rows in zip(sets, held, strict=True):
+            assert abs(rows - share * one.summary.samples) <= one.summary.batch_size
+
+
+def test_a_mixture_says_what_is_in_it():
+    first, second = rows_of("a", [2, 1], first=3), rows_of("b", [4], 12, first=100)
+    data = interleaved([first, second])
+    assert data.summary == DataSummary(
+        source="a + b",
+        kind="mixed",
+        sha256=data.summary.sha256,
+        samples=7,
+        tokens=3 * 7 + 4 * 11,
+        sequence_length=12,
+        batch_size=4,
+        seed=3,
+        sample_ids=("a0", "a1", "a2", "b0", "b1", "b2", "b3"),
+        parts=tuple(one.summary.model_copy(update={"sample_ids": ()}) for one in (first, second)),
+    )
+    assert interleaved([second, first]).summary.sha256 != interleaved([first, second, second]).summary.sha256
+    assert interleaved([first]) is first
+
+
+def test_a_single_set_keeps_bytes_and_digests(processor):
+    """Numbers of before there were mixtures: measurements that are on disk stay valid."""
+    for kind, name, sha256, record in (
+        (
+            "text",
+            "captions.txt",
+            "9951c7335988700e41bb70b231215e9ec4d624c336238f1937b058c97a491a38",
+            "388e9faafc73772fba2936c26966666e17a27393a327301fad7a7e2268660504",
+        ),
+        (
+            "image_text",
+            "calibration.jsonl",
+            "a0ed20dfd2f8c7a49fc62c05b55e1cd61e386486459123684b8a47e9b09c33b7",
+            "1c85c7d6e9e8fb540945c4fb51621d0cf5f211d696e84940616b64c19bfde074",
+        ),
+    ):
+        spec = DataSpec(kind=kind, path=str(DEMO / "data" / name))
+        data = load_data(spec, processor, samples=5, sequence_length=64, batch_size=2, seed=3)
+        summary = interleaved([data]).summary
+        assert summary.sha256 == sha256
+        assert digest_of([summary.model_copy(update={"source": "s"}).model_dump_json()]) == record
+        assert "parts" not in json.loads(summary.model_dump_json())
+        assert "parts" not in summary.model_dump(exclude={"sample_ids"})

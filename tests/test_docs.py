@@ -41,14 +41,16 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_are_valid(path):
     recipe = read_recipe(path)
-    assert Path(recipe.calibration.data.path).exists()
+    assert all(Path(spec.data.path).exists() for spec in recipe.calibration)
     assert all(spec.data is None or Path(spec.data.path).exists() for spec in recipe.held_out)
 
 
 def test_the_guide_names_every_recipe_key():
     guide = (ROOT / "docs" / "guide.md").read_text()
     for section, field in Recipe.model_fields.items():
-        several = getattr(field.annotation, "__args__", ()) if section == "held_out" else ()  # one or a list
+        several = (
+            getattr(field.annotation, "__args__", ()) if section in ("calibration", "held_out") else ()
+        )  # one or a list
         keys = getattr(several[0] if several else field.annotation, "model_fields", {})
         for key in keys:
             assert f"`{section}.{key}`" in guide or f"`.{key}`" in guide, f"{section}.{key}"

@@ -241,6 +241,16 @@ def test_a_bound_that_text_alone_cannot_meet(finished):
     assert pipeline.text_only_changes(measurement, [scheme]) == {"a": None}
 
 
+def test_a_scheme_asked_for_by_its_kl_is_compared_at_its_bits(finished):
+    measurement = measured_with_images(finished)
+    both = planning.plan(measurement, SchemeSpec(name="a", effective_bits=12.0))
+    by_kl = both.model_copy(update={"asked": {"name": "a", "max_kl": 1.0}})
+    by_bits = both.model_copy(update={"asked": {"name": "a", "effective_bits": both.effective_bits}})
+    changes = pipeline.text_only_changes(measurement, [by_bits])
+    assert pipeline.text_only_changes(measurement, [by_kl]) == changes
+    assert changes["a"] > 0
+
+
 def test_standard_errors_are_those_of_the_score_that_was_planned(finished):
     measurement = measured_with_images(finished)
     text = planning.plan(measurement, SchemeSpec(name="text", coverage=1.0, image_weight=0.0))

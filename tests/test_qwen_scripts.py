@@ -1,6 +1,7 @@
 """The entry points of scripts/qwen: names, flags and places, on the embedded model; plans of the published scores."""
 
 import base64
+import copy
 import importlib.util
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from bitladder.errors import DataError, MeasurementError, ModelError, OutputError, RecipeError, RecordError, StaleRecord
-from bitladder.recipe import read_recipe
+from bitladder.recipe import parse_recipe, read_recipe
 from bitladder.records import CheckpointManifest, Evaluation, Measurement, RunState, Scheme
 
 ROOT = Path(__file__).parents[1]
@@ -218,8 +219,31 @@ def test_what_captions_may_be(tmp_path):
 def test_coco_pairs_get_room_and_a_second_set_of_plain_text(tmp_path):
     flags = driver.parse(["--captions", str(tmp_path), "--out-root", str(tmp_path)])
     recipe = driver.recipe_of(flags, tmp_path / "autoquant", {})
-    assert recipe.calibration.sequence_length == 1024
+    assert recipe.calibration[0].sequence_length == 1024
     assert [(s.name, s.sequence_length) for s in recipe.held_out] == [("image_text", 1024), ("prose", 512)]
+
+
+def test_a_recipe_with_several_calibration_sets_ran_here_before(tmp_path):
+    text = {"kind": "text", "path": str(tmp_path / "text.txt")}
+    sets = [
+        {"data": {"kind": "image_text", "path": str(tmp_path / "pairs.jsonl")}, "sequence_length": 600},
+        {"data": text, "sequence_length": 200},
+    ]
+    recipe = {"model": {"path": "m"}, "calibration": sets, "held_out": [{"name": "a", "data": text}], "measurement": {}}
+    recipe = parse_recipe({**recipe, "schemes": [{"name": "x", "coverage": 1}], "output": "o"}, "recipe")
+    earlier = recipe.model_dump(mode="json")
+
+    def recipe_of(*flags):
+        flags = driver.parse([*flags, "--out-root", str(tmp_path)])
+        return driver.recipe_of(flags, tmp_path / "autoquant", copy.deepcopy(earlier))
+
+    kept = recipe_of()
+    assert [spec.sequence_length for spec in kept.calibration] == [600, 200]
+    assert [spec.sequence_length for spec in kept.held_out] == [200]
+    with pytest.raises(RecipeError, match="calibrated on 2 sets: --calib-size"):
+        recipe_of("--calib-size", "4")
+    (one,) = recipe_of("--captions", str(tmp_path / "other.txt"), "--batch-size", "2").calibration
+    assert (one.samples, one.sequence_length, one.batch_size) == (48, 512, 2)
 
 
 def test_coco_directory_from_end_to_end(tmp_path):

@@ -78,10 +78,8 @@ def test_unknown_keys_are_refused_with_the_nearest(tmp_path: Path, path: str, ne
 
 def test_an_unknown_key_without_a_near_one_lists_the_known(tmp_path: Path) -> None:
     message = error_of(write(tmp_path, changed("calibration.data.zzz", 1)))
-    assert (
-        "unknown key 'calibration.data.zzz'; known here: kind, path, text_field, split, annotations, subset, prompt"
-        in message
-    )
+    known = "kind, path, text_field, split, annotations, subset, prompt, temperature"
+    assert f"unknown key 'calibration.data.zzz'; known here: {known}" in message
 
 
 def test_a_misspelt_key_is_named_rather_than_the_missing_one(tmp_path: Path) -> None:
@@ -103,7 +101,11 @@ def test_a_key_that_is_not_text(tmp_path: Path) -> None:
         ("calibration.sequence_length", 1, "greater than 1 (got 1)"),
         ("calibration.batch_size", -1, "(got -1)"),
         ("calibration.seed", 1.5, "(got 1.5)"),
-        ("calibration.data.kind", "csv", "'text', 'jsonl', 'huggingface', 'image_text' or 'coco' (got 'csv')"),
+        (
+            "calibration.data.kind",
+            "csv",
+            "'text', 'jsonl', 'huggingface', 'image_text', 'coco' or 'generated' (got 'csv')",
+        ),
         ("calibration.data", None, "(got None)"),
         ("held_out.samples", 0, "(got 0)"),
         ("held_out.data.kind", "csv", "(got 'csv')"),
@@ -238,7 +240,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(elsewhere)
     recipe = read_recipe(Path("../recipes") / path.name)
     assert recipe.model.path == str(recipes / "model")
-    assert recipe.calibration.data.path == str(recipes / "data/text.txt")
+    assert recipe.calibration[0].data.path == str(recipes / "data/text.txt")
     (held_out,) = recipe.held_out
     assert held_out.data is not None
     assert held_out.data.path == str(recipes / "data/held.jsonl")
@@ -258,7 +260,7 @@ def test_absolute_paths_and_home_stay(tmp_path: Path, monkeypatch: pytest.Monkey
     content["output"] = "~/out"
     recipe = read_recipe(write(tmp_path, content))
     assert recipe.model.path == "/models/qwen"
-    assert recipe.calibration.data.path == str(tmp_path / "home/text.txt")
+    assert recipe.calibration[0].data.path == str(tmp_path / "home/text.txt")
     assert recipe.output == str(tmp_path / "home/out")
 
 
@@ -268,7 +270,7 @@ def test_package_paths_lie_in_the_installed_package(tmp_path: Path) -> None:
     content["calibration"]["data"]["path"] = "package:demo/data/text.txt"
     recipe = read_recipe(write(tmp_path, content))
     assert recipe.model.path == str(package / "demo/model")
-    assert recipe.calibration.data.path == str(package / "demo/data/text.txt")
+    assert recipe.calibration[0].data.path == str(package / "demo/data/text.txt")
     assert resolve_path("package:demo", tmp_path) == str(package / "demo")
 
 
@@ -277,7 +279,7 @@ def test_hub_ids_are_untouched(tmp_path: Path) -> None:
     content["calibration"]["data"] = {"kind": "huggingface", "path": "org/data"}
     recipe = read_recipe(write(tmp_path, content))
     assert recipe.model.path == "Qwen/Qwen2.5-VL-3B-Instruct"
-    assert recipe.calibration.data.path == "org/data"
+    assert recipe.calibration[0].data.path == "org/data"
 
 
 def test_what_looks_like_a_hub_id_but_exists_is_a_directory(tmp_path: Path) -> None:
@@ -287,12 +289,88 @@ def test_what_looks_like_a_hub_id_but_exists_is_a_directory(tmp_path: Path) -> N
     content["calibration"]["data"] = {"kind": "huggingface", "path": "org/data"}
     recipe = read_recipe(write(tmp_path, content))
     assert recipe.model.path == str(tmp_path / "models/qwen")
-    assert recipe.calibration.data.path == str(tmp_path / "org/data")
+    assert recipe.calibration[0].data.path == str(tmp_path / "org/data")
 
 
 def test_held_out_may_be_what_calibration_leaves(tmp_path: Path) -> None:
     content = {key: value for key, value in GOOD.items() if key != "held_out"}
     assert read_recipe(write(tmp_path, content)).held_out[0].data is None
+
+
+SETS: list[dict[str, Any]] = [
+    {"data": {"kind": "text", "path": "data/text.txt"}, "samples": 8},
+    {"data": {"kind": "generated"}, "sequence_length": 256, "seed": 3},
+]
+
+
+def test_calibration_may_be_a_list(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, changed("calibration", SETS)))
+    assert [(spec.data.kind, spec.samples, spec.seed) for spec in recipe.calibration] == [
+        ("text", 8, 0),
+        ("generated", 64, 3),
+    ]
+    assert [spec.data.path for spec in recipe.calibration] == [str(tmp_path / "data/text.txt"), ""]
+    assert [entry["samples"] for entry in recipe.model_dump(mode="json")["calibration"]] == [8, 64]
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_one_calibration_set_is_written_as_it_always_was(tmp_path: Path) -> None:
+    wanted = {
+        "data": {
+            "kind": "text",
+            "path": str(tmp_path / "data/text.txt"),
+            "text_field": "text",
+            "split": None,
+            "annotations": None,
+            "subset": None,
+            "prompt": "Describe the image.",
+            "temperature": None,
+        },
+        "samples": 8,
+        "sequence_length": 512,
+        "batch_size": 4,
+        "seed": 0,
+    }
+    for content in (GOOD, changed("calibration", [GOOD["calibration"]])):
+        recipe = read_recipe(write(tmp_path, content))
+        assert recipe.model_dump(mode="json")["calibration"] == wanted
+        assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("sets", "where", "expected"),
+    [
+        ([], "calibration", "at least 1 item"),
+        ("captions", "calibration", "give a calibration set or a list of them; got 'captions'"),
+        ([*SETS, {"data": {"kind": "text"}}], "calibration.2.data", "data of kind text needs a `path`"),
+        ({"data": {"kind": "jsonl"}}, "calibration.data", "data of kind jsonl needs a `path`"),
+        ({"data": {"kind": "generated", "path": "x"}}, "calibration.data", "has no path, the model writes it; got 'x'"),
+        ({"data": {"kind": "generated", "temperature": 0}}, "calibration.data.temperature", "greater than 0 (got 0)"),
+        (
+            {"data": {"kind": "text", "path": "x", "temperature": 1}},
+            "calibration.data",
+            "temperature is for data of ki",
+        ),
+        ([SETS[0], {**SETS[1], "sampels": 1}], "calibration.1.sampels", "did you mean 'samples'?"),
+        ([SETS[0], {**SETS[1], "samples": 0}], "calibration.1.samples", "(got 0)"),
+    ],
+)
+def test_wrong_calibration_sets(tmp_path: Path, sets: Any, where: str, expected: str) -> None:
+    message = error_of(write(tmp_path, changed("calibration", sets)))
+    assert f": {where}: " in message or f"'{where}'" in message
+    assert expected in message
+
+
+def test_what_calibration_leaves_over_must_be_known(tmp_path: Path) -> None:
+    content = changed("calibration", SETS)
+    del content["held_out"]["data"]
+    assert "held_out needs `data` of its own, since calibration has 2 sets" in error_of(write(tmp_path, content))
+    content["held_out"] = [GOOD["held_out"], {"name": "rest"}]
+    assert "held_out.1 needs `data` of its own, since" in error_of(write(tmp_path, content))
+    content["calibration"] = SETS[1]
+    assert "held_out.1 needs `data` of its own: of what the model writes nothing" in error_of(write(tmp_path, content))
+    content["calibration"] = [SETS[0]]
+    assert read_recipe(write(tmp_path, content)).held_out[1].data is None
 
 
 def test_a_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ MODEL_DIR = OUT_ROOT / "checkpoints" / "Qwen2.5-VL-3B-Instruct"
 PREFIX, SUFFIX = "fp8_autoquant_", "_coco2017"  # of a scheme's name; of its checkpoint's directory
 RECORDS = "autoquant"  # the run's own directory in the out-root
 LADDER = "top25,top50,full"
+CALIBRATION_SAMPLES = 48
 TEXT_TOKENS, PAIR_TOKENS = 512, 1024  # a row; the most of a pair (an image of 640 × 640 has 529)
 # Flags that say what is measured and how; where none is given, the measurement that is there is used again.
 MEASURING = (
@@ -154,7 +155,11 @@ def recipe_of(flags: argparse.Namespace, records: Path, earlier: dict[str, Any])
     ]
     content: dict[str, Any] = {
         "model": {"path": str(MODEL_DIR.resolve())},
-        "calibration": {"data": data_of(DATA / "coco2017_captions.txt"), "samples": 48, "sequence_length": TEXT_TOKENS},
+        "calibration": {
+            "data": data_of(DATA / "coco2017_captions.txt"),
+            "samples": CALIBRATION_SAMPLES,
+            "sequence_length": TEXT_TOKENS,
+        },
         "measurement": {},
         **{key: earlier[key] for key in ("model", "calibration", "held_out", "measurement") if earlier},
     }
@@ -163,11 +168,21 @@ def recipe_of(flags: argparse.Namespace, records: Path, earlier: dict[str, Any])
         content["model"] = {"path": str(flags.model_dir.expanduser().resolve())}
     if flags.images is not None and flags.captions is None:
         raise RecipeError("--images goes with --captions, which says what is on them")
+    given = {"samples": flags.calib_size, "sequence_length": flags.calib_seq_len, "batch_size": flags.batch_size}
+    given = {key: value for key, value in given.items() if value is not None}
+    if isinstance(calibration, list):  # a recipe with several sets has run here
+        if given and flags.captions is None:
+            raise RecipeError(
+                f"the measurement here is calibrated on {len(calibration)} sets: --calib-size, --calib-seq-len and "
+                "--batch-size go with --captions then, which takes their place; or change the recipe"
+            )
+        if flags.captions is not None:
+            calibration = content["calibration"] = {"samples": CALIBRATION_SAMPLES}
     if flags.captions is not None:
         calibration["data"] = data_of(flags.captions, flags.images)
         calibration["sequence_length"] = PAIR_TOKENS if calibration["data"]["kind"] in PAIR_KINDS else TEXT_TOKENS
-    given = {"samples": flags.calib_size, "sequence_length": flags.calib_seq_len, "batch_size": flags.batch_size}
-    calibration.update({key: value for key, value in given.items() if value is not None})
+    if given:
+        calibration.update(given)
     given = {"method": flags.auto_quantize_method, "score_samples": flags.score_size, "engine": flags.engine}
     measurement.update({key: value for key, value in given.items() if value is not None})
     if flags.measurement is not None:
@@ -209,12 +224,12 @@ def held_out_of(paths: list[Path], calibration: dict[str, Any]) -> list[dict[str
     return [rest, prose] if pairs else [rest]
 
 
-def entry_tokens(entry: dict[str, Any], calibration: dict[str, Any]) -> int:
-    """Return the tokens of a held-out sample: calibration's, where it is of the same kind."""
-    pairs = (entry.get("data") or calibration["data"])["kind"] in PAIR_KINDS
-    if pairs == (calibration["data"]["kind"] in PAIR_KINDS):
-        return int(calibration["sequence_length"])
-    return PAIR_TOKENS if pairs else TEXT_TOKENS
+def entry_tokens(entry: dict[str, Any], calibration: dict[str, Any] | list[dict[str, Any]]) -> int:
+    """Return the tokens of a held-out sample: calibration's, where (the first set of) it is of the same kind."""
+    sets = calibration if isinstance(calibration, list) else [calibration]
+    pairs = (entry.get("data") or sets[0]["data"])["kind"] in PAIR_KINDS
+    alike = (one for one in sets if pairs == (one["data"]["kind"] in PAIR_KINDS))
+    return int(next(alike, {"sequence_length": PAIR_TOKENS if pairs else TEXT_TOKENS})["sequence_length"])
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ Text is tokenised and cut into rows of `sequence_length` tokens: no padding, eve
 goes through the processor's chat template as a user's picture and prompt and the assistant's answer; only the answer's
 tokens carry a label. Labels follow the convention of transformers: `labels[b, t] = input_ids[b, t]` where the token
 counts, -100 elsewhere; the model predicts it from position t - 1.
+
+Several sets become one (`interleaved`): every batch is of one set, and the first batches are a fair mixture of all.
 """
 
 import base64
@@ -13,6 +15,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from bitladder.errors import DataError, ModelError
-from bitladder.recipe import PAIR_KINDS, DataSpec
+from bitladder.recipe import GENERATED, PAIR_KINDS, DataSpec
 from bitladder.records import DataSummary, digest_of
 from bitladder.storage import sha256_of_bytes
 
 IGNORED_LABEL = -100
+GENERATED_SOURCE = "the model itself"  # of data of kind generated, which has no path
+MIXED = "mixed"  # the kind of several sets in one
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Batches, what they came from, and (for image+text) the pairs themselves, in the order of the rows."""
+    """Batches, what they came from, and the pairs themselves, in the order of the rows (one image+text set alone)."""
 
     batches: tuple[Batch, ...]
     summary: DataSummary
@@ -339,6 +344,7 @@ def load_data(
     batch_size: int,
     seed: int,
     avoid: DataSummary | None = None,
+    written: torch.Tensor | None = None,
 ) -> DataSet:
     """Return `samples` samples of a source as batches, chosen by a shuffle with `seed`.
 
@@ -350,6 +356,7 @@ def load_data(
         batch_size: rows a batch.
         seed: of the shuffle.
         avoid: samples of this data set are passed over, so that held-out data is what calibration never saw.
+        written: the rows [samples, sequence_length] of a source of kind generated (`generation`).
 
     Raises:
         DataError: missing, malformed, empty or too short data; the message says how much there is.
@@ -364,13 +371,20 @@ def load_data(
         ids = [sample.digest for sample in pairs]
         unit = "image+text pairs"
     else:
-        rows = _token_rows(spec, tokenizer_of(processor), sequence_length)
+        if spec.kind == GENERATED:
+            if written is None:
+                raise DataError("data of kind generated is written by the model: give its rows")
+            rows = written
+        else:
+            rows = _token_rows(spec, tokenizer_of(processor), sequence_length)
         ids = [sha256_of_bytes(row.numpy().tobytes()) for row in rows]
         unit = f"rows of {sequence_length} tokens"
     order = list(range(len(ids)))
     random.Random(seed).shuffle(order)
     chosen = [index for index in order if ids[index] not in avoided][:samples]
     if len(chosen) < samples:
+        if spec.kind == GENERATED:
+            raise DataError(f"what the model writes with seed {seed} is used already; give this set another seed")
         left = f", {len(chosen)} of them not used for calibration" if avoided else ""
         raise DataError(
             f"{spec.path} holds {len(ids)} {unit}{left}; {samples} were asked for: "
@@ -393,7 +407,7 @@ def load_data(
     if min(tokens) == 0:
         raise DataError(f"{spec.path}: a batch has no token that counts for the loss; its texts are empty")
     summary = DataSummary(
-        source=spec.path,
+        source=spec.path or GENERATED_SOURCE,
         kind=spec.kind,
         sha256=_fingerprint(batches),
         samples=samples,
@@ -404,6 +418,41 @@ def load_data(
         sample_ids=tuple(ids[index] for index in chosen),
     )
     return DataSet(batches, summary, tuple(picked))
+
+
+def interleaved(sets: Sequence[DataSet]) -> DataSet:
+    """Return several sets as one; a single set as it is.
+
+    A batch stands where its middle lies in its own set, as a share of the set's samples. So the first N batches hold
+    about the same share of every set, and the same sets give the same order.
+
+    Args:
+        sets: at least one; each keeps its batches, in their order.
+    """
+    if len(sets) == 1:
+        return sets[0]
+    places: list[tuple[Fraction, int, Batch]] = []
+    for index, one in enumerate(sets):
+        before = 0
+        for batch in one.batches:
+            rows = len(batch.labels)
+            places.append((Fraction(2 * before + rows, 2 * one.summary.samples), index, batch))
+            before += rows
+    batches = tuple(place[2] for place in sorted(places, key=lambda place: place[:2]))
+    parts = [one.summary for one in sets]
+    summary = DataSummary(
+        source=" + ".join(part.source for part in parts),
+        kind=MIXED,
+        sha256=_fingerprint(batches),
+        samples=sum(part.samples for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        sequence_length=max(part.sequence_length for part in parts),
+        batch_size=max(part.batch_size for part in parts),
+        seed=parts[0].seed,
+        sample_ids=tuple(sample for part in parts for sample in part.sample_ids),
+        parts=tuple(part.model_copy(update={"sample_ids": ()}) for part in parts),
+    )
+    return DataSet(batches, summary)
 
 
 def _text_batch(rows: torch.Tensor) -> Batch:

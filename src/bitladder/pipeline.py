@@ -9,6 +9,7 @@
     verification.json
     evaluations/<name>.json
     evidence.json               control arms
+    generated/                  rows of kind generated, which the model wrote
     probes/<name>--<runtime>-<version>-<stage>.json
     report.html, report.md, report.json
 
@@ -31,13 +32,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+import torch
 
 from bitladder import (
     calibration,
     checkpoint,
     controls,
     evaluation,
+    generation,
     planning,
     probing,
     report,
@@ -57,11 +61,21 @@ from bitladder.errors import (
     VerificationFailed,
 )
 from bitladder.prediction import KlMap
-from bitladder.recipe import SCHEME_PLACE, ControlSpec, Recipe, SchemeSpec
+from bitladder.recipe import (
+    GENERATED,
+    SCHEME_PLACE,
+    ControlSpec,
+    DataSpec,
+    HeldOutSpec,
+    Recipe,
+    SampleSpec,
+    SchemeSpec,
+)
 from bitladder.records import (
     BF16,
     CheckpointManifest,
     ControlArm,
+    DataSummary,
     Evaluation,
     Evidence,
     KlPoint,
@@ -248,16 +262,54 @@ class Workspace:
 
 
 def calibration_data(work: Workspace) -> calibration.DataSet:
-    """Return the recipe's calibration batches."""
-    spec = work.recipe.calibration
+    """Return the recipe's calibration batches; several sets are interleaved, and have no sample in common.
+
+    Raises:
+        BitladderError: see `calibration.load_data` and `generation`.
+    """
+    processor, sets = calibration.load_processor(work.model_directory), list[calibration.DataSet]()
+    for spec in work.recipe.calibration:
+        seen = calibration.interleaved(sets).summary if sets else None
+        sets.append(_load_set(work, spec, spec.data, processor, seen))
+    return calibration.interleaved(sets)
+
+
+def _load_set(
+    work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, processor: Any, avoid: DataSummary | None
+) -> calibration.DataSet:
+    """Return one set's batches, of samples that `avoid` doesn't have."""
     return calibration.load_data(
-        spec.data,
-        calibration.load_processor(work.model_directory),
+        source,
+        processor,
         samples=spec.samples,
         sequence_length=spec.sequence_length,
         batch_size=spec.batch_size,
         seed=spec.seed,
+        avoid=avoid,
+        written=_written_rows(work, spec, source, processor) if source.kind == GENERATED else None,
     )
+
+
+def _written_rows(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, processor: Any) -> torch.Tensor:
+    """Return the rows [samples, sequence_length] that the model wrote, which it does once."""
+    tokenizer = calibration.tokenizer_of(processor)
+    writing = generation.Writing(
+        samples=spec.samples,
+        sequence_length=spec.sequence_length,
+        seed=spec.seed,
+        temperature=1.0 if source.temperature is None else source.temperature,
+        start=generation.start_token(tokenizer),
+        known_tokens=len(tokenizer),
+        dtype=work.recipe.measurement.dtype,
+        device=work.recipe.measurement.device,
+    )
+    path = generation.file_of(work.output, writing, work.source().sha256)
+    if not path.exists():
+        meter = Meter()
+        with meter.phase(generation.PHASE):
+            generation.write(work.model_directory, writing, path, work.progress)
+        work.finished("generate", meter.phases)
+    return generation.read(path, writing)
 
 
 def measure(work: Workspace) -> Measurement:
@@ -318,6 +370,7 @@ def take_over(work: Workspace, path: Path) -> Measurement:
     if path.resolve() != own.resolve():
         atomic_write(work.output / sensitivity.AMAX_FILE, amax.read_bytes())
         sensitivity.copy_codes(known, path.parent, work.output)
+        generation.copy_rows(path.parent, work.output)
         known.write(own)
         work.finished("measure", known.run.phases if known.run else ())
     return known
@@ -586,15 +639,7 @@ class Originals:
         self._tasks: list[evaluation.Task | None] = []
         self.data: dict[str, calibration.DataSet] = {}
         for spec in work.recipe.held_out:
-            data = calibration.load_data(
-                spec.data or work.recipe.calibration.data,
-                processor,
-                samples=spec.samples,
-                sequence_length=spec.sequence_length,
-                batch_size=spec.batch_size,
-                seed=spec.seed,
-                avoid=calibrated,
-            )
+            data = _load_set(work, spec, spec.data or work.recipe.calibration[0].data, processor, calibrated)
             self.data[spec.name] = data
             exact = spec.task == "exact_match"
             self._tasks.append(evaluation.Task.exact_match(data.samples, processor) if exact else None)
@@ -885,13 +930,17 @@ def standard_errors(measurement: Measurement, schemes: Sequence[Scheme]) -> Mapp
 def text_only_changes(measurement: Measurement, schemes: Sequence[Scheme]) -> Mapping[str, int | None]:
     """Return in how many groups each scheme would have another format if only text positions counted.
 
-    None: what was asked can't be met then. Empty where the scores of image positions are not known apart.
+    None: what was asked can't be met then. A scheme asked for by its KL is compared at its bits. Empty where the scores
+    of image positions are not known apart.
     """
     if not all(candidate.image_scores for candidate in measurement.candidates):
         return {}
     changes: dict[str, int | None] = {}
     for scheme in schemes:
-        spec = SchemeSpec.model_validate(scheme.asked).model_copy(update={"image_weight": 0.0})
+        changed: dict[str, float | None] = {"image_weight": 0.0}
+        if scheme.asked.get("max_kl") is not None:  # which score has that KL is known of both parts together alone
+            changed |= {"max_kl": None, "effective_bits": scheme.effective_bits}
+        spec = SchemeSpec.model_validate(scheme.asked).model_copy(update=changed)
         try:
             formats = planning.plan(measurement, spec).formats
         except InfeasibleTarget:  # a bound on the predicted score below what text alone gives

@@ -12,11 +12,21 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from bitladder.errors import RecipeError
 
 PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
+GENERATED = "generated"  # the kind of data that the model writes itself
 PACKAGE_PREFIX = "package:"
 SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name goes
 DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
@@ -45,15 +55,27 @@ class DataSpec(Section):
     text. `huggingface`: a data set of the Hub or a local one, by `datasets.load_dataset`. `image_text`: JSONL with
     `image` (a path relative to the file, or a `data:` URI), `prompt` (optional) and `text`, the answer. `coco`: a COCO
     directory, `<split>/*.jpg` with `annotations/captions_<split>.json`; the first caption of each image is its text.
+    `generated`: rows of tokens that the model writes itself, drawn from its own distribution; it has no path.
     """
 
-    kind: Literal["text", "jsonl", "huggingface", "image_text", "coco"]
-    path: str
+    kind: Literal["text", "jsonl", "huggingface", "image_text", "coco", "generated"]
+    path: str = Field(default="", description="every kind but generated")
     text_field: str = "text"
     split: str | None = Field(default=None, description="huggingface: default train; coco: default train2017")
     annotations: str | None = Field(default=None, description="kind coco only: another annotations file, in `path`")
     subset: str | None = Field(default=None, description="kind huggingface only: the configuration's name")
     prompt: str = Field(default="Describe the image.", description="kinds coco and image_text: where a sample has none")
+    temperature: float | None = Field(default=None, gt=0, description="kind generated only: default 1")
+
+    @model_validator(mode="after")
+    def _told_where(self) -> Self:
+        if self.kind == GENERATED and self.path:
+            raise ValueError(f"data of kind generated has no path, the model writes it; got {_shortened(self.path)}")
+        if self.kind != GENERATED and not self.path:
+            raise ValueError(f"data of kind {self.kind} needs a `path`")
+        if self.kind != GENERATED and self.temperature is not None:
+            raise ValueError("temperature is for data of kind generated")
+        return self
 
 
 class SampleSpec(Section):
@@ -67,7 +89,7 @@ class SampleSpec(Section):
 
 
 class HeldOutSpec(Section):
-    """One set that the checkpoints are evaluated on: data of its own, or rows that calibration leaves over."""
+    """One set that the checkpoints are evaluated on: data of its own, or what the one calibration set leaves over."""
 
     name: str = Field(default=DEFAULT_SPLIT, description="what the report calls the set")
     data: DataSpec | None = Field(default=None, description="None: the calibration data, rows that it doesn't use")
@@ -203,7 +225,7 @@ class Recipe(Section):
     """Everything a run needs. Paths are absolute once the recipe is read."""
 
     model: ModelSpec
-    calibration: SampleSpec
+    calibration: tuple[SampleSpec, ...] = Field(min_length=1)
     held_out: tuple[HeldOutSpec, ...] = Field(default=(HeldOutSpec(),), min_length=1)
     measurement: MeasureSpec = MeasureSpec()
     schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
@@ -215,14 +237,19 @@ class Recipe(Section):
     runtimes: RuntimesSpec = RuntimesSpec()
     output: str
 
-    @field_validator("held_out", mode="before")
+    @field_validator("calibration", "held_out", mode="before")
     @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
+    def _one_or_several(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, Mapping | SampleSpec | HeldOutSpec):
             return (value,)
         if not isinstance(value, list | tuple):
-            raise ValueError(f"give a held-out set or a list of them; got {_shortened(value)}")
+            what = str(info.field_name).replace("_", "-")
+            raise ValueError(f"give a {what} set or a list of them; got {_shortened(value)}")
         return value
+
+    @field_serializer("calibration")
+    def _as_one_or_several(self, value: tuple[SampleSpec, ...]) -> Any:
+        return value[0] if len(value) == 1 else value  # one set is written as it always was
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -235,9 +262,16 @@ class Recipe(Section):
         if twice:
             raise ValueError(f"two held-out sets are named {twice[0]}; give each a `name` of its own")
         for index, held_out in enumerate(self.held_out):
-            data = held_out.data or self.calibration.data
+            where = "held_out" if len(sets) == 1 else f"held_out.{index}"
+            data = held_out.data or self.calibration[0].data
+            if held_out.data is None and len(self.calibration) > 1:
+                raise ValueError(
+                    f"{where} needs `data` of its own, since calibration has {len(self.calibration)} sets; the `data` "
+                    "of one of them gives what calibration leaves over of it"
+                )
+            if held_out.data is None and data.kind == GENERATED:
+                raise ValueError(f"{where} needs `data` of its own: of what the model writes nothing is left over")
             if held_out.task and data.kind != "image_text":
-                where = "held_out" if len(sets) == 1 else f"held_out.{index}"
                 raise ValueError(f"{where}.task needs held-out data of kind image_text, which has answers")
         return self
 
@@ -360,8 +394,8 @@ def read_recipe(path: Path) -> Recipe:
     base = path.resolve().parent
 
     def data(spec: DataSpec) -> DataSpec:
-        if spec.kind == "huggingface" and not (base / spec.path).exists():
-            return spec  # a Hub id
+        if spec.kind == GENERATED or (spec.kind == "huggingface" and not (base / spec.path).exists()):
+            return spec  # no path, or a Hub id
         return spec.model_copy(update={"path": resolve_path(spec.path, base)})
 
     held_out = tuple(
@@ -375,7 +409,7 @@ def read_recipe(path: Path) -> Recipe:
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"path": _resolve_model(recipe.model.path, base)}),
-            "calibration": recipe.calibration.model_copy(update={"data": data(recipe.calibration.data)}),
+            "calibration": tuple(spec.model_copy(update={"data": data(spec.data)}) for spec in recipe.calibration),
             "held_out": held_out,
             # Outputs land where the user stands, not beside the recipe.
             "output": str(Path(recipe.output).expanduser().resolve()),

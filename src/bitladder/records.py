@@ -11,7 +11,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from bitladder.errors import MeasurementError, RecordError
 from bitladder.storage import atomic_write, sha256_of_bytes
@@ -104,7 +112,11 @@ class ModelSource(Part):
 
 
 class DataSummary(Part):
-    """What a data set gave: enough to make it again and to see that it is the same."""
+    """What a data set gave: enough to make it again and to see that it is the same.
+
+    Several sets in one have `kind: mixed`; `samples`, `tokens` and `sample_ids` are those of all, `sequence_length` and
+    `batch_size` the greatest, `seed` the first one's.
+    """
 
     source: str
     kind: str
@@ -115,6 +127,14 @@ class DataSummary(Part):
     batch_size: int
     seed: int
     sample_ids: tuple[str, ...] = Field(default=(), description="digest of each sample's source, to prove a split")
+    parts: tuple["DataSummary", ...] = Field(default=(), description="the sets of a mixture, without sample_ids")
+
+    @model_serializer(mode="wrap")
+    def _without_empty_parts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if not self.parts:  # a single set keeps its bytes and digests of before there were several
+            content.pop("parts", None)
+        return content
 
 
 class PhaseCost(Part):

@@ -41,7 +41,7 @@ def render_card(report: Report, name: str) -> str:
         modules=_modules(scheme, quantised=True) + _modules(scheme, quantised=False),
         left=[module for group in groups for module in group.modules],
         formats=" and ".join(count.format.upper() for count in scheme.format_counts if count.format != BF16),
-        calibration=PurePath(report.calibration.source).name,
+        calibration=render.data_names(report.calibration, quote="`"),
         layers=render.layer_counts(alone),
         evaluation=render.evaluation_table(alone, ladder) if scheme.results else "",
         held_out=[(entry["evaluation"].split, entry["evaluation"].data) for entry in render.held_out(alone)],

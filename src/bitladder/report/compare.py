@@ -10,7 +10,7 @@ from pathlib import PurePath
 from bitladder.errors import RecordError
 from bitladder.records import KL
 from bitladder.report.content import MAX_MOVED, Report, ReportedGroup, rank_correlation, ranks_of
-from bitladder.report.render import KL_EXPONENT, NONE, exact, markdown_table, percent, power_of_ten
+from bitladder.report.render import KL_EXPONENT, NONE, data_names, exact, markdown_table, percent, power_of_ten
 
 
 def compare_runs(first: Report, second: Report, names: tuple[str, str]) -> str:
@@ -44,7 +44,7 @@ def _settings(first: Report, second: Report, names: tuple[str, str]) -> str:
     rows = []
     for what, values in {
         "model": [PurePath(r.model.path).name for r in (first, second)],
-        "calibration": [f"{PurePath(r.calibration.source).name} ({r.calibration.kind})" for r in (first, second)],
+        "calibration": [data_names(r.calibration) for r in (first, second)],
         "samples, tokens": [f"{exact(r.calibration.samples)}, {exact(r.calibration.tokens)}" for r in (first, second)],
         "engine, method": [f"{r.engine}, {r.method}" for r in (first, second)],
         "codes": ["nearest" if r.rounding is None else r.rounding.method for r in (first, second)],

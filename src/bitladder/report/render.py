@@ -16,7 +16,7 @@ import jinja2
 import yaml
 from rich.table import Table
 
-from bitladder.records import BF16, BF16_BITS, KL, EvalResult
+from bitladder.records import BF16, BF16_BITS, KL, DataSummary, EvalResult
 from bitladder.report.content import WITHIN_NOISE_ERRORS, Report, ReportedProbe, ReportedScheme
 from bitladder.uncertainty import LEVEL as RANK_LEVEL
 from bitladder.uncertainty import MULTIPLES
@@ -113,6 +113,11 @@ def byte_size(count: int | None) -> str:
 def exact(count: int | None) -> str:
     """Return an integer in full, with separators."""
     return NONE if count is None else f"{count:,}"
+
+
+def data_names(data: DataSummary, quote: str = "") -> str:
+    """Return the file name and kind of a data set, or those of all sets that it is made of."""
+    return " + ".join(f"{quote}{PurePath(one.source).name}{quote} ({one.kind})" for one in data.parts or (data,))
 
 
 def rounding(report: Report) -> str:

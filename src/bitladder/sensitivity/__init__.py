@@ -13,6 +13,7 @@ done in `measuring/` beside the result, so that a killed run goes on where it st
 """
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -157,7 +158,7 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 def score_batch_count(data: DataSet, spec: MeasureSpec) -> int:
-    """Return how many of the batches are scored.
+    """Return how many of the batches are scored: the fewest that hold as many samples as were asked for.
 
     Raises:
         MeasurementError: more samples are to be scored than there are.
@@ -169,7 +170,8 @@ def score_batch_count(data: DataSet, spec: MeasureSpec) -> int:
             f"measurement.score_samples is {spec.score_samples}, calibration.samples is {data.summary.samples}; "
             "score at most as many as are calibrated"
         )
-    return math.ceil(spec.score_samples / data.summary.batch_size)
+    held = itertools.accumulate(len(batch.labels) for batch in data.batches)
+    return next(count for count, samples in enumerate(held, start=1) if samples >= spec.score_samples)
 
 
 def settings_sha256(source: ModelSource, data: DataSet, spec: MeasureSpec) -> str:
