@@ -40,6 +40,7 @@ import quality
 import torch
 
 from bitladder.sensitivity import native
+from bitladder.sensitivity.layers import Layers
 
 DRAWS = 4
 BLOCK = 16  # tokens
@@ -117,74 +118,66 @@ class Taps(native._Taps):
     """Keeps every module's Σ (g e)², and its Σ over features g e at each token, [rows, tokens]."""
 
     @torch.no_grad()
-    def _add(self, name: str, gradient: torch.Tensor, error: torch.Tensor) -> None:
-        product = gradient * error
-        self.scores[name] = product.square().sum(dtype=torch.float64)
-        self.directions[name] = product.sum(-1, dtype=torch.float64)
+    def _add(self, current, name, linear, seen, exact, gradient) -> None:
+        product = gradient * (linear.output_of(seen, exact.shape) - exact)
+        current.scores[name] = product.square().sum(dtype=torch.float64), product.sum(-1, dtype=torch.float64)
 
-    def begin(self, images: torch.Tensor | None) -> None:
-        super().begin(images)
-        self.directions: dict[str, torch.Tensor] = {}
 
-    def forms(self, job) -> dict[str, dict[str, float]]:
-        """Return every form's score of every group."""
-        rows = []
-        for group in job.target.groups:
-            names = [module.name for module in group.modules]
-            each = torch.stack([self.directions[name] for name in names])
-            together = each.sum(0)
-            blocks = torch.nn.functional.pad(together, (0, -together.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-            sums = (each, together, blocks.sum(-1), together.sum(-1))
-            elements = sum(self.scores[name] for name in names)
-            rows.append(torch.stack([elements, *(part.square().sum() for part in sums)]))
-        values = torch.stack(rows).T.tolist()
-        names = [group.name for group in job.target.groups]
-        return {form: dict(zip(names, row, strict=True)) for form, row in zip(FORMS, values, strict=True)}
+def forms_of(scores: dict, groups) -> dict[str, dict[str, float]]:
+    """Return every form's score of every group from what `Taps` kept of a pass."""
+    rows = []
+    for group in groups:
+        elements, each = zip(*(scores[module.name] for module in group.modules), strict=True)
+        together = torch.stack(each).sum(0)
+        blocks = torch.nn.functional.pad(together, (0, -together.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+        sums = (torch.stack(each), together, blocks.sum(-1), together.sum(-1))
+        rows.append(torch.stack([sum(elements), *(part.square().sum() for part in sums)]))
+    values = torch.stack(rows).T.tolist()
+    names = [group.name for group in groups]
+    return {form: dict(zip(names, row, strict=True)) for form, row in zip(FORMS, values, strict=True)}
 
 
 class Scorer(ExitStack):
     """All gradient signals of a batch from one forward pass; a context manager."""
 
-    def __init__(self, model, job, amax) -> None:
+    def __init__(self, layers, job, amax) -> None:
         super().__init__()
-        self.job, self.decoder, self.taps = job, native._Decoder(model, job), Taps(model, job, amax, None)
-        for module in self.taps.modules:
-            self.callback(model.get_submodule(module.name).register_forward_hook(self.taps.hook(module)).remove)
+        self.job, self.decoder = job, native._Decoder(layers, job)
+        self.taps = Taps(layers.model, job, amax, None)
+        self.enter_context(self.taps.on(job.target.groups))
 
     def scores(self, batch, seed: int) -> tuple[dict[str, list[dict]], dict[str, float]]:
         """Return each loss's draws, each `{form: {group: score of the mean loss}}`, and seconds for a pass of each."""
         found, seconds, start = {}, {}, seconds_now()
-        self.taps.begin(None)
-        self.decoder.record(batch)
-        calls = list(self.decoder.calls)
+        self.taps.current = recorded = native._Pass(batch)
+        self.decoder.record(recorded)
         seconds["forward"] = seconds_now() - start
         for loss, (logit_gradient, draws) in LOSSES.items():
             start = seconds_now()
             found[loss] = []
             for draw in range(draws):
                 generator = torch.Generator(batch.labels.device).manual_seed(seed * DRAWS + draw)
-                self.taps.begin(None)
-                self.decoder.calls = list(calls)
-                self.decoder.backward(gradient_of(self.decoder, batch, logit_gradient, generator))
-                found[loss].append(self.taps.forms(self.job))
+                # Nothing is kept of the forward pass: its graph serves one backward pass, and there are several.
+                current = native._Pass(batch, calls=list(recorded.calls), output=recorded.output)
+                self.taps.current = current
+                gradient = gradient_of(self.decoder, current, logit_gradient, generator)
+                for index in range(len(self.decoder.layers) - 1, self.decoder.first - 1, -1):
+                    layer = self.decoder.layers.layers[index]
+                    gradient = self.decoder.backward(layer, index, current, gradient)
+                found[loss].append(forms_of(current.scores, self.job.target.groups))
             seconds[loss] = (seconds_now() - start) / draws
         return found, seconds
 
 
-def gradient_of(decoder, batch, logit_gradient: LogitGradient, generator: torch.Generator) -> torch.Tensor:
+def gradient_of(decoder, current, logit_gradient: LogitGradient, generator: torch.Generator) -> torch.Tensor:
     """Return the gradient by the last layer's output as `_Decoder.loss_gradient` does, of any of `LOSSES`."""
-    hidden, labels = native._counted(decoder.output, batch), batch.labels[:, 1:][batch.predicted]
-    parts: list[torch.Tensor] = []
-    for start in range(0, len(labels), native._ROWS_AT_ONCE):
-        rows = slice(start, start + native._ROWS_AT_ONCE)
-        leaf = hidden[rows].detach().requires_grad_()
-        with torch.enable_grad():
-            logits = decoder.logits(leaf).float()
-        p = torch.softmax(logits.detach(), -1)
-        parts += torch.autograd.grad(logits, leaf, logit_gradient(p, labels[rows], generator) / len(labels))
-    gradient = torch.zeros_like(decoder.output)
-    gradient[:, :-1][batch.predicted] = torch.cat(parts)
-    return gradient
+    tokens = current.batch.loss_tokens
+
+    def by_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        p = torch.softmax(logits.detach().float(), -1)
+        return logit_gradient(p, labels, generator).div_(tokens).to(logits.dtype)
+
+    return decoder._gradient(current, by_logits)
 
 
 def seconds_now() -> float:
@@ -199,7 +192,7 @@ def measured(name: str, size: Size, scratch: Path) -> tuple:
     from bitladder import pipeline
 
     recipe = quality.recipe_of(name)
-    per_batch = recipe.calibration.batch_size
+    per_batch = recipe.calibration[0].batch_size
     spec = recipe.measurement.model_copy(
         update={
             "engine": "native",
@@ -234,17 +227,19 @@ def scored(work, measurement, batches: int, scratch: Path) -> list[dict]:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         target = find_target(work.model_directory)
-        job = sensitivity.Job(target, data.batches, batches, work.recipe.measurement, device, lambda *_: None)
+        spec = work.recipe.measurement.model_copy(update={"method": "gradient"})
+        job = sensitivity.Job(target, data.batches, batches, spec, device, lambda *_: None)
+        layers = Layers.of(model, target, device)
         for index, path in enumerate(paths):
             if path.exists():
                 continue
             batch = data.batches[index].to(device)
             with native.without_cudnn_attention():
-                with native._GradientScorer(model, job, amax, None) as reference:
+                with native.scorer(layers, job, amax, None) as reference:
                     start = seconds_now()
-                    ours = reference.scores(batch)
+                    (ours,) = reference.scores([batch])
                     seconds = {"native": seconds_now() - start}
-                with Scorer(model, job, amax) as scorer:
+                with Scorer(layers, job, amax) as scorer:
                     losses, passes = scorer.scores(batch, index)
             content = {
                 "tokens": batch.loss_tokens,

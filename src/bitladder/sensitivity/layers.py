@@ -32,7 +32,7 @@ GB = 1e9
 _CPU_SHARE = 0.8  # of the host's available memory that measuring on a CPU may take
 _HOST_SHARE = 0.25  # of the host's available memory that hidden states of streamed layers may take
 _WORKING_BYTES = 1e9  # what measuring takes beside weights, at least
-_REMEDY = "streaming needs one, raise measurement.memory_gb"
+_REMEDY = "raise measurement.memory_gb, so that the model needn't be streamed"
 
 
 class DeviceMemory:
@@ -196,7 +196,7 @@ class StreamedLayers(Layers):
         Raises:
             ModelError: a tensor is missing, or holds NaN or Inf. EngineError: a model that can't be streamed.
         """
-        path = layers_path(target, _REMEDY)
+        path = layers_path(target, f"streaming needs one, {_REMEDY}")
         model = open_without_layers(directory, path, dtype, device)
         return cls(model, path, device, memory, dtype, directory)
 
@@ -277,11 +277,14 @@ def _fill_buffers(model: Any, name: str, module: nn.Module, device: str) -> None
         raise EngineError(f"{name} stores the buffer {persistent[0]}, which streaming doesn't load; {_REMEDY}")
     for key in missing:
         buffer = module.get_buffer(key)
-        if not buffer.is_floating_point():
+        if buffer.dtype == torch.bool:
             raise EngineError(f"the buffer {name}.{key} is of {buffer.dtype}, which streaming can't make; {_REMEDY}")
-        module.register_buffer(key, torch.full(buffer.shape, torch.nan, dtype=buffer.dtype), persistent=False)
+        poison = torch.nan if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min
+        module.register_buffer(key, torch.full(buffer.shape, poison, dtype=buffer.dtype), persistent=False)
     model._init_weights(module)
     for key in missing:
-        if not bool(torch.isfinite(module.get_buffer(key)).all()):
+        buffer = module.get_buffer(key)
+        filled = torch.isfinite(buffer) if buffer.is_floating_point() else buffer != torch.iinfo(buffer.dtype).min
+        if not bool(filled.all()):
             raise EngineError(f"transformers doesn't fill the buffer {name}.{key}; {_REMEDY}")
-        module.register_buffer(key, module.get_buffer(key).to(device), persistent=False)
+        module.register_buffer(key, buffer.to(device), persistent=False)
