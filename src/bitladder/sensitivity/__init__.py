@@ -30,7 +30,7 @@ from bitladder.calibration import Batch, DataSet
 from bitladder.errors import MeasurementError, ModelError, RecordError
 from bitladder.formats import Format, get_format
 from bitladder.kv_cache import cached_layers
-from bitladder.recipe import MeasureSpec
+from bitladder.recipe import MeasureSpec, WorkersSpec
 from bitladder.records import Candidate, FileDigest, Measurement, ModelSource, Rounding, digest_of
 from bitladder.runinfo import Meter, Progress, no_progress
 from bitladder.storage import atomic_path, atomic_write, remove_leftovers, sha256_of_file
@@ -86,7 +86,7 @@ class Partial:
     """What a measurement has so far, on disk."""
 
     def __init__(self, directory: Path, key: str) -> None:
-        self.directory = directory
+        self.directory = directory.absolute()  # other processes may stand elsewhere
         path = directory / "key.json"
         known = None
         if path.exists():
@@ -244,6 +244,7 @@ def measure(
     spec: MeasureSpec,
     output: Path,
     progress: Progress = no_progress,
+    workers: WorkersSpec | None = None,
 ) -> Measurement:
     """Measure the sensitivity of every quant group once; write `measurement.json` and `measurement.safetensors`.
 
@@ -255,16 +256,23 @@ def measure(
         spec: engine, method, formats, arithmetic.
         output: where the two files go; `measuring/` in it holds what is done so far.
         progress: told of every calibrated and scored batch.
+        workers: processes that share the work; None: this one does it alone. The result is the same.
 
     Raises:
-        ModelError: NaN or Inf in weights. MeasurementError: NaN or Inf in activations or scores.
+        ModelError: NaN or Inf in weights. MeasurementError: NaN or Inf in activations or scores; workers that don't
+            come up, or die again and again.
     """
-    from bitladder.sensitivity import compensation, modelopt, native
+    from bitladder.sensitivity import compensation, modelopt, native, parallel
 
     for name in spec.formats:
         get_format(name)
+    workers = workers or WorkersSpec()
+    problem = workers.problem(spec)
+    if problem is not None:
+        raise MeasurementError(problem)
     meter = Meter()
-    device = resolve_device(spec.device)
+    # A cluster's GPUs need not be in this machine.
+    device = "cuda" if workers.count and workers.address and spec.device == "cuda" else resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     key = settings_sha256(source, data, spec)
     partial = Partial(output / _PARTIAL, key)
@@ -272,13 +280,16 @@ def measure(
     job = Job(target, data.batches, count, spec, device, progress)
 
     if partial.amax() is None or any(partial.scores(batch) is None for batch in range(count)):
-        with meter.phase("load model"):
-            model = load_model(directory, dtype, device)
-            check_weights(model, directory, target)
-        engine = native if spec.engine == "native" else modelopt
-        engine.run(model, job, partial, meter)
-        del model
-        _free_memory()
+        if workers.count:
+            parallel.run(workers, directory, source, dtype, job, partial, meter)
+        else:
+            with meter.phase("load model"):
+                model = load_model(directory, dtype, device)
+                check_weights(model, directory, target)
+            engine = native if spec.engine == "native" else modelopt
+            engine.run(model, job, partial, meter)
+            del model
+            _free_memory()
     amax = partial.amax()
     assert amax is not None
     rounding = None

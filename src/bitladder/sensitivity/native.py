@@ -25,7 +25,7 @@ import inspect
 import itertools
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -271,11 +271,7 @@ def _counted(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, job: Job) -> Amax:
-    """Return the amax of every searched module's weight and input, and of every layer's keys and values.
-
-    Raises:
-        MeasurementError: NaN, Inf, or zeros alone.
-    """
+    """Return the amax of every searched module's weight and input, and of every layer's keys and values; unchecked."""
     device = torch.device(job.device)
     seen: dict[str, torch.Tensor] = {}
     last: list[tuple[torch.Tensor, torch.Tensor]] = []  # the input seen last, and its amax
@@ -306,7 +302,6 @@ def calibrate(model: nn.Module, job: Job) -> Amax:
                 keys = [f"{module.name}.{kind}" for module in group.modules if f"{module.name}.{kind}" in amax]
                 amax |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax()) if keys else {}
     amax = {key: value.reshape(()).cpu().clone() for key, value in amax.items()}
-    check_amax(amax, job.target)
     return amax | kv_cache_amax(model, job.target, cache)
 
 
@@ -325,6 +320,7 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
             if amax is None:
                 with meter.phase("calibrate"):
                     amax = calibrate(model, job)
+                    check_amax(amax, job.target)
                 partial.keep_amax(amax)
             codes = None
             if job.spec.rounding == "compensated":
@@ -336,12 +332,19 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
         raise MeasurementError(OUT_OF_MEMORY) from error
 
 
+def scorer(
+    model: nn.Module, job: Job, amax: Amax, codes: Codes | None
+) -> AbstractContextManager["_GradientScorer | _KlScorer"]:
+    """Return what scores batches: a context, within which `.scores(batch)` takes a batch on the job's device."""
+    return (_GradientScorer if job.spec.method == "gradient" else _KlScorer)(model, job, amax, codes)
+
+
 def _score(model: nn.Module, job: Job, partial: Partial, amax: Amax, codes: Codes | None) -> None:
-    with (_GradientScorer if job.spec.method == "gradient" else _KlScorer)(model, job, amax, codes) as scorer:
+    with scorer(model, job, amax, codes) as scoring:
         for index in range(job.score_batches):
             job.progress("score", index, job.score_batches)
             if partial.scores(index) is None:
-                partial.keep_scores(index, scorer.scores(job.batches[index].to(job.device)))
+                partial.keep_scores(index, scoring.scores(job.batches[index].to(job.device)))
     job.progress("score", job.score_batches, job.score_batches)
 
 
