@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import deque
 from types import SimpleNamespace
 
 import psutil
@@ -205,6 +206,21 @@ def test_workers_whose_numbers_would_differ_are_refused():
         parallel._Pool._check_alike(pool, {**same, "torch": "0.1"}, "H100")
 
 
+@pytest.mark.parametrize(("room", "left"), [(3, ["new", "old", "newer"]), (2, ["old", "newer"]), (1, ["old"])])
+def test_workers_that_no_node_has_room_for_are_not_waited_for(room, left):
+    load, item = parallel._Call("load", "loading", ()), parallel._Call("score", "scoring", (), 0)
+    pool = parallel._Pool.__new__(parallel._Pool)
+    pool.ray = SimpleNamespace(kill=lambda _: None)
+    pool._room = lambda: room
+    calls = {"new": load, "old": item, "newer": load}
+    pool.hired = [parallel._Hired(name, deque([(None, call)])) for name, call in calls.items()]
+    pool._give_up_waiting()
+    assert [worker.actor for worker in pool.hired] == left
+    pool.hired, pool._room = [parallel._Hired("new", deque([(None, load)]))], lambda: 0
+    with pytest.raises(MeasurementError, match="no node of the Ray cluster is left"):
+        pool._give_up_waiting()
+
+
 def test_nan_and_larger_values_survive_the_merging_of_amax():
     first = {"a": torch.tensor(1.0), "b": torch.tensor(float("nan")), "c": torch.tensor(3.0)}
     second = {"a": torch.tensor(2.0), "b": torch.tensor(1.0), "d": torch.tensor(4.0)}
@@ -228,7 +244,7 @@ from bitladder.errors import MeasurementError
 from bitladder.recipe import WorkersSpec
 from bitladder.sensitivity import parallel
 try:
-    parallel._Pool(WorkersSpec(count=1, address="{address}"), 1, False)
+    parallel._Pool(WorkersSpec(count=1, address="{address}"), 1, False, [])
 except MeasurementError as error:
     print(error)
 """

@@ -55,6 +55,11 @@ _CALLS_AHEAD = 2  # given to a worker at once, so that it never waits while this
 _CHUNKS = 4  # of calibration batches for every worker: each costs one look at all weights
 _MOST_DEATHS = 3  # of workers on one call
 _KNOCK_SECONDS = 10.0
+_LOOK_SECONDS = 30.0  # without an answer, after which nodes are counted again
+_NO_NODE = (
+    "no node of the Ray cluster is left that has room for a worker; mend it, then run the same command again: "
+    "finished batches are kept"
+)
 
 
 def run(
@@ -74,9 +79,10 @@ def run(
     """
     threads = workers.threads or max(1, torch.get_num_threads() // workers.count)
     meter.threads, meter.workers = threads, workers.count
-    with _Pool(workers, threads, on_gpus=job.device.startswith("cuda")) as pool:
+    with ExitStack() as stack:
         shared = dataclasses.replace(job, batches=(), progress=no_progress)
-        with pool.phase(meter, "load model"):
+        with meter.phase("load model") as peaks:  # the start of Ray and its processes included
+            pool = stack.enter_context(_Pool(workers, threads, job.device.startswith("cuda"), peaks))
             pool.everyone("load", "loading the model", directory.absolute(), source, dtype, shared, threads, pool.node)
         amax = partial.amax()
         if amax is None:
@@ -168,11 +174,16 @@ class _Hired:
     actor: Any
     calls: deque[tuple[Any, _Call]] = field(default_factory=deque)  # with the reference to what comes back
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has done what every worker has to do before."""
+        return all(call.index is not None for _, call in self.calls)
+
 
 class _Pool(ExitStack):
     """The workers; a context manager. Both ends of a call are here, so that a worker's death is noticed and mended."""
 
-    def __init__(self, spec: WorkersSpec, threads: int, on_gpus: bool) -> None:
+    def __init__(self, spec: WorkersSpec, threads: int, on_gpus: bool, peaks: list[Peaks]) -> None:
         super().__init__()
         self.ray = _import_ray(spec)
         self.spec, self.on_gpus, self.cpus = spec, on_gpus, 1 if on_gpus else threads
@@ -180,7 +191,7 @@ class _Pool(ExitStack):
         self.first_calls: list[_Call] = []  # that a new worker begins with
         self.queue: deque[_Call] = deque()
         self.deaths: Counter[str] = Counter()
-        self.peaks: list[Peaks] = []
+        self.peaks = peaks  # of the phase at hand: where each call's are added
         self.processor: str | None = None
         with contextlib.ExitStack() as stack:
             self._connect(stack)
@@ -192,7 +203,7 @@ class _Pool(ExitStack):
                 raise MeasurementError(
                     f"workers.count is {spec.count} and each needs {needs}, but {where} has room for {room}; lower it"
                 )
-            stack.callback(self._dismiss)
+            stack.callback(self._dismiss_all)
             for _ in range(spec.count):
                 self._hire()
             self.push(stack.pop_all())
@@ -218,7 +229,7 @@ class _Pool(ExitStack):
         while self.queue or any(call.index is not None for worker in self.hired for _, call in worker.calls):
             for ahead in range(1, _CALLS_AHEAD + 1):
                 for worker in self.hired:
-                    if self.queue and len(worker.calls) < ahead:
+                    if self.queue and worker.is_ready and len(worker.calls) < ahead:
                         self._give(worker, self.queue.popleft())
             ended = self._settle()
             if ended is not None and ended[0].index is not None:
@@ -263,17 +274,25 @@ class _Pool(ExitStack):
         for call in self.first_calls:
             self._give(self.hired[-1], call)
 
-    def _dismiss(self) -> None:
-        for worker in self.hired:
-            self.ray.kill(worker.actor)
+    def _dismiss(self, worker: _Hired) -> None:
+        self.hired.remove(worker)
+        self.ray.kill(worker.actor)
+
+    def _dismiss_all(self) -> None:
+        for worker in list(self.hired):
+            self._dismiss(worker)
 
     def _give(self, worker: _Hired, call: _Call) -> None:
         worker.calls.append((worker.actor.do.remote(call.method, *call.args), call))
 
     def _settle(self) -> tuple[_Call, Any] | None:
-        """Wait until a call ends, and return it with what it gave; None: its worker died."""
+        """Wait until a call ends, and return it with what it gave; None: its worker died, or the wait was long."""
         current = {worker.calls[0][0]: worker for worker in self.hired if worker.calls}
-        (reference, *_), _ = self.ray.wait(list(current))
+        ended, _ = self.ray.wait(list(current), timeout=_LOOK_SECONDS)
+        if not ended:
+            self._give_up_waiting()
+            return None
+        reference = ended[0]
         worker = current[reference]
         try:
             result, peaks = self.ray.get(reference)
@@ -297,8 +316,7 @@ class _Pool(ExitStack):
         _, fatal = worker.calls[0]
         self.deaths[fatal.what] += 1
         self.queue.extendleft(call for _, call in reversed(worker.calls) if call.index is not None)
-        self.hired.remove(worker)
-        self.ray.kill(worker.actor)
+        self._dismiss(worker)
         if self.deaths[fatal.what] >= _MOST_DEATHS:
             raise MeasurementError(
                 f"{_MOST_DEATHS} workers died while {fatal.what} ({_first_line(error)}); if memory ran out, lower "
@@ -307,10 +325,19 @@ class _Pool(ExitStack):
         if self._room() > len(self.hired):
             self._hire()
         elif not self.hired:
-            raise MeasurementError(
-                f"the last worker's node was lost while {fatal.what}; mend the cluster, then run the same command "
-                "again: finished batches are kept"
-            ) from error
+            raise MeasurementError(_NO_NODE) from error
+
+    def _give_up_waiting(self) -> None:
+        """Do without the workers that no node has room for any more: the one that was to take them was lost.
+
+        Raises:
+            MeasurementError: no worker is left.
+        """
+        waiting = [worker for worker in self.hired if not worker.is_ready]
+        for worker in waiting[: max(0, len(self.hired) - self._room())]:
+            self._dismiss(worker)
+        if not self.hired:
+            raise MeasurementError(_NO_NODE)
 
     def _check_alike(self, found: dict[str, str], processor_name: str) -> None:
         """Check that a worker computes as the others, with the versions that this process has."""
