@@ -3,17 +3,19 @@
     python benchmarks/full_size.py build DIR                      # Qwen2.5-VL-3B at full size, random weights
     python benchmarks/workers.py run --model DIR --workers 2      # writes benchmarks/results/workers.json
 
-Every kind of measurement is made by one process without Ray, by `--workers` of them, and by as many of which one is
-killed (SIGKILL) after the first scored batch. Each is a process of its own, timed by the measurement's own phases; the
-weight files are in the page cache, since their digests are taken before. The bytes that are compared are those of
-measurement.json but `run`, of measurement.safetensors, and of the codes. On a CPU workers have `--threads` threads
-each, and so has the one process. The result is written after every measurement.
+Every kind of measurement is made by one process without Ray, by one again (where a GPU adds up in no fixed order,
+these two differ already), by `--workers` of them, and by as many of which one is killed (SIGKILL) after the first
+scored batch. Each is a process of its own, timed by the measurement's own phases; the weight files are in the page
+cache, since their digests are taken before. The bytes that are compared are those of measurement.json but `run`, of
+measurement.safetensors, and of the codes. On a CPU workers have `--threads` threads each, and so has the one process.
+The result is written after every measurement.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -67,7 +69,8 @@ def measure(model: Path, scratch: Path, kind: str, sizes: dict, workers: int, th
             kill_a_worker()
             killed.append(done)
 
-    output = scratch / f"{kind}-{workers}-{kill}"
+    output = scratch / "output"
+    shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
     start = time.perf_counter()
     measurement = sensitivity.measure(
@@ -94,7 +97,7 @@ def measure(model: Path, scratch: Path, kind: str, sizes: dict, workers: int, th
 
 
 def run(model: Path, kinds: list[str], sizes: dict, workers: int, threads: int, out: Path) -> None:
-    """Make every kind of measurement in the three ways, and compare them."""
+    """Make every kind of measurement in every way, and compare them."""
     import scoring
     import torch
 
@@ -109,7 +112,12 @@ def run(model: Path, kinds: list[str], sizes: dict, workers: int, threads: int, 
         "sizes": sizes,
         "kinds": {},
     }
-    ways = {"alone": [], "shared": ["--workers", str(workers)], "killed": ["--workers", str(workers), "--kill"]}
+    ways = {
+        "alone": [],
+        "again": [],
+        "shared": ["--workers", str(workers)],
+        "killed": ["--workers", str(workers), "--kill"],
+    }
     with tempfile.TemporaryDirectory(prefix="workers-", dir=model.parent) as scratch:
         common = ["--model", str(model), "--scratch", scratch, "--sizes", json.dumps(sizes), "--threads", str(threads)]
         for kind in kinds:

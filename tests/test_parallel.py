@@ -1,5 +1,6 @@
 """Several workers, through a local Ray cluster of CPU processes, give the bytes of one process; dead ones included."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -83,11 +84,12 @@ def alone(llama, text_file, tmp_path_factory):
 
 
 def worker_processes():
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.name().startswith("ray::_Worker") and process.status() != psutil.STATUS_ZOMBIE
-    ]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if process.name().startswith("ray::_Worker") and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 class Killer:
@@ -174,7 +176,8 @@ def test_workers_that_die_again_and_again_end_the_run(llama, text_file, tmp_path
     def kill():
         while not ended.wait(0.05):
             for process in worker_processes():
-                process.send_signal(signal.SIGKILL)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()

@@ -243,20 +243,23 @@ class _Pool(ExitStack):
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         logging.getLogger("ray").setLevel(logging.ERROR)  # what it says before it sets the level itself
         stack.callback(self.ray.shutdown)
-        if self.spec.address is not None:
-            try:
+        try:  # Ray raises whatever its parts do
+            if self.spec.address is not None:
                 _knock(self.spec.address)
                 self.ray.init(address=self.spec.address, **quiet)
-            except Exception as error:  # Ray raises whatever its parts do
-                raise MeasurementError(
+            else:
+                gpus = min(self.spec.count, torch.cuda.device_count()) if self.on_gpus else 0
+                cpus = self.spec.count * self.cpus
+                self.ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
+        except Exception as error:
+            if self.spec.address is None:
+                message = f"Ray doesn't start on this machine ({_first_line(error)}); mend that, or leave workers out"
+            else:
+                message = (
                     f"no Ray cluster answers at workers.address {self.spec.address} ({_first_line(error)}); start one "
                     "with `ray start --head`, or leave workers.address out to use this machine"
-                ) from error
-            return
-        gpus = min(self.spec.count, torch.cuda.device_count()) if self.on_gpus else 0
-        self.ray.init(
-            address="local", num_cpus=self.spec.count * self.cpus, num_gpus=gpus, include_dashboard=False, **quiet
-        )
+                )
+            raise MeasurementError(message) from error
 
     def _room(self) -> int:
         """Return how many workers the living nodes have room for, whoever else uses them."""
