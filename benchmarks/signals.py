@@ -40,7 +40,7 @@ import quality
 import torch
 
 from bitladder.sensitivity import native
-from bitladder.sensitivity.layers import Layers
+from bitladder.sensitivity.layers import DeviceMemory, Layers
 
 DRAWS = 4
 BLOCK = 16  # tokens
@@ -229,7 +229,7 @@ def scored(work, measurement, batches: int, scratch: Path) -> list[dict]:
         target = find_target(work.model_directory)
         spec = work.recipe.measurement.model_copy(update={"method": "gradient"})
         job = sensitivity.Job(target, data.batches, batches, spec, device, lambda *_: None)
-        layers = Layers.of(model, target, device)
+        layers = Layers.of(model, target, DeviceMemory(device, None), native.REMEDY)
         for index, path in enumerate(paths):
             if path.exists():
                 continue

@@ -13,9 +13,9 @@ from bitladder import calibration, sensitivity, targets
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.recipe import DataSpec, MeasureSpec
 from bitladder.report.content import rank_correlation
-from bitladder.sensitivity import native
+from bitladder.sensitivity import layers, native
 from bitladder.sensitivity.common import gradient_score, hidden_of
-from bitladder.sensitivity.layers import Layers
+from bitladder.sensitivity.layers import DeviceMemory, Layers
 from conftest import (
     llama_config,
     llava_config,
@@ -151,7 +151,7 @@ def decoder_of(cls, config, directory):
     model = targets.load_model(directory, torch.float32, "cpu").requires_grad_(False)
     ids = torch.arange(10, 34).view(2, 12)
     batch = calibration.Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
-    return native._Decoder(Layers.of(model, target), job), native._Pass(batch)
+    return native._Decoder(Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY), job), native._Pass(batch)
 
 
 FAMILIES = {
@@ -259,8 +259,8 @@ def test_a_killed_measurement_goes_on_with_the_same_numbers(llama, text_file, tm
 
 def test_no_weight_gets_a_gradient_and_hooks_are_gone(llama, text_file, tmp_path, monkeypatch):
     kept = {}
-    load = sensitivity.load_model
-    monkeypatch.setattr(sensitivity, "load_model", lambda *args: kept.setdefault("model", load(*args)))
+    load = layers.load_model
+    monkeypatch.setattr(layers, "load_model", lambda *args: kept.setdefault("model", load(*args)))
     measured_by("native", llama, load_text(llama, text_file), tmp_path)
     model = kept["model"]
     assert all(parameter.grad is None for parameter in model.parameters())

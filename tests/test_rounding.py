@@ -23,7 +23,7 @@ from bitladder.errors import EngineError, MeasurementError, RecordError
 from bitladder.formats import FP8
 from bitladder.recipe import HeldOutSpec, MeasureSpec
 from bitladder.records import CheckpointManifest, Measurement
-from bitladder.sensitivity import compensation
+from bitladder.sensitivity import layers
 from bitladder.simulation import Simulation
 from bitladder.storage import sha256_of_file
 from bitladder.verification import verify
@@ -312,17 +312,17 @@ def test_pictures_count_and_padding_does_not(tmp_path):
     assert [m.output_error for m in found[0]] == pytest.approx([m.output_error for m in found[1]], rel=1e-4)
 
 
-def test_hidden_states_that_change_between_layers_are_refused(llama):
-    model = targets.load_model(llama, torch.float32)
-    layers = model.model.layers
-    ids = torch.arange(10, 34).view(2, 12)
-    batch = calibration.Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
-    with torch.no_grad():
-        calls = compensation._calls(model, layers, batch)
-        assert len(calls) == len(layers)
-        layers[2].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
-        with pytest.raises(EngineError, match="changes the hidden states before decoder layer 2"):
-            compensation._calls(model, layers, batch)
+def test_hidden_states_that_change_between_layers_are_refused(llama, text_file, tmp_path, monkeypatch):
+    load = layers.load_model
+
+    def changed(*args):
+        model = load(*args)
+        model.model.layers[2].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+        return model
+
+    monkeypatch.setattr(layers, "load_model", changed)
+    with pytest.raises(EngineError, match=r"changes the hidden states before decoder layer 2 .* use rounding: nearest"):
+        measured_by("native", llama, load_text(llama, text_file), tmp_path, rounding="compensated")
 
 
 def test_a_run_keeps_its_codes_or_measures_again(llama, text_file, tmp_path):

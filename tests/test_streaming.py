@@ -21,7 +21,7 @@ SMALL = 0.5  # GB: less than anything is measured in
 
 
 def stream(directory, dtype=torch.float32):
-    return StreamedLayers.open(directory, targets.find_target(directory), dtype, "cpu", DeviceMemory("cpu", SMALL))
+    return StreamedLayers.open(directory, targets.find_target(directory), dtype, DeviceMemory("cpu", SMALL))
 
 
 @pytest.fixture

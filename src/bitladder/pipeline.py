@@ -329,7 +329,7 @@ def measure(work: Workspace) -> Measurement:
             return known
     target = targets.find_target(directory)
     measurement = sensitivity.measure(
-        directory, source, target, data, work.recipe.measurement, work.output, work.progress
+        directory, source, target, data, work.recipe.measurement, work.output, work.progress, work.recipe.workers
     )
     work.finished("measure", measurement.run.phases if measurement.run else ())
     return measurement

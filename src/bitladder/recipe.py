@@ -141,6 +141,28 @@ class MeasureSpec(Section):
         return self
 
 
+class WorkersSpec(Section):
+    """Processes that share a measurement, each with the model on a GPU of its own, through Ray.
+
+    Not a part of `MeasureSpec`: how many measured changes neither the numbers nor what they belong to.
+    """
+
+    count: int = Field(default=0, ge=0, description="0: this process alone, without Ray")
+    address: str | None = Field(default=None, description="of a Ray cluster; None: one is started on this machine")
+    threads: int | None = Field(default=None, gt=0, description="of torch in each; None: this process's, shared out")
+
+    def problem(self, measurement: MeasureSpec) -> str | None:
+        """Return why these workers can't measure so, in one line, or None."""
+        if self.count and measurement.engine != "native":
+            return (
+                f"workers.count is {self.count}, but measurement.engine: {measurement.engine} measures in one process; "
+                "use engine: native, or leave workers out"
+            )
+        if self.count and ":" in measurement.device:
+            return f"measurement.device: {measurement.device} names one GPU, workers take one each; use device: cuda"
+        return None
+
+
 class SchemeSpec(Section):
     """One scheme of the ladder, asked for in exactly one way."""
 
@@ -228,6 +250,7 @@ class Recipe(Section):
     calibration: tuple[SampleSpec, ...] = Field(min_length=1)
     held_out: tuple[HeldOutSpec, ...] = Field(default=(HeldOutSpec(),), min_length=1)
     measurement: MeasureSpec = MeasureSpec()
+    workers: WorkersSpec = WorkersSpec()
     schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
     kv_cache: Literal["none", "fp8"] = "none"
     refine: RefineSpec = RefineSpec()
@@ -257,6 +280,9 @@ class Recipe(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two schemes are named {twice[0]}; rename one")
+        problem = self.workers.problem(self.measurement)
+        if problem is not None:
+            raise ValueError(problem)
         sets = [held_out.name for held_out in self.held_out]
         twice = sorted({name for name in sets if sets.count(name) > 1})
         if twice:

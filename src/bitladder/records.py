@@ -152,6 +152,7 @@ class RunInfo(Part):
     started: str
     hardware: str
     threads: int
+    workers: int = Field(default=0, description="processes that shared the work through Ray; 0: this one did it alone")
     versions: dict[str, str]
     phases: tuple[PhaseCost, ...] = ()
 

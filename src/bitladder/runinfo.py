@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import psutil
 import torch
@@ -37,16 +39,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware() -> str:
-    """Return one line on the machine: processor, cores, memory, GPU."""
+def processor(device: str = "cpu") -> str:
+    """Return the name of what computes on `device`: the GPU, or this machine's processor."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
         name = next(lines, f": {name}").partition(":")[2].strip()
+    return name
+
+
+def hardware() -> str:
+    """Return one line on the machine: processor, cores, memory, GPU."""
     memory = psutil.virtual_memory().total / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {gpu}"
+    return f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {gpu}"
 
 
 @contextmanager
@@ -84,32 +93,61 @@ def _peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@dataclass(frozen=True)
+class Peaks:
+    """The most memory that a process had at once, in bytes; `gpu` is None where it used none."""
+
+    rss: int
+    gpu: int | None
+
+    @classmethod
+    def read(cls) -> Self:
+        """Return this process's peaks since the last `reset`; waits for its GPU."""
+        gpu = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+        if gpu:
+            torch.cuda.synchronize()
+        return cls(_peak_rss_bytes(), torch.cuda.max_memory_allocated() if gpu else None)
+
+    @staticmethod
+    def reset() -> None:
+        """Start counting anew."""
+        _reset_peak_rss()
+        # A process that leaves the GPU to its workers should not claim a part of it.
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.reset_peak_memory_stats()
+
+
 class Meter:
-    """Collects what each phase of a step took."""
+    """Collects what each phase of a step took.
+
+    threads, workers: what the step ran on, where that isn't this process alone.
+    """
 
     def __init__(self) -> None:
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.phases: list[PhaseCost] = []
+        self.threads: int | None = None
+        self.workers = 0
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure the body: seconds on the wall clock, peak resident memory, peak GPU memory."""
-        _reset_peak_rss()
-        gpu = torch.cuda.is_available()
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
+    def phase(self, name: str) -> Iterator[list[Peaks]]:
+        """Measure the body: seconds on the wall clock, peak resident memory, peak GPU memory.
+
+        The body may add the peaks of other processes to the list that it is given; the largest counts.
+        """
+        others: list[Peaks] = []
+        Peaks.reset()
         start = time.perf_counter()
         try:
-            yield
+            yield others
         finally:
-            if gpu:
-                torch.cuda.synchronize()
+            peaks = [Peaks.read(), *others]
             self.phases.append(
                 PhaseCost(
                     phase=name,
                     seconds=round(time.perf_counter() - start, 3),
-                    peak_rss_bytes=_peak_rss_bytes(),
-                    peak_gpu_bytes=torch.cuda.max_memory_allocated() if gpu else None,
+                    peak_rss_bytes=max(peak.rss for peak in peaks),
+                    peak_gpu_bytes=max((peak.gpu for peak in peaks if peak.gpu is not None), default=None),
                 )
             )
 
@@ -118,7 +156,8 @@ class Meter:
         return RunInfo(
             started=self.started,
             hardware=hardware(),
-            threads=torch.get_num_threads(),
+            threads=self.threads or torch.get_num_threads(),
+            workers=self.workers,
             versions=versions(),
             phases=tuple(self.phases),
         )

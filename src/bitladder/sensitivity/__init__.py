@@ -31,11 +31,11 @@ from bitladder.calibration import Batch, DataSet
 from bitladder.errors import MeasurementError, ModelError, RecordError
 from bitladder.formats import Format, get_format
 from bitladder.kv_cache import cached_layers
-from bitladder.recipe import MeasureSpec
+from bitladder.recipe import MeasureSpec, WorkersSpec
 from bitladder.records import Candidate, FileDigest, Measurement, ModelSource, Rounding, digest_of
 from bitladder.runinfo import Meter, Progress, no_progress
 from bitladder.storage import atomic_path, atomic_write, remove_leftovers, sha256_of_file
-from bitladder.targets import Target, checkpoint_tensor_names, load_model
+from bitladder.targets import Target, checkpoint_tensor_names
 from bitladder.weights import WeightFiles
 
 MEASUREMENT_FILE = "measurement.json"
@@ -87,7 +87,7 @@ class Partial:
     """What a measurement has so far, on disk."""
 
     def __init__(self, directory: Path, key: str) -> None:
-        self.directory = directory
+        self.directory = directory.absolute()  # other processes may stand elsewhere
         path = directory / "key.json"
         known = None
         if path.exists():
@@ -246,6 +246,7 @@ def measure(
     spec: MeasureSpec,
     output: Path,
     progress: Progress = no_progress,
+    workers: WorkersSpec | None = None,
 ) -> Measurement:
     """Measure the sensitivity of every quant group once; write `measurement.json` and `measurement.safetensors`.
 
@@ -257,16 +258,23 @@ def measure(
         spec: engine, method, formats, arithmetic.
         output: where the two files go; `measuring/` in it holds what is done so far.
         progress: told of every calibrated and scored batch.
+        workers: processes that share the work; None: this one does it alone. The result is the same.
 
     Raises:
-        ModelError: NaN or Inf in weights. MeasurementError: NaN or Inf in activations or scores.
+        ModelError: NaN or Inf in weights. MeasurementError: NaN or Inf in activations or scores; workers that don't
+            come up, or die again and again.
     """
-    from bitladder.sensitivity import compensation, layers, modelopt, native
+    from bitladder.sensitivity import compensation, layers, modelopt, native, parallel
 
     for name in spec.formats:
         get_format(name)
+    workers = workers or WorkersSpec()
+    problem = workers.problem(spec)
+    if problem is not None:
+        raise MeasurementError(problem)
     meter = Meter()
-    device = resolve_device(spec.device)
+    # A cluster's GPUs need not be in this machine.
+    device = "cuda" if workers.count and workers.address and spec.device == "cuda" else resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     key = settings_sha256(source, data, spec)
     partial = Partial(output / _PARTIAL, key)
@@ -276,19 +284,18 @@ def measure(
     memory = layers.DeviceMemory(device, spec.memory_gb)
 
     def opened(remedy: str) -> layers.Layers:
-        """Return the model's layers, streamed where the model doesn't fit."""
         with meter.phase("load model"):
-            if not memory.fits(directory, target, dtype):
-                return layers.StreamedLayers.open(directory, target, dtype, device, memory)
-            return layers.Layers.of(_loaded(directory, target, dtype, device), target, device, memory, remedy)
+            return layers.open_layers(directory, target, dtype, memory, remedy)
 
     with memory.enforced():
         if partial.amax() is None or any(partial.scores(batch) is None for batch in range(count)):
-            if spec.engine == "native":
+            if workers.count:
+                parallel.run(workers, directory, source, dtype, job, partial, meter)
+            elif spec.engine == "native":
                 native.run(opened(native.REMEDY), job, partial, meter)
             else:
                 with meter.phase("load model"):
-                    model = _loaded(directory, target, dtype, device)
+                    model = layers.load_whole(directory, target, dtype, device)
                 modelopt.run(model, job, partial, meter)
                 del model
             _free_memory()
@@ -342,13 +349,6 @@ def measure(
         shutil.rmtree(output / CODES, ignore_errors=True)  # of an earlier measurement
     partial.remove()
     return measurement
-
-
-def _loaded(directory: Path, target: Target, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """Return the whole model, its weights checked."""
-    model: torch.nn.Module = load_model(directory, dtype, device)
-    check_weights(model, directory, target)
-    return model
 
 
 def _free_memory() -> None:

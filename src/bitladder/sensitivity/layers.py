@@ -24,8 +24,9 @@ from torch import nn
 
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, ModelError
+from bitladder.sensitivity import check_weights
 from bitladder.sensitivity.common import LayerCall, LayerRecorder, layers_path
-from bitladder.targets import Target, build_on_meta, checkpoint_tensor_names
+from bitladder.targets import Target, build_on_meta, checkpoint_tensor_names, load_model
 from bitladder.weights import WeightFiles
 
 GB = 1e9
@@ -92,20 +93,19 @@ class Layers:
 
     streamed = False
 
-    def __init__(self, model: Any, path: str, device: str, memory: DeviceMemory) -> None:
-        self.model, self.path, self.device, self.memory, self.home = model, path, device, memory, device
+    def __init__(self, model: Any, path: str, memory: DeviceMemory) -> None:
+        self.model, self.path, self.memory = model, path, memory
+        self.device = self.home = memory.device
         self.layers: Any = model.get_submodule(path)
 
     @classmethod
-    def of(
-        cls, model: Any, target: Target, device: str = "cpu", memory: DeviceMemory | None = None, remedy: str = ""
-    ) -> Self:
+    def of(cls, model: Any, target: Target, memory: DeviceMemory, remedy: str) -> Self:
         """Return the layers of a loaded model.
 
         Raises:
             EngineError: its searched modules lie in several lists of layers, or none; the message ends with `remedy`.
         """
-        return cls(model, layers_path(target, remedy), device, memory or DeviceMemory(device, None))
+        return cls(model, layers_path(target, remedy), memory)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -165,15 +165,32 @@ def _passed_through(layer: nn.Module) -> Iterator[None]:
             layer.forward = known
 
 
+def open_layers(directory: Path, target: Target, dtype: torch.dtype, memory: DeviceMemory, remedy: str) -> Layers:
+    """Return a model's layers on the memory's device, streamed where the model doesn't fit; its weights are checked.
+
+    Raises:
+        ModelError: NaN or Inf in weights. EngineError: a model without one list of layers; the message ends with
+            `remedy`.
+    """
+    if not memory.fits(directory, target, dtype):
+        return StreamedLayers.open(directory, target, dtype, memory)
+    return Layers.of(load_whole(directory, target, dtype, memory.device), target, memory, remedy)
+
+
+def load_whole(directory: Path, target: Target, dtype: torch.dtype, device: str) -> Any:
+    """Return the whole model, its weights checked against the files."""
+    model = load_model(directory, dtype, device)
+    check_weights(model, directory, target)
+    return model
+
+
 class StreamedLayers(Layers):
     """The decoder layers of a model whose weights come from its files, a layer at a time."""
 
     streamed = True
 
-    def __init__(
-        self, model: Any, path: str, device: str, memory: DeviceMemory, dtype: torch.dtype, directory: Path
-    ) -> None:
-        super().__init__(model, path, device, memory)
+    def __init__(self, model: Any, path: str, memory: DeviceMemory, dtype: torch.dtype, directory: Path) -> None:
+        super().__init__(model, path, memory)
         self.home = "cpu"
         self.dtype, self.files = dtype, WeightFiles.open(directory)
         names = checkpoint_tensor_names(model, self.files.tensors)
@@ -188,17 +205,15 @@ class StreamedLayers(Layers):
         self._last = -1
 
     @classmethod
-    def open(
-        cls, directory: Path, target: Target, dtype: torch.dtype, device: str, memory: DeviceMemory
-    ) -> "StreamedLayers":
+    def open(cls, directory: Path, target: Target, dtype: torch.dtype, memory: DeviceMemory) -> "StreamedLayers":
         """Open a model without the weights of its decoder layers.
 
         Raises:
             ModelError: a tensor is missing, or holds NaN or Inf. EngineError: a model that can't be streamed.
         """
         path = layers_path(target, f"streaming needs one, {_REMEDY}")
-        model = open_without_layers(directory, path, dtype, device)
-        return cls(model, path, device, memory, dtype, directory)
+        model = open_without_layers(directory, path, dtype, memory.device)
+        return cls(model, path, memory, dtype, directory)
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
         found = {name: self.files.load(tensor).to(self.dtype) for name, tensor in self.tensors[index].items()}
@@ -281,10 +296,19 @@ def _fill_buffers(model: Any, name: str, module: nn.Module, device: str) -> None
             raise EngineError(f"the buffer {name}.{key} is of {buffer.dtype}, which streaming can't make; {_REMEDY}")
         poison = torch.nan if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min
         module.register_buffer(key, torch.full(buffer.shape, poison, dtype=buffer.dtype), persistent=False)
-    model._init_weights(module)
+    _owner(model, name)._init_weights(module)
     for key in missing:
         buffer = module.get_buffer(key)
         filled = torch.isfinite(buffer) if buffer.is_floating_point() else buffer != torch.iinfo(buffer.dtype).min
         if not bool(filled.all()):
             raise EngineError(f"transformers doesn't fill the buffer {name}.{key}; {_REMEDY}")
         module.register_buffer(key, buffer.to(device), persistent=False)
+
+
+def _owner(model: Any, name: str) -> Any:
+    """Return the innermost model of transformers' that holds a module: it knows how to fill its buffers."""
+    from transformers import PreTrainedModel
+
+    parts = name.split(".")
+    holders = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts), -1, -1))
+    return next(holder for holder in holders if isinstance(holder, PreTrainedModel))

@@ -33,7 +33,7 @@ import inspect
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial as bound
 from typing import Any
@@ -394,11 +394,7 @@ def _counted(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def calibrate(layers: Layers, job: Job) -> Amax:
-    """Return the amax of every searched module's weight and input, and of every layer's keys and values.
-
-    Raises:
-        MeasurementError: NaN, Inf, or zeros alone.
-    """
+    """Return the amax of every searched module's weight and input, and of every layer's keys and values; unchecked."""
     seen: dict[str, torch.Tensor] = {}
     last: list[tuple[torch.Tensor, torch.Tensor]] = []  # the input seen last, and its amax
 
@@ -433,7 +429,6 @@ def calibrate(layers: Layers, job: Job) -> Amax:
                 keys = [f"{module.name}.{kind}" for module in group.modules if f"{module.name}.{kind}" in amax]
                 amax |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax()) if keys else {}
     amax = {key: value.reshape(()).cpu().clone() for key, value in amax.items()}
-    check_amax(amax, job.target)
     return amax | kv_cache_amax(layers.model, job.target, cache)
 
 
@@ -496,6 +491,7 @@ def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
             if amax is None:
                 with meter.phase("calibrate"):
                     amax = calibrate(layers, job)
+                    check_amax(amax, job.target)
                 partial.keep_amax(amax)
             codes = None
             if job.spec.rounding == "compensated":
@@ -507,8 +503,10 @@ def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
         raise MeasurementError(OUT_OF_MEMORY) from error
 
 
-def scorer(layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> "_GradientScorer | _KlScorer":
-    """Return what scores batches by the job's method; a context manager."""
+def scorer(
+    layers: Layers, job: Job, amax: Amax, codes: Codes | None
+) -> AbstractContextManager["_GradientScorer | _KlScorer"]:
+    """Return what scores batches: a context, within which `.scores(batches)` takes some, on the job's device."""
     return (_KlScorer if job.spec.method == "kl_div" else _GradientScorer)(layers, job, amax, codes)
 
 
