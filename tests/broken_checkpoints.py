@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import bitladder
 from bitladder import calibration, checkpoint, planning, sensitivity, targets, weights
 from bitladder.recipe import DataSpec, MeasureSpec, SchemeSpec
-from bitladder.records import CheckpointManifest, ErrorClass
+from bitladder.records import CheckpointManifest, ErrorClass, Measurement
 
 DEMO = Path(bitladder.__file__).parent / "demo"
 SOURCE = DEMO / "qwen2_5_vl_digits"
@@ -64,9 +64,8 @@ class Case:
     needs_weights: bool = False
 
 
-def make_good(directory: Path) -> dict[str, Path]:
-    """Return `{name: checkpoint}`: the source, three schemes of it, and the full scheme with an FP8 KV cache."""
-    target = targets.find_target(SOURCE)
+def measure(directory: Path, **options: Any) -> tuple[Measurement, sensitivity.Amax]:
+    """Measure the embedded model with a few samples; return the measurement and its amax values."""
     data = calibration.load_data(
         DataSpec(kind="image_text", path=str(DEMO / "data" / "calibration.jsonl")),
         calibration.load_processor(SOURCE),
@@ -76,9 +75,14 @@ def make_good(directory: Path) -> dict[str, Path]:
         seed=0,
     )
     source = weights.model_source(SOURCE, path=str(SOURCE), revision=None, cache=weights.DigestCache())
-    measured = directory / "measured"
-    measurement = sensitivity.measure(SOURCE, source, target, data, MeasureSpec(), measured)
-    amax = sensitivity.read_amax(measurement, measured)
+    target = targets.find_target(SOURCE)
+    measurement = sensitivity.measure(SOURCE, source, target, data, MeasureSpec(**options), directory)
+    return measurement, sensitivity.read_amax(measurement, directory)
+
+
+def make_good(directory: Path) -> dict[str, Path]:
+    """Return `{name: checkpoint}`: the source, three schemes of it, and the full scheme with an FP8 KV cache."""
+    measurement, amax = measure(directory / "measured")
     good = {"source": SOURCE}
     for name, options in (
         ("top25", {"coverage": 0.25}),
@@ -93,6 +97,15 @@ def make_good(directory: Path) -> dict[str, Path]:
         good[name] = directory / name
         checkpoint.export(scheme, measurement, amax, SOURCE, good[name])
     return good
+
+
+def make_compensated(directory: Path) -> Path:
+    """Return a checkpoint of everything in FP8 with compensated codes."""
+    measurement, amax = measure(directory / "measured", engine="native", rounding="compensated")
+    scheme = planning.plan(measurement, SchemeSpec(name="compensated", coverage=1.0))
+    codes = sensitivity.read_codes(measurement, directory / "measured")
+    checkpoint.export(scheme, measurement, amax, SOURCE, directory / scheme.name, codes=codes)
+    return directory / scheme.name
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------

@@ -219,12 +219,14 @@ def test_scales_that_no_scheme_asked_for_are_found(exported, tmp_path):
     assert any("neither in the source nor asked for" in problem for problem in problems)
 
 
-def test_a_checkpoint_without_its_cache_setting_is_refused(exported, tmp_path):
+@pytest.mark.parametrize("setting", [{}, {"kv_cache_scheme": None}])
+def test_a_checkpoint_without_its_cache_setting_is_refused(exported, tmp_path, setting):
     _, _, _, ladder = exported
     shutil.copytree(ladder["full_kv"][1], tmp_path / "x")
     path = tmp_path / "x" / "config.json"
     config = json.loads(path.read_text())
     del config["quantization_config"]["kv_cache_scheme"]
+    config["quantization_config"] |= setting
     path.write_text(json.dumps(config))
     with pytest.raises(ModelError, match="asks for no FP8 KV cache"):
         evaluation.load_checkpoint(tmp_path / "x")

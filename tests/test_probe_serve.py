@@ -308,16 +308,20 @@ def test_a_job_that_the_model_cannot_hold_is_refused(job, tmp_path):
 # --- vLLM ---
 
 
-SCHEMES = ("top25", "top50", "full")
+@pytest.fixture(scope="module")
+def schemes(good, tmp_path_factory):
+    """Good checkpoints by the name of their scheme, one of them with compensated codes."""
+    compensated = broken_checkpoints.make_compensated(tmp_path_factory.mktemp("compensated"))
+    return {name: good[name] for name in ("top25", "top50", "full")} | {"compensated": compensated}
 
 
 @pytest.fixture(scope="module")
-def probes(vllm_python, good, job, sets, tmp_path_factory):
+def probes(vllm_python, good, schemes, job, sets, tmp_path_factory):
     """The original, every scheme, and a checkpoint that runs to NaN, each served once."""
     broken = tmp_path_factory.mktemp("broken") / "o_scale_missing"
     case = next(case for case in broken_checkpoints.CASES if case.name == broken.name)
     case.make(good[case.base], broken)
-    directories = [good[name] for name in SCHEMES]
+    directories = list(schemes.values())
     data = list(sets.values())
     expected = {directory: logprobs.log_probs(directory, data) for directory in [SOURCE, *directories]}
     return serve.probe_all([*directories, broken], vllm_python, job, source=SOURCE, expected=expected, timeout=220)
@@ -325,10 +329,10 @@ def probes(vllm_python, good, job, sets, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_scheme_is_served_as_its_files_say(probes):
+def test_every_scheme_is_served_as_its_files_say(probes, schemes):
     assert probes.source.verdict == "ok", probes.source.findings
     assert [layer.format for layer in probes.source.layers].count("bf16") == len(probes.source.layers) > 42
-    for name, result in zip(SCHEMES, probes.results, strict=False):
+    for name, result in zip(schemes, probes.results, strict=False):
         # On a busy machine no rate may come out; nothing else may be found.
         assert {(f.severity, f.where) for f in result.findings} <= {("warning", "prefill"), ("warning", "decode")}, name
         assert result.reached == "timed"
@@ -340,7 +344,10 @@ def test_every_scheme_is_served_as_its_files_say(probes):
         fast = [layer for layer in result.layers if layer.format == "fp8"]
         assert {layer.kernel for layer in fast} == {"PerTensorTorchFP8ScaledMMLinearKernel"}
         assert all(speed.tokens_per_second > 0 for speed in result.throughput)
-    assert len([layer for layer in probes.results[2].layers if layer.format == "fp8"]) == 42
+    counts = [sum(layer.format == "fp8" for layer in result.layers) for result in probes.results]
+    assert counts[2:4] == [42, 42]
+    manifest = CheckpointManifest.read(schemes["compensated"] / CheckpointManifest.FILE_NAME)
+    assert {module.rounding for module in manifest.modules} == {"compensated"}
 
 
 @pytest.mark.slow
@@ -353,11 +360,11 @@ def test_the_kv_cache_is_counted_and_its_dtype_said(probes):
 
 
 @pytest.mark.slow
-def test_pictures_are_answered_as_by_our_own_evaluation(probes, good, sets):
+def test_pictures_are_answered_as_by_our_own_evaluation(probes, schemes, sets):
     samples, processor = sets["digits"].samples, calibration.load_processor(SOURCE)
     inputs = calibration.prompt_inputs(samples, processor)
-    for name, result in zip(SCHEMES, probes.results, strict=False):
-        model = evaluation.load_checkpoint(good[name])
+    for directory, result in zip(schemes.values(), probes.results, strict=False):
+        model = evaluation.load_checkpoint(directory)
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
         ours = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -118,7 +118,7 @@ def test_models_that_cannot_be_opened_so_are_refused(llama, monkeypatch):
 
 
 def test_an_unfilled_buffer_is_refused(llama, monkeypatch):
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "_init_weights", lambda *_: None)
+    monkeypatch.setattr(transformers.LlamaModel, "_init_weights", lambda *_: None)
     with pytest.raises(EngineError, match=r"doesn't fill the buffer model.rotary_emb.*memory_gb"):
         open_without_layers(llama, "model.layers", torch.float32, "cpu")
 

@@ -151,7 +151,7 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
 
 def _check_kv_scales(directory: Path, files: WeightFiles, kv_scales: list[str]) -> None:
     """Check that keys and values have scales exactly where config.json says that the KV cache is FP8."""
-    asked = "kv_cache_scheme" in read_config(directory).get("quantization_config", {})
+    asked = read_config(directory).get("quantization_config", {}).get("kv_cache_scheme") is not None
     if asked and not kv_scales:
         raise ModelError(
             f"{directory / 'config.json'} asks for an FP8 KV cache, but keys and values have no scales; {_EXPORT_AGAIN}"
