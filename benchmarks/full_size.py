@@ -73,8 +73,11 @@ VISION = {
 }
 
 
-def build(directory: Path, layers: int | None) -> None:
-    """Save the model with random weights, and the embedded model's tokenizer and processor beside it."""
+def build(directory: Path, layers: int | None, depth: int | None = None) -> None:
+    """Save the model with random weights, and the embedded model's tokenizer and processor beside it.
+
+    `layers` makes a small one, for trials; `depth` gives the full-size one so many decoder layers.
+    """
     import torch
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -87,6 +90,8 @@ def build(directory: Path, layers: int | None) -> None:
         settings |= {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2}
         VISION.update(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=256)
         VISION.update(fullatt_block_indexes=[1])
+    if depth is not None:
+        settings |= {"num_hidden_layers": depth, "max_window_layers": depth}
     for name, value in settings.items():
         setattr(config.text_config, name, value)
     config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers

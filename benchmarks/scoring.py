@@ -2,11 +2,14 @@
 
     python benchmarks/full_size.py build DIR                  # Qwen2.5-VL-3B at full size, random weights
     python benchmarks/scoring.py run --model DIR              # writes benchmarks/results/scoring.json
+    python benchmarks/scoring.py growth --model DIR           # adds 9 and 18 layers to it
 
 For every size (rows × tokens of a batch of real captions) each engine and method is a process of its own, so that its
 peak memory is its own. A step's time is that between two calls of the engine's progress, the GPU waited for; the first
 of several is left out. Both engines are called through `bitladder.sensitivity.measure`, which gives ModelOpt the same
-arithmetic and data and spares it the backward pass of the vision tower. `plain` is the model alone: a forward pass, and
+arithmetic and data and spares it the backward pass of the vision tower. A part's name is engine-method, and maybe how:
+`fused` compiles the element-wise work however few the batches, `NNgb` limits the GPU memory, so that what doesn't fit
+runs again, and weights that don't fit are streamed. `plain` is the model alone: a forward pass, and
 one with the backward pass by activations. ModelOpt's CUDA extension is compiled before, and its time stated apart. The
 result is written after every process, so that a killed run keeps what it has.
 """
@@ -29,7 +32,20 @@ BATCHES = 6  # to calibrate; gradient scores all of them
 KL_BATCHES = 3  # ModelOpt runs the whole model 145 times for each
 PLAIN_STEPS = 6
 DTYPE = "bfloat16"
-PARTS = ("plain", "native-gradient", "modelopt-gradient", "native-kl_div", "modelopt-kl_div")
+PARTS = (
+    "plain",
+    "native-gradient",
+    "modelopt-gradient",
+    "native-fisher",
+    "native-kl_div",
+    "modelopt-kl_div",
+    "native-gradient-fused",
+    "native-gradient-12gb",
+    "native-kl_div-12gb",
+    "native-gradient-5gb",
+)
+DEPTHS = (9, 18)  # decoder layers beside the model's own 36
+GROWTH_SIZE, GROWTH_PARTS = "8x512", ("native-gradient", "native-fisher", "native-kl_div")
 
 
 def parse_size(size: str) -> dict:
@@ -62,31 +78,37 @@ class Clock:
         return [after - before for before, after in itertools.pairwise(times)]
 
 
-def step_seconds(steps: list[float]) -> float:
-    """Return the median without the first step, which warms up."""
-    return statistics.median(steps[1:])
+def step_seconds(steps: list[float]) -> float | None:
+    """Return the median without the first step, which warms up; None: all batches were one step."""
+    return statistics.median(steps[1:]) if len(steps) > 1 else None
 
 
-def measure(model: Path, scratch: Path, size: str, engine: str, method: str) -> dict:
+def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how: str = "") -> dict:
     """Measure once; return the seconds of each step, the peak memory, and every group's scores."""
     from bitladder import sensitivity, targets, weights
     from bitladder.recipe import MeasureSpec
+    from bitladder.sensitivity import native
+
+    if how == "fused":
+        native._FUSED_FROM = 0
+    limit = float(how.removesuffix("gb")) if how.endswith("gb") else None
 
     settings = parse_size(size)
     data = full_size.text_of(model, scratch, settings)
     source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
     target = targets.find_target(model)
-    scored = settings["batch_size"] * (BATCHES if method == "gradient" else KL_BATCHES)
-    spec = MeasureSpec(engine=engine, method=method, dtype=DTYPE, score_samples=scored)
+    scored = settings["batch_size"] * (KL_BATCHES if method == "kl_div" else BATCHES)
+    spec = MeasureSpec(engine=engine, method=method, dtype=DTYPE, score_samples=scored, memory_gb=limit)
     clock = Clock()
     measurement = sensitivity.measure(model, source, target, data, spec, scratch, clock)
     assert measurement.run is not None
     return {
         "calibration_step_seconds": step_seconds(clock.steps("calibrate")),
         "scoring_step_seconds": step_seconds(clock.steps("score")),
+        "scoring_seconds_a_batch": sum(clock.steps("score")) / (scored / settings["batch_size"]),
         "calibration_steps": clock.steps("calibrate"),
         "scoring_steps": clock.steps("score"),
-        "first_score_seconds": clock.times["score"][1],
+        "first_score_seconds": clock.times["score"][min(done for done in clock.times["score"] if done)],
         "peak_gpu_bytes": max(phase.peak_gpu_bytes or 0 for phase in measurement.run.phases),
         "phases": [phase.model_dump() for phase in measurement.run.phases],
         "scores": {candidate.group: measurement.sensitivity(candidate) for candidate in measurement.candidates},
@@ -146,8 +168,16 @@ def ratios(parts: dict[str, dict]) -> dict[str, float | None]:
 
     step, first, calibration = "scoring_step_seconds", "first_score_seconds", "calibration_step_seconds"
     ours, theirs = "native-gradient", "modelopt-gradient"
+    limited = parts.get("native-gradient-12gb", {})
     found = {
         "gradient_speedup": over(get(theirs, step), get(ours, step)),
+        "fisher_over_gradient": over(get("native-fisher", step), get(ours, step)),
+        "kl_speedup_of_fisher": over(get("modelopt-kl_div", step), get("native-fisher", step)),
+        "gradient_speedup_fused": over(get(theirs, step), get("native-gradient-fused", step)),
+        "gradient_over_forward_backward_fused": over(
+            get("native-gradient-fused", step), get("plain", "forward_backward_seconds")
+        ),
+        "gradient_speedup_in_12gb": over(get(theirs, step), limited.get(step)),
         "gradient_over_forward_backward": over(get(ours, step), get("plain", "forward_backward_seconds")),
         "kl_speedup": over(get("modelopt-kl_div", step), get("native-kl_div", step)),
         "calibration_speedup": over(get(theirs, calibration), get(ours, calibration)),
@@ -157,6 +187,11 @@ def ratios(parts: dict[str, dict]) -> dict[str, float | None]:
     }
     for method in ("gradient", "kl_div"):
         found |= agreement(method, parts.get(f"native-{method}", {}), parts.get(f"modelopt-{method}", {}))
+    scores = parts.get(ours, {}).get("scores")
+    for how in ("12gb", "5gb"):
+        other = parts.get(f"{ours}-{how}", {}).get("scores")
+        if scores and other:
+            found[f"gradient_largest_change_in_{how}"] = max(abs(other[g] / scores[g] - 1) for g in scores)
     return found
 
 
@@ -204,21 +239,50 @@ def run(model: Path, sizes: list[str], parts: list[str], out: Path) -> None:
         "versions": versions(),
         "batches": {"calibrated": BATCHES, "scored by gradient": BATCHES, "scored by kl_div": KL_BATCHES},
     }
+    known = json.loads(out.read_text()).get("sizes", {}) if out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="scoring-", dir=model.parent) as scratch:
         content["modelopt_extension"] = child("compile", model, Path(scratch), sizes[0])
-        content["sizes"] = {}
+        content["sizes"] = {size: found for size, found in known.items() if size not in sizes}
         for size in sizes:
             found: dict[str, dict] = {}
             for part in parts:
                 directory = Path(scratch) / size / part
                 directory.mkdir(parents=True)
                 found[part] = child(part, model, directory, size)
-                content["sizes"][size] = {"ratios": ratios(found), **found}
+                content["sizes"][size] = {"hardware": hardware(), "ratios": ratios(found), **found}
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(content, indent=1) + "\n")
                 shown = {key: value for key, value in found[part].items() if key not in ("scores", "phases")}
                 print(f"{size} {part}: {json.dumps(shown)}", flush=True)
             print(f"{size}: {json.dumps(content['sizes'][size]['ratios'])}", flush=True)
+
+
+def grow(model: Path, parts: list[str], out: Path) -> None:
+    """Add the seconds of a step at other numbers of layers to the result."""
+    content = json.loads(out.read_text())
+    whole = json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    known = content["sizes"].get(GROWTH_SIZE, {})
+    kept = ("scoring_step_seconds", "calibration_step_seconds", "peak_gpu_bytes", "error")
+    rows = {str(whole): {part: known[part] for part in parts if part in known}}
+    with tempfile.TemporaryDirectory(prefix="scoring-", dir=model.parent) as scratch:
+        for depth in DEPTHS:
+            smaller = Path(scratch) / f"{depth}-layers"
+            child(f"build-{depth}", smaller, Path(scratch), GROWTH_SIZE)
+            found = {}
+            for part in parts:
+                directory = Path(scratch) / str(depth) / part
+                directory.mkdir(parents=True)
+                found[part] = child(part, smaller, directory, GROWTH_SIZE)
+                print(f"{depth} layers {part}: {found[part].get('scoring_step_seconds')}", flush=True)
+            rows[str(depth)] = found
+            content["growth"] = {
+                "size": GROWTH_SIZE,
+                "layers": {
+                    layers: {part: {key: entry[key] for key in kept if key in entry} for part, entry in row.items()}
+                    for layers, row in rows.items()
+                },
+            }
+            out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def run_part(part: str, model: Path, scratch: Path, size: str) -> dict:
@@ -229,15 +293,18 @@ def run_part(part: str, model: Path, scratch: Path, size: str) -> dict:
     if part == "compile":
         full_size.warm_up()
         return {"seconds": time.perf_counter() - start}
-    engine, method = part.split("-")
+    engine, method, *how = part.split("-")
+    if engine == "build":
+        full_size.build(model, None, int(method))
+        return {"seconds": time.perf_counter() - start}
     if engine == "modelopt":
         full_size.warm_up()  # compiled already: this loads it
-    return measure(model, scratch, size, engine, method)
+    return measure(model, scratch, size, engine, method, *how)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "compile", *PARTS], help="run; the rest is internal")
+    parser.add_argument("what", help="run or growth; a part's name is internal")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--sizes", default=SIZES, help="rows x tokens of a batch, several separated by commas")
     parser.add_argument("--parts", default=",".join(PARTS), help="what is run at each size, separated by commas")
@@ -247,6 +314,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "run":
         run(arguments.model, arguments.sizes.split(","), arguments.parts.split(","), arguments.out)
+        return
+    if arguments.what == "growth":
+        grow(arguments.model, list(GROWTH_PARTS), arguments.out)
         return
 
     import transformers

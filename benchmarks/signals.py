@@ -191,7 +191,7 @@ def measured(name: str, size: Size, scratch: Path) -> tuple:
     """Return the measurement by exact KL and its workspace."""
     from bitladder import pipeline
 
-    recipe = quality.recipe_of(name)
+    recipe = quality.recipe_of(name, "captions")
     per_batch = recipe.calibration[0].batch_size
     spec = recipe.measurement.model_copy(
         update={
