@@ -46,10 +46,11 @@ class DeviceMemory:
 
     def __init__(self, device: str, limit_gb: float | None) -> None:
         self.device, self.limit = device, None if limit_gb is None else limit_gb * GB
+        self.is_gpu = device.startswith("cuda")
 
     def free(self) -> float:
         """Return the bytes that can still be taken."""
-        if self.device.startswith("cuda"):
+        if self.is_gpu:
             allocated = torch.cuda.memory_allocated(self.device)
             if self.limit is not None:
                 return self.limit - allocated
@@ -69,15 +70,17 @@ class DeviceMemory:
     @contextlib.contextmanager
     def enforced(self) -> Iterator[None]:
         """Let a GPU refuse more than the limit."""
-        if self.limit is None or not self.device.startswith("cuda"):
+        if self.limit is None or not self.is_gpu:
             yield
             return
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit / total), self.device)
+        index = torch.device(self.device).index
+        index = torch.cuda.current_device() if index is None else index
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit / total), index)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def batches_at_once(bytes_a_batch: float) -> int:

@@ -73,6 +73,7 @@ _FP8_MULTIPLE = 16  # torch._scaled_mm takes matrices whose sides are multiples 
 _ROWS_AT_ONCE = 256  # of logits: 151,936 a row in float32 make 156 MB, and a loss or KL needs several of them
 _LEAST_LOG = -87.0  # its exponential is just above the smallest normal number of float32
 _SAME_LOGITS = 0.02  # of the largest logit: BF16 rounds to 0.004, a softcap or a factor changes more
+_GRAPHED_FROM = 4  # batches from which capturing a CUDA graph is worth it
 _FUSED_FROM = 64  # batches from which two seconds of compiling kernels are worth it
 _GROWTH = 40  # times a layer's input: what its backward pass needs, before it was seen
 _LAYERS_LEFT = 4  # of the memory that a kept layer takes: for the head, the backward pass, and the estimate's error
@@ -139,6 +140,7 @@ class _Pass:
 
     batch: Batch
     images: torch.Tensor | None = None  # mask [rows, tokens] of image-token positions
+    whole: bool = False  # every token's next token counts: text without padding
     calls: list[LayerCall] = field(default_factory=list)  # of each layer; its hidden states are the layer's input
     output: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # of the last layer that ran
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # layer -> leaf, its output
@@ -211,8 +213,8 @@ def _token_directions(gradient: torch.Tensor, quantised: torch.Tensor, exact: to
     return (gradient.float() * (quantised - exact).float()).sum(-1).double()
 
 
-def _read(current: _Pass, groups: Sequence[QuantGroup], method: str) -> BatchScores:
-    """Return the batch's scores, what each group's modules give added up in their order.
+def _read(current: _Pass, groups: Sequence[QuantGroup], method: str) -> torch.Tensor:
+    """Return each group's score and what of it lies at image-token positions, [groups, 2]; modules in their order.
 
     Raises:
         MeasurementError: a module that no gradient reached.
@@ -224,8 +226,13 @@ def _read(current: _Pass, groups: Sequence[QuantGroup], method: str) -> BatchSco
             raise MeasurementError(f"{missing[0]}: no gradient of the loss reaches this module")
         tokens = torch.stack([current.scores[module.name] for module in group.modules]).sum(0)
         found.append(by_position(tokens if method == "gradient" else tokens.square() / 2, current.images))
-    values = torch.stack(found).cpu().tolist()
-    return {group.name: {FORMAT: (whole, part)} for group, (whole, part) in zip(groups, values, strict=True)}
+    return torch.stack(found)
+
+
+def _named(values: torch.Tensor, groups: Sequence[QuantGroup]) -> BatchScores:
+    """Return a batch's scores from [groups, 2]."""
+    rows = zip(groups, values.cpu().tolist(), strict=True)
+    return {group.name: {FORMAT: (whole, part)} for group, (whole, part) in rows}
 
 
 class _CutRecorder(LayerRecorder):
@@ -281,6 +288,7 @@ class _Decoder:
         for group in job.target.groups:
             self.groups.setdefault(layer_of(group), []).append(group)
         self.first = min(self.groups)  # layers before it need no gradient
+        self.generator = torch.Generator(layers.device)  # of the signs
 
     def record(self, current: _Pass) -> None:
         """Run the model, and keep of every layer what it is called with, and its graph where memory lasts.
@@ -328,10 +336,12 @@ class _Decoder:
 
     def loss_gradient(self, current: _Pass) -> torch.Tensor:
         """Return the gradient of the batch's mean loss by the last layer's output, [rows, tokens, hidden]."""
+        labels = current.batch.labels[:, 1:]
+        tokens = labels.numel() if current.whole else current.batch.loss_tokens
 
         def by_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             (gradient,) = torch.autograd.grad(
-                functional.cross_entropy(logits.float(), labels, reduction="sum") / current.batch.loss_tokens, logits
+                functional.cross_entropy(logits.float(), labels, reduction="sum") / tokens, logits
             )
             return gradient
 
@@ -341,29 +351,32 @@ class _Decoder:
         """Return the gradient of the summed loss with labels of the model's own, as random signs stand for them.
 
         With signs z and probabilities p the logits' gradient sqrt(p) z - p sum(sqrt(p) z) has the covariance of one
-        drawn label's, diag(p) - p p^T, without its rare large values. The signs are the same for the same tokens.
+        drawn label's, diag(p) - p p^T, without its rare large values. The signs are those that `seed` set.
 
         Returns:
             [rows, tokens, hidden], by the last layer's output.
         """
-        ids = current.batch.inputs["input_ids"].cpu().contiguous()
-        seed = int(sha256_of_bytes(ids.view(torch.uint8).numpy().data)[:15], 16)
-        generator = torch.Generator(self.layers.device).manual_seed(seed)
 
         def by_logits(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
             p = logits.detach().softmax(-1, dtype=torch.float32)
-            signs = torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=torch.int8)
+            signs = torch.randint(0, 2, p.shape, generator=self.generator, device=p.device, dtype=torch.int8)
             root = p.sqrt() * (2 * signs - 1)
             return (root - p * root.sum(-1, keepdim=True)).to(logits.dtype)
 
         return self._gradient(current, by_logits)
 
+    def seed(self, current: _Pass) -> None:
+        """Let the next signs be those of the batch's tokens: whoever scores a batch draws the same ones."""
+        ids = current.batch.inputs["input_ids"].cpu().contiguous()
+        self.generator.manual_seed(int(sha256_of_bytes(ids.view(torch.uint8).numpy().data)[:15], 16))
+
     def _gradient(
         self, current: _Pass, by_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """Return the gradient by the last layer's output from that by the logits [some counted tokens, vocabulary]."""
-        batch, output = current.batch, current.output.to(self.layers.device)
-        hidden, labels = _counted(output, batch), batch.labels[:, 1:][batch.predicted]
+        output, labels = current.output.to(self.layers.device), current.batch.labels[:, 1:]
+        hidden = _counted(output, current)
+        labels = labels.flatten() if current.whole else labels[current.batch.predicted]
         parts: list[torch.Tensor] = []
         for start in range(0, len(labels), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
@@ -371,8 +384,11 @@ class _Decoder:
             with torch.enable_grad():
                 logits = self.logits(leaf)
                 parts += torch.autograd.grad(logits, leaf, by_logits(logits.detach().requires_grad_(), labels[rows]))
-        gradient = torch.zeros_like(output)
-        gradient[:, :-1][batch.predicted] = torch.cat(parts)
+        gradient, found = torch.zeros_like(output), torch.cat(parts)
+        if current.whole:
+            gradient[:, :-1] = found.view_as(output[:, :-1])
+        else:
+            gradient[:, :-1][current.batch.predicted] = found
         return gradient.to(self.layers.home)
 
     def backward(self, layer: nn.Module, index: int, current: _Pass, gradient: torch.Tensor) -> torch.Tensor:
@@ -387,9 +403,10 @@ class _Decoder:
         return found.to(self.layers.home)
 
 
-def _counted(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _counted(hidden: torch.Tensor, current: _Pass) -> torch.Tensor:
     """Return the rows [counted tokens, hidden] of [rows, tokens, hidden] whose next token counts."""
-    return hidden[:, :-1][batch.predicted.to(hidden.device)]
+    before = hidden[:, :-1]
+    return before.flatten(0, 1) if current.whole else before[current.batch.predicted.to(hidden.device)]
 
 
 @torch.no_grad()
@@ -521,6 +538,82 @@ def _score(layers: Layers, job: Job, partial: Partial, amax: Amax, codes: Codes 
     job.progress("score", job.score_batches, job.score_batches)
 
 
+def _is_whole(batch: Batch) -> bool:
+    """Return whether every token's next token counts."""
+    return bool(batch.predicted.all()) and bool(batch.inputs["attention_mask"].all())
+
+
+class _Graph:
+    """A function of a batch before the first layer, as one CUDA graph: launching its kernels one by one takes longer.
+
+    Args:
+        function: what the graph does; it takes the pass apart.
+        current: a batch like all that will follow, before the first layer.
+        generator: of the random numbers that the function draws.
+    """
+
+    def __init__(self, function: Callable[[_Pass], torch.Tensor], current: _Pass, generator: torch.Generator) -> None:
+        self.static = [tensor.clone() for tensor in _tensors_of(current)]
+        place = dict(zip(map(id, _tensors_of(current)), self.static, strict=True))
+
+        def fresh() -> _Pass:
+            """Return the pass with the graph's own tensors in the batch's place."""
+            calls = [
+                LayerCall(place[id(call.hidden)], _mapped(call.args, place), _mapped(call.kwargs, place))
+                for call in current.calls
+            ]
+            batch = Batch(current.batch.inputs, place[id(current.batch.labels)])
+            return dataclasses.replace(
+                current, batch=batch, calls=calls, output=place[id(current.output)], kept={}, scores={}
+            )
+
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what libraries set up at their first call can't be captured
+            function(fresh())
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph):
+            self.result = function(fresh())
+
+    def replay(self, current: _Pass) -> torch.Tensor:
+        """Return what the function gives for a batch before the first layer."""
+        for static, tensor in zip(self.static, _tensors_of(current), strict=True):
+            static.copy_(tensor)
+        self.graph.replay()
+        return self.result
+
+
+def _tensors_of(current: _Pass) -> list[torch.Tensor]:
+    """Return the tensors that a pass before the first layer is made of, each once."""
+    found: dict[int, torch.Tensor] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.setdefault(id(value), value)
+        elif isinstance(value, tuple | list):
+            for part in value:
+                walk(part)
+        elif isinstance(value, dict):
+            walk(list(value.values()))
+
+    walk([current.batch.labels, current.output, *((call.hidden, call.args, call.kwargs) for call in current.calls)])
+    return list(found.values())
+
+
+def _mapped(value: Any, place: dict[int, torch.Tensor]) -> Any:
+    """Return the value with other tensors in the place of its own, by their ids."""
+    if isinstance(value, torch.Tensor):
+        return place[id(value)]
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(part, place) for part in value)
+    if isinstance(value, dict):
+        return {key: _mapped(part, place) for key, part in value.items()}
+    return value
+
+
 class _GradientScorer(ExitStack):
     """Scores by `gradient` or `fisher`; a context manager, within which the searched modules are tapped."""
 
@@ -530,23 +623,74 @@ class _GradientScorer(ExitStack):
         self.taps = _Taps(layers.model, job, amax, codes)
         self.states = len(layers) + 1  # of each batch: every layer's input
         self.image_tokens = image_token_ids(layers.model.config)
+        self.graphs: dict[torch.Size, _Graph] = {}  # by the shape of the batch
+        self.callback(self.graphs.clear)
         if not layers.streamed:
             self.enter_context(self.taps.on(job.target.groups))
 
     def scores(self, batches: Sequence[Batch]) -> list[BatchScores]:
         """Return the scores of each batch, all of which go through a layer before the next one is loaded."""
-        passes = [_Pass(batch, image_positions(batch, self.image_tokens)) for batch in batches]
+        passes = [_Pass(batch, image_positions(batch, self.image_tokens), _is_whole(batch)) for batch in batches]
+        if len(passes) == 1 and self._is_graphed(passes[0]):
+            return [_named(self._replayed(passes[0]), self.job.target.groups)]
         self._forward(passes)
-        by_loss = self.job.spec.method == "gradient"
-        gradient = self.decoder.loss_gradient if by_loss else self.decoder.probe_gradient
-        gradients = [gradient(current) for current in passes]
+        gradients = [self._gradient(current) for current in passes]
         for index in range(len(self.layers) - 1, self.decoder.first - 1, -1):
             with self.layers.loaded(index) as layer, self._tapped(index):
                 for number, current in enumerate(passes):
                     self.taps.current = current
                     gradients[number] = self.decoder.backward(layer, index, current, gradients[number])
         self.taps.current = None
-        return [_read(current, self.job.target.groups, self.job.spec.method) for current in passes]
+        groups, method = self.job.target.groups, self.job.spec.method
+        return [_named(_read(current, groups, method), groups) for current in passes]
+
+    def _gradient(self, current: _Pass) -> torch.Tensor:
+        """Return the gradient by the last layer's output that the method begins with."""
+        if self.job.spec.method == "gradient":
+            return self.decoder.loss_gradient(current)
+        self.decoder.seed(current)
+        return self.decoder.probe_gradient(current)
+
+    def _is_graphed(self, current: _Pass) -> bool:
+        """Return whether a batch is scored by a CUDA graph: it is like others, and nothing of it has to run again.
+
+        What decides is the batch and the job, not which batches came before: workers then score alike.
+        """
+        if self.layers.streamed or self.layers.device == "cpu" or self.job.score_batches < _GRAPHED_FROM:
+            return False
+        if not current.whole or set(current.batch.inputs) != {"input_ids", "attention_mask"}:
+            return False
+        if current.batch.labels.shape in self.graphs:
+            return True
+        embedding: Any = self.layers.model.get_input_embeddings()
+        state = current.batch.labels.numel() * embedding.weight.shape[1] * embedding.weight.element_size()
+        return bool(self.layers.memory.free() > _GROWTH * state * (len(self.layers) + _LAYERS_LEFT))
+
+    def _replayed(self, current: _Pass) -> torch.Tensor:
+        """Return the scores [groups, 2] of a batch by the CUDA graph of its shape."""
+        self.decoder.begin(current)
+        shape = current.batch.labels.shape
+        if shape not in self.graphs:
+            self.graphs[shape] = _Graph(self._scores, current, self.decoder.generator)
+        if self.job.spec.method != "gradient":
+            self.decoder.seed(current)
+        return self.graphs[shape].replay(current)
+
+    def _scores(self, current: _Pass) -> torch.Tensor:
+        """Return the scores [groups, 2] of a batch before the first layer, without waiting for the GPU anywhere."""
+        self.taps.current = current
+        for index, call in enumerate(current.calls):
+            leaf = current.output.detach().requires_grad_(index >= self.decoder.first)
+            with torch.enable_grad():
+                output = hidden_of(self.layers.layers[index](leaf, *call.args, **call.kwargs))
+            current.kept[index] = leaf, output
+            current.output = output.detach()
+        by_loss = self.job.spec.method == "gradient"
+        gradient = self.decoder.loss_gradient(current) if by_loss else self.decoder.probe_gradient(current)
+        for index in range(len(self.layers) - 1, self.decoder.first - 1, -1):
+            gradient = self.decoder.backward(self.layers.layers[index], index, current, gradient)
+        self.taps.current = None
+        return _read(current, self.job.target.groups, self.job.spec.method)
 
     def _tapped(self, index: int) -> ExitStack:
         """Tap a layer's modules where they aren't all the time."""
@@ -585,6 +729,9 @@ class _KlScorer(ExitStack):
         passes = [_Pass(batch) for batch in batches]
         for current in passes:
             self.decoder.begin(current)
+        needed = self.states * sum(current.output.numel() * current.output.element_size() for current in passes)
+        if needed > self.layers.memory.free() / 2:
+            self.layers.home = "cpu"
         states: list[dict[str, torch.Tensor]] = [{} for _ in passes]  # group -> hidden states with it in FP8
         for index in range(len(self.layers)):
             with self.layers.loaded(index) as layer:
@@ -613,8 +760,8 @@ class _KlScorer(ExitStack):
             yield
 
     def _batch_scores(self, current: _Pass, states: dict[str, torch.Tensor]) -> BatchScores:
-        original = _counted(current.output, current.batch)
-        others = [_counted(hidden, current.batch) for hidden in states.values()]
+        original = _counted(current.output, current)
+        others = [_counted(hidden, current) for hidden in states.values()]
         values = torch.stack(self._kl(original, others)).cpu().tolist()
         scores = dict(zip(states, values, strict=True))
         return {group.name: {FORMAT: (scores[group.name],)} for group in self.job.target.groups}
