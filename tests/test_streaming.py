@@ -124,10 +124,9 @@ def test_an_unfilled_buffer_is_refused(llama, monkeypatch):
 
 
 def test_what_fits_is_decided_by_the_limit(llama):
-    target = targets.find_target(llama)
-    assert DeviceMemory("cpu", 2.0).fits(llama, target, torch.float32)
-    assert not DeviceMemory("cpu", SMALL).fits(llama, target, torch.float32)
-    assert DeviceMemory("cpu", None).fits(llama, target, torch.float32)
+    assert DeviceMemory("cpu", 2.0).fits(llama, torch.float32)
+    assert not DeviceMemory("cpu", SMALL).fits(llama, torch.float32)
+    assert DeviceMemory("cpu", None).fits(llama, torch.float32)
 
 
 def test_the_limit_is_no_part_of_the_key(llama, text_file):

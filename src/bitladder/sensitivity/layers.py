@@ -32,7 +32,7 @@ from bitladder.weights import WeightFiles
 GB = 1e9
 _CPU_SHARE = 0.8  # of the host's available memory that measuring on a CPU may take
 _HOST_SHARE = 0.25  # of the host's available memory that hidden states of streamed layers may take
-_WORKING_BYTES = 1e9  # what measuring takes beside weights, at least
+_WORKING_BYTES = 1.5e9  # what measuring takes beside weights, at least
 _REMEDY = "raise measurement.memory_gb, so that the model needn't be streamed"
 
 
@@ -59,13 +59,11 @@ class DeviceMemory:
             return self.limit - psutil.Process().memory_info().rss
         return _CPU_SHARE * psutil.virtual_memory().available
 
-    def fits(self, directory: Path, target: Target, dtype: torch.dtype) -> bool:
-        """Return whether the whole model fits, with a copy of what is searched: in FP8, on a CPU in `dtype`."""
-        searched = sum(group.weight_elements for group in target.groups)
+    def fits(self, directory: Path, dtype: torch.dtype) -> bool:
+        """Return whether the whole model fits, and what measuring works with."""
         total = sum(math.prod(info.shape) for info in WeightFiles.open(directory).tensors.values())
-        copy = searched * (dtype.itemsize if self.device == "cpu" else 1)
         room = self.free() if self.limit is None else self.limit
-        return dtype.itemsize * total + copy + _WORKING_BYTES <= room
+        return dtype.itemsize * total + _WORKING_BYTES <= room
 
     @contextlib.contextmanager
     def enforced(self) -> Iterator[None]:
@@ -175,7 +173,7 @@ def open_layers(directory: Path, target: Target, dtype: torch.dtype, memory: Dev
         ModelError: NaN or Inf in weights. EngineError: a model without one list of layers; the message ends with
             `remedy`.
     """
-    if not memory.fits(directory, target, dtype):
+    if not memory.fits(directory, dtype):
         return StreamedLayers.open(directory, target, dtype, memory)
     return Layers.of(load_whole(directory, target, dtype, memory.device), target, memory, remedy)
 

@@ -55,6 +55,7 @@ from bitladder.sensitivity.common import (
     LayerCall,
     LayerRecorder,
     by_position,
+    deterministic,
     hidden_of,
     image_positions,
     kv_cache_amax,
@@ -74,7 +75,8 @@ _ROWS_AT_ONCE = 256  # of logits: 151,936 a row in float32 make 156 MB, and a lo
 _LEAST_LOG = -87.0  # its exponential is just above the smallest normal number of float32
 _SAME_LOGITS = 0.02  # of the largest logit: BF16 rounds to 0.004, a softcap or a factor changes more
 _GRAPHED_FROM = 4  # batches from which capturing a CUDA graph is worth it
-_FUSED_FROM = 64  # batches from which two seconds of compiling kernels are worth it
+_FUSED_FROM = 128  # batches from which five seconds of compiling kernels are worth it
+_COPIES_LEFT = 1.5e9  # bytes of memory that FP8 copies of all searched weights must leave, to be kept
 _GROWTH = 40  # times a layer's input: what its backward pass needs, before it was seen
 _LAYERS_LEFT = 4  # of the memory that a kept layer takes: for the head, the backward pass, and the estimate's error
 FORMAT = "fp8"
@@ -210,7 +212,7 @@ def _token_scores(gradient: torch.Tensor, quantised: torch.Tensor, exact: torch.
 
 def _token_directions(gradient: torch.Tensor, quantised: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """Return how the loss changes with every token's output, to first order: [rows, tokens] in float64."""
-    return (gradient.float() * (quantised - exact).float()).sum(-1).double()
+    return torch.mul(gradient, quantised - exact).sum(-1, dtype=torch.float32).double()
 
 
 def _read(current: _Pass, groups: Sequence[QuantGroup], method: str) -> torch.Tensor:
@@ -238,8 +240,8 @@ def _named(values: torch.Tensor, groups: Sequence[QuantGroup]) -> BatchScores:
 class _CutRecorder(LayerRecorder):
     """Makes each layer's input a leaf and keeps what its backward pass needs, as long as memory lasts."""
 
-    def __init__(self, layers: Layers, first: int) -> None:
-        self.memory, self.first = layers.memory, first
+    def __init__(self, layers: Layers, first: int, keep: bool) -> None:
+        self.memory, self.first, self.keep = layers.memory, first, keep
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._leaf: torch.Tensor | None = None
         self._before = self._growth = 0.0  # bytes: taken before the layer at hand, and by one that was kept
@@ -249,7 +251,7 @@ class _CutRecorder(LayerRecorder):
         super()._keep_call(layer, args, kwargs)
         hidden = self.calls[-1].hidden.detach()
         self._leaf = None
-        if len(self.calls) > self.first and self._has_room(hidden):
+        if self.keep and len(self.calls) > self.first and self._has_room(hidden):
             self._leaf = hidden = hidden.requires_grad_()
         self._before = self._allocated(hidden)
         return (hidden, *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": hidden}
@@ -290,13 +292,13 @@ class _Decoder:
         self.first = min(self.groups)  # layers before it need no gradient
         self.generator = torch.Generator(layers.device)  # of the signs
 
-    def record(self, current: _Pass) -> None:
-        """Run the model, and keep of every layer what it is called with, and its graph where memory lasts.
+    def record(self, current: _Pass, keep: bool = True) -> None:
+        """Run the model, and keep of every layer what it is called with, and (`keep`) its graph where memory lasts.
 
         Raises:
             EngineError: norm and head don't make the model's logits of the last layer's output.
         """
-        with torch.enable_grad(), _CutRecorder(self.layers, self.first) as seen:
+        with torch.enable_grad(), _CutRecorder(self.layers, self.first, keep) as seen:
             # No cache: it would be filled again when layers run again. One position: all logits are large.
             logits = self.model(**current.batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1:].detach()
         self._check_head(seen.output, logits)
@@ -503,7 +505,7 @@ def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     try:
-        with without_cudnn_attention():
+        with without_cudnn_attention(), deterministic():
             amax = partial.amax()
             if amax is None:
                 with meter.phase("calibrate"):
@@ -625,7 +627,11 @@ class _GradientScorer(ExitStack):
         self.image_tokens = image_token_ids(layers.model.config)
         self.graphs: dict[torch.Size, _Graph] = {}  # by the shape of the batch
         self.callback(self.graphs.clear)
-        if not layers.streamed:
+        # FP8 copies of all searched weights take memory, and making a layer's anew for every batch takes time.
+        copies = sum(group.weight_elements for group in job.target.groups)
+        copies *= 1 if layers.memory.is_gpu else next(layers.model.parameters()).element_size()
+        self.tapped = not layers.streamed and layers.memory.free() > copies + _COPIES_LEFT
+        if self.tapped:
             self.enter_context(self.taps.on(job.target.groups))
 
     def scores(self, batches: Sequence[Batch]) -> list[BatchScores]:
@@ -656,7 +662,7 @@ class _GradientScorer(ExitStack):
 
         What decides is the batch and the job, not which batches came before: workers then score alike.
         """
-        if self.layers.streamed or self.layers.device == "cpu" or self.job.score_batches < _GRAPHED_FROM:
+        if not self.tapped or not self.layers.memory.is_gpu or self.job.score_batches < _GRAPHED_FROM:
             return False
         if not current.whole or set(current.batch.inputs) != {"input_ids", "attention_mask"}:
             return False
@@ -694,14 +700,14 @@ class _GradientScorer(ExitStack):
 
     def _tapped(self, index: int) -> ExitStack:
         """Tap a layer's modules where they aren't all the time."""
-        return self.taps.on(self.decoder.groups.get(index, ())) if self.layers.streamed else ExitStack()
+        return ExitStack() if self.tapped else self.taps.on(self.decoder.groups.get(index, ()))
 
     def _forward(self, passes: Sequence[_Pass]) -> None:
         """Bring the batches behind the last layer, with every layer's input."""
         if not self.layers.streamed:
             for current in passes:
                 self.taps.current = current
-                self.decoder.record(current)
+                self.decoder.record(current, keep=self.tapped)
             return
         for current in passes:
             self.decoder.begin(current)
