@@ -1,8 +1,8 @@
 """What engines and rounding do alike: the score, image-token positions, amax of keys and values, decoder layers."""
 
 import contextlib
+import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -164,17 +164,15 @@ def without_cudnn_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Let sums have a fixed order, where torch has such a kernel: flash attention's gradient adds up as it comes."""
+    """Let sums have a fixed order: flash attention's gradient otherwise adds up as it comes."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists; it matters for several streams only
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     settings.fill_uninitialized_memory = False
     try:
-        with warnings.catch_warnings():
-            # cuBLAS is named where CUBLAS_WORKSPACE_CONFIG isn't set; it matters for several streams only.
-            warnings.filterwarnings("ignore", message=r".*(D|d)eterministic")
-            yield
+        yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         settings.fill_uninitialized_memory = fill

@@ -76,7 +76,7 @@ _LEAST_LOG = -87.0  # its exponential is just above the smallest normal number o
 _SAME_LOGITS = 0.02  # of the largest logit: BF16 rounds to 0.004, a softcap or a factor changes more
 _GRAPHED_FROM = 4  # batches from which capturing a CUDA graph is worth it
 _FUSED_FROM = 128  # batches from which five seconds of compiling kernels are worth it
-_COPIES_LEFT = 1.5e9  # bytes of memory that FP8 copies of all searched weights must leave, to be kept
+_COPIES_LEFT = 3e9  # bytes of memory that FP8 copies of all searched weights must leave, to be kept
 _GROWTH = 40  # times a layer's input: what its backward pass needs, before it was seen
 _LAYERS_LEFT = 4  # of the memory that a kept layer takes: for the head, the backward pass, and the estimate's error
 FORMAT = "fp8"
@@ -401,7 +401,8 @@ class _Decoder:
             leaf = call.hidden.detach().to(self.layers.device).requires_grad_()
             with torch.enable_grad():
                 output = hidden_of(layer(leaf, *call.args, **call.kwargs))
-        (found,) = torch.autograd.grad(output, leaf, gradient.to(self.layers.device))
+        with deterministic():
+            (found,) = torch.autograd.grad(output, leaf, gradient.to(self.layers.device))
         return found.to(self.layers.home)
 
 
@@ -505,7 +506,7 @@ def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     try:
-        with without_cudnn_attention(), deterministic():
+        with without_cudnn_attention():
             amax = partial.amax()
             if amax is None:
                 with meter.phase("calibrate"):

@@ -45,7 +45,7 @@ from bitladder.sensitivity import (
     compensation,
     native,
 )
-from bitladder.sensitivity.common import OUT_OF_MEMORY, deterministic, layer_of, without_cudnn_attention
+from bitladder.sensitivity.common import OUT_OF_MEMORY, layer_of, without_cudnn_attention
 from bitladder.sensitivity.layers import DeviceMemory, Layers, open_layers
 from bitladder.weights import DigestCache, model_source
 
@@ -371,7 +371,7 @@ class _Worker:
         """
         Peaks.reset()
         try:
-            with without_cudnn_attention(), deterministic():
+            with without_cudnn_attention():
                 result = getattr(self, method)(*args)
         except torch.OutOfMemoryError as error:
             raise MeasurementError(OUT_OF_MEMORY) from error
