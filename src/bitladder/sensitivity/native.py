@@ -626,7 +626,7 @@ class _GradientScorer(ExitStack):
         self.taps = _Taps(layers.model, job, amax, codes)
         self.states = len(layers) + 1  # of each batch: every layer's input
         self.image_tokens = image_token_ids(layers.model.config)
-        self.graphs: dict[torch.Size, _Graph] = {}  # by the shape of the batch
+        self.graphs: dict[torch.Size, _Graph] = {}  # by the shape of the batch; one at a time
         self.callback(self.graphs.clear)
         # FP8 copies of all searched weights take memory, and making a layer's anew for every batch takes time.
         copies = sum(group.weight_elements for group in job.target.groups)
@@ -634,6 +634,7 @@ class _GradientScorer(ExitStack):
         self.tapped = not layers.streamed and layers.memory.free() > copies + _COPIES_LEFT
         if self.tapped:
             self.enter_context(self.taps.on(job.target.groups))
+        self.room = layers.memory.free()  # for graphs
 
     def scores(self, batches: Sequence[Batch]) -> list[BatchScores]:
         """Return the scores of each batch, all of which go through a layer before the next one is loaded."""
@@ -667,17 +668,16 @@ class _GradientScorer(ExitStack):
             return False
         if not current.whole or set(current.batch.inputs) != {"input_ids", "attention_mask"}:
             return False
-        if current.batch.labels.shape in self.graphs:
-            return True
         embedding: Any = self.layers.model.get_input_embeddings()
         state = current.batch.labels.numel() * embedding.weight.shape[1] * embedding.weight.element_size()
-        return bool(self.layers.memory.free() > _GROWTH * state * (len(self.layers) + _LAYERS_LEFT))
+        return bool(self.room > _GROWTH * state * (len(self.layers) + _LAYERS_LEFT))
 
     def _replayed(self, current: _Pass) -> torch.Tensor:
         """Return the scores [groups, 2] of a batch by the CUDA graph of its shape."""
         self.decoder.begin(current)
         shape = current.batch.labels.shape
         if shape not in self.graphs:
+            self.graphs.clear()  # each holds the memory of a whole step
             self.graphs[shape] = _Graph(self._scores, current, self.decoder.generator)
         if self.job.spec.method != "gradient":
             self.decoder.seed(current)
