@@ -11,18 +11,20 @@ speed, memory and loading mean something, and quality nothing. The tokenizer is 
 below the vocabulary's size; the special tokens' ids in the configuration are its.
 
 `compare`: Bitladder (identify, measure, plan, export three schemes) and ModelOpt (load, auto_quantize, export, three
-times) get the same batches of text, the same BF16 arithmetic and the same targets in effective bits; ours measures with
-`engine: native`; sizes are the defaults of ModelOpt's `hf_ptq` example (512 samples to calibrate, 128 to score). Each
-run is a process of its own, timed after its imports; both flush what they write to the disk. ModelOpt's CUDA extension
-is compiled before, outside the clock.
+times) get the same batches of text, the same BF16 arithmetic and the same targets in effective bits; ours measures by
+gradient with `engine: native`; sizes are the defaults of ModelOpt's `hf_ptq` example (512 samples to calibrate, 128 to
+score). Each run is a process of its own, timed after its imports; both flush what they write to the disk. ModelOpt's
+CUDA extension is compiled before, outside the clock.
 
-`images`: measures on image+text pairs of random pictures with real captions, which ModelOpt's own script refuses.
+`images`: measures on image+text pairs of random pictures with real captions, which ModelOpt's own script refuses; by
+gradient with `engine: modelopt`.
 
 `rounding`: compensates the codes of every searched weight, scores some samples with them, exports everything in FP8 and
-verifies the files; by `engine: native`, without ModelOpt.
+verifies the files; by gradient with `engine: native`, without ModelOpt.
 
 `driver`: two calls of `scripts/qwen/qwen2_5_vl_3b_autoquant_fp8_schemes.py`, as a user would make them: the ladder of
-three schemes, then the whole language model with an FP8 KV cache from the same measurement.
+three schemes, then the whole language model with an FP8 KV cache from the same measurement; engine and method are the
+driver's defaults.
 """
 
 import argparse
@@ -169,7 +171,8 @@ def measure_images(model: Path, output: Path, sizes: dict) -> dict:
         data = calibration.load_data(DataSpec(kind="coco", path=str(output / "coco")), processor, **sizes)
     source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
     with meter.phase("measure"):
-        measurement = sensitivity.measure(model, source, targets.find_target(model), data, MeasureSpec(), output)
+        spec = MeasureSpec(engine="modelopt", method="gradient")
+        measurement = sensitivity.measure(model, source, targets.find_target(model), data, spec, output)
     assert measurement.run is not None
     total = math.fsum(measurement.sensitivity(candidate) for candidate in measurement.candidates)
     text = math.fsum(measurement.sensitivity(candidate, 0.0) for candidate in measurement.candidates)
@@ -192,7 +195,7 @@ def compensate(model: Path, output: Path, sizes: dict, score_samples: int) -> di
     from bitladder.runinfo import Meter
 
     data = text_of(model, output, sizes)
-    spec = MeasureSpec(engine="native", rounding="compensated", score_samples=score_samples)
+    spec = MeasureSpec(engine="native", method="gradient", rounding="compensated", score_samples=score_samples)
     source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
     measurement = sensitivity.measure(model, source, targets.find_target(model), data, spec, output)
     assert measurement.run is not None
@@ -353,8 +356,6 @@ def main() -> None:
                 result = arguments.result or RESULTS / "full_size.json"
                 compare(model, result, Path(scratch), sizes, score_samples, arguments.repeats, arguments.keep)
             elif arguments.what == "driver":
-                if arguments.measurement is None:
-                    warm_up()
                 found = drive(model, arguments.out_root, sizes, score_samples, arguments.measurement)
                 found["measured_before"] = arguments.measurement is not None
                 claim = "the driver, called twice: a ladder of three schemes, and one with an FP8 KV cache"

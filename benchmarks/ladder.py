@@ -2,11 +2,11 @@
 
     python benchmarks/ladder.py --model models/smollm2_135m_instruct      # writes benchmarks/results/ladder.json
 
-Both get the same batches, the same float32 arithmetic, the same targets in effective bits, and start from the model's
-directory on disk; a ModelOpt run is load + auto_quantize + export. Each measured run is a process of its own, timed
-after its imports; the two kinds alternate, and the medians are compared. Then every checkpoint's held-out KL is
-evaluated by the same code. Both kinds flush their files to the disk. Also here: exporting against `cp` on the same
-disk, and planning on the 144 real groups.
+Both score by ModelOpt's engine and gradient, get the same batches, the same float32 arithmetic, the same targets in
+effective bits, and start from the model's directory on disk; a ModelOpt run is load + auto_quantize + export. Each
+measured run is a process of its own, timed after its imports; the two kinds alternate, and the medians are compared.
+Then every checkpoint's held-out KL is evaluated by the same code. Both kinds flush their files to the disk. Also here:
+exporting against `cp` on the same disk, and planning on the 144 real groups.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def run_bitladder(
         source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
         target = targets.find_target(model)
     with meter.phase("measure"):
-        settings = MeasureSpec(engine=engine, dtype=dtype, score_samples=score_samples)
+        settings = MeasureSpec(engine=engine, method="gradient", dtype=dtype, score_samples=score_samples)
         measurement = sensitivity.measure(model, source, target, data, settings, output)
     with meter.phase("plan"):
         specs = [SchemeSpec(name=f"bits{bits:g}", effective_bits=bits) for bits in bits_asked]

@@ -22,6 +22,8 @@ MODELS = {  # name -> recipe, and samples scored by kl_div
     "gemma-3-270m": (ladder.ROOT / "recipes/gemma3_270m.yaml", 32),
     "embedded-qwen2.5-vl": (ladder.ROOT / "recipes/demo.yaml", 96),
 }
+ENGINES = {"smollm2_135m": "modelopt", "gemma3_270m": "native", "demo": "modelopt"}  # who scores, by recipe
+GRADIENT_SAMPLES = {"smollm2_135m": 16, "gemma3_270m": 8, "demo": None}  # scored by gradient; None: all
 HELD_OUT_SAMPLES = {"gemma3_270m": 64}  # its KL varies more from row to row than its recipe's samples can settle
 COVERAGES = (0.25, 0.5, 0.75, 1.0)
 EFFECTIVE_BITS = 11.0
@@ -29,7 +31,7 @@ WITHIN = 0.15  # of the measured KL
 
 
 def measurements(scratch: Path, path: Path = SMOLLM2, kl_samples: int = KL_SAMPLES) -> dict:
-    """Return the measurement of a recipe's model by each method, and the recipe's workspace.
+    """Return the measurement of a recipe's model by each of ModelOpt's methods, and the recipe's workspace.
 
     In float32 on a GPU too: the KL of one group of a small model is below BF16's own noise.
     """
@@ -41,8 +43,9 @@ def measurements(scratch: Path, path: Path = SMOLLM2, kl_samples: int = KL_SAMPL
         first = recipe.held_out[0].model_copy(update={"samples": HELD_OUT_SAMPLES[path.stem]})
         recipe = recipe.model_copy(update={"held_out": (first, *recipe.held_out[1:])})
     found = {}
-    for method, samples in (("gradient", recipe.measurement.score_samples), ("kl_div", kl_samples)):
-        changed = recipe.measurement.model_copy(update={"method": method, "score_samples": samples, "dtype": "float32"})
+    for method, samples in (("gradient", GRADIENT_SAMPLES[path.stem]), ("kl_div", kl_samples)):
+        changes = {"engine": ENGINES[path.stem], "method": method, "score_samples": samples, "dtype": "float32"}
+        changed = recipe.measurement.model_copy(update=changes)
         work = pipeline.Workspace(recipe.model_copy(update={"measurement": changed}), scratch / method)
         found[method] = (pipeline.measure(work), work)
     return found

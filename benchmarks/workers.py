@@ -27,9 +27,9 @@ import psutil
 
 RESULT = full_size.RESULTS / "workers.json"
 KINDS = {
-    "gradient": {"spec": {}, "score_samples": 128},
+    "gradient": {"spec": {"method": "gradient"}, "score_samples": 128},
     "kl_div": {"spec": {"method": "kl_div"}, "score_samples": 64},
-    "compensated": {"spec": {"rounding": "compensated"}, "score_samples": 128},
+    "compensated": {"spec": {"method": "gradient", "rounding": "compensated"}, "score_samples": 128},
 }
 
 

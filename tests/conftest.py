@@ -181,9 +181,9 @@ def measure_text(directory: Path, path: Path, output: Path, progress=None, sampl
 
 @pytest.fixture(scope="session")
 def measured(llama, text_file, tmp_path_factory):
-    """(measurement, its directory) of the tiny Llama by the gradient method."""
+    """(measurement, its directory) of the tiny Llama by ModelOpt's gradient method."""
     output = tmp_path_factory.mktemp("measured")
-    return measure_text(llama, text_file, output), output
+    return measure_text(llama, text_file, output, engine="modelopt", method="gradient"), output
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ def deep(tmp_path_factory, text_file):
     directory = tmp_path_factory.mktemp("deep")
     save_model(transformers.LlamaForCausalLM, llama_config(num_hidden_layers=8), directory)
     output = tmp_path_factory.mktemp("deep_measured")
-    return directory, measure_text(directory, text_file, output), output
+    return directory, measure_text(directory, text_file, output, engine="modelopt", method="gradient"), output
 
 
 def arms_of(deep, coverage=0.5, kinds=controls.KINDS, seeds=3):

@@ -38,7 +38,7 @@ CONTENT = {
         "sequence_length": 32,
         "batch_size": 6,
     },
-    "measurement": {"engine": "native", "rounding": "compensated", "score_samples": 10},
+    "measurement": {"rounding": "compensated", "score_samples": 10},
     "schemes": [{"name": "half", "max_kl": 3.0e-5}, {"name": "full", "coverage": 1.0}],
     "refine": {"evaluations": 4, "marginal": 1},
     "controls": {"kinds": []},
@@ -134,7 +134,7 @@ def test_two_sets_of_one_file_share_no_sample(tmp_path):
 def test_engines_agree_on_a_mixture(tmp_path):
     found = {}
     for engine in ("native", "modelopt"):
-        work = work_of(tmp_path / engine, measurement={"engine": engine, "score_samples": 10})
+        work = work_of(tmp_path / engine, measurement={"engine": engine, "method": "gradient", "score_samples": 10})
         found[engine] = pipeline.measure(work)
     ours, theirs = found["native"], found["modelopt"]
     assert ours.calibration == theirs.calibration
@@ -161,8 +161,17 @@ def test_a_single_set_keeps_its_measurement_s_key(processor_data):
     source, data = processor_data
     assert source.sha256 == "c8059515804b9efc98d3c2c0b67a336838fca6d91d36485ca8a17931e312cd52"
     sha256 = "a0ed20dfd2f8c7a49fc62c05b55e1cd61e386486459123684b8a47e9b09c33b7"
-    key = sensitivity.settings_sha256(source, data, MeasureSpec())
-    assert key == digest_of([source.sha256, sha256, MeasureSpec().model_dump_json()])
+    settings = (
+        '"formats":["fp8"],"share_fused_scales":true,"rounding":"nearest","damping":0.1,"score_samples":null,'
+        '"dtype":"auto","device":"auto"}'
+    )
+    for spec, written in (
+        (MeasureSpec(engine="modelopt", method="gradient"), '{"engine":"modelopt","method":"gradient",'),
+        (MeasureSpec(engine="modelopt"), '{"engine":"modelopt","method":"gradient",'),
+        (MeasureSpec(), '{"engine":"native","method":"fisher",'),
+    ):
+        key = sensitivity.settings_sha256(source, data, spec)
+        assert key == digest_of([source.sha256, sha256, written + settings])
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
-"""The native engine against ModelOpt: the same amax values, the same scores, on text and on pictures."""
+"""The native engine against ModelOpt, on text and pictures: the same amax values and scores; `fisher` against KL."""
 
 import dataclasses
+import math
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bitladder import calibration, sensitivity, targets
+from bitladder import calibration, numerics, sensitivity, targets
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.recipe import DataSpec, MeasureSpec
 from bitladder.report.content import rank_correlation
@@ -34,6 +36,7 @@ SMOLLM2 = ROOT / "models/smollm2_135m_instruct"
 WITHIN = {"gradient": 0.02, "kl_div": 0.01}  # of ModelOpt's score, for every group
 ARITHMETIC = 1e-4  # float32 in another order
 ENGINES = ("native", "modelopt")
+METHODS = (*WITHIN, "fisher")
 
 
 def measured_by(engine, directory, data, output, **settings):
@@ -58,7 +61,8 @@ def assert_same_amax(first, second):
         assert float(value) == pytest.approx(float(theirs[name]), rel=ARITHMETIC), name
 
 
-def measured_by_both(directory, data, output, **settings):
+def measured_by_both(directory, data, output, method="gradient", **settings):
+    settings["method"] = method
     found = {engine: measured_by(engine, directory, data, output / engine, **settings) for engine in ENGINES}
     assert_same_amax(output / "native", output / "modelopt")
     assert found["native"].score_unit == found["modelopt"].score_unit
@@ -188,7 +192,7 @@ def test_layers_and_gradient_are_the_models_own_in_every_family(family, tmp_path
 
 
 def test_what_is_kept_and_what_runs_again_give_the_same(llama, text_file, tmp_path, monkeypatch):
-    data, found, kept = load_text(llama, text_file), {}, {}
+    data, found, kept = load_text(llama, text_file), {}, {}  # `fisher`, whose draws must not differ either
     backward = native._Decoder.backward
 
     def counted(decoder, layer, index, current, gradient):
@@ -236,11 +240,11 @@ def test_a_model_that_does_more_behind_its_layers_is_refused(tmp_path):
             step(current)
 
 
-@pytest.mark.parametrize("method", WITHIN)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_killed_measurement_goes_on_with_the_same_numbers(llama, text_file, tmp_path, monkeypatch, method):
     data = load_text(llama, text_file)
     whole = measured_by("native", llama, data, tmp_path / "whole", method=method)
-    step = "record" if method == "gradient" else "begin"
+    step = "begin" if method == "kl_div" else "record"
     original, calls = getattr(native._Decoder, step), []
 
     def killed(*args, **options):
@@ -285,5 +289,135 @@ def test_nan_is_refused_as_by_the_reference(llama, text_file, tmp_path, monkeypa
 
 
 def test_measuring_through_the_helper_is_the_same(llama, text_file, tmp_path, measured):
-    ours = measure_text(llama, text_file, tmp_path, engine="native")
+    ours = measure_text(llama, text_file, tmp_path, engine="native", method="gradient")
     assert_same_scores(ours, measured[0], ARITHMETIC)
+
+
+def test_fisher_scores_are_nats_added_up_over_tokens(llama, text_file, tmp_path):
+    data = load_text(llama, text_file, samples=5)  # batches of 2, 2 and 1 rows of 24 tokens
+    found = measured_by("native", llama, data, tmp_path, method="fisher")
+    assert found.score_unit == "nats per token"
+    assert found.score_weights == pytest.approx([1 / (5 * 23)] * 3)
+    assert all(score > 0 for candidate in found.candidates for score in candidate.scores)
+    assert not any(candidate.image_scores for candidate in found.candidates)
+
+
+def test_fisher_scores_of_image_positions_are_apart(tmp_path):
+    found = measured_by("native", MODEL, pairs(8, 4), tmp_path, method="fisher")
+    assert found.score_unit == "nats per token"
+    for candidate in found.candidates:
+        assert len(candidate.image_scores) == len(candidate.scores) == 2
+        assert all(0 <= part < whole for part, whole in zip(candidate.image_scores, candidate.scores, strict=True))
+    unread = [c.group for c in found.candidates if c.image_scores == (0.0, 0.0)]
+    last = found.groups[-1].name.rpartition(".mlp.")[0]
+    assert unread == [f"{last}.self_attn.o_proj", f"{last}.mlp.gate_up_proj", f"{last}.mlp.down_proj"]
+
+
+@pytest.fixture(scope="module")
+def sure_llama(tmp_path_factory):
+    """A tiny Llama whose predictions are far from uniform, so that their probabilities count in a score."""
+    directory = tmp_path_factory.mktemp("sure")
+    return save_model(transformers.LlamaForCausalLM, llama_config(initializer_range=0.3), directory)
+
+
+def errors_of(model, group, amax, batch):
+    """Return what FP8 changes in the outputs of each of a group's modules: name -> [rows, tokens, features]."""
+    errors, handles = {}, []
+
+    def keep(name):
+        def hook(linear, inputs, output):
+            weight_scale, input_scale = (
+                numerics.scale_of(amax[f"{name}.{kind}"]) for kind in ("weight_amax", "input_amax")
+            )
+            weight = numerics.fake_quantise(linear.weight, weight_scale)
+            errors[name] = torch.nn.functional.linear(numerics.fake_quantise(inputs[0], input_scale), weight) - output
+
+        return hook
+
+    for module in group.modules:
+        handles.append(model.get_submodule(module.name).register_forward_hook(keep(module.name)))
+    with torch.no_grad():
+        model(**batch.inputs)
+    for handle in handles:
+        handle.remove()
+    return errors
+
+
+def second_order_kl(model, errors, batch, share=1e-3):
+    """Return KL to second order in nats, each token's output changed alone and added up: by finite differences.
+
+    `share` of the change of one position of all rows goes into the forward pass, once forwards and once backwards.
+    """
+    place = {}
+
+    def change(name):
+        def hook(_, __, output):
+            changed = output.clone()
+            if place:
+                changed[:, place["token"]] += place["step"] * errors[name][:, place["token"]].to(output.dtype)
+            return changed
+
+        return hook
+
+    def log_probabilities():
+        with torch.no_grad():
+            return model(**batch.inputs).logits[:, :-1][batch.predicted].log_softmax(-1)
+
+    for name in errors:
+        model.get_submodule(name).register_forward_hook(change(name))
+    original, total = log_probabilities(), 0.0
+    for token in range(batch.labels.shape[1]):
+        for step in (share, -share):
+            place.update(token=token, step=step)
+            difference = log_probabilities() - original
+            total += float((original.exp() * (difference.expm1() - difference)).sum()) / share**2 / 2
+        place.clear()
+    return total
+
+
+DRAWS = 400
+
+
+def test_fisher_is_the_kl_to_second_order(sure_llama, text_file, tmp_path, monkeypatch):
+    """The mean of many draws, for each kind of group, against the model's own KL in float64."""
+    data, target = load_text(sure_llama, text_file, samples=2, length=12, batch=2), targets.find_target(sure_llama)
+    amax = sensitivity.read_amax(measured_by("native", sure_llama, data, tmp_path), tmp_path)
+    model = targets.load_model(sure_llama, torch.float32).requires_grad_(False)
+    (batch,) = data.batches
+    job = sensitivity.Job(target, data.batches, 1, MeasureSpec(method="fisher"), "cpu", lambda *_: None)
+    opened = Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY)
+    draws = []
+    with native.scorer(opened, job, amax, None) as scorer:
+        for draw in range(DRAWS):
+            monkeypatch.setattr(native, "sha256_of_bytes", lambda _, draw=draw: f"{draw:015x}")
+            draws += scorer.scores([batch])
+    for group in target.groups[4:8]:  # the second layer's: two of one module, two that the runtime fuses
+        found = [scores[group.name]["fp8"][0] for scores in draws]
+        error = statistics.stdev(found) / math.sqrt(DRAWS)
+        exact = second_order_kl(
+            targets.load_model(sure_llama, torch.float64), errors_of(model, group, amax, batch), batch
+        )
+        assert error < 0.05 * exact, group.name
+        assert statistics.mean(found) == pytest.approx(exact, abs=4 * error), group.name
+
+
+def test_the_same_tokens_have_the_same_signs_and_others_have_others(tmp_path):
+    decoder, current = decoder_of(transformers.LlamaForCausalLM, llama_config(), tmp_path)
+    decoder.record(current)
+    first = decoder.probe_gradient(current)
+    torch.testing.assert_close(decoder.probe_gradient(current), first, rtol=0, atol=0)
+    inputs = {**current.batch.inputs, "input_ids": current.batch.inputs["input_ids"] + 1}
+    other = native._Pass(calibration.Batch(inputs, current.batch.labels), output=current.output)
+    assert not torch.allclose(decoder.probe_gradient(other), first)
+    repeated = decoder.probe_gradient(native._Pass(current.batch, output=current.output[:, :1].expand(-1, 12, -1)))
+    assert not torch.allclose(repeated[:, 0], repeated[:, 1])  # nor do two tokens share theirs
+
+
+def test_fisher_ranks_as_kl_better_than_gradient(tmp_path):
+    data = pairs(32, 16)
+    found = {method: measured_by("native", MODEL, data, tmp_path / method, method=method) for method in METHODS}
+    scores = {method: [m.sensitivity(candidate) for candidate in m.candidates] for method, m in found.items()}
+    # 0.88 to 0.98 by other draws, gradient 0.81
+    assert rank_correlation(scores["fisher"], scores["kl_div"]) > rank_correlation(scores["gradient"], scores["kl_div"])
+    quotients = [one / exact for one, exact in zip(scores["fisher"], scores["kl_div"], strict=True)]
+    assert 0.5 < statistics.median(quotients) < 2  # nats, as they are

@@ -26,9 +26,9 @@ from bitladder.sensitivity import parallel
 from conftest import load_text, source_of
 
 SETTINGS = {
-    "gradient": {},
+    "fisher": {},
     "kl_div": {"method": "kl_div"},
-    "compensated": {"rounding": "compensated", "damping": 1.0},
+    "compensated": {"method": "gradient", "rounding": "compensated", "damping": 1.0},
 }
 BATCHES = 6
 RECORDS = ("measurement.json", "measurement.safetensors")
@@ -152,7 +152,7 @@ def test_workers_go_on_where_one_process_was_killed(llama, text_file, tmp_path, 
     seen = []
     measure(llama, text_file, tmp_path, two(), lambda *told: seen.append(told))
     assert seen == [("score", done, BATCHES) for done in range(2, BATCHES + 1)]
-    assert files_of(tmp_path) == alone["gradient"]
+    assert files_of(tmp_path) == alone["fisher"]
 
 
 @pytest.mark.usefixtures("cluster")
@@ -266,7 +266,6 @@ def recipe_of(directory, text, output, **changes):
             "sequence_length": 24,
             "batch_size": 2,
         },
-        "measurement": {"engine": "native"},
         "workers": {"count": 2, "threads": 1},
         "schemes": [{"name": "half", "coverage": 0.5}],
         "output": str(output),
@@ -277,7 +276,10 @@ def recipe_of(directory, text, output, **changes):
 @pytest.mark.parametrize(
     ("measurement", "message"),
     [
-        ({}, "workers.count is 2, but measurement.engine: modelopt measures in one process; use engine: native"),
+        (
+            {"engine": "modelopt"},
+            "workers.count is 2, but measurement.engine: modelopt measures in one process; use engine: native",
+        ),
         ({"engine": "native", "device": "cuda:1"}, "cuda:1 names one GPU, workers take one each; use device: cuda"),
     ],
 )
@@ -298,5 +300,5 @@ def test_the_command_line_starts_a_cluster_of_its_own(llama, text_file, tmp_path
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     assert "ray" not in (result.stdout + result.stderr).lower()
-    assert all(files_of(output)[name] == alone["gradient"][name] for name in RECORDS)
+    assert all(files_of(output)[name] == alone["fisher"][name] for name in RECORDS)
     assert json.loads((output / "measurement.json").read_text())["run"]["workers"] == 2

@@ -107,7 +107,8 @@ def test_everything_is_written(finished):
         "schemes",
         "verification.json",
     ]
-    assert json.loads((finished / "run.json").read_text())["recipe"]["measurement"]["method"] == "gradient"
+    measurement = json.loads((finished / "run.json").read_text())["recipe"]["measurement"]
+    assert (measurement["engine"], measurement["method"]) == ("native", "fisher")
     report = (finished / "report.md").read_text()
     for word in ("top50", "full", "held-out KL", "verified"):
         assert word in report
@@ -267,7 +268,8 @@ def test_control_arms_stand_beside_each_scheme(files, finished, copied):
     measurement = Measurement.read(finished / "measurement.json")
     top50 = Scheme.read(finished / "schemes" / "top50.json")
     assert controls._modelopt_choice(measurement, top50, "fp8") == top50.quantised_groups()
-    others = set(KINDS) - {"modelopt"}
+    others = {arm.asked["control"] for arm in controls.arms(measurement, top50, kinds=KINDS, seeds=3)}
+    assert {"random", "inverse", "first_last", "largest"} <= others <= set(KINDS) - {"modelopt"}
     assert {arm.scheme.asked["control"] for arm in evidence.arms} == others
     assert evidence.left_out == ()
     report = pipeline.make_report(work_of(files, copied))

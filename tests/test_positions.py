@@ -26,7 +26,8 @@ def data():
 @pytest.fixture(scope="module")
 def measured(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("positions")
-    measurement = sensitivity.measure(MODEL, source_of(MODEL), targets.find_target(MODEL), data, MeasureSpec(), output)
+    target, spec = targets.find_target(MODEL), MeasureSpec(engine="modelopt", method="gradient")
+    measurement = sensitivity.measure(MODEL, source_of(MODEL), target, data, spec, output)
     return measurement, sensitivity.read_amax(measurement, output)
 
 
@@ -91,7 +92,7 @@ def test_kl_scores_are_not_told_apart(data, tmp_path):
         source_of(MODEL),
         targets.find_target(MODEL),
         data,
-        MeasureSpec(method="kl_div", score_samples=4),
+        MeasureSpec(engine="modelopt", method="kl_div", score_samples=4),
         tmp_path,
     )
     assert all(candidate.image_scores == () for candidate in measurement.candidates)

@@ -216,6 +216,26 @@ def test_what_captions_may_be(tmp_path):
         driver.data_of(tmp_path / "captions.txt", tmp_path)
 
 
+def test_the_engine_brings_its_method_unless_told_otherwise(tmp_path):
+    def settings(earlier, *flags):
+        flags = driver.parse([*flags, "--out-root", str(tmp_path)])
+        found = driver.recipe_of(flags, tmp_path / "autoquant", copy.deepcopy(earlier)).measurement
+        return found.engine, found.method
+
+    assert settings({}) == ("native", "fisher")
+    assert settings({}, "--engine", "modelopt") == ("modelopt", "gradient")
+    assert settings({}, "--auto-quantize-method", "kl_div") == ("native", "kl_div")
+    text = {"data": {"kind": "text", "path": "captions.txt"}, "sequence_length": 512}
+    common = {"model": {"path": "m"}, "calibration": text, "held_out": [{"name": "captions"}]}
+    fisher = {**common, "measurement": {"engine": "native", "method": "fisher"}}
+    assert settings(fisher, "--engine", "modelopt") == ("modelopt", "gradient")
+    gradient = {**common, "measurement": {"engine": "modelopt", "method": "gradient"}}
+    assert settings(gradient) == ("modelopt", "gradient")  # a run of before keeps what it has
+    assert settings(gradient, "--engine", "native") == ("native", "gradient")
+    with pytest.raises(RecipeError, match="fisher needs engine: native"):
+        settings(gradient, "--auto-quantize-method", "fisher")
+
+
 def test_coco_pairs_get_room_and_a_second_set_of_plain_text(tmp_path):
     flags = driver.parse(["--captions", str(tmp_path), "--out-root", str(tmp_path)])
     recipe = driver.recipe_of(flags, tmp_path / "autoquant", {})

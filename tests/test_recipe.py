@@ -9,7 +9,7 @@ import yaml
 
 import bitladder
 from bitladder.errors import RecipeError
-from bitladder.recipe import Recipe, parse_schemes, read_recipe, resolve_path
+from bitladder.recipe import MeasureSpec, Recipe, parse_schemes, read_recipe, resolve_path
 
 GOOD: dict[str, Any] = {
     "model": {"path": "./model"},
@@ -109,7 +109,8 @@ def test_a_key_that_is_not_text(tmp_path: Path) -> None:
         ("calibration.data", None, "(got None)"),
         ("held_out.samples", 0, "(got 0)"),
         ("held_out.data.kind", "csv", "(got 'csv')"),
-        ("measurement.method", "fisher", "'gradient' or 'kl_div' (got 'fisher')"),
+        ("measurement.method", "hessian", "'gradient', 'kl_div' or 'fisher' (got 'hessian')"),
+        ("measurement.method", None, "(got None)"),
         ("measurement.engine", "own", "'modelopt' or 'native' (got 'own')"),
         ("measurement.formats", [], "(got [])"),
         ("measurement.dtype", "fp16", "'auto', 'float32' or 'bfloat16' (got 'fp16')"),
@@ -391,3 +392,28 @@ def test_schemes_from_a_command_line() -> None:
         parse_schemes([{"name": "a", "covrage": 0.5}])
     with pytest.raises(RecipeError, match=r"less than or equal to 1 \(got 2\)"):
         parse_schemes([{"name": "a", "coverage": 2}])
+
+
+@pytest.mark.parametrize(
+    ("given", "engine", "method"),
+    [
+        ({}, "native", "fisher"),
+        ({"engine": "native"}, "native", "fisher"),
+        ({"engine": "modelopt"}, "modelopt", "gradient"),
+        ({"engine": "modelopt", "method": "kl_div"}, "modelopt", "kl_div"),
+        ({"method": "gradient"}, "native", "gradient"),
+    ],
+)
+def test_the_method_that_is_left_out_is_the_engine_s_own(
+    tmp_path: Path, given: dict[str, Any], engine: str, method: str
+) -> None:
+    measurement = read_recipe(write(tmp_path, changed("measurement", given))).measurement
+    assert (measurement.engine, measurement.method) == (engine, method)
+    dumped = measurement.model_dump(mode="json")
+    assert (dumped["engine"], dumped["method"]) == (engine, method)
+    assert MeasureSpec.model_validate(dumped) == measurement
+
+
+def test_fisher_by_modelopt_is_refused(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path, changed("measurement", {"engine": "modelopt", "method": "fisher"})))
+    assert message.endswith("measurement: method: fisher needs engine: native; ModelOpt has gradient and kl_div")

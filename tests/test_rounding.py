@@ -32,7 +32,7 @@ from test_native import measured_by, pairs
 from test_pipeline import work_of
 from test_positions import MODEL
 
-COMPENSATED = {"engine": "native", "rounding": "compensated"}
+COMPENSATED = {"rounding": "compensated"}
 
 
 def correlated(tokens, features, seed=0):
@@ -150,7 +150,7 @@ def test_both_engines_make_the_same_codes(llama, text_file, tmp_path, compensate
     assert not (tmp_path / "codes").exists()  # of the measurement before
 
 
-@pytest.mark.parametrize("method", ["gradient", "kl_div"])
+@pytest.mark.parametrize("method", ["gradient", "fisher", "kl_div"])
 def test_scores_are_those_of_the_codes(llama, text_file, tmp_path, method):
     measurement = measure_text(llama, text_file, tmp_path, **COMPENSATED, method=method)
     nearest = measure_text(llama, text_file, tmp_path / "nearest", engine="native", method=method)

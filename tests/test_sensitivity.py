@@ -46,7 +46,7 @@ def direct_auto_quantize(directory, data, method):
 def beside_modelopt(request, llama, text_file, tmp_path_factory):
     """(our measurement, ModelOpt's own state, {ModelOpt's name of a group: ours}), by one method."""
     output = tmp_path_factory.mktemp("beside_modelopt")
-    ours = measure_text(llama, text_file, output, method=request.param, share_fused_scales=False)
+    ours = measure_text(llama, text_file, output, engine="modelopt", method=request.param, share_fused_scales=False)
     theirs = direct_auto_quantize(llama, load_text(llama, text_file), request.param)
     members = {min(module.name for module in group.modules): group.name for group in ours.groups}
     names = {
@@ -87,7 +87,7 @@ def test_the_modelopt_control_is_the_choice_of_modelopts_own_solver(beside_model
 
 def test_sharing_moves_only_fused_groups_scales(llama, text_file, tmp_path, measured):
     shared, directory = measured
-    apart = measure_text(llama, text_file, tmp_path, share_fused_scales=False)
+    apart = measure_text(llama, text_file, tmp_path, engine="modelopt", share_fused_scales=False)
     own, common = load_file(tmp_path / "measurement.safetensors"), load_file(directory / "measurement.safetensors")
     moved = set()
     for group in shared.groups:
@@ -163,7 +163,7 @@ def test_padding_changes_nothing(llama, text_file, tmp_path):
                     source_of(llama),
                     targets.find_target(llama),
                     data,
-                    MeasureSpec(method=method),
+                    MeasureSpec(engine="modelopt", method=method),
                     tmp_path / name / method,
                 )
             )
@@ -182,21 +182,22 @@ class Killed(Exception):
 @pytest.mark.parametrize("method", ["gradient", "kl_div"])
 @pytest.mark.parametrize("moment", [("calibrate", 2), ("score", 0), ("score", 2), ("score", 3)])
 def test_a_killed_run_resumes_with_the_same_bytes(method, moment, llama, text_file, tmp_path, monkeypatch):
-    whole = measure_text(llama, text_file, tmp_path / "whole", method=method)
+    settings = {"engine": "modelopt", "method": method}
+    whole = measure_text(llama, text_file, tmp_path / "whole", **settings)
 
     def kill(phase, done, total):
         if (phase, done) == moment:
             raise Killed
 
     with pytest.raises(Killed):
-        measure_text(llama, text_file, tmp_path / "killed", progress=kill, method=method)
+        measure_text(llama, text_file, tmp_path / "killed", progress=kill, **settings)
     scored = []
     monkeypatch.setattr(
         _Session,
         "_read_scores",
         lambda self, groups, real=_Session._read_scores: scored.append(1) or real(self, groups),
     )
-    again = measure_text(llama, text_file, tmp_path / "killed", method=method)
+    again = measure_text(llama, text_file, tmp_path / "killed", **settings)
     assert len(scored) == 3 - (moment[1] if moment[0] == "score" else 0)
     assert again.fingerprint() == whole.fingerprint()
     amax = "measurement.safetensors"
@@ -224,14 +225,16 @@ def with_poison(llama, directory, tensor, value):
 def test_nan_or_inf_in_weights(value, llama, text_file, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     broken = with_poison(llama, tmp_path, name, value)
-    with pytest.raises(ModelError, match=name):
-        measure_text(broken, text_file, tmp_path / "out")
+    for engine in ("modelopt", "native"):
+        with pytest.raises(ModelError, match=name):
+            measure_text(broken, text_file, tmp_path / engine, engine=engine)
 
 
 def test_overflow_in_activations(llama, text_file, tmp_path):
     broken = with_poison(llama, tmp_path, "model.layers.1.mlp.up_proj.weight", 3e38)  # finite, but its sums aren't
-    with pytest.raises(MeasurementError, match="NaN or Inf"):
-        measure_text(broken, text_file, tmp_path / "out")
+    for engine in ("modelopt", "native"):
+        with pytest.raises(MeasurementError, match="NaN or Inf"):
+            measure_text(broken, text_file, tmp_path / engine, engine=engine)
 
 
 def test_nan_in_scores_names_the_group(llama, text_file, tmp_path, monkeypatch):
@@ -244,13 +247,13 @@ def test_nan_in_scores_names_the_group(llama, text_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(_Session, "_read_scores", poisoned)
     with pytest.raises(MeasurementError, match=r"model\.layers\.0\.mlp\.down_proj in fp8 is nan"):
-        measure_text(llama, text_file, tmp_path)
+        measure_text(llama, text_file, tmp_path, engine="modelopt")
 
 
 def test_all_zero_scores_are_refused(llama, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(_Session, "_read_scores", lambda self, groups: {g: {"fp8": (0.0, 0.0)} for g in groups})
     with pytest.raises(MeasurementError, match="all scores are zero"):
-        measure_text(llama, text_file, tmp_path)
+        measure_text(llama, text_file, tmp_path, engine="modelopt")
 
 
 def test_dead_module_is_named(llama, text_file, tmp_path):

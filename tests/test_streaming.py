@@ -57,7 +57,7 @@ def test_a_streamed_measurement_has_the_same_bytes(llama, text_file, tmp_path, l
     assert len(loads) == count * chunks * (1 + passes) + rounding
 
 
-@pytest.mark.parametrize("method", ["gradient", "kl_div"])
+@pytest.mark.parametrize("method", ["gradient", "fisher", "kl_div"])
 def test_pictures_are_streamed_too(tmp_path, method):
     data = pairs(4, 2)
     whole, streamed = (

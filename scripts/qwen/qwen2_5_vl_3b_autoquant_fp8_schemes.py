@@ -66,10 +66,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     which.add_argument("--kv-cache", choices=["none", "fp8"], default="none", help="of these schemes; default none")
     measure = parser.add_argument_group("measurement")
     measure.add_argument("--measurement", type=Path, metavar="FILE", help="use this measurement.json: don't measure")
-    measure.add_argument("--auto-quantize-method", choices=["gradient", "kl_div"], help="default gradient")
     measure.add_argument(
-        "--engine", choices=["modelopt", "native"], help="who scores; native is faster; default modelopt"
+        "--auto-quantize-method",
+        choices=["fisher", "gradient", "kl_div"],
+        help="default fisher; with --engine modelopt, which hasn't it, gradient",
     )
+    measure.add_argument("--engine", choices=["native", "modelopt"], help="who scores; default native")
     measure.add_argument("--score-size", type=int, metavar="N", help="samples scored; default all")
     measure.add_argument("--calib-size", type=int, metavar="N", help="samples: rows of tokens, or pairs; default 48")
     measure.add_argument("--calib-seq-len", type=int, metavar="TOKENS", help="default 512; for pairs at most, 1024")
@@ -183,6 +185,8 @@ def recipe_of(flags: argparse.Namespace, records: Path, earlier: dict[str, Any])
         calibration["sequence_length"] = PAIR_TOKENS if calibration["data"]["kind"] in PAIR_KINDS else TEXT_TOKENS
     if given:
         calibration.update(given)
+    if flags.engine == "modelopt" and measurement.get("method") == "fisher":
+        del measurement["method"]  # of an earlier call; ModelOpt's engine has a default of its own
     given = {"method": flags.auto_quantize_method, "score_samples": flags.score_size, "engine": flags.engine}
     measurement.update({key: value for key, value in given.items() if value is not None})
     if flags.measurement is not None:

@@ -111,9 +111,11 @@ class HeldOutSpec(Section):
 class MeasureSpec(Section):
     """How sensitivity is measured."""
 
-    engine: Literal["modelopt", "native"] = Field(default="modelopt", description="native: ours, without ModelOpt")
+    engine: Literal["modelopt", "native"] = Field(default="native", description="native: ours, without ModelOpt")
     method: Literal["gradient", "kl_div", "fisher"] = Field(
-        default="gradient", description="fisher: engine native only; KL to second order, at the price of a gradient"
+        default="fisher",
+        description="fisher: KL to second order, at the price of a gradient; engine modelopt hasn't it, its default is "
+        "gradient",
     )
     formats: tuple[str, ...] = Field(default=("fp8",), min_length=1)
     share_fused_scales: bool = Field(default=True, description="False only to compare with ModelOpt; not exportable")
@@ -131,6 +133,13 @@ class MeasureSpec(Section):
     memory_gb: float | None = Field(
         default=None, gt=0, description="of the device, that measuring may take at most; None: what is free"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_of_engine(cls, content: Any) -> Any:
+        if isinstance(content, Mapping) and content.get("engine") == "modelopt":
+            return {"method": "gradient", **content}
+        return content
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

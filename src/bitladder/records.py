@@ -286,7 +286,7 @@ class Measurement(Record):
         if not candidate.image_scores:
             raise MeasurementError(
                 f"image_weight {image_weight:g} was asked for, but this measurement ({self.engine}, {self.method}) has "
-                "no scores of image positions apart; measure on image+text with method: gradient, or leave it at 1"
+                "no scores of image positions apart; measure on image+text with method: fisher, or leave it at 1"
             )
         return tuple(
             (score - image) + image_weight * image
