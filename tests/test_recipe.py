@@ -414,6 +414,13 @@ def test_the_method_that_is_left_out_is_the_engine_s_own(
     assert MeasureSpec.model_validate(dumped) == measurement
 
 
-def test_fisher_by_modelopt_is_refused(tmp_path: Path) -> None:
-    message = error_of(write(tmp_path, changed("measurement", {"engine": "modelopt", "method": "fisher"})))
-    assert message.endswith("measurement: method: fisher needs engine: native; ModelOpt has gradient and kl_div")
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"method": "fisher"}, "method: fisher needs engine: native; ModelOpt has gradient and kl_div"),
+        ({"memory_gb": 12}, "memory_gb needs engine: native; ModelOpt takes what it needs"),
+    ],
+)
+def test_what_modelopt_has_not_is_refused(tmp_path: Path, setting: dict, expected: str) -> None:
+    message = error_of(write(tmp_path, changed("measurement", {"engine": "modelopt", **setting})))
+    assert message.endswith(f"measurement: {expected}")

@@ -145,6 +145,8 @@ class MeasureSpec(Section):
     def _possible(self) -> Self:
         if self.method == "fisher" and self.engine != "native":
             raise ValueError("method: fisher needs engine: native; ModelOpt has gradient and kl_div")
+        if self.memory_gb is not None and self.engine != "native":
+            raise ValueError("memory_gb needs engine: native; ModelOpt takes what it needs")
         if self.rounding == "compensated" and not (self.share_fused_scales and len(self.formats) == 1):
             raise ValueError("rounding: compensated needs share_fused_scales: true and one format")
         return self
