@@ -643,7 +643,10 @@ class _GradientScorer(ExitStack):
         if len(passes) == 1 and self._is_graphed(passes[0]):
             return [_named(self._replayed(passes[0]), self.job.target.groups)]
         self._forward(passes)
-        gradients = [self._gradient(current) for current in passes]
+        gradients = []
+        for current in passes:
+            self._seed(current)
+            gradients.append(self._gradient(current))
         for index in range(len(self.layers) - 1, self.decoder.first - 1, -1):
             with self.layers.loaded(index) as layer, self._tapped(index):
                 for number, current in enumerate(passes):
@@ -653,12 +656,14 @@ class _GradientScorer(ExitStack):
         groups, method = self.job.target.groups, self.job.spec.method
         return [_named(_read(current, groups, method), groups) for current in passes]
 
+    def _seed(self, current: _Pass) -> None:
+        if self.job.spec.method != "gradient":
+            self.decoder.seed(current)
+
     def _gradient(self, current: _Pass) -> torch.Tensor:
         """Return the gradient by the last layer's output that the method begins with."""
-        if self.job.spec.method == "gradient":
-            return self.decoder.loss_gradient(current)
-        self.decoder.seed(current)
-        return self.decoder.probe_gradient(current)
+        by_loss = self.job.spec.method == "gradient"
+        return self.decoder.loss_gradient(current) if by_loss else self.decoder.probe_gradient(current)
 
     def _is_graphed(self, current: _Pass) -> bool:
         """Return whether a batch is scored by a CUDA graph: it is like others, and nothing of it has to run again.
@@ -680,8 +685,7 @@ class _GradientScorer(ExitStack):
         if shape not in self.graphs:
             self.graphs.clear()  # each holds the memory of a whole step
             self.graphs[shape] = _Graph(self._scores, current, self.decoder.generator)
-        if self.job.spec.method != "gradient":
-            self.decoder.seed(current)
+        self._seed(current)
         return self.graphs[shape].replay(current)
 
     def _scores(self, current: _Pass) -> torch.Tensor:
@@ -693,8 +697,7 @@ class _GradientScorer(ExitStack):
                 output = hidden_of(self.layers.layers[index](leaf, *call.args, **call.kwargs))
             current.kept[index] = leaf, output
             current.output = output.detach()
-        by_loss = self.job.spec.method == "gradient"
-        gradient = self.decoder.loss_gradient(current) if by_loss else self.decoder.probe_gradient(current)
+        gradient = self._gradient(current)
         for index in range(len(self.layers) - 1, self.decoder.first - 1, -1):
             gradient = self.decoder.backward(self.layers.layers[index], index, current, gradient)
         self.taps.current = None
