@@ -213,8 +213,23 @@ def test_what_is_added_between_layers_is_refused(tmp_path):
     decoder, current = decoder_of(transformers.LlamaForCausalLM, llama_config(), tmp_path)
     decoder.layers.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
     decoder.record(current)  # for gradients it doesn't matter
-    with pytest.raises(EngineError, match="changes the hidden states before decoder layer 1"):
+    with pytest.raises(EngineError, match=r"changes the hidden states before decoder layer 1 .* use method: fisher"):
         decoder.begin(native._Pass(current.batch))
+
+
+def test_only_layers_that_run_one_after_another_make_a_graph(llama, text_file, tmp_path):
+    amax = sensitivity.read_amax(measured_by("native", llama, load_text(llama, text_file), tmp_path), tmp_path)
+    target = targets.find_target(llama)
+    (batch, *_) = load_text(llama, text_file).batches
+    model = targets.load_model(llama, torch.float32).requires_grad_(False)
+    opened = Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY)
+    job = sensitivity.Job(target, (), 4, MeasureSpec(), "cpu", lambda *_: None)
+    with native.scorer(opened, job, amax, None) as scorer:
+        opened.memory.is_gpu = True  # what is asked doesn't need one
+        assert scorer._is_graphed(native._Pass(batch, whole=True))
+        assert not scorer._is_graphed(native._Pass(batch, whole=False))
+        opened.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+        assert not scorer._is_graphed(native._Pass(batch, whole=True))
 
 
 @pytest.mark.parametrize("difference", [1e-4, 1e-2, 1.0, 200.0])

@@ -19,7 +19,7 @@ from bitladder.sensitivity import Amax
 from bitladder.targets import Target
 
 OUT_OF_MEMORY = "out of GPU memory while measuring; lower calibration.batch_size or calibration.sequence_length"
-LARGEST_PRODUCT = 1e10  # ModelOpt's own bound on gradient times error
+_LARGEST_PRODUCT = 1e10  # ModelOpt's own bound on gradient times error
 _LAYER = re.compile(r"(.+?)\.(\d+)\.")  # path of the list of decoder layers, and the number in it
 
 
@@ -111,7 +111,7 @@ def token_scores(gradient: torch.Tensor, difference: torch.Tensor) -> torch.Tens
     """Return what every token adds to a module's gradient score: [rows, tokens] in float64."""
     # Few passes over memory bound the time: the product in the tensors' own dtype (its rounding averages out over
     # the elements), then one reduction that squares in float32.
-    product = torch.mul(gradient, difference).clamp_(-LARGEST_PRODUCT, LARGEST_PRODUCT)
+    product = torch.mul(gradient, difference).clamp_(-_LARGEST_PRODUCT, _LARGEST_PRODUCT)
     lengths: torch.Tensor = torch.linalg.vector_norm(product, dim=-1, dtype=torch.float32)
     return lengths.double().square_()
 

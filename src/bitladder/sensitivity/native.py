@@ -312,7 +312,12 @@ class _Decoder:
         Raises:
             EngineError: as `record`, or the model changes hidden states between two layers.
         """
-        current.calls, logits = self.layers.calls(current.batch, **options)
+        try:
+            current.calls, logits = self.layers.calls(current.batch, **options)
+        except EngineError as error:
+            raise EngineError(
+                f"{error}; use method: fisher with the whole model in memory, or engine: modelopt"
+            ) from error
         hidden = current.calls[0].hidden
         self._check_head(hidden, logits)
         current.output = hidden.to(self.layers.home)
@@ -668,6 +673,8 @@ class _GradientScorer(ExitStack):
     def _is_graphed(self, current: _Pass) -> bool:
         """Return whether a batch is scored by a CUDA graph: it is like others, and nothing of it has to run again.
 
+        It is before the first layer then.
+
         What decides is the batch and the job, not which batches came before: workers then score alike.
         """
         if not self.tapped or not self.layers.memory.is_gpu or self.job.score_batches < _GRAPHED_FROM:
@@ -676,11 +683,16 @@ class _GradientScorer(ExitStack):
             return False
         embedding: Any = self.layers.model.get_input_embeddings()
         state = current.batch.labels.numel() * embedding.weight.shape[1] * embedding.weight.element_size()
-        return bool(self.room > _GROWTH * state * (len(self.layers) + _LAYERS_LEFT))
+        if self.room <= _GROWTH * state * (len(self.layers) + _LAYERS_LEFT):
+            return False
+        try:
+            self.decoder.begin(current)
+        except EngineError:
+            return False  # layers that can't be run one after another: the model itself has to run them
+        return True
 
     def _replayed(self, current: _Pass) -> torch.Tensor:
-        """Return the scores [groups, 2] of a batch by the CUDA graph of its shape."""
-        self.decoder.begin(current)
+        """Return the scores [groups, 2] of a batch before the first layer by the CUDA graph of its shape."""
         shape = current.batch.labels.shape
         if shape not in self.graphs:
             self.graphs.clear()  # each holds the memory of a whole step
