@@ -89,8 +89,8 @@ def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how
     from bitladder.recipe import MeasureSpec
     from bitladder.sensitivity import native
 
-    if how == "fused":
-        native._FUSED_FROM = 0
+    if how in ("eager", "compiled"):
+        native._COMPILED_FROM = native._KL_COMPILED_FROM = 0 if how == "compiled" else 10**9
     limit = float(how.removesuffix("gb")) if how.endswith("gb") else None
 
     settings = parse_size(size)

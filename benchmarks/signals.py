@@ -39,7 +39,8 @@ import prediction
 import quality
 import torch
 
-from bitladder.sensitivity import native
+from bitladder.sensitivity import native, taps
+from bitladder.sensitivity.common import deterministic, hidden_of
 from bitladder.sensitivity.layers import DeviceMemory, Layers
 
 DRAWS = 4
@@ -114,13 +115,28 @@ LOSSES: dict[str, tuple[LogitGradient, int]] = {
 }
 
 
-class Taps(native._Taps):
-    """Keeps every module's Σ (g e)², and its Σ over features g e at each token, [rows, tokens]."""
+class Taps(ExitStack):
+    """Keeps, within its context, every module's Σ (g e)², and its Σ over features g e at each token, [rows, tokens]."""
+
+    def __init__(self, model, job, amax) -> None:
+        super().__init__()
+        self.found: dict[str, tuple] = {}  # of the backward pass at hand
+        for group in job.target.groups:
+            for name, fp8 in taps.fp8_of(model, group, amax, None).items():
+                self.callback(model.get_submodule(name).register_forward_hook(self._hook(name, fp8)).remove)
+
+    def _hook(self, name: str, fp8: taps.Fp8):
+        def tap(linear, inputs, output) -> None:
+            if output.requires_grad:
+                x, exact = inputs[0].detach(), output.detach()
+                output.register_hook(lambda gradient: self._add(name, linear, fp8, x, exact, gradient))
+
+        return tap
 
     @torch.no_grad()
-    def _add(self, current, name, linear, seen, exact, gradient) -> None:
-        product = gradient * (linear.output_of(seen, exact.shape) - exact)
-        current.scores[name] = product.square().sum(dtype=torch.float64), product.sum(-1, dtype=torch.float64)
+    def _add(self, name, linear, fp8, x, exact, gradient) -> None:
+        product = gradient * (fp8.output_of(x, linear.bias) - exact)
+        self.found[name] = product.square().sum(dtype=torch.float64), product.sum(-1, dtype=torch.float64)
 
 
 def forms_of(scores: dict, groups) -> dict[str, dict[str, float]]:
@@ -143,13 +159,12 @@ class Scorer(ExitStack):
     def __init__(self, layers, job, amax) -> None:
         super().__init__()
         self.job, self.decoder = job, native._Decoder(layers, job)
-        self.taps = Taps(layers.model, job, amax, None)
-        self.enter_context(self.taps.on(job.target.groups))
+        self.taps = self.enter_context(Taps(layers.model, job, amax))
 
     def scores(self, batch, seed: int) -> tuple[dict[str, list[dict]], dict[str, float]]:
         """Return each loss's draws, each `{form: {group: score of the mean loss}}`, and seconds for a pass of each."""
         found, seconds, start = {}, {}, seconds_now()
-        self.taps.current = recorded = native._Pass(batch)
+        recorded = native._Pass(batch)
         self.decoder.record(recorded)
         seconds["forward"] = seconds_now() - start
         for loss, (logit_gradient, draws) in LOSSES.items():
@@ -158,13 +173,14 @@ class Scorer(ExitStack):
             for draw in range(draws):
                 generator = torch.Generator(batch.labels.device).manual_seed(seed * DRAWS + draw)
                 # Nothing is kept of the forward pass: its graph serves one backward pass, and there are several.
-                current = native._Pass(batch, calls=list(recorded.calls), output=recorded.output)
-                self.taps.current = current
-                gradient = gradient_of(self.decoder, current, logit_gradient, generator)
+                gradient = gradient_of(self.decoder, recorded, logit_gradient, generator)
                 for index in range(len(self.decoder.layers) - 1, self.decoder.first - 1, -1):
-                    layer = self.decoder.layers.layers[index]
-                    gradient = self.decoder.backward(layer, index, current, gradient)
-                found[loss].append(forms_of(current.scores, self.job.target.groups))
+                    call = recorded.calls[index]
+                    leaf = call.hidden.detach().requires_grad_()
+                    output = hidden_of(self.decoder.layers.layers[index](leaf, *call.args, **call.kwargs))
+                    with deterministic():
+                        (gradient,) = torch.autograd.grad(output, leaf, gradient)
+                found[loss].append(forms_of(self.taps.found, self.job.target.groups))
             seconds[loss] = (seconds_now() - start) / draws
         return found, seconds
 
@@ -228,7 +244,8 @@ def scored(work, measurement, batches: int, scratch: Path) -> list[dict]:
             parameter.requires_grad_(False)
         target = find_target(work.model_directory)
         spec = work.recipe.measurement.model_copy(update={"method": "gradient"})
-        job = sensitivity.Job(target, data.batches, batches, spec, device, lambda *_: None)
+        shapes = tuple(batch.labels.shape for batch in data.batches[:batches])
+        job = sensitivity.Job(target, data.batches, shapes, spec, device, lambda *_: None)
         layers = Layers.of(model, target, DeviceMemory(device, None), native.REMEDY)
         for index, path in enumerate(paths):
             if path.exists():

@@ -151,7 +151,7 @@ def decoder_of(cls, config, directory):
     """Return the native decoder of a tiny random model in float32, and one batch of token ids on its way."""
     save_model(cls, config, directory, tokenizer=False)
     target = targets.find_target(directory)
-    job = sensitivity.Job(target, (), 0, MeasureSpec(engine="native"), "cpu", lambda *_: None)
+    job = sensitivity.Job(target, (), (), MeasureSpec(engine="native"), "cpu", lambda *_: None)
     model = targets.load_model(directory, torch.float32, "cpu").requires_grad_(False)
     ids = torch.arange(10, 34).view(2, 12)
     batch = calibration.Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
@@ -193,13 +193,13 @@ def test_layers_and_gradient_are_the_models_own_in_every_family(family, tmp_path
 
 def test_what_is_kept_and_what_runs_again_give_the_same(llama, text_file, tmp_path, monkeypatch):
     data, found, kept = load_text(llama, text_file), {}, {}  # `fisher`, whose draws must not differ either
-    backward = native._Decoder.backward
+    backward = native._GradientScorer._backward
 
-    def counted(decoder, layer, index, current, gradient):
+    def counted(scorer, layer, index, current, gradient):
         kept.setdefault(name, []).append(index in current.kept)
-        return backward(decoder, layer, index, current, gradient)
+        return backward(scorer, layer, index, current, gradient)
 
-    monkeypatch.setattr(native._Decoder, "backward", counted)
+    monkeypatch.setattr(native._GradientScorer, "_backward", counted)
     for name, room, left in (("kept", True, 0.0), ("again", False, 0.0), ("without copies", True, 1e18)):
         monkeypatch.setattr(native._CutRecorder, "_has_room", lambda *_, room=room: room)
         monkeypatch.setattr(native, "_COPIES_LEFT", left)  # of memory, that FP8 copies of all weights must leave
@@ -223,7 +223,7 @@ def test_only_layers_that_run_one_after_another_make_a_graph(llama, text_file, t
     (batch, *_) = load_text(llama, text_file).batches
     model = targets.load_model(llama, torch.float32).requires_grad_(False)
     opened = Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY)
-    job = sensitivity.Job(target, (), 4, MeasureSpec(), "cpu", lambda *_: None)
+    job = sensitivity.Job(target, (), 4 * (batch.labels.shape,), MeasureSpec(), "cpu", lambda *_: None)
     with native.scorer(opened, job, amax, None) as scorer:
         opened.memory.is_gpu = True  # what is asked doesn't need one
         assert scorer._is_graphed(native._Pass(batch, whole=True))
@@ -240,7 +240,8 @@ def test_kl_is_exact_for_near_and_far_distributions(difference):
     p, q = (torch.log_softmax(values.double(), -1) for values in (logits, others))
     expected = float((p.exp() * (p - q)).sum())
     decoder = SimpleNamespace(logits=lambda hidden: hidden)
-    scorer = SimpleNamespace(layers=SimpleNamespace(device="cpu"), decoder=decoder, kl=native._kl_sum)
+    scorer = SimpleNamespace(layers=SimpleNamespace(device="cpu"), decoder=decoder, rows=256)
+    scorer.normalisers, scorer.kl = native._normalisers, native._kl_of_rows
     (found,) = native._KlScorer._kl(scorer, logits, [others])
     assert float(found) == pytest.approx(expected, rel=2e-3)
     (back,) = native._KlScorer._kl(scorer, others, [logits])
@@ -399,7 +400,9 @@ def test_fisher_is_the_kl_to_second_order(sure_llama, text_file, tmp_path, monke
     amax = sensitivity.read_amax(measured_by("native", sure_llama, data, tmp_path), tmp_path)
     model = targets.load_model(sure_llama, torch.float32).requires_grad_(False)
     (batch,) = data.batches
-    job = sensitivity.Job(target, data.batches, 1, MeasureSpec(method="fisher"), "cpu", lambda *_: None)
+    job = sensitivity.Job(
+        target, data.batches, (data.batches[0].labels.shape,), MeasureSpec(method="fisher"), "cpu", lambda *_: None
+    )
     opened = Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY)
     draws = []
     with native.scorer(opened, job, amax, None) as scorer:

@@ -55,10 +55,15 @@ class Job:
 
     target: Target
     batches: tuple[Batch, ...]  # all are calibrated on
-    score_batches: int  # the first so many are scored
+    scored: tuple[torch.Size, ...]  # [rows, tokens] of each batch that is scored: the first so many
     spec: MeasureSpec
     device: str
     progress: Progress
+
+    @property
+    def score_batches(self) -> int:
+        """How many batches are scored."""
+        return len(self.scored)
 
 
 class Codes:
@@ -279,7 +284,8 @@ def measure(
     key = settings_sha256(source, data, spec)
     partial = Partial(output / _PARTIAL, key)
     count = score_batch_count(data, spec)
-    job = Job(target, data.batches, count, spec, device, progress)
+    scored = tuple(batch.labels.shape for batch in data.batches[:count])
+    job = Job(target, data.batches, scored, spec, device, progress)
 
     memory = layers.DeviceMemory(device, spec.memory_gb)
 

@@ -19,6 +19,7 @@ from bitladder.sensitivity import Amax
 from bitladder.targets import Target
 
 OUT_OF_MEMORY = "out of GPU memory while measuring; lower calibration.batch_size or calibration.sequence_length"
+LEAST_LOG = -87.0  # of a probability that counts: its exponential is just above the least normal number of float32
 _LARGEST_PRODUCT = 1e10  # ModelOpt's own bound on gradient times error
 _LAYER = re.compile(r"(.+?)\.(\d+)\.")  # path of the list of decoder layers, and the number in it
 
@@ -114,6 +115,11 @@ def token_scores(gradient: torch.Tensor, difference: torch.Tensor) -> torch.Tens
     product = torch.mul(gradient, difference).clamp_(-_LARGEST_PRODUCT, _LARGEST_PRODUCT)
     lengths: torch.Tensor = torch.linalg.vector_norm(product, dim=-1, dtype=torch.float32)
     return lengths.double().square_()
+
+
+def token_directions(gradient: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+    """Return how the loss changes with every token's output, to first order: [rows, tokens] in float64."""
+    return torch.mul(gradient, difference).sum(-1, dtype=torch.float32).double()
 
 
 def by_position(scores: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:

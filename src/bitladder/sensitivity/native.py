@@ -30,9 +30,9 @@ is loaded, and hidden states lie on the host. On a CPU its scores are the same, 
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import shutil
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -43,15 +43,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bitladder import numerics
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import get_format
 from bitladder.kv_cache import AmaxCache
 from bitladder.records import QuantGroup
 from bitladder.runinfo import Meter
-from bitladder.sensitivity import Amax, BatchScores, Codes, Job, Partial, check_amax, codes_of, compensation
+from bitladder.sensitivity import Amax, BatchScores, Codes, Job, Partial, check_amax, compensation
 from bitladder.sensitivity.common import (
+    LEAST_LOG,
     OUT_OF_MEMORY,
     LayerCall,
     LayerRecorder,
@@ -61,80 +60,24 @@ from bitladder.sensitivity.common import (
     image_positions,
     kv_cache_amax,
     layer_of,
-    token_scores,
     without_cudnn_attention,
 )
 from bitladder.sensitivity.layers import Layers, batches_at_once
+from bitladder.sensitivity.taps import FORMAT, InFp8, LastInput, Tapped, fp8_of, taken
 from bitladder.storage import sha256_of_bytes
 from bitladder.targets import image_token_ids
 
-_Quantise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-_FP8_CAPABILITY = (8, 9)  # of the first NVIDIA GPUs that multiply FP8 numbers
-_FP8_MULTIPLE = 16  # torch._scaled_mm takes matrices whose sides are multiples of this
+_KERNEL_ROWS_AT_ONCE = 1024  # of logits where kernels take them as they are: 311 MB, twice
 _ROWS_AT_ONCE = 256  # of logits: 151,936 a row in float32 make 156 MB, and a loss or KL needs several of them
-_LEAST_LOG = -87.0  # its exponential is just above the smallest normal number of float32
 _SAME_LOGITS = 0.02  # of the largest logit: BF16 rounds to 0.004, a softcap or a factor changes more
 _GRAPHED_FROM = 4  # batches from which capturing a CUDA graph is worth it
-_FUSED_FROM = 128  # batches from which five seconds of compiling kernels are worth it
+_COMPILED_FROM = 500_000  # tokens from which a dozen seconds of compiling layers for gradient steps are worth it
+_KL_COMPILED_FROM = 16_000  # the same for KL steps, for each shape of a batch
+_COMPILED_FORMS = 64  # of a layer at most: alone and with each of its groups in FP8, for every type of layer and shape
 _COPIES_LEFT = 3e9  # bytes of memory that FP8 copies of all searched weights must leave, to be kept
 _GROWTH = 40  # times a layer's input: what its backward pass needs, before it was seen
 _LAYERS_LEFT = 4  # of the memory that a kept layer takes: for the head, the backward pass, and the estimate's error
-FORMAT = "fp8"
 REMEDY = "engine: native needs one, use engine: modelopt"
-
-
-class _Fp8Linear:
-    """What one searched module would give in FP8."""
-
-    def __init__(
-        self, linear: nn.Linear, module: str, amax: Amax, codes: Codes | None, quantise: _Quantise = numerics.quantise
-    ) -> None:
-        weight_amax, input_amax = amax[f"{module}.weight_amax"], amax[f"{module}.input_amax"]
-        self.linear, self.quantise = linear, quantise
-        self.input_amax_value = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
-        self.input_amax = input_amax.to(linear.weight.device)
-        self.input_scale = numerics.scale_of(self.input_amax)
-        weight_amax = weight_amax.to(linear.weight.device)
-        self.weight_scale = numerics.scale_of(weight_amax)
-        self.native = _multiplies_fp8(linear)
-        stored = codes_of(module, linear.weight, weight_amax, get_format(FORMAT), codes)
-        self.weight = stored if self.native else numerics.dequantise(stored, self.weight_scale, linear.weight.dtype)
-
-    def input_of(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the module's input as it is multiplied: FP8 codes, or values rounded through FP8."""
-        if self.native:
-            return self.quantise(x.reshape(-1, x.shape[-1]), self.input_amax)
-        return numerics.fake_quantise(x, self.input_scale)
-
-    def output_of(self, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Return the module's output of `shape` from what `input_of` gave."""
-        if not self.native:
-            return functional.linear(x, self.weight, self.linear.bias)
-        dtype = self.linear.weight.dtype
-        product = torch._scaled_mm(
-            x,
-            self.weight.t(),
-            scale_a=self.input_scale,
-            scale_b=self.weight_scale,
-            bias=self.linear.bias,
-            out_dtype=dtype,
-        )
-        return product.view(shape)
-
-    def replace(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """Return the output in FP8 instead; a forward hook of the module."""
-        return self.output_of(self.input_of(inputs[0]), output.shape)
-
-
-def _multiplies_fp8(linear: nn.Linear) -> bool:
-    weight = linear.weight
-    return (
-        weight.is_cuda
-        and weight.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(weight.device) >= _FP8_CAPABILITY
-        and all(size % _FP8_MULTIPLE == 0 for size in weight.shape)
-    )
 
 
 @dataclass
@@ -147,73 +90,34 @@ class _Pass:
     calls: list[LayerCall] = field(default_factory=list)  # of each layer; its hidden states are the layer's input
     output: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # of the last layer that ran
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # layer -> leaf, its output
+    sinks: dict[str, torch.Tensor] = field(default_factory=dict)  # module -> whose gradient will be its scores
     scores: dict[str, torch.Tensor] = field(default_factory=dict)  # module -> what each token adds, [rows, tokens]
 
 
 class _Taps:
-    """Scores the searched modules of layers that run with gradients, for the pass at hand."""
+    """The searched modules of layers that run with gradients, each of which gives its scores too."""
 
     def __init__(self, model: nn.Module, job: Job, amax: Amax, codes: Codes | None) -> None:
         self.model, self.amax, self.codes = model, amax, codes
-        self.current: _Pass | None = None
-        fused = job.score_batches >= _FUSED_FROM
-        self.quantise = _fused(numerics.quantise, job.device) if fused else numerics.quantise
-        by_token = _token_scores if job.spec.method == "gradient" else _token_directions
-        self.by_token = _fused(by_token, job.device) if fused else by_token
-        self._shared: tuple[weakref.ref[torch.Tensor], float, torch.Tensor] | None = None  # input, amax, input in FP8
+        self.shared = {"directional": job.spec.method != "gradient", "last_input": LastInput()}
 
     def on(self, groups: Iterable[QuantGroup]) -> ExitStack:
         """Tap the modules of these groups, whose weights must be at hand, until the context is left."""
         stack = ExitStack()
         for group in groups:
-            for module in group.modules:
-                linear: Any = self.model.get_submodule(module.name)
-                fp8 = _Fp8Linear(linear, module.name, self.amax, self.codes, self.quantise)
-                stack.callback(linear.register_forward_hook(self._hook(module.name, fp8)).remove)
+            for name, fp8 in fp8_of(self.model, group, self.amax, self.codes).items():
+                stack.enter_context(taken(self.model.get_submodule(name), Tapped, fp8=fp8, sink=None, **self.shared))
         return stack
 
-    def _hook(self, name: str, linear: _Fp8Linear) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        def tap(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if not output.requires_grad:
-                return  # a layer that will run again
-            assert self.current is not None
-            with torch.no_grad():
-                seen, exact = self._input(linear, inputs[0]), output.detach()
-            score = bound(self._add, self.current, name, linear, seen, exact)
-            output.register_hook(score)  # type: ignore[no-untyped-call]
-
-        return tap
-
-    def _input(self, linear: _Fp8Linear, x: torch.Tensor) -> torch.Tensor:
-        """Return the FP8 input; modules that are fused by the runtime share one, and its scale."""
-        shared = self._shared
-        if shared is None or shared[0]() is not x or shared[1] != linear.input_amax_value:
-            self._shared = shared = weakref.ref(x), linear.input_amax_value, linear.input_of(x)
-        return shared[2]
-
-    @torch.no_grad()
-    def _add(
-        self,
-        current: _Pass,
-        name: str,
-        linear: _Fp8Linear,
-        seen: torch.Tensor,
-        exact: torch.Tensor,
-        gradient: torch.Tensor,
-    ) -> None:
-        if name in current.scores:
-            raise EngineError(f"{name} runs twice in one pass; engine: native can't score it, use engine: modelopt")
-        current.scores[name] = self.by_token(gradient, linear.output_of(seen, exact.shape), exact)
-
-
-def _token_scores(gradient: torch.Tensor, quantised: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Return what every token adds to a module's gradient score: [rows, tokens] in float64."""
-    return token_scores(gradient, quantised - exact)
-
-
-def _token_directions(gradient: torch.Tensor, quantised: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Return how the loss changes with every token's output, to first order: [rows, tokens] in float64."""
-    return torch.mul(gradient, quantised - exact).sum(-1, dtype=torch.float32).double()
+    def give_sinks(self, current: _Pass, groups: Iterable[QuantGroup]) -> None:
+        """Give every module of a layer's groups, before the layer runs with gradients, where its scores will arrive."""
+        labels = current.batch.labels
+        zeros = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+        for group in groups:
+            for module in group.modules:
+                current.sinks[module.name] = sink = zeros.detach().requires_grad_()
+                tapped: Any = self.model.get_submodule(module.name)
+                tapped.sink = sink
 
 
 def _read(current: _Pass, groups: Sequence[QuantGroup], method: str) -> torch.Tensor:
@@ -239,10 +143,16 @@ def _named(values: torch.Tensor, groups: Sequence[QuantGroup]) -> BatchScores:
 
 
 class _CutRecorder(LayerRecorder):
-    """Makes each layer's input a leaf and keeps what its backward pass needs, as long as memory lasts."""
+    """Makes each layer's input a leaf and keeps what its backward pass needs, as long as memory lasts.
 
-    def __init__(self, layers: Layers, first: int, keep: bool) -> None:
-        self.memory, self.first, self.keep = layers.memory, first, keep
+    Args:
+        layers: whose memory it is.
+        first: the first layer that needs a gradient.
+        before: told the number of a layer that will be kept, before it runs; None: nothing is kept.
+    """
+
+    def __init__(self, layers: Layers, first: int, before: Callable[[int], None] | None) -> None:
+        self.memory, self.first, self.before = layers.memory, first, before
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._leaf: torch.Tensor | None = None
         self._before = self._growth = 0.0  # bytes: taken before the layer at hand, and by one that was kept
@@ -252,8 +162,9 @@ class _CutRecorder(LayerRecorder):
         super()._keep_call(layer, args, kwargs)
         hidden = self.calls[-1].hidden.detach()
         self._leaf = None
-        if self.keep and len(self.calls) > self.first and self._has_room(hidden):
+        if self.before is not None and len(self.calls) > self.first and self._has_room(hidden):
             self._leaf = hidden = hidden.requires_grad_()
+            self.before(len(self.calls) - 1)
         self._before = self._allocated(hidden)
         return (hidden, *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": hidden}
 
@@ -279,8 +190,8 @@ class _CutRecorder(LayerRecorder):
 class _Decoder:
     """The decoder layers of a model with the norm and head behind them, and batches on their way through."""
 
-    def __init__(self, layers: Layers, job: Job) -> None:
-        self.layers, self.model = layers, layers.model
+    def __init__(self, layers: Layers, job: Job, compiled: bool = False) -> None:
+        self.layers, self.model, self.compiled = layers, layers.model, compiled
         self.norm = getattr(self.model.get_submodule(layers.path.rpartition(".")[0]), "norm", None)
         if self.norm is None or "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
             raise EngineError(
@@ -292,14 +203,18 @@ class _Decoder:
             self.groups.setdefault(layer_of(group), []).append(group)
         self.first = min(self.groups)  # layers before it need no gradient
         self.generator = torch.Generator(layers.device)  # of the signs
+        self.call = _fused(_call, compiled)
+        self.by_loss, self.by_signs = _fused(_by_loss, compiled), _fused(_by_signs, compiled)
 
-    def record(self, current: _Pass, keep: bool = True) -> None:
-        """Run the model, and keep of every layer what it is called with, and (`keep`) its graph where memory lasts.
+    def record(self, current: _Pass, before: Callable[[int], None] | None = None) -> None:
+        """Run the model, and keep of every layer what it is called with, and its graph where memory lasts.
+
+        `before` is told the number of a layer whose graph will be kept, before it runs; without it none is kept.
 
         Raises:
             EngineError: norm and head don't make the model's logits of the last layer's output.
         """
-        with torch.enable_grad(), _CutRecorder(self.layers, self.first, keep) as seen:
+        with torch.enable_grad(), _CutRecorder(self.layers, self.first, before) as seen:
             # No cache: it would be filled again when layers run again. One position: all logits are large.
             logits = self.model(**current.batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1:].detach()
         self._check_head(seen.output, logits)
@@ -334,7 +249,7 @@ class _Decoder:
     @torch.no_grad()
     def run(self, layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Return what a layer makes of hidden states [rows, tokens, hidden], called as `call` was; both at home."""
-        return hidden_of(layer(hidden.to(self.layers.device), *call.args, **call.kwargs)).to(self.layers.home)
+        return self.call(layer, hidden.to(self.layers.device), call.args, call.kwargs).to(self.layers.home)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., vocabulary] of what the last layer gives, [..., hidden]."""
@@ -344,32 +259,25 @@ class _Decoder:
 
     def loss_gradient(self, current: _Pass) -> torch.Tensor:
         """Return the gradient of the batch's mean loss by the last layer's output, [rows, tokens, hidden]."""
-        labels = current.batch.labels[:, 1:]
-        tokens = labels.numel() if current.whole else current.batch.loss_tokens
+        tokens = current.batch.labels[:, 1:].numel() if current.whole else current.batch.loss_tokens
 
         def by_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            (gradient,) = torch.autograd.grad(
-                functional.cross_entropy(logits.float(), labels, reduction="sum") / tokens, logits
-            )
-            return gradient
+            return self.by_loss(logits, labels, 1 / tokens)
 
         return self._gradient(current, by_logits)
 
     def probe_gradient(self, current: _Pass) -> torch.Tensor:
         """Return the gradient of the summed loss with labels of the model's own, as random signs stand for them.
 
-        With signs z and probabilities p the logits' gradient sqrt(p) z - p sum(sqrt(p) z) has the covariance of one
-        drawn label's, diag(p) - p p^T, without its rare large values. The signs are those that `seed` set.
+        The signs are those that `seed` set.
 
         Returns:
             [rows, tokens, hidden], by the last layer's output.
         """
 
         def by_logits(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-            p = logits.detach().softmax(-1, dtype=torch.float32)
-            signs = torch.randint(0, 2, p.shape, generator=self.generator, device=p.device, dtype=torch.int8)
-            root = p.sqrt() * (2 * signs - 1)
-            return (root - p * root.sum(-1, keepdim=True)).to(logits.dtype)
+            signs = torch.randint(0, 2, logits.shape, generator=self.generator, device=logits.device, dtype=torch.int8)
+            return self.by_signs(logits, signs)
 
         return self._gradient(current, by_logits)
 
@@ -385,31 +293,45 @@ class _Decoder:
         output, labels = current.output.to(self.layers.device), current.batch.labels[:, 1:]
         hidden = _counted(output, current)
         labels = labels.flatten() if current.whole else labels[current.batch.predicted]
+        count = len(labels)
+        missing = -count % _ROWS_AT_ONCE if self.compiled else 0  # for parts of one shape, which is compiled once
+        hidden, labels = functional.pad(hidden, (0, 0, 0, missing)), functional.pad(labels, (0, missing))
         parts: list[torch.Tensor] = []
         for start in range(0, len(labels), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             leaf = hidden[rows].detach().requires_grad_()
             with torch.enable_grad():
                 logits = self.logits(leaf)
-                parts += torch.autograd.grad(logits, leaf, by_logits(logits.detach().requires_grad_(), labels[rows]))
-        gradient, found = torch.zeros_like(output), torch.cat(parts)
+                parts += torch.autograd.grad(logits, leaf, by_logits(logits.detach(), labels[rows]))
+        gradient, found = torch.zeros_like(output), torch.cat(parts)[:count]
         if current.whole:
             gradient[:, :-1] = found.view_as(output[:, :-1])
         else:
             gradient[:, :-1][current.batch.predicted] = found
         return gradient.to(self.layers.home)
 
-    def backward(self, layer: nn.Module, index: int, current: _Pass, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the gradient by a layer's input from that by its output, [rows, tokens, hidden]; last layer first."""
-        call = current.calls.pop()
-        leaf, output = current.kept.pop(index, (None, None))
-        if leaf is None or output is None:
-            leaf = call.hidden.detach().to(self.layers.device).requires_grad_()
-            with torch.enable_grad():
-                output = hidden_of(layer(leaf, *call.args, **call.kwargs))
-        with deterministic():
-            (found,) = torch.autograd.grad(output, leaf, gradient.to(self.layers.device))
-        return found.to(self.layers.home)
+
+def _call(layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the hidden states [rows, tokens, hidden] that a decoder layer makes of others."""
+    return hidden_of(layer(hidden, *args, **kwargs))
+
+
+def _by_loss(logits: torch.Tensor, labels: torch.Tensor, weight: float) -> torch.Tensor:
+    """Return the gradient of the labels' loss times `weight` by the logits [rows, vocabulary]: softmax less labels."""
+    p = logits.softmax(-1, dtype=torch.float32)
+    there = labels[:, None] == torch.arange(logits.shape[-1], device=labels.device)
+    return ((p - there.float()) * weight).to(logits.dtype)
+
+
+def _by_signs(logits: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """Return a random gradient by the logits [rows, vocabulary], made of as many random signs, given as 0 and 1.
+
+    With signs z and probabilities p, sqrt(p) z - p sum(sqrt(p) z) has the covariance of the gradient by one drawn
+    label, diag(p) - p p^T, without its rare large values.
+    """
+    p = logits.softmax(-1, dtype=torch.float32)
+    root = p.sqrt() * (2 * signs - 1)
+    return (root - p * root.sum(-1, keepdim=True)).to(logits.dtype)
 
 
 def _counted(hidden: torch.Tensor, current: _Pass) -> torch.Tensor:
@@ -628,7 +550,8 @@ class _GradientScorer(ExitStack):
 
     def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
-        self.layers, self.job, self.decoder = layers, job, _Decoder(layers, job)
+        self.layers, self.job = layers, job
+        self.decoder = _Decoder(layers, job, compiled=_is_worth_compiling(layers, job, _COMPILED_FROM))
         self.taps = _Taps(layers.model, job, amax, codes)
         self.states = len(layers) + 1  # of each batch: every layer's input
         self.image_tokens = image_token_ids(layers.model.config)
@@ -646,7 +569,8 @@ class _GradientScorer(ExitStack):
         """Return the scores of each batch, all of which go through a layer before the next one is loaded."""
         passes = [_Pass(batch, image_positions(batch, self.image_tokens), _is_whole(batch)) for batch in batches]
         if len(passes) == 1 and self._is_graphed(passes[0]):
-            return [_named(self._replayed(passes[0]), self.job.target.groups)]
+            with _compiling(self.decoder):
+                return [_named(self._replayed(passes[0]), self.job.target.groups)]
         self._forward(passes)
         gradients = []
         for current in passes:
@@ -655,9 +579,7 @@ class _GradientScorer(ExitStack):
         for index in range(len(self.layers) - 1, self.decoder.first - 1, -1):
             with self.layers.loaded(index) as layer, self._tapped(index):
                 for number, current in enumerate(passes):
-                    self.taps.current = current
-                    gradients[number] = self.decoder.backward(layer, index, current, gradients[number])
-        self.taps.current = None
+                    gradients[number] = self._backward(layer, index, current, gradients[number])
         groups, method = self.job.target.groups, self.job.spec.method
         return [_named(_read(current, groups, method), groups) for current in passes]
 
@@ -702,18 +624,48 @@ class _GradientScorer(ExitStack):
 
     def _scores(self, current: _Pass) -> torch.Tensor:
         """Return the scores [groups, 2] of a batch before the first layer, without waiting for the GPU anywhere."""
-        self.taps.current = current
-        for index, call in enumerate(current.calls):
-            leaf = current.output.detach().requires_grad_(index >= self.decoder.first)
-            with torch.enable_grad():
-                output = hidden_of(self.layers.layers[index](leaf, *call.args, **call.kwargs))
-            current.kept[index] = leaf, output
-            current.output = output.detach()
-        gradient = self._gradient(current)
-        for index in range(len(self.layers) - 1, self.decoder.first - 1, -1):
-            gradient = self.decoder.backward(self.layers.layers[index], index, current, gradient)
-        self.taps.current = None
+        with deterministic() if self.decoder.compiled else contextlib.nullcontext():  # a compiled backward pass asks
+            for index, call in enumerate(current.calls):
+                self._run_kept(index, current, call, current.output, self.decoder.call)
+                current.output = current.kept[index][1].detach()
+            gradient = self._gradient(current)
+            for index in range(len(self.layers) - 1, self.decoder.first - 1, -1):
+                gradient = self._backward(self.layers.layers[index], index, current, gradient)
         return _read(current, self.job.target.groups, self.job.spec.method)
+
+    def _give_sinks(self, index: int, current: _Pass) -> None:
+        self.taps.give_sinks(current, self.decoder.groups.get(index, ()))
+
+    def _run_kept(
+        self,
+        index: int,
+        current: _Pass,
+        call: LayerCall,
+        hidden: torch.Tensor,
+        run: Callable[..., torch.Tensor] = _call,
+    ) -> None:
+        """Run a layer, and keep what its backward pass needs, unless it has none."""
+        leaf = hidden.detach().requires_grad_(index >= self.decoder.first)
+        if leaf.requires_grad:
+            self._give_sinks(index, current)
+        with torch.enable_grad():
+            output = run(self.layers.layers[index], leaf, call.args, call.kwargs)
+        current.kept[index] = leaf, output
+
+    def _backward(self, layer: nn.Module, index: int, current: _Pass, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient by a layer's input from that by its output, [rows, tokens, hidden]; last layer first."""
+        call = current.calls.pop()
+        if index not in current.kept:
+            self._run_kept(index, current, call, call.hidden.to(self.layers.device))
+        leaf, output = current.kept.pop(index)
+        names = [module.name for group in self.decoder.groups.get(index, ()) for module in group.modules]
+        sinks = [current.sinks.pop(name) for name in names]
+        with deterministic():
+            found, *scores = torch.autograd.grad(
+                output, [leaf, *sinks], gradient.to(self.layers.device), allow_unused=True
+            )
+        current.scores |= {name: score for name, score in zip(names, scores, strict=True) if score is not None}
+        return found.to(self.layers.home)
 
     def _tapped(self, index: int) -> ExitStack:
         """Tap a layer's modules where they aren't all the time."""
@@ -723,8 +675,7 @@ class _GradientScorer(ExitStack):
         """Bring the batches behind the last layer, with every layer's input."""
         if not self.layers.streamed:
             for current in passes:
-                self.taps.current = current
-                self.decoder.record(current, keep=self.tapped)
+                self.decoder.record(current, bound(self._give_sinks, current=current) if self.tapped else None)
             return
         for current in passes:
             self.decoder.begin(current)
@@ -742,20 +693,33 @@ class _KlScorer(ExitStack):
     def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
         self.layers, self.job, self.amax, self.codes = layers, job, amax, codes
-        self.decoder = _Decoder(layers, job)
+        self.decoder = _Decoder(layers, job, compiled=_is_worth_compiling(layers, job, _KL_COMPILED_FROM))
         self.states = len(job.target.groups) + 1  # of each batch: the original's, and with every group in FP8
-        self.kl = _fused(_kl_sum, job.device)
+        if self.decoder.compiled:
+            config: Any = torch._dynamo.config
+            self.enter_context(config.patch(recompile_limit=_COMPILED_FORMS))
+        self.normalisers, self.kl, self.rows = _normalisers, _kl_of_rows, _ROWS_AT_ONCE
+        if _can_compile(job.device):
+            from bitladder.sensitivity import kernels
+
+            self.normalisers, self.kl, self.rows = kernels.normalisers, kernels.kl_of_rows, _KERNEL_ROWS_AT_ONCE
 
     @torch.no_grad()
     def scores(self, batches: Sequence[Batch]) -> list[BatchScores]:
         """Return the scores of each batch, all of which go through a layer before the next one is loaded."""
-        passes = [_Pass(batch) for batch in batches]
+        passes = [_Pass(batch, whole=_is_whole(batch)) for batch in batches]
         for current in passes:
             self.decoder.begin(current)
         needed = self.states * sum(current.output.numel() * current.output.element_size() for current in passes)
         if needed > self.layers.memory.free() / 2:
             self.layers.home = "cpu"
-        states: list[dict[str, torch.Tensor]] = [{} for _ in passes]  # group -> hidden states with it in FP8
+        with _compiling(self.decoder):
+            states = self._through(passes)
+        return [self._batch_scores(current, known) for current, known in zip(passes, states, strict=True)]
+
+    def _through(self, passes: Sequence[_Pass]) -> list[dict[str, torch.Tensor]]:
+        """Bring the batches behind the last layer, and return each one's hidden states with every group in FP8."""
+        states: list[dict[str, torch.Tensor]] = [{} for _ in passes]
         for index in range(len(self.layers)):
             with self.layers.loaded(index) as layer:
                 fresh: list[dict[str, torch.Tensor]] = [{} for _ in passes]
@@ -769,17 +733,15 @@ class _KlScorer(ExitStack):
                         known[name] = self.decoder.run(layer, hidden, call)
                     current.output = self.decoder.run(layer, current.output, call)
                     known.update(found)
-        return [self._batch_scores(current, known) for current, known in zip(passes, states, strict=True)]
+        return states
 
     @contextlib.contextmanager
     def _in_fp8(self, group: QuantGroup) -> Iterator[None]:
         """Let the group's modules give what they would in FP8."""
         with ExitStack() as stack:
-            for module in group.modules:
-                # Quantised here, where it is used once a batch: codes of the whole model would not fit as easily.
-                linear: Any = self.layers.model.get_submodule(module.name)
-                fp8 = _Fp8Linear(linear, module.name, self.amax, self.codes)
-                stack.callback(linear.register_forward_hook(fp8.replace).remove)
+            # Quantised here, where it is used once a batch: codes of the whole model would not fit as easily.
+            for name, fp8 in fp8_of(self.layers.model, group, self.amax, self.codes).items():
+                stack.enter_context(taken(self.layers.model.get_submodule(name), InFp8, fp8=fp8))
             yield
 
     def _batch_scores(self, current: _Pass, states: dict[str, torch.Tensor]) -> BatchScores:
@@ -793,28 +755,61 @@ class _KlScorer(ExitStack):
         """Return KL(original || other) in nats, added up over the rows, for each of `others` [counted, hidden]."""
         device = self.layers.device
         sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in others]
-        for start in range(0, len(original), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
-            log_p = torch.log_softmax(self.decoder.logits(original[rows].to(device)), -1, dtype=torch.float32)
-            log_p.clamp_min_(_LEAST_LOG)  # so that p exp(d) is never 0 times infinity
+        for start in range(0, len(original), self.rows):
+            rows = slice(start, start + self.rows)
+            logits = self.decoder.logits(original[rows].to(device))
+            normaliser = self.normalisers(logits)
             for total, other in zip(sums, others, strict=True):
-                total += self.kl(log_p, self.decoder.logits(other[rows].to(device)))
+                total += self.kl(logits, normaliser, self.decoder.logits(other[rows].to(device))).sum()
         return sums
 
 
-def _kl_sum(log_p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Return KL(p || softmax(logits)) in nats, added up over the rows of [rows, vocabulary]; float64.
+def _normalisers(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of the sum of exponentials of each row of [rows, vocabulary]: [rows] in float32."""
+    return logits.float().logsumexp(-1)
+
+
+def _kl_of_rows(logits: torch.Tensor, normaliser: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return KL(softmax(logits) || softmax(others)) in nats for each row of [rows, vocabulary]: [rows] in float64.
 
     With d = log q - log p it is the sum of p (exp(d) - 1 - d), which equals the sum of -p d for exact distributions
     and takes the float32 rounding of the two normalisers out (as in `evaluation`). For small d a term's error is d
-    times float32's precision.
+    times float32's precision. No term is negative, so that adding them up in float32 loses nothing that counts.
     """
-    d = torch.log_softmax(logits, -1, dtype=torch.float32) - log_p
-    return (log_p.exp() * (d.expm1() - d)).sum(dtype=torch.float64)
+    log_p = (logits.float() - normaliser[:, None]).clamp_min_(LEAST_LOG)
+    d = (others.float() - _normalisers(others)[:, None]) - log_p
+    return (log_p.exp() * (d.expm1() - d)).sum(-1).double()
 
 
-def _fused(function: Callable[..., torch.Tensor], device: str) -> Callable[..., torch.Tensor]:
-    """Return the function as one GPU kernel where it can be compiled: on a GPU, with a C compiler (Triton's need)."""
-    if device.startswith("cuda") and any(map(shutil.which, ("cc", "gcc", "clang"))):
-        return torch.compile(function, dynamic=True)
-    return function
+def _is_worth_compiling(layers: Layers, job: Job, tokens: int) -> bool:
+    """Return whether layers are compiled for a job, of which at least so many tokens have a batch of the same shape."""
+    many = sum(shape.numel() for shape in job.scored) >= tokens * len(set(job.scored))
+    return many and _can_compile(job.device) and not layers.streamed
+
+
+def _can_compile(device: str) -> bool:
+    """Return whether functions are compiled there: on a GPU, with Triton and the C compiler that it needs."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    return device.startswith("cuda") and has_triton and any(map(shutil.which, ("cc", "gcc", "clang")))
+
+
+def _fused(function: Callable[..., torch.Tensor], compiled: bool) -> Callable[..., torch.Tensor]:
+    """Return the function with its element-wise work in few GPU kernels, which are chosen without trying them out."""
+    return torch.compile(function, dynamic=False, options={"deterministic": True}) if compiled else function
+
+
+@contextlib.contextmanager
+def _compiling(decoder: _Decoder) -> Iterator[None]:
+    """Say what to do where torch can't compile a model's layers."""
+    if not decoder.compiled:
+        yield
+        return
+    errors: Any = torch._dynamo.exc
+    try:
+        yield
+    except errors.TorchDynamoException as error:
+        reason = " ".join(str(error).split("\n", 2)[:2])  # who raised, and what
+        raise EngineError(
+            f"torch can't compile the layers of {type(decoder.model).__name__} ({reason}); "
+            "set TORCH_COMPILE_DISABLE=1 to measure without"
+        ) from error

@@ -1,0 +1,178 @@
+"""What the native engine compiles on a GPU, without one: by torch's own front end, and Triton's interpreter."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from bitladder import calibration, sensitivity, targets
+from bitladder.errors import EngineError
+from bitladder.recipe import MeasureSpec
+from bitladder.sensitivity import native, taps
+from bitladder.sensitivity.layers import DeviceMemory, Layers
+from conftest import llama_config, qwen2_5_vl_config, save_model
+
+MODELS = {
+    "llama": (transformers.LlamaForCausalLM, llama_config),
+    "qwen2_5_vl": (transformers.Qwen2_5_VLForConditionalGeneration, qwen2_5_vl_config),
+}
+FORMS = {"gradient": 1, "fisher": 1, "kl_div": 5}  # of a layer: tapped; or alone and with each of four groups in FP8
+
+
+@pytest.fixture(params=MODELS)
+def model(request, tmp_path_factory):
+    cls, config = MODELS[request.param]
+    return save_model(cls, config(), tmp_path_factory.mktemp(request.param), tokenizer=False)
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Compile for this CPU as for a GPU, but leave making kernels out; returns what counts the compiled functions."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(
+        native, "_fused", lambda function, compiled: torch.compile(function, backend=counter) if compiled else function
+    )
+    monkeypatch.setattr(native, "_can_compile", lambda _: True)
+    yield counter
+    torch._dynamo.reset()
+
+
+def batch_of(seed):
+    ids = torch.randint(10, 34, (2, 12), generator=torch.Generator().manual_seed(seed))
+    return calibration.Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
+
+
+class Job:
+    """A model with its amax values, ready to be scored on two batches."""
+
+    def __init__(self, directory, method):
+        self.batches = batch_of(0), batch_of(1)
+        shapes = tuple(batch.labels.shape for batch in self.batches)
+        target = targets.find_target(directory)
+        model = targets.load_model(directory, torch.float32).requires_grad_(False)
+        model.config.use_cache = False
+        self.job = sensitivity.Job(target, self.batches, shapes, MeasureSpec(method=method), "cpu", lambda *_: None)
+        self.layers = Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY)
+        self.amax = native.calibrate(self.layers, self.job)
+
+    def scores(self, monkeypatch, tokens):
+        """Return each batch's scores, compiled if there are at least so many tokens, as in a CUDA graph."""
+        monkeypatch.setattr(native, "_COMPILED_FROM", tokens)
+        monkeypatch.setattr(native, "_KL_COMPILED_FROM", tokens)
+        with native.scorer(self.layers, self.job, self.amax, None) as scorer:
+            if isinstance(scorer, native._GradientScorer):
+
+                def begun(current):
+                    scorer.decoder.begin(current)
+                    return True
+
+                def scored(current):
+                    scorer._seed(current)
+                    return scorer._scores(current)
+
+                monkeypatch.setattr(scorer, "_is_graphed", begun)
+                monkeypatch.setattr(scorer, "_replayed", scored)
+            else:
+                scorer.normalisers, scorer.kl = native._normalisers, native._kl_of_rows
+            return [scorer.scores([batch])[0] for batch in self.batches]
+
+
+@pytest.mark.parametrize("method", FORMS)
+def test_compiled_layers_give_the_same_scores(model, method, compiling, monkeypatch, fake_kernels):
+    job = Job(model, method)
+    single = job.scores(monkeypatch, tokens=49)
+    assert compiling.frame_count == 0
+    together = job.scores(monkeypatch, tokens=48)
+    heads = {"gradient": 1, "fisher": 1, "kl_div": 0}[method]  # the gradient by the logits
+    assert compiling.frame_count == FORMS[method] + heads  # not once for every layer
+    for one, other in zip(single, together, strict=True):
+        for group, formats in one.items():
+            assert other[group]["fp8"] == pytest.approx(formats["fp8"], rel=1e-5), group
+    assert not any(isinstance(module, taps.Tapped | taps.InFp8) for module in job.layers.model.modules())
+    assert not any("fp8" in module.__dict__ for module in job.layers.model.modules())
+
+
+@pytest.fixture
+def fake_kernels(monkeypatch):
+    """Let the kernels' module be imported where there is no Triton; it isn't called."""
+    from types import ModuleType
+
+    module = ModuleType("bitladder.sensitivity.kernels")
+    module.normalisers = module.kl_of_rows = None
+    monkeypatch.setitem(sys.modules, "bitladder.sensitivity.kernels", module)
+    monkeypatch.setattr(sensitivity, "kernels", module, raising=False)
+
+
+def test_other_shapes_need_tokens_of_their_own(model, monkeypatch):
+    job = Job(model, "kl_div").job
+    monkeypatch.setattr(native, "_can_compile", lambda _: True)
+    layers = type("Resident", (), {"streamed": False})
+    assert native._is_worth_compiling(layers, job, 48)
+    assert not native._is_worth_compiling(layers, job, 49)
+    mixed = sensitivity.Job(job.target, (), (*job.scored, torch.Size([2, 24])), job.spec, "cpu", job.progress)
+    assert native._is_worth_compiling(layers, mixed, 48)
+    assert not native._is_worth_compiling(layers, mixed, 49)
+    layers.streamed = True
+    assert not native._is_worth_compiling(layers, job, 48)
+
+
+def test_what_torch_cannot_compile_is_said_with_the_remedy(model, compiling, monkeypatch, fake_kernels):
+    def broken(*_):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(
+        native, "_fused", lambda function, compiled: torch.compile(function, backend=broken) if compiled else function
+    )
+    job = Job(model, "kl_div")
+    with pytest.raises(EngineError, match=r"can't compile the layers of .*no such luck.* set TORCH_COMPILE_DISABLE=1"):
+        job.scores(monkeypatch, tokens=1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_module_that_runs_twice_is_refused(tmp_path, compiled, compiling, monkeypatch):
+    directory = save_model(transformers.LlamaForCausalLM, llama_config(), tmp_path, tokenizer=False)
+    job = Job(directory, "gradient")
+
+    class Twice(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = inner.gate_proj, inner.up_proj, inner.down_proj
+
+        def forward(self, x):
+            return self.down_proj(self.gate_proj(x) * self.up_proj(x) + self.up_proj(x / 2))
+
+    layer = job.layers.layers[1]
+    layer.mlp = Twice(layer.mlp)
+    with pytest.raises(EngineError, match="runs twice in one pass"):
+        job.scores(monkeypatch, tokens=1 if compiled else 10**9)
+
+
+KERNELS = """
+import torch
+from bitladder.sensitivity import kernels
+
+generator = torch.Generator().manual_seed(0)
+for difference in (1e-2, 1.0, 30.0, 200.0):
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = (5 * torch.randn(3, 9001, generator=generator)).to(dtype)
+        others = (logits + difference * torch.randn(3, 9001, generator=generator)).to(dtype)
+        p, q = (torch.log_softmax(values.double(), -1) for values in (logits, others))
+        normaliser = kernels.normalisers(logits)
+        torch.testing.assert_close(normaliser.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
+        found = kernels.kl_of_rows(logits, normaliser, others)
+        torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=0)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch for GPUs")
+def test_kernels_give_the_exact_kl():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(KERNELS)], env=environment, check=True)
