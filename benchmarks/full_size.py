@@ -75,10 +75,20 @@ VISION = {
 }
 
 
-def build(directory: Path, layers: int | None, depth: int | None = None) -> None:
+WIDE = {  # the language model of Qwen2.5-VL-72B, beside whose layers the vision tower is the 3B model's
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 152064,
+}
+
+
+def build(directory: Path, layers: int | None, depth: int | None = None, wide: bool = False) -> None:
     """Save the model with random weights, and the embedded model's tokenizer and processor beside it.
 
-    `layers` makes a small one, for trials; `depth` gives the full-size one so many decoder layers.
+    `layers` makes a small one, for trials; `depth` gives the full-size one so many decoder layers; `wide` makes these
+    the 72B model's.
     """
     import torch
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
@@ -94,6 +104,10 @@ def build(directory: Path, layers: int | None, depth: int | None = None) -> None
         VISION.update(fullatt_block_indexes=[1])
     if depth is not None:
         settings |= {"num_hidden_layers": depth, "max_window_layers": depth}
+    if wide:
+        settings |= WIDE
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+        VISION.update(out_hidden_size=WIDE["hidden_size"])
     for name, value in settings.items():
         setattr(config.text_config, name, value)
     config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers

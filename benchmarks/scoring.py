@@ -8,10 +8,11 @@ For every size (rows × tokens of a batch of real captions) each engine and meth
 peak memory is its own. A step's time is that between two calls of the engine's progress, the GPU waited for; the first
 of several is left out. Both engines are called through `bitladder.sensitivity.measure`, which gives ModelOpt the same
 arithmetic and data and spares it the backward pass of the vision tower. A part's name is engine-method, and maybe how:
-`fused` compiles the element-wise work however few the batches, `NNgb` limits the GPU memory, so that what doesn't fit
-runs again, and weights that don't fit are streamed. `plain` is the model alone: a forward pass, and
-one with the backward pass by activations. ModelOpt's CUDA extension is compiled before, and its time stated apart. The
-result is written after every process, so that a killed run keeps what it has.
+`compiled` compiles the layers, however few the batches, `NNgb` limits the GPU memory, so that what doesn't fit runs
+again, and weights that don't fit are streamed, `float32` is the arithmetic (and shows what BF16's rounding adds to a
+score). Nothing is compiled in the other parts, as for as few batches by itself. `plain` is the model alone: a forward
+pass, and one with the backward pass by activations. ModelOpt's CUDA extension is compiled before, and its time stated
+apart. The result is written after every process, so that a killed run keeps what it has.
 """
 
 import argparse
@@ -36,16 +37,15 @@ PARTS = (
     "plain",
     "native-gradient",
     "modelopt-gradient",
+    "native-gradient-compiled",
     "native-fisher",
+    "native-fisher-compiled",
     "native-kl_div",
+    "native-kl_div-compiled",
     "modelopt-kl_div",
-    "native-gradient-fused",
-    "native-gradient-12gb",
-    "native-kl_div-12gb",
-    "native-gradient-5gb",
 )
 DEPTHS = (9, 18)  # decoder layers beside the model's own 36
-GROWTH_SIZE, GROWTH_PARTS = "8x512", ("native-gradient", "native-fisher", "native-kl_div")
+GROWTH_SIZE, GROWTH_PARTS = "8x512", ("native-gradient", "native-gradient-compiled", "native-kl_div-compiled")
 
 
 def parse_size(size: str) -> dict:
@@ -89,8 +89,7 @@ def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how
     from bitladder.recipe import MeasureSpec
     from bitladder.sensitivity import native
 
-    if how in ("eager", "compiled"):
-        native._COMPILED_FROM = native._KL_COMPILED_FROM = 0 if how == "compiled" else 10**9
+    native._COMPILED_FROM = native._KL_COMPILED_FROM = 0 if how == "compiled" else 10**9
     limit = float(how.removesuffix("gb")) if how.endswith("gb") else None
 
     settings = parse_size(size)
@@ -98,7 +97,8 @@ def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how
     source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
     target = targets.find_target(model)
     scored = settings["batch_size"] * (KL_BATCHES if method == "kl_div" else BATCHES)
-    spec = MeasureSpec(engine=engine, method=method, dtype=DTYPE, score_samples=scored, memory_gb=limit)
+    dtype = how if how == "float32" else DTYPE
+    spec = MeasureSpec(engine=engine, method=method, dtype=dtype, score_samples=scored, memory_gb=limit)
     clock = Clock()
     measurement = sensitivity.measure(model, source, target, data, spec, scratch, clock)
     assert measurement.run is not None
@@ -157,7 +157,7 @@ def timed(step: Callable[[], None]) -> float:
 
 def over(top: float | None, bottom: float | None) -> float | None:
     """Return the ratio, or None where one of the two is missing."""
-    return None if top is None or bottom is None else top / bottom
+    return top / bottom if top and bottom else None
 
 
 def ratios(parts: dict[str, dict]) -> dict[str, float | None]:
@@ -167,32 +167,35 @@ def ratios(parts: dict[str, dict]) -> dict[str, float | None]:
         return parts.get(part, {}).get(key)
 
     step, first, calibration = "scoring_step_seconds", "first_score_seconds", "calibration_step_seconds"
+    found = {}
+    for how in ("", "-compiled"):
+        ours, fisher, kl = (f"native-{method}{how}" for method in ("gradient", "fisher", "kl_div"))
+        found |= {
+            f"gradient_speedup{how}": over(get("modelopt-gradient", step), get(ours, step)),
+            f"gradient_over_forward_backward{how}": over(get(ours, step), get("plain", "forward_backward_seconds")),
+            f"gradient_memory{how}": over(get(ours, "peak_gpu_bytes"), get("modelopt-gradient", "peak_gpu_bytes")),
+            f"first_score_speedup{how}": over(get("modelopt-gradient", first), get(ours, first)),
+            f"fisher_over_gradient{how}": over(get(fisher, step), get(ours, step)),
+            f"kl_speedup{how}": over(get("modelopt-kl_div", step), get(kl, step)),
+            f"kl_speedup_of_fisher{how}": over(get("modelopt-kl_div", step), get(fisher, step)),
+        }
+        for method in ("gradient", "kl_div"):
+            theirs = parts.get(f"modelopt-{method}", {})
+            found |= agreement(f"{method}{how}", parts.get(f"native-{method}{how}", {}), theirs)
     ours, theirs = "native-gradient", "modelopt-gradient"
-    limited = parts.get("native-gradient-12gb", {})
-    found = {
-        "gradient_speedup": over(get(theirs, step), get(ours, step)),
-        "fisher_over_gradient": over(get("native-fisher", step), get(ours, step)),
-        "kl_speedup_of_fisher": over(get("modelopt-kl_div", step), get("native-fisher", step)),
-        "gradient_speedup_fused": over(get(theirs, step), get("native-gradient-fused", step)),
-        "gradient_over_forward_backward_fused": over(
-            get("native-gradient-fused", step), get("plain", "forward_backward_seconds")
-        ),
-        "gradient_speedup_in_12gb": over(get(theirs, step), limited.get(step)),
-        "gradient_over_forward_backward": over(get(ours, step), get("plain", "forward_backward_seconds")),
-        "kl_speedup": over(get("modelopt-kl_div", step), get("native-kl_div", step)),
+    found |= {
         "calibration_speedup": over(get(theirs, calibration), get(ours, calibration)),
         "calibration_over_forward": over(get(ours, calibration), get("plain", "forward_seconds")),
-        "first_score_speedup": over(get(theirs, first), get(ours, first)),
-        "gradient_memory": over(get(ours, "peak_gpu_bytes"), get(theirs, "peak_gpu_bytes") or None),
     }
-    for method in ("gradient", "kl_div"):
-        found |= agreement(method, parts.get(f"native-{method}", {}), parts.get(f"modelopt-{method}", {}))
+    exact = parts.get("native-kl_div-float32", {})
+    for part in ("native-kl_div", "native-kl_div-compiled", "modelopt-kl_div"):
+        found |= agreement(f"{part}_over_float32", parts.get(part, {}), exact)
     scores = parts.get(ours, {}).get("scores")
     for how in ("12gb", "5gb"):
         other = parts.get(f"{ours}-{how}", {}).get("scores")
         if scores and other:
             found[f"gradient_largest_change_in_{how}"] = max(abs(other[g] / scores[g] - 1) for g in scores)
-    return found
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def agreement(method: str, ours: dict, theirs: dict) -> dict[str, float]:
@@ -239,10 +242,12 @@ def run(model: Path, sizes: list[str], parts: list[str], out: Path) -> None:
         "versions": versions(),
         "batches": {"calibrated": BATCHES, "scored by gradient": BATCHES, "scored by kl_div": KL_BATCHES},
     }
-    known = json.loads(out.read_text()).get("sizes", {}) if out.exists() else {}
+    known = json.loads(out.read_text()) if out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="scoring-", dir=model.parent) as scratch:
-        content["modelopt_extension"] = child("compile", model, Path(scratch), sizes[0])
-        content["sizes"] = {size: found for size, found in known.items() if size not in sizes}
+        compiled = child("compile", model, Path(scratch), sizes[0])  # or loaded, where that was done before
+        content["modelopt_extension"] = known.get("modelopt_extension", compiled)
+        content["sizes"] = {size: found for size, found in known.get("sizes", {}).items() if size not in sizes}
+        content |= {"growth": known["growth"]} if "growth" in known else {}
         for size in sizes:
             found: dict[str, dict] = {}
             for part in parts:
