@@ -34,6 +34,7 @@ import importlib.util
 import inspect
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial as bound
@@ -56,6 +57,7 @@ from bitladder.sensitivity.common import (
     LayerRecorder,
     by_position,
     deterministic,
+    fastest_attention,
     hidden_of,
     image_positions,
     kv_cache_amax,
@@ -63,7 +65,7 @@ from bitladder.sensitivity.common import (
     without_cudnn_attention,
 )
 from bitladder.sensitivity.layers import Layers, batches_at_once
-from bitladder.sensitivity.taps import FORMAT, InFp8, LastInput, Tapped, fp8_of, taken
+from bitladder.sensitivity.taps import FORMAT, Fp8, InFp8, LastInput, Tapped, fp8_of, taken
 from bitladder.storage import sha256_of_bytes
 from bitladder.targets import image_token_ids
 
@@ -460,12 +462,17 @@ def scorer(
 
 def _score(layers: Layers, job: Job, partial: Partial, amax: Amax, codes: Codes | None) -> None:
     missing = [index for index in range(job.score_batches) if partial.scores(index) is None]
-    with scorer(layers, job, amax, codes) as scoring:
+    # Flushing to the disk takes milliseconds, in which the next batch is on its way.
+    with scorer(layers, job, amax, codes) as scoring, ThreadPoolExecutor(1) as writer:
+        kept: list[Future[None]] = []
         for start, chunk in _chunks(missing, layers, job.batches, scoring.states):
             job.progress("score", start, job.score_batches)
             found = scoring.scores([job.batches[index].to(job.device) for index in chunk])
-            for index, scores in zip(chunk, found, strict=True):
-                partial.keep_scores(index, scores)
+            while kept:
+                kept.pop().result()
+            kept += [writer.submit(partial.keep_scores, *pair) for pair in zip(chunk, found, strict=True)]
+        while kept:
+            kept.pop().result()
     job.progress("score", job.score_batches, job.score_batches)
 
 
@@ -545,6 +552,13 @@ def _mapped(value: Any, place: dict[int, torch.Tensor]) -> Any:
     return value
 
 
+def _copies_fit(layers: Layers, job: Job) -> bool:
+    """Return whether all searched weights are kept in FP8 too: making a layer's anew for every batch takes time."""
+    copies = sum(group.weight_elements for group in job.target.groups)
+    copies *= 1 if layers.memory.is_gpu else next(layers.model.parameters()).element_size()
+    return not layers.streamed and layers.memory.free() > copies + _COPIES_LEFT
+
+
 class _GradientScorer(ExitStack):
     """Scores by `gradient` or `fisher`; a context manager, within which the searched modules are tapped."""
 
@@ -557,10 +571,7 @@ class _GradientScorer(ExitStack):
         self.image_tokens = image_token_ids(layers.model.config)
         self.graphs: dict[torch.Size, _Graph] = {}  # by the shape of the batch; one at a time
         self.callback(self.graphs.clear)
-        # FP8 copies of all searched weights take memory, and making a layer's anew for every batch takes time.
-        copies = sum(group.weight_elements for group in job.target.groups)
-        copies *= 1 if layers.memory.is_gpu else next(layers.model.parameters()).element_size()
-        self.tapped = not layers.streamed and layers.memory.free() > copies + _COPIES_LEFT
+        self.tapped = _copies_fit(layers, job)
         if self.tapped:
             self.enter_context(self.taps.on(job.target.groups))
         self.room = layers.memory.free()  # for graphs
@@ -695,9 +706,13 @@ class _KlScorer(ExitStack):
         self.layers, self.job, self.amax, self.codes = layers, job, amax, codes
         self.decoder = _Decoder(layers, job, compiled=_is_worth_compiling(layers, job, _KL_COMPILED_FROM))
         self.states = len(job.target.groups) + 1  # of each batch: the original's, and with every group in FP8
+        self.forms: dict[str, dict[str, Fp8]] = {}  # group -> its modules in FP8, where all of them fit
+        if _copies_fit(layers, job):
+            self.forms = {group.name: fp8_of(layers.model, group, amax, codes) for group in job.target.groups}
         if self.decoder.compiled:
             config: Any = torch._dynamo.config
             self.enter_context(config.patch(recompile_limit=_COMPILED_FORMS))
+            self.enter_context(fastest_attention())
         self.normalisers, self.kl, self.rows = _normalisers, _kl_of_rows, _ROWS_AT_ONCE
         if _can_compile(job.device):
             from bitladder.sensitivity import kernels
@@ -738,9 +753,9 @@ class _KlScorer(ExitStack):
     @contextlib.contextmanager
     def _in_fp8(self, group: QuantGroup) -> Iterator[None]:
         """Let the group's modules give what they would in FP8."""
+        forms = self.forms.get(group.name) or fp8_of(self.layers.model, group, self.amax, self.codes)
         with ExitStack() as stack:
-            # Quantised here, where it is used once a batch: codes of the whole model would not fit as easily.
-            for name, fp8 in fp8_of(self.layers.model, group, self.amax, self.codes).items():
+            for name, fp8 in forms.items():
                 stack.enter_context(taken(self.layers.model.get_submodule(name), InFp8, fp8=fp8))
             yield
 
