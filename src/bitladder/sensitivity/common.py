@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError
@@ -167,14 +166,6 @@ def without_cudnn_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-@contextlib.contextmanager
-def fastest_attention() -> Iterator[None]:
-    """Prefer cuDNN's attention again, for many batches of few shapes."""
-    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(backends, set_priority=True):
-        yield
 
 
 @contextlib.contextmanager

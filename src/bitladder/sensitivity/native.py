@@ -57,7 +57,6 @@ from bitladder.sensitivity.common import (
     LayerRecorder,
     by_position,
     deterministic,
-    fastest_attention,
     hidden_of,
     image_positions,
     kv_cache_amax,
@@ -76,6 +75,7 @@ _GRAPHED_FROM = 4  # batches from which capturing a CUDA graph is worth it
 _COMPILED_FROM = 500_000  # tokens from which a dozen seconds of compiling layers for gradient steps are worth it
 _KL_COMPILED_FROM = 16_000  # the same for KL steps, for each shape of a batch
 _COMPILED_FORMS = 64  # of a layer at most: alone and with each of its groups in FP8, for every type of layer and shape
+_TOKENS_TOGETHER = 16384  # of states that go through a layer together: larger products are faster, up to a size
 _COPIES_LEFT = 3e9  # bytes of memory that FP8 copies of all searched weights must leave, to be kept
 _GROWTH = 40  # times a layer's input: what its backward pass needs, before it was seen
 _LAYERS_LEFT = 4  # of the memory that a kept layer takes: for the head, the backward pass, and the estimate's error
@@ -90,6 +90,7 @@ class _Pass:
     images: torch.Tensor | None = None  # mask [rows, tokens] of image-token positions
     whole: bool = False  # every token's next token counts: text without padding
     calls: list[LayerCall] = field(default_factory=list)  # of each layer; its hidden states are the layer's input
+    copies: dict[int, list[LayerCall]] = field(default_factory=dict)  # number -> calls for so many copies of the batch
     output: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # of the last layer that ran
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # layer -> leaf, its output
     sinks: dict[str, torch.Tensor] = field(default_factory=dict)  # module -> whose gradient will be its scores
@@ -698,6 +699,14 @@ class _GradientScorer(ExitStack):
                     current.output = self.decoder.run(layer, call.hidden, call)
 
 
+@dataclass
+class _States:
+    """Hidden states of a batch with one of these groups in FP8, for each of them: [groups x rows, tokens, hidden]."""
+
+    groups: list[str]
+    hidden: torch.Tensor
+
+
 class _KlScorer(ExitStack):
     """KL scores: nats, added up over the batch's counted tokens."""
 
@@ -712,7 +721,6 @@ class _KlScorer(ExitStack):
         if self.decoder.compiled:
             config: Any = torch._dynamo.config
             self.enter_context(config.patch(recompile_limit=_COMPILED_FORMS))
-            self.enter_context(fastest_attention())
         self.normalisers, self.kl, self.rows = _normalisers, _kl_of_rows, _ROWS_AT_ONCE
         if _can_compile(job.device):
             from bitladder.sensitivity import kernels
@@ -732,9 +740,13 @@ class _KlScorer(ExitStack):
             states = self._through(passes)
         return [self._batch_scores(current, known) for current, known in zip(passes, states, strict=True)]
 
-    def _through(self, passes: Sequence[_Pass]) -> list[dict[str, torch.Tensor]]:
-        """Bring the batches behind the last layer, and return each one's hidden states with every group in FP8."""
-        states: list[dict[str, torch.Tensor]] = [{} for _ in passes]
+    def _through(self, passes: Sequence[_Pass]) -> list[list[_States]]:
+        """Bring the batches behind the last layer, and return each one's hidden states with every group in FP8.
+
+        What the groups of a layer give goes through the layers behind it together, as one larger batch.
+        """
+        states: list[list[_States]] = [[] for _ in passes]
+        sizes = [self._together(current) for current in passes]
         for index in range(len(self.layers)):
             with self.layers.loaded(index) as layer:
                 fresh: list[dict[str, torch.Tensor]] = [{} for _ in passes]
@@ -742,13 +754,31 @@ class _KlScorer(ExitStack):
                     with self._in_fp8(group):
                         for current, found in zip(passes, fresh, strict=True):
                             found[group.name] = self.decoder.run(layer, current.output, current.calls[index])
-                for current, known, found in zip(passes, states, fresh, strict=True):
-                    call = current.calls[index]
-                    for name, hidden in known.items():
-                        known[name] = self.decoder.run(layer, hidden, call)
-                    current.output = self.decoder.run(layer, current.output, call)
-                    known.update(found)
+                for current, known, found, size in zip(passes, states, fresh, sizes, strict=True):
+                    for each in known:
+                        each.hidden = self.decoder.run(layer, each.hidden, self._call(current, len(each.groups), index))
+                    current.output = self.decoder.run(layer, current.output, current.calls[index])
+                    names = list(found)
+                    for start in range(0, len(names), size):
+                        together = names[start : start + size]
+                        known.append(_States(together, torch.cat([found[name] for name in together])))
         return states
+
+    def _together(self, current: _Pass) -> int:
+        """Return how many groups' hidden states at most go through a layer together."""
+        is_text = set(current.batch.inputs) == {"input_ids", "attention_mask"}
+        return max(1, _TOKENS_TOGETHER // current.batch.labels.numel()) if is_text else 1
+
+    def _call(self, current: _Pass, copies: int, index: int) -> LayerCall:
+        """Return what a layer is called with for so many copies of a batch."""
+        if copies == 1:
+            return current.calls[index]
+        if copies not in current.copies:
+            inputs = {name: torch.cat([value] * copies) for name, value in current.batch.inputs.items()}
+            calls, _ = self.layers.calls(Batch(inputs, torch.cat([current.batch.labels] * copies)))
+            nothing = torch.empty(0)
+            current.copies[copies] = [dataclasses.replace(call, hidden=nothing) for call in calls]
+        return current.copies[copies][index]
 
     @contextlib.contextmanager
     def _in_fp8(self, group: QuantGroup) -> Iterator[None]:
@@ -759,11 +789,12 @@ class _KlScorer(ExitStack):
                 stack.enter_context(taken(self.layers.model.get_submodule(name), InFp8, fp8=fp8))
             yield
 
-    def _batch_scores(self, current: _Pass, states: dict[str, torch.Tensor]) -> BatchScores:
+    def _batch_scores(self, current: _Pass, states: list[_States]) -> BatchScores:
         original = _counted(current.output, current)
-        others = [_counted(hidden, current) for hidden in states.values()]
+        names = [group for each in states for group in each.groups]
+        others = [_counted(part, current) for each in states for part in each.hidden.chunk(len(each.groups))]
         values = torch.stack(self._kl(original, others)).cpu().tolist()
-        scores = dict(zip(states, values, strict=True))
+        scores = dict(zip(names, values, strict=True))
         return {group.name: {FORMAT: (scores[group.name],)} for group in self.job.target.groups}
 
     def _kl(self, original: torch.Tensor, others: list[torch.Tensor]) -> list[torch.Tensor]:
