@@ -5,9 +5,10 @@
     python benchmarks/scoring.py growth --model DIR           # adds 9 and 18 layers to it
 
 For every size (rows × tokens of a batch of real captions) each engine and method is a process of its own, so that its
-peak memory is its own. A step's time is that between two calls of the engine's progress, the GPU waited for; the first
-of several is left out. Both engines are called through `bitladder.sensitivity.measure`, which gives ModelOpt the same
-arithmetic and data and spares it the backward pass of the vision tower. A part's name is engine-method, and maybe how:
+peak memory is its own. A step's time is that between two calls of the engine's progress, the GPU waited for (ours
+waits itself, while the next batch is on its way); the first of several is left out. Both engines are called through
+`bitladder.sensitivity.measure`, which gives ModelOpt the same arithmetic and data and spares it the backward pass of
+the vision tower. A part's name is engine-method, and maybe how:
 `compiled` compiles the layers, however few the batches, `NNgb` limits the GPU memory, so that what doesn't fit runs
 again, and weights that don't fit are streamed, `float32` is the arithmetic (and shows what BF16's rounding adds to a
 score). Nothing is compiled in the other parts, as for as few batches by itself. `plain` is the model alone: a forward
@@ -62,14 +63,19 @@ def synchronise() -> None:
 
 
 class Clock:
-    """When each phase of a measurement had done how many batches; called as its progress."""
+    """When each phase of a measurement had done how many batches; called as its progress.
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
+    Our engine says that a batch is scored once its scores are there, and the next one is on its way by then; with
+    ModelOpt, and while calibrating, the GPU is waited for.
+    """
+
+    def __init__(self, engine: str) -> None:
+        self.start, self.engine = time.perf_counter(), engine
         self.times: dict[str, dict[int, float]] = {}
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        synchronise()
+        if (self.engine, phase) != ("native", "score"):
+            synchronise()
         self.times.setdefault(phase, {})[done] = time.perf_counter() - self.start
 
     def steps(self, phase: str) -> list[float]:
@@ -99,7 +105,7 @@ def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how
     scored = settings["batch_size"] * (KL_BATCHES if method == "kl_div" else BATCHES)
     dtype = how if how == "float32" else DTYPE
     spec = MeasureSpec(engine=engine, method=method, dtype=dtype, score_samples=scored, memory_gb=limit)
-    clock = Clock()
+    clock = Clock(engine)
     measurement = sensitivity.measure(model, source, target, data, spec, scratch, clock)
     assert measurement.run is not None
     return {

@@ -226,10 +226,12 @@ def test_only_layers_that_run_one_after_another_make_a_graph(llama, text_file, t
     job = sensitivity.Job(target, (), 4 * (batch.labels.shape,), MeasureSpec(), "cpu", lambda *_: None)
     with native.scorer(opened, job, amax, None) as scorer:
         opened.memory.is_gpu = True  # what is asked doesn't need one
-        assert scorer._is_graphed(native._Pass(batch, whole=True))
-        assert not scorer._is_graphed(native._Pass(batch, whole=False))
+        assert scorer._begun(batch) is not None
+        padded = {**batch.inputs, "attention_mask": batch.inputs["attention_mask"].clone()}
+        padded["attention_mask"][0, 0] = 0
+        assert scorer._begun(calibration.Batch(padded, batch.labels)) is None
         opened.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
-        assert not scorer._is_graphed(native._Pass(batch, whole=True))
+        assert scorer._begun(batch) is None
 
 
 @pytest.mark.parametrize("difference", [1e-4, 1e-2, 1.0, 200.0])
@@ -408,7 +410,7 @@ def test_fisher_is_the_kl_to_second_order(sure_llama, text_file, tmp_path, monke
     with native.scorer(opened, job, amax, None) as scorer:
         for draw in range(DRAWS):
             monkeypatch.setattr(native, "sha256_of_bytes", lambda _, draw=draw: f"{draw:015x}")
-            draws += scorer.scores([batch])
+            draws += [wait() for wait in scorer.scores([batch])]
     for group in target.groups[4:8]:  # the second layer's: two of one module, two that the runtime fuses
         found = [scores[group.name]["fp8"][0] for scores in draws]
         error = statistics.stdev(found) / math.sqrt(DRAWS)

@@ -34,7 +34,6 @@ import importlib.util
 import inspect
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial as bound
@@ -87,6 +86,7 @@ class _Pass:
     """One batch on its way through the layers."""
 
     batch: Batch
+    host: Batch | None = None  # the batch before it came to the device
     images: torch.Tensor | None = None  # mask [rows, tokens] of image-token positions
     whole: bool = False  # every token's next token counts: text without padding
     calls: list[LayerCall] = field(default_factory=list)  # of each layer; its hidden states are the layer's input
@@ -140,9 +140,9 @@ def _read(current: _Pass, groups: Sequence[QuantGroup], method: str) -> torch.Te
 
 
 def _named(values: torch.Tensor, groups: Sequence[QuantGroup]) -> BatchScores:
-    """Return a batch's scores from [groups, 2]."""
+    """Return a batch's scores from [groups, 1 or 2], which are waited for."""
     rows = zip(groups, values.cpu().tolist(), strict=True)
-    return {group.name: {FORMAT: (whole, part)} for group, (whole, part) in rows}
+    return {group.name: {FORMAT: tuple(row)} for group, row in rows}
 
 
 class _CutRecorder(LayerRecorder):
@@ -286,7 +286,7 @@ class _Decoder:
 
     def seed(self, current: _Pass) -> None:
         """Let the next signs be those of the batch's tokens: whoever scores a batch draws the same ones."""
-        ids = current.batch.inputs["input_ids"].cpu().contiguous()
+        ids = (current.batch if current.host is None else current.host).inputs["input_ids"].cpu().contiguous()
         self.generator.manual_seed(int(sha256_of_bytes(ids.view(torch.uint8).numpy().data)[:15], 16))
 
     def _gradient(
@@ -463,17 +463,21 @@ def scorer(
 
 def _score(layers: Layers, job: Job, partial: Partial, amax: Amax, codes: Codes | None) -> None:
     missing = [index for index in range(job.score_batches) if partial.scores(index) is None]
-    # Flushing to the disk takes milliseconds, in which the next batch is on its way.
-    with scorer(layers, job, amax, codes) as scoring, ThreadPoolExecutor(1) as writer:
-        kept: list[Future[None]] = []
-        for start, chunk in _chunks(missing, layers, job.batches, scoring.states):
-            job.progress("score", start, job.score_batches)
-            found = scoring.scores([job.batches[index].to(job.device) for index in chunk])
-            while kept:
-                kept.pop().result()
-            kept += [writer.submit(partial.keep_scores, *pair) for pair in zip(chunk, found, strict=True)]
-        while kept:
-            kept.pop().result()
+    job.progress("score", job.score_batches - len(missing), job.score_batches)
+    with scorer(layers, job, amax, codes) as scoring:
+        before: list[tuple[int, Callable[[], BatchScores]]] = []  # whose scores the GPU is still at
+
+        def settle() -> None:
+            for index, wait in before:
+                partial.keep_scores(index, wait())
+                job.progress("score", index + 1, job.score_batches)
+            before.clear()
+
+        for _, chunk in _chunks(missing, layers, job.batches, scoring.states):
+            found = scoring.scores([job.batches[index] for index in chunk])
+            settle()
+            before += zip(chunk, found, strict=True)
+        settle()
     job.progress("score", job.score_batches, job.score_batches)
 
 
@@ -522,7 +526,7 @@ class _Graph:
         for static, tensor in zip(self.static, _tensors_of(current), strict=True):
             static.copy_(tensor)
         self.graph.replay()
-        return self.result
+        return self.result.clone()
 
 
 def _tensors_of(current: _Pass) -> list[torch.Tensor]:
@@ -576,13 +580,22 @@ class _GradientScorer(ExitStack):
         if self.tapped:
             self.enter_context(self.taps.on(job.target.groups))
         self.room = layers.memory.free()  # for graphs
+        self.side: Any = None  # the stream of what comes before the first layer
+        if job.device.startswith("cuda"):
+            self.side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def scores(self, batches: Sequence[Batch]) -> list[BatchScores]:
-        """Return the scores of each batch, all of which go through a layer before the next one is loaded."""
-        passes = [_Pass(batch, image_positions(batch, self.image_tokens), _is_whole(batch)) for batch in batches]
-        if len(passes) == 1 and self._is_graphed(passes[0]):
-            with _compiling(self.decoder):
-                return [_named(self._replayed(passes[0]), self.job.target.groups)]
+    def scores(self, batches: Sequence[Batch]) -> list[Callable[[], BatchScores]]:
+        """Return for each batch a function that waits for its scores, while the next batches may already come.
+
+        All batches go through a layer before the next one is loaded.
+        """
+        groups = self.job.target.groups
+        if len(batches) == 1:
+            current = self._begun(batches[0])
+            if current is not None:
+                with _compiling(self.decoder):
+                    return [bound(_named, self._replayed(current), groups)]
+        passes = [self._pass(batch) for batch in batches]
         self._forward(passes)
         gradients = []
         for current in passes:
@@ -592,8 +605,29 @@ class _GradientScorer(ExitStack):
             with self.layers.loaded(index) as layer, self._tapped(index):
                 for number, current in enumerate(passes):
                     gradients[number] = self._backward(layer, index, current, gradients[number])
-        groups, method = self.job.target.groups, self.job.spec.method
-        return [_named(_read(current, groups, method), groups) for current in passes]
+        return [bound(_named, _read(current, groups, self.job.spec.method), groups) for current in passes]
+
+    def _pass(self, batch: Batch) -> _Pass:
+        """Return a batch on the device."""
+        moved = batch.to(self.job.device)
+        return _Pass(moved, batch, image_positions(moved, self.image_tokens), _is_whole(batch))
+
+    def _begun(self, batch: Batch) -> _Pass | None:
+        """Return a batch before the first layer if a CUDA graph scores it; the GPU may be at the batch before."""
+        if not self._is_graphed(batch):
+            return None
+        with contextlib.nullcontext() if self.side is None else torch.cuda.stream(self.side):
+            current = self._pass(batch)
+            try:
+                self.decoder.begin(current)
+            except EngineError:
+                return None  # layers that can't be run one after another: the model itself has to run them
+        if self.side is not None:
+            main = torch.cuda.current_stream()
+            main.wait_stream(self.side)
+            for tensor in _tensors_of(current):
+                tensor.record_stream(main)
+        return current
 
     def _seed(self, current: _Pass) -> None:
         if self.job.spec.method != "gradient":
@@ -604,26 +638,18 @@ class _GradientScorer(ExitStack):
         by_loss = self.job.spec.method == "gradient"
         return self.decoder.loss_gradient(current) if by_loss else self.decoder.probe_gradient(current)
 
-    def _is_graphed(self, current: _Pass) -> bool:
+    def _is_graphed(self, batch: Batch) -> bool:
         """Return whether a batch is scored by a CUDA graph: it is like others, and nothing of it has to run again.
-
-        It is before the first layer then.
 
         What decides is the batch and the job, not which batches came before: workers then score alike.
         """
         if not self.tapped or not self.layers.memory.is_gpu or self.job.score_batches < _GRAPHED_FROM:
             return False
-        if not current.whole or set(current.batch.inputs) != {"input_ids", "attention_mask"}:
+        if not _is_whole(batch) or set(batch.inputs) != {"input_ids", "attention_mask"}:
             return False
         embedding: Any = self.layers.model.get_input_embeddings()
-        state = current.batch.labels.numel() * embedding.weight.shape[1] * embedding.weight.element_size()
-        if self.room <= _GROWTH * state * (len(self.layers) + _LAYERS_LEFT):
-            return False
-        try:
-            self.decoder.begin(current)
-        except EngineError:
-            return False  # layers that can't be run one after another: the model itself has to run them
-        return True
+        state = batch.labels.numel() * embedding.weight.shape[1] * embedding.weight.element_size()
+        return bool(self.room > _GROWTH * state * (len(self.layers) + _LAYERS_LEFT))
 
     def _replayed(self, current: _Pass) -> torch.Tensor:
         """Return the scores [groups, 2] of a batch before the first layer by the CUDA graph of its shape."""
@@ -728,9 +754,12 @@ class _KlScorer(ExitStack):
             self.normalisers, self.kl, self.rows = kernels.normalisers, kernels.kl_of_rows, _KERNEL_ROWS_AT_ONCE
 
     @torch.no_grad()
-    def scores(self, batches: Sequence[Batch]) -> list[BatchScores]:
-        """Return the scores of each batch, all of which go through a layer before the next one is loaded."""
-        passes = [_Pass(batch, whole=_is_whole(batch)) for batch in batches]
+    def scores(self, batches: Sequence[Batch]) -> list[Callable[[], BatchScores]]:
+        """Return for each batch a function that waits for its scores.
+
+        All batches go through a layer before the next one is loaded.
+        """
+        passes = [_Pass(batch.to(self.job.device), whole=_is_whole(batch)) for batch in batches]
         for current in passes:
             self.decoder.begin(current)
         needed = self.states * sum(current.output.numel() * current.output.element_size() for current in passes)
@@ -789,13 +818,13 @@ class _KlScorer(ExitStack):
                 stack.enter_context(taken(self.layers.model.get_submodule(name), InFp8, fp8=fp8))
             yield
 
-    def _batch_scores(self, current: _Pass, states: list[_States]) -> BatchScores:
+    def _batch_scores(self, current: _Pass, states: list[_States]) -> Callable[[], BatchScores]:
         original = _counted(current.output, current)
         names = [group for each in states for group in each.groups]
         others = [_counted(part, current) for each in states for part in each.hidden.chunk(len(each.groups))]
-        values = torch.stack(self._kl(original, others)).cpu().tolist()
-        scores = dict(zip(names, values, strict=True))
-        return {group.name: {FORMAT: (scores[group.name],)} for group in self.job.target.groups}
+        values = dict(zip(names, self._kl(original, others), strict=True))
+        groups = self.job.target.groups
+        return bound(_named, torch.stack([values[group.name] for group in groups])[:, None], groups)
 
     def _kl(self, original: torch.Tensor, others: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return KL(original || other) in nats, added up over the rows, for each of `others` [counted, hidden]."""

@@ -439,8 +439,8 @@ class _Worker:
 
     def score(self, batch: Batch) -> BatchScores:
         """Return a batch's scores."""
-        scores: BatchScores
-        (scores,) = self.scorer.scores([batch.to(self.job.device)])
+        (wait,) = self.scorer.scores([batch])
+        scores: BatchScores = wait()
         return scores
 
 
