@@ -3,7 +3,7 @@
     python benchmarks/streaming.py run --root DIR      # writes benchmarks/results/streaming.json
 
 The layers are those of the 72B model's language model (8192 wide, 0.88 billion weights each), with random weights, and
-there are 8 and 16 of its 80: disk and time allow no more. What grows with them is stated a layer. Each model is
+there are 4 and 8 of its 80: disk and time allow no more. What grows with them is stated a layer. Each model is
 measured twice by `fisher`, whole on the GPU and streamed under `--memory-gb`, in processes of their own; their scores
 are compared. The files are in the page cache. The host's peak is the process's resident memory.
 """
@@ -19,7 +19,7 @@ import ladder
 import scoring
 
 RESULT = full_size.RESULTS / "streaming.json"
-DEPTHS = "8,16"
+DEPTHS = "4,8"
 SIZE, METHOD = "4x512", "fisher"
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "build", "measure"], help="run; the others are internal")
     parser.add_argument("--root", type=Path, required=True, help="where the models go (and go away)")
     parser.add_argument("--depths", default=DEPTHS, help="numbers of layers, separated by commas")
-    parser.add_argument("--memory-gb", type=float, default=24.0)
+    parser.add_argument("--memory-gb", type=float, default=16.0)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     depths = [int(depth) for depth in arguments.depths.split(",")]

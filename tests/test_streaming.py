@@ -8,8 +8,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bitladder import sensitivity, targets
-from bitladder.errors import EngineError, ModelError
+from bitladder import sensitivity, targets, weights
+from bitladder.errors import EngineError, MeasurementError, ModelError
 from bitladder.recipe import MeasureSpec
 from bitladder.sensitivity import layers, native
 from bitladder.sensitivity.layers import DeviceMemory, StreamedLayers, open_without_layers
@@ -142,3 +142,25 @@ def test_host_memory_bounds_the_batches_at_once(monkeypatch):
     monkeypatch.setattr(layers.psutil, "virtual_memory", lambda: type("", (), {"available": 8e9})())
     assert layers.batches_at_once(0.5e9) == 4
     assert layers.batches_at_once(1e12) == 1
+
+
+@pytest.mark.parametrize("loader", ["load_model", "open_without_layers"])
+def test_a_model_that_does_not_fit_is_said_with_the_remedy(llama, text_file, tmp_path, monkeypatch, loader):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(layers, loader, full)
+    limit = {"memory_gb": 0.001} if loader == "open_without_layers" else {}
+    with pytest.raises(MeasurementError, match=r"out of GPU memory while loading .* raise measurement.memory_gb"):
+        measured_by("native", llama, load_text(llama, text_file), tmp_path, **limit)
+
+
+def test_finite_means_every_value(monkeypatch):
+    monkeypatch.setattr(weights, "_BLOCK", 10)
+    values = torch.zeros(5, 7, dtype=torch.bfloat16)
+    assert weights.all_finite(values)
+    for at, value in ((0, float("nan")), (34, float("inf"))):
+        broken = values.clone()
+        broken.view(-1)[at] = value
+        assert not weights.all_finite(broken)
+    assert weights.all_finite(torch.zeros(0))

@@ -17,7 +17,16 @@ from bitladder.storage import sha256_of_file
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _HASHED_AT_ONCE = 4
+_BLOCK = 2**26  # values
 SIXTEEN_BIT_DTYPES = ("BF16", "F16")
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Return whether no value (any shape) is NaN or Inf.
+
+    Block by block: torch's own test of the whole takes several times its memory.
+    """
+    return all(bool(torch.isfinite(block).all()) for block in values.detach().flatten().split(_BLOCK))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from bitladder.records import Candidate, FileDigest, Measurement, ModelSource, R
 from bitladder.runinfo import Meter, Progress, no_progress
 from bitladder.storage import atomic_path, atomic_write, remove_leftovers, sha256_of_file
 from bitladder.targets import Target, checkpoint_tensor_names
-from bitladder.weights import WeightFiles
+from bitladder.weights import WeightFiles, all_finite
 
 MEASUREMENT_FILE = "measurement.json"
 AMAX_FILE = "measurement.safetensors"
@@ -207,7 +207,7 @@ def check_weights(model: torch.nn.Module, directory: Path, target: Target) -> No
     names = checkpoint_tensor_names(model, WeightFiles.open(directory).tensors)
     tensor_of = {parameter: tensor for tensor, parameter in names.items()}
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not all_finite(parameter):
             raise ModelError(f"{directory}: tensor {tensor_of.get(name, name)} holds NaN or Inf; fetch the model again")
     files = WeightFiles.open(directory)
     for group in target.groups:

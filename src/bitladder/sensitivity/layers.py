@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from bitladder.calibration import Batch
-from bitladder.errors import EngineError, ModelError
+from bitladder.errors import EngineError, MeasurementError, ModelError
 from bitladder.sensitivity import check_weights
 from bitladder.sensitivity.common import LayerCall, LayerRecorder, layers_path
 from bitladder.targets import Target, build_on_meta, checkpoint_tensor_names, load_model
-from bitladder.weights import WeightFiles
+from bitladder.weights import WeightFiles, all_finite
 
 GB = 1e9
 _CPU_SHARE = 0.8  # of the host's available memory that measuring on a CPU may take
@@ -170,19 +170,37 @@ def open_layers(directory: Path, target: Target, dtype: torch.dtype, memory: Dev
     """Return a model's layers on the memory's device, streamed where the model doesn't fit; its weights are checked.
 
     Raises:
-        ModelError: NaN or Inf in weights. EngineError: a model without one list of layers; the message ends with
-            `remedy`.
+        ModelError: NaN or Inf in weights. MeasurementError: out of memory. EngineError: a model without one list of
+            layers; the message ends with `remedy`.
     """
     if not memory.fits(directory, dtype):
-        return StreamedLayers.open(directory, target, dtype, memory)
+        with _loading():
+            return StreamedLayers.open(directory, target, dtype, memory)
     return Layers.of(load_whole(directory, target, dtype, memory.device), target, memory, remedy)
 
 
 def load_whole(directory: Path, target: Target, dtype: torch.dtype, device: str) -> Any:
-    """Return the whole model, its weights checked against the files."""
-    model = load_model(directory, dtype, device)
-    check_weights(model, directory, target)
+    """Return the whole model, its weights checked against the files.
+
+    Raises:
+        ModelError: NaN or Inf in weights. MeasurementError: out of memory.
+    """
+    with _loading():
+        model = load_model(directory, dtype, device)
+        check_weights(model, directory, target)
     return model
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Say what to do where the GPU's memory doesn't suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MeasurementError(
+            "out of GPU memory while loading the model (embedding, vision tower and head stay on the GPU where layers "
+            "are streamed); raise measurement.memory_gb, free the GPU, or set measurement.device: cpu"
+        ) from error
 
 
 class StreamedLayers(Layers):
@@ -236,7 +254,7 @@ class StreamedLayers(Layers):
         layer = self.layers[index]
         for name, value in weights.items():
             moved = value.to(self.device, non_blocking=True)
-            if index not in self._checked and not bool(torch.isfinite(moved).all()):
+            if index not in self._checked and not all_finite(moved):
                 tensor = self.tensors[index][name]
                 raise ModelError(f"{self.files.directory}: tensor {tensor} holds NaN or Inf; fetch the model again")
             _set(layer, name, nn.Parameter(moved, requires_grad=False))
@@ -276,7 +294,7 @@ def open_without_layers(directory: Path, path: str, dtype: torch.dtype, device: 
         if parameter_name not in tensor_of:
             raise ModelError(f"{directory}: no tensor becomes {parameter_name}; config.json is of another model")
         value = files.load(tensor_of[parameter_name]).to(device, dtype)
-        if not bool(torch.isfinite(value).all()):
+        if not all_finite(value):
             raise ModelError(f"{directory}: tensor {tensor_of[parameter_name]} holds NaN or Inf; fetch the model again")
         _set(model, parameter_name, nn.Parameter(value, requires_grad=False))
     model.tie_weights()
