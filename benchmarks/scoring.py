@@ -97,9 +97,9 @@ def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how
     """Measure once; return the seconds of each step, the peak memory, and every group's scores."""
     from bitladder import sensitivity, targets, weights
     from bitladder.recipe import MeasureSpec
-    from bitladder.sensitivity import native
+    from bitladder.sensitivity import gradient, kl
 
-    native._COMPILED_FROM = native._KL_COMPILED_FROM = 0 if how == "compiled" else 10**9
+    gradient._COMPILED_FROM = kl._COMPILED_FROM = 0 if how == "compiled" else 10**9
     limit = float(how.removesuffix("gb")) if how.endswith("gb") else None
 
     settings = parse_size(size)

@@ -40,7 +40,8 @@ import quality
 import torch
 
 from bitladder.sensitivity import native, taps
-from bitladder.sensitivity.common import deterministic, hidden_of
+from bitladder.sensitivity.common import deterministic, hidden_of, without_cudnn_attention
+from bitladder.sensitivity.decoder import Decoder, Pass
 from bitladder.sensitivity.layers import DeviceMemory, Layers
 
 DRAWS = 4
@@ -158,13 +159,13 @@ class Scorer(ExitStack):
 
     def __init__(self, layers, job, amax) -> None:
         super().__init__()
-        self.job, self.decoder = job, native._Decoder(layers, job)
+        self.job, self.decoder = job, Decoder(layers, job)
         self.taps = self.enter_context(Taps(layers.model, job, amax))
 
     def scores(self, batch, seed: int) -> tuple[dict[str, list[dict]], dict[str, float]]:
         """Return each loss's draws, each `{form: {group: score of the mean loss}}`, and seconds for a pass of each."""
         found, seconds, start = {}, {}, seconds_now()
-        recorded = native._Pass(batch)
+        recorded = Pass(batch)
         self.decoder.record(recorded)
         seconds["forward"] = seconds_now() - start
         for loss, (logit_gradient, draws) in LOSSES.items():
@@ -251,7 +252,7 @@ def scored(work, measurement, batches: int, scratch: Path) -> list[dict]:
             if path.exists():
                 continue
             batch = data.batches[index].to(device)
-            with native.without_cudnn_attention():
+            with without_cudnn_attention():
                 with native.scorer(layers, job, amax, None) as reference:
                     start = seconds_now()
                     (wait,) = reference.scores([data.batches[index]])
@@ -262,7 +263,7 @@ def scored(work, measurement, batches: int, scratch: Path) -> list[dict]:
             content = {
                 "tokens": batch.loss_tokens,
                 "seconds": seconds | passes,
-                "native": {group: formats[native.FORMAT][0] for group, formats in ours.items()},
+                "native": {group: formats[taps.FORMAT][0] for group, formats in ours.items()},
                 "losses": losses,
             }
             atomic_write(path, json.dumps(content))

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from bitladder import calibration, sensitivity, targets
 from bitladder.errors import EngineError
 from bitladder.recipe import MeasureSpec
-from bitladder.sensitivity import native, taps
+from bitladder.sensitivity import decoder, gradient, kl, native, taps
 from bitladder.sensitivity.layers import DeviceMemory, Layers
 from conftest import llama_config, qwen2_5_vl_config, save_model
 
@@ -39,11 +39,12 @@ def compiling(monkeypatch):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(
-        native,
-        "_fused",
+        decoder,
+        "fused",
         lambda function, compiled: torch.compile(function, backend=counter, dynamic=False) if compiled else function,
     )
-    monkeypatch.setattr(native, "_can_compile", lambda _: True)
+    for module in (decoder, kl):
+        monkeypatch.setattr(module, "can_compile", lambda _: True)
     yield counter
     torch._dynamo.reset()
 
@@ -68,10 +69,10 @@ class Job:
 
     def scores(self, monkeypatch, tokens):
         """Return each batch's scores, compiled if there are at least so many tokens, as in a CUDA graph."""
-        monkeypatch.setattr(native, "_COMPILED_FROM", tokens)
-        monkeypatch.setattr(native, "_KL_COMPILED_FROM", tokens)
+        monkeypatch.setattr(gradient, "_COMPILED_FROM", tokens)
+        monkeypatch.setattr(kl, "_COMPILED_FROM", tokens)
         with native.scorer(self.layers, self.job, self.amax, None) as scorer:
-            if isinstance(scorer, native._GradientScorer):
+            if isinstance(scorer, gradient.GradientScorer):
 
                 def replayed(current):
                     scorer._seed(current)
@@ -80,7 +81,7 @@ class Job:
                 monkeypatch.setattr(scorer, "_is_graphed", lambda _: True)
                 monkeypatch.setattr(scorer, "_replayed", replayed)
             else:
-                scorer.normalisers, scorer.kl = native._normalisers, native._kl_of_rows
+                scorer.normalisers, scorer.kl = kl._normalisers, kl._kl_of_rows
             return [scorer.scores([batch])[0]() for batch in self.batches]
 
 
@@ -112,15 +113,16 @@ def fake_kernels(monkeypatch):
 
 def test_other_shapes_need_tokens_of_their_own(model, monkeypatch):
     job = Job(model, "kl_div").job
-    monkeypatch.setattr(native, "_can_compile", lambda _: True)
+    for module in (decoder, kl):
+        monkeypatch.setattr(module, "can_compile", lambda _: True)
     layers = type("Resident", (), {"streamed": False})
-    assert native._is_worth_compiling(layers, job, 48)
-    assert not native._is_worth_compiling(layers, job, 49)
+    assert decoder.is_worth_compiling(layers, job, 48)
+    assert not decoder.is_worth_compiling(layers, job, 49)
     mixed = sensitivity.Job(job.target, (), (*job.scored, torch.Size([2, 24])), job.spec, "cpu", job.progress)
-    assert native._is_worth_compiling(layers, mixed, 48)
-    assert not native._is_worth_compiling(layers, mixed, 49)
+    assert decoder.is_worth_compiling(layers, mixed, 48)
+    assert not decoder.is_worth_compiling(layers, mixed, 49)
     layers.streamed = True
-    assert not native._is_worth_compiling(layers, job, 48)
+    assert not decoder.is_worth_compiling(layers, job, 48)
 
 
 def test_what_torch_cannot_compile_is_said_with_the_remedy(model, compiling, monkeypatch, fake_kernels):
@@ -128,7 +130,7 @@ def test_what_torch_cannot_compile_is_said_with_the_remedy(model, compiling, mon
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(
-        native, "_fused", lambda function, compiled: torch.compile(function, backend=broken) if compiled else function
+        decoder, "fused", lambda function, compiled: torch.compile(function, backend=broken) if compiled else function
     )
     job = Job(model, "kl_div")
     with pytest.raises(EngineError, match=r"can't compile the layers of .*no such luck.* set TORCH_COMPILE_DISABLE=1"):

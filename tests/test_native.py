@@ -15,8 +15,10 @@ from bitladder import calibration, numerics, sensitivity, targets
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.recipe import DataSpec, MeasureSpec
 from bitladder.report.content import rank_correlation
-from bitladder.sensitivity import layers, native
+from bitladder.sensitivity import kl, layers, native
 from bitladder.sensitivity.common import gradient_score, hidden_of
+from bitladder.sensitivity.decoder import Decoder, Pass, _CutRecorder
+from bitladder.sensitivity.gradient import GradientScorer
 from bitladder.sensitivity.layers import DeviceMemory, Layers
 from conftest import (
     llama_config,
@@ -96,7 +98,8 @@ def test_logits_in_several_parts_give_the_same(llama, text_file, tmp_path, monke
     for method in WITHIN:
         whole = measured_by("native", llama, data, tmp_path / method / "whole", method=method)
         with monkeypatch.context() as patch:
-            patch.setattr(native, "_ROWS_AT_ONCE", 7)  # of 46 rows: the last part is shorter
+            for module in ("decoder", "kl"):
+                patch.setattr(f"bitladder.sensitivity.{module}.ROWS_AT_ONCE", 7)  # of 46 rows: the last part is shorter
             parts = measured_by("native", llama, data, tmp_path / method / "parts", method=method)
         assert_same_scores(parts, whole, ARITHMETIC if method == "gradient" else WITHIN["kl_div"])
 
@@ -155,7 +158,7 @@ def decoder_of(cls, config, directory):
     model = targets.load_model(directory, torch.float32, "cpu").requires_grad_(False)
     ids = torch.arange(10, 34).view(2, 12)
     batch = calibration.Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
-    return native._Decoder(Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY), job), native._Pass(batch)
+    return Decoder(Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY), job), Pass(batch)
 
 
 FAMILIES = {
@@ -172,7 +175,7 @@ def test_layers_and_gradient_are_the_models_own_in_every_family(family, tmp_path
     cls, config = FAMILIES[family]
     decoder, current = decoder_of(cls, config(), tmp_path)
     decoder.record(current)
-    again = native._Pass(current.batch)
+    again = Pass(current.batch)
     decoder.begin(again)
     for index, layer in enumerate(decoder.layers.layers):
         again.output = decoder.run(layer, again.output, again.calls[index])
@@ -193,16 +196,16 @@ def test_layers_and_gradient_are_the_models_own_in_every_family(family, tmp_path
 
 def test_what_is_kept_and_what_runs_again_give_the_same(llama, text_file, tmp_path, monkeypatch):
     data, found, kept = load_text(llama, text_file), {}, {}  # `fisher`, whose draws must not differ either
-    backward = native._GradientScorer._backward
+    backward = GradientScorer._backward
 
     def counted(scorer, layer, index, current, gradient):
         kept.setdefault(name, []).append(index in current.kept)
         return backward(scorer, layer, index, current, gradient)
 
-    monkeypatch.setattr(native._GradientScorer, "_backward", counted)
+    monkeypatch.setattr(GradientScorer, "_backward", counted)
     for name, room, left in (("kept", True, 0.0), ("again", False, 0.0), ("without copies", True, 1e18)):
-        monkeypatch.setattr(native._CutRecorder, "_has_room", lambda *_, room=room: room)
-        monkeypatch.setattr(native, "_COPIES_LEFT", left)  # of memory, that FP8 copies of all weights must leave
+        monkeypatch.setattr(_CutRecorder, "_has_room", lambda *_, room=room: room)
+        monkeypatch.setattr("bitladder.sensitivity.decoder._COPIES_LEFT", left)  # bytes of memory
         found[name] = measured_by("native", llama, data, tmp_path / name)
     assert all(kept["kept"])
     assert not any(kept["again"] + kept["without copies"])
@@ -214,7 +217,7 @@ def test_what_is_added_between_layers_is_refused(tmp_path):
     decoder.layers.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
     decoder.record(current)  # for gradients it doesn't matter
     with pytest.raises(EngineError, match=r"changes the hidden states before decoder layer 1 .* use method: fisher"):
-        decoder.begin(native._Pass(current.batch))
+        decoder.begin(Pass(current.batch))
 
 
 def test_only_layers_that_run_one_after_another_make_a_graph(llama, text_file, tmp_path):
@@ -243,10 +246,10 @@ def test_kl_is_exact_for_near_and_far_distributions(difference):
     expected = float((p.exp() * (p - q)).sum())
     decoder = SimpleNamespace(logits=lambda hidden: hidden)
     scorer = SimpleNamespace(layers=SimpleNamespace(device="cpu"), decoder=decoder, rows=256)
-    scorer.normalisers, scorer.kl = native._normalisers, native._kl_of_rows
-    (found,) = native._KlScorer._kl(scorer, logits, [others])
+    scorer.normalisers, scorer.kl = kl._normalisers, kl._kl_of_rows
+    (found,) = kl.KlScorer._kl(scorer, logits, [others])
     assert float(found) == pytest.approx(expected, rel=2e-3)
-    (back,) = native._KlScorer._kl(scorer, others, [logits])
+    (back,) = kl.KlScorer._kl(scorer, others, [logits])
     assert float(back) == pytest.approx(float((q.exp() * (q - p)).sum()), rel=2e-3)
 
 
@@ -263,7 +266,7 @@ def test_a_killed_measurement_goes_on_with_the_same_numbers(llama, text_file, tm
     data = load_text(llama, text_file)
     whole = measured_by("native", llama, data, tmp_path / "whole", method=method)
     step = "begin" if method == "kl_div" else "record"
-    original, calls = getattr(native._Decoder, step), []
+    original, calls = getattr(Decoder, step), []
 
     def killed(*args, **options):
         calls.append(args)
@@ -271,10 +274,10 @@ def test_a_killed_measurement_goes_on_with_the_same_numbers(llama, text_file, tm
             raise KeyboardInterrupt
         original(*args, **options)
 
-    monkeypatch.setattr(native._Decoder, step, killed)
+    monkeypatch.setattr(Decoder, step, killed)
     with pytest.raises(KeyboardInterrupt):
         measured_by("native", llama, data, tmp_path / "killed", method=method)
-    monkeypatch.setattr(native._Decoder, step, original)
+    monkeypatch.setattr(Decoder, step, original)
     monkeypatch.setattr(native, "calibrate", None)  # done already
     resumed = measured_by("native", llama, data, tmp_path / "killed", method=method)
     assert resumed.fingerprint() == whole.fingerprint()
@@ -409,7 +412,7 @@ def test_fisher_is_the_kl_to_second_order(sure_llama, text_file, tmp_path, monke
     draws = []
     with native.scorer(opened, job, amax, None) as scorer:
         for draw in range(DRAWS):
-            monkeypatch.setattr(native, "sha256_of_bytes", lambda _, draw=draw: f"{draw:015x}")
+            monkeypatch.setattr("bitladder.sensitivity.decoder.sha256_of_bytes", lambda _, draw=draw: f"{draw:015x}")
             draws += [wait() for wait in scorer.scores([batch])]
     for group in target.groups[4:8]:  # the second layer's: two of one module, two that the runtime fuses
         found = [scores[group.name]["fp8"][0] for scores in draws]
@@ -432,9 +435,9 @@ def test_the_same_tokens_have_the_same_signs_and_others_have_others(tmp_path):
     first = probed(current)
     torch.testing.assert_close(probed(current), first, rtol=0, atol=0)
     inputs = {**current.batch.inputs, "input_ids": current.batch.inputs["input_ids"] + 1}
-    other = native._Pass(calibration.Batch(inputs, current.batch.labels), output=current.output)
+    other = Pass(calibration.Batch(inputs, current.batch.labels), output=current.output)
     assert not torch.allclose(probed(other), first)
-    repeated = probed(native._Pass(current.batch, output=current.output[:, :1].expand(-1, 12, -1)))
+    repeated = probed(Pass(current.batch, output=current.output[:, :1].expand(-1, 12, -1)))
     assert not torch.allclose(repeated[:, 0], repeated[:, 1])  # nor do two tokens share theirs
 
 

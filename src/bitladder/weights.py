@@ -26,7 +26,7 @@ def all_finite(values: torch.Tensor) -> bool:
 
     Block by block: torch's own test of the whole takes several times its memory.
     """
-    return all(bool(torch.isfinite(block).all()) for block in values.detach().flatten().split(_BLOCK))
+    return all(bool(torch.isfinite(block).all()) for block in values.detach().flatten().split(_BLOCK))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
