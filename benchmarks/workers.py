@@ -8,7 +8,7 @@ these two differ already), by `--workers` of them, and by as many of which one i
 scored batch. Each is a process of its own, timed by the measurement's own phases; the weight files are in the page
 cache, since their digests are taken before. The bytes that are compared are those of measurement.json but `run`, of
 measurement.safetensors, and of the codes. On a CPU workers have `--threads` threads each, and so has the one process.
-The result is written after every measurement.
+The result is written after every measurement; kinds of an earlier run stay in it.
 """
 
 import argparse
@@ -105,13 +105,12 @@ def run(model: Path, kinds: list[str], sizes: dict, workers: int, threads: int, 
 
     content: dict = {
         "claim": f"{workers} workers write the bytes of one process, a killed one included, in less time",
-        "model": scoring.describe(model),
         "hardware": hardware(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "versions": versions(),
-        "sizes": sizes,
-        "kinds": {},
+        "kinds": json.loads(out.read_text())["kinds"] if out.exists() else {},
     }
+    given = {"model": scoring.describe(model), "sizes": sizes}
     ways = {
         "alone": [],
         "again": [],
@@ -127,7 +126,7 @@ def run(model: Path, kinds: list[str], sizes: dict, workers: int, threads: int, 
                 measured = ladder.child("measure", "--kinds", kind, *common, *flags, script=__file__)
                 digests_of[way] = measured.pop("digests")
                 found[way] = measured
-                content["kinds"][kind] = compare(found, digests_of)
+                content["kinds"][kind] = given | compare(found, digests_of)
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(content, indent=1) + "\n")
                 print(f"{kind} {way}: {json.dumps(measured)}", flush=True)

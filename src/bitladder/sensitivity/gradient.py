@@ -285,7 +285,7 @@ class _Graph:
             ]
             batch = Batch(current.batch.inputs, place[id(current.batch.labels)])
             return dataclasses.replace(
-                current, batch=batch, calls=calls, output=place[id(current.output)], kept={}, scores={}
+                current, batch=batch, calls=calls, output=place[id(current.output)], kept={}, sinks={}, scores={}
             )
 
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ A model that doesn't fit the device is streamed (`layers`): every batch at hand 
 is loaded, and hidden states lie on the host. On a CPU its scores are the same, to the last bit.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -130,8 +131,10 @@ def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
     model.config.use_cache = False
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    # Streams, graphs and Triton's kernels go to the current GPU.
+    current = torch.cuda.device(job.device) if job.device.startswith("cuda") else contextlib.nullcontext()
     try:
-        with without_cudnn_attention():
+        with current, without_cudnn_attention():
             amax = partial.amax()
             if amax is None:
                 with meter.phase("calibrate"):
@@ -171,5 +174,7 @@ def _score(layers: Layers, job: Job, partial: Partial, amax: Amax, codes: Codes 
             found = scoring.scores([job.batches[index] for index in chunk])
             settle()
             before += zip(chunk, found, strict=True)
+            if not layers.memory.is_gpu:
+                settle()  # a CPU has done it already
         settle()
     job.progress("score", job.score_batches, job.score_batches)
