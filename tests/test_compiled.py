@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bitladder import calibration, sensitivity, targets
+from bitladder.calibration import IGNORED_LABEL
 from bitladder.errors import EngineError
 from bitladder.recipe import MeasureSpec
 from bitladder.sensitivity import decoder, gradient, kl, native, taps
@@ -49,16 +50,19 @@ def compiling(monkeypatch):
     torch._dynamo.reset()
 
 
-def batch_of(seed):
+def batch_of(seed, padding):
+    """Return two rows of twelve token ids, the first so many of the second row padding."""
     ids = torch.randint(10, 34, (2, 12), generator=torch.Generator().manual_seed(seed))
-    return calibration.Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    return calibration.Batch({"input_ids": ids, "attention_mask": mask}, ids.masked_fill(mask == 0, IGNORED_LABEL))
 
 
 class Job:
     """A model with its amax values, ready to be scored on two batches."""
 
-    def __init__(self, directory, method):
-        self.batches = batch_of(0), batch_of(1)
+    def __init__(self, directory, method, padding=0):
+        self.batches = batch_of(0, padding), batch_of(1, padding)
         shapes = tuple(batch.labels.shape for batch in self.batches)
         target = targets.find_target(directory)
         model = targets.load_model(directory, torch.float32).requires_grad_(False)
@@ -87,6 +91,7 @@ class Job:
 
 @pytest.mark.parametrize("method", FORMS)
 def test_compiled_layers_give_the_same_scores(model, method, compiling, monkeypatch, fake_kernels):
+    monkeypatch.setattr(decoder, "ROWS_AT_ONCE", 7)  # of 22 rows of logits: the last part is shorter
     job = Job(model, method)
     single = job.scores(monkeypatch, tokens=49)
     assert compiling.frame_count == 0
@@ -98,6 +103,19 @@ def test_compiled_layers_give_the_same_scores(model, method, compiling, monkeypa
             assert other[group]["fp8"] == pytest.approx(formats["fp8"], rel=1e-5), group
     assert not any(isinstance(module, taps.Tapped | taps.InFp8) for module in job.layers.model.modules())
     assert not any("fp8" in module.__dict__ for module in job.layers.model.modules())
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_groups_that_go_on_together_score_as_alone(model, padding, monkeypatch):
+    job, found = Job(model, "kl_div", padding), {}
+    for tokens in (0, 48, 96):  # alone; a layer's four groups in two pairs; all four
+        monkeypatch.setattr(kl, "_TOKENS_TOGETHER", tokens)
+        with native.scorer(job.layers, job.job, job.amax, None) as scorer:
+            found[tokens] = [scorer.scores([batch])[0]() for batch in job.batches]
+    for alone, pairs, four in zip(*found.values(), strict=True):
+        for group, formats in alone.items():
+            assert pairs[group]["fp8"] == pytest.approx(formats["fp8"], rel=1e-4), group
+            assert four[group]["fp8"] == pytest.approx(formats["fp8"], rel=1e-4), group
 
 
 @pytest.fixture
