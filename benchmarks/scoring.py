@@ -6,7 +6,8 @@
 
 For every size (rows × tokens of a batch of real captions) each engine and method is a process of its own, so that its
 peak memory is its own. A step's time is that between two calls of the engine's progress, the GPU waited for (ours
-waits itself, while the next batch is on its way); the first of several is left out. Both engines are called through
+waits itself, while the next batch is on its way); the first of several is left out, and ours leaves out the last, most
+of which came before. Both engines are called through
 `bitladder.sensitivity.measure`, which gives ModelOpt the same arithmetic and data and spares it the backward pass of
 the vision tower. A part's name is engine-method, and maybe how:
 `compiled` compiles the layers, however few the batches, `NNgb` limits the GPU memory, so that what doesn't fit runs

@@ -43,8 +43,8 @@ def run(root: Path, depths: list[int], memory_gb: float, out: Path) -> None:
             ladder.child("build", "--root", str(model), "--depths", str(depth), script=__file__)
             found = {"weight_bytes": sum(path.stat().st_size for path in model.glob("*.safetensors"))}
             for how in ("whole", "streamed"):
-                flags = ["--depths", str(depth), "--memory-gb", str(memory_gb if how == "streamed" else 0)]
-                found[how] = ladder.child("measure", "--root", str(model), *flags, script=__file__)
+                limit = str(memory_gb if how == "streamed" else 0)
+                found[how] = ladder.child("measure", "--root", str(model), "--memory-gb", limit, script=__file__)
                 print(f"{depth} layers, {how}: {json.dumps({**found[how], 'scores': None})}", flush=True)
             scores = [found[how].pop("scores") for how in ("whole", "streamed")]
             found["largest_change"] = max(abs(scores[1][group] / scores[0][group] - 1) for group in scores[0])

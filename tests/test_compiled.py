@@ -44,8 +44,7 @@ def compiling(monkeypatch):
         "fused",
         lambda function, compiled: torch.compile(function, backend=counter, dynamic=False) if compiled else function,
     )
-    for module in (decoder, kl):
-        monkeypatch.setattr(module, "can_compile", lambda _: True)
+    monkeypatch.setattr(decoder, "can_compile", lambda _: True)
     yield counter
     torch._dynamo.reset()
 
@@ -71,26 +70,24 @@ class Job:
         self.layers = Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY)
         self.amax = native.calibrate(self.layers, self.job)
 
-    def scores(self, monkeypatch, tokens):
-        """Return each batch's scores, compiled if there are at least so many tokens, as in a CUDA graph."""
+    def scores(self, monkeypatch, tokens, graphed=True):
+        """Return each batch's scores, compiled if there are at least so many tokens, as in a CUDA graph (`graphed`)."""
         monkeypatch.setattr(gradient, "_COMPILED_FROM", tokens)
         monkeypatch.setattr(kl, "_COMPILED_FROM", tokens)
         with native.scorer(self.layers, self.job, self.amax, None) as scorer:
             if isinstance(scorer, gradient.GradientScorer):
 
-                def replayed(current):
-                    scorer._seed(current)
+                def replayed(batch, current):
+                    scorer._seed(batch)
                     return scorer._scores(current)
 
-                monkeypatch.setattr(scorer, "_is_graphed", lambda _: True)
+                monkeypatch.setattr(scorer, "_is_graphed", lambda _: graphed)
                 monkeypatch.setattr(scorer, "_replayed", replayed)
-            else:
-                scorer.normalisers, scorer.kl = kl._normalisers, kl._kl_of_rows
             return [scorer.scores([batch])[0]() for batch in self.batches]
 
 
 @pytest.mark.parametrize("method", FORMS)
-def test_compiled_layers_give_the_same_scores(model, method, compiling, monkeypatch, fake_kernels):
+def test_compiled_layers_give_the_same_scores(model, method, compiling, monkeypatch):
     monkeypatch.setattr(decoder, "ROWS_AT_ONCE", 7)  # of 22 rows of logits: the last part is shorter
     job = Job(model, method)
     single = job.scores(monkeypatch, tokens=49)
@@ -118,21 +115,9 @@ def test_groups_that_go_on_together_score_as_alone(model, padding, monkeypatch):
             assert four[group]["fp8"] == pytest.approx(formats["fp8"], rel=1e-4), group
 
 
-@pytest.fixture
-def fake_kernels(monkeypatch):
-    """Let the kernels' module be imported where there is no Triton; it isn't called."""
-    from types import ModuleType
-
-    module = ModuleType("bitladder.sensitivity.kernels")
-    module.normalisers = module.kl_of_rows = None
-    monkeypatch.setitem(sys.modules, "bitladder.sensitivity.kernels", module)
-    monkeypatch.setattr(sensitivity, "kernels", module, raising=False)
-
-
 def test_other_shapes_need_tokens_of_their_own(model, monkeypatch):
     job = Job(model, "kl_div").job
-    for module in (decoder, kl):
-        monkeypatch.setattr(module, "can_compile", lambda _: True)
+    monkeypatch.setattr(decoder, "can_compile", lambda _: True)
     layers = type("Resident", (), {"streamed": False})
     assert decoder.is_worth_compiling(layers, job, 48)
     assert not decoder.is_worth_compiling(layers, job, 49)
@@ -143,16 +128,18 @@ def test_other_shapes_need_tokens_of_their_own(model, monkeypatch):
     assert not decoder.is_worth_compiling(layers, job, 48)
 
 
-def test_what_torch_cannot_compile_is_said_with_the_remedy(model, compiling, monkeypatch, fake_kernels):
+def test_what_torch_cannot_compile_is_said_with_the_remedy(model, compiling, monkeypatch):
     def broken(*_):
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(
         decoder, "fused", lambda function, compiled: torch.compile(function, backend=broken) if compiled else function
     )
-    job = Job(model, "kl_div")
-    with pytest.raises(EngineError, match=r"can't compile the layers of .*no such luck.* set TORCH_COMPILE_DISABLE=1"):
-        job.scores(monkeypatch, tokens=1)
+    refused = r"can't compile the layers of .*no such luck.* set TORCH_COMPILE_DISABLE=1"
+    for method, padding in (("kl_div", 0), ("gradient", 0), ("gradient", 5)):
+        job = Job(model, method, padding)
+        with pytest.raises(EngineError, match=refused):
+            job.scores(monkeypatch, tokens=1, graphed=not padding)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -170,7 +157,7 @@ def test_a_module_that_runs_twice_is_refused(tmp_path, compiled, compiling, monk
 
     layer = job.layers.layers[1]
     layer.mlp = Twice(layer.mlp)
-    with pytest.raises(EngineError, match="runs twice in one pass"):
+    with pytest.raises(EngineError, match=r"layers\.1\.mlp\.up_proj runs twice in one pass"):
         job.scores(monkeypatch, tokens=1 if compiled else 10**9)
 
 

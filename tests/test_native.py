@@ -429,7 +429,7 @@ def test_the_same_tokens_have_the_same_signs_and_others_have_others(tmp_path):
     decoder.record(current)
 
     def probed(one):
-        decoder.seed(one)
+        decoder.seed(one.batch)
         return decoder.probe_gradient(one)
 
     first = probed(current)

@@ -32,7 +32,7 @@ from bitladder.recipe import DEFAULT_SPLIT
 from bitladder.records import CheckpointManifest, EvalResult, Evaluation
 from bitladder.runinfo import Meter, Progress, no_progress
 from bitladder.targets import checkpoint_tensor_names, load_model
-from bitladder.weights import WeightFiles, read_config
+from bitladder.weights import WeightFiles, all_finite, read_config
 
 ARITHMETIC = (
     "float32; weights dequantised, inputs of quantised linears rounded to E4M3 with the stored scale; "
@@ -116,7 +116,7 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
         prefix = name.removesuffix(".weight")
         used |= {f"{prefix}.weight_scale", f"{prefix}.input_scale"}
         state[name] = numerics.dequantise(files.load(name), _scale(files, name, "weight_scale"), dtype)
-        if not bool(torch.isfinite(state[name]).all()):
+        if not all_finite(state[name]):
             raise ModelError(f"{file}: {name} holds NaN or overflows {dtype}; {_EXPORT_AGAIN}")
         input_scales[name] = _scale(files, name, "input_scale")
     kv_scales = [name for name in files.tensors if name.rpartition(".")[2] in _KV_SCALE_NAMES]

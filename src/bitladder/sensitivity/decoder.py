@@ -16,12 +16,7 @@ from bitladder.calibration import Batch
 from bitladder.errors import EngineError
 from bitladder.records import QuantGroup
 from bitladder.sensitivity import BatchScores, Job
-from bitladder.sensitivity.common import (
-    LayerCall,
-    LayerRecorder,
-    hidden_of,
-    layer_of,
-)
+from bitladder.sensitivity.common import LayerCall, LayerRecorder, hidden_of, layer_of
 from bitladder.sensitivity.layers import Layers
 from bitladder.sensitivity.taps import FORMAT
 from bitladder.storage import sha256_of_bytes
@@ -38,7 +33,6 @@ class Pass:
     """One batch on its way through the layers."""
 
     batch: Batch
-    host: Batch | None = None  # the batch before it came to the device
     images: torch.Tensor | None = None  # mask [rows, tokens] of image-token positions
     whole: bool = False  # every token's next token counts: text without padding
     calls: list[LayerCall] = field(default_factory=list)  # of each layer; its hidden states are the layer's input
@@ -188,9 +182,12 @@ class Decoder:
 
         return self._gradient(current, by_logits)
 
-    def seed(self, current: Pass) -> None:
-        """Let the next signs be those of the batch's tokens: whoever scores a batch draws the same ones."""
-        ids = (current.batch if current.host is None else current.host).inputs["input_ids"].cpu().contiguous()
+    def seed(self, batch: Batch) -> None:
+        """Let the next signs be those of the batch's tokens: whoever scores a batch draws the same ones.
+
+        A batch on the host spares waiting for the GPU.
+        """
+        ids = batch.inputs["input_ids"].cpu().contiguous()
         self.generator.manual_seed(int(sha256_of_bytes(ids.view(torch.uint8).numpy().data)[:15], 16))
 
     def _gradient(self, current: Pass, by_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -35,12 +35,7 @@ from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.records import QuantGroup
 from bitladder.sensitivity import Amax, BatchScores, Codes, Job
-from bitladder.sensitivity.common import (
-    LayerCall,
-    by_position,
-    deterministic,
-    image_positions,
-)
+from bitladder.sensitivity.common import LayerCall, by_position, deterministic, image_positions
 from bitladder.sensitivity.decoder import (
     GROWTH,
     LAYERS_LEFT,
@@ -73,7 +68,8 @@ class _Taps:
         stack = ExitStack()
         for group in groups:
             for name, fp8 in fp8_of(self.model, group, self.amax, self.codes).items():
-                stack.enter_context(taken(self.model.get_submodule(name), Tapped, fp8=fp8, sink=None, **self.shared))
+                linear = self.model.get_submodule(name)
+                stack.enter_context(taken(linear, Tapped, name=name, fp8=fp8, sink=None, **self.shared))
         return stack
 
     def give_sinks(self, current: Pass, groups: Iterable[QuantGroup]) -> None:
@@ -128,28 +124,32 @@ class GradientScorer(ExitStack):
 
         All batches go through a layer before the next one is loaded.
         """
-        groups = self.job.target.groups
+        with compiling(self.decoder):
+            values = self._values(batches)
+        return [bound(named, each, self.job.target.groups) for each in values]
+
+    def _values(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Return the scores [groups, 2] of each batch."""
         if len(batches) == 1:
-            current = self._begun(batches[0])
-            if current is not None:
-                with compiling(self.decoder):
-                    return [bound(named, self._replayed(current), groups)]
+            begun = self._begun(batches[0])
+            if begun is not None:
+                return [self._replayed(batches[0], begun)]
         passes = [self._pass(batch) for batch in batches]
         self._forward(passes)
         gradients = []
-        for current in passes:
-            self._seed(current)
+        for batch, current in zip(batches, passes, strict=True):
+            self._seed(batch)
             gradients.append(self._gradient(current))
         for index in range(len(self.layers) - 1, self.decoder.first - 1, -1):
             with self.layers.loaded(index) as layer, self._tapped(index):
                 for number, current in enumerate(passes):
                     gradients[number] = self._backward(layer, index, current, gradients[number])
-        return [bound(named, _read(current, groups, self.job.spec.method), groups) for current in passes]
+        return [_read(current, self.job.target.groups, self.job.spec.method) for current in passes]
 
     def _pass(self, batch: Batch) -> Pass:
         """Return a batch on the device."""
         moved = batch.to(self.job.device)
-        return Pass(moved, batch, image_positions(moved, self.image_tokens), is_whole(batch))
+        return Pass(moved, image_positions(moved, self.image_tokens), is_whole(batch))
 
     def _begun(self, batch: Batch) -> Pass | None:
         """Return a batch before the first layer if a CUDA graph scores it; the GPU may be at the batch before."""
@@ -168,9 +168,9 @@ class GradientScorer(ExitStack):
                 tensor.record_stream(main)
         return current
 
-    def _seed(self, current: Pass) -> None:
+    def _seed(self, batch: Batch) -> None:
         if self.job.spec.method != "gradient":
-            self.decoder.seed(current)
+            self.decoder.seed(batch)
 
     def _gradient(self, current: Pass) -> torch.Tensor:
         """Return the gradient by the last layer's output that the method begins with."""
@@ -190,13 +190,13 @@ class GradientScorer(ExitStack):
         state = batch.labels.numel() * embedding.weight.shape[1] * embedding.weight.element_size()
         return bool(self.room > GROWTH * state * (len(self.layers) + LAYERS_LEFT))
 
-    def _replayed(self, current: Pass) -> torch.Tensor:
-        """Return the scores [groups, 2] of a batch before the first layer by the CUDA graph of its shape."""
-        shape = current.batch.labels.shape
+    def _replayed(self, batch: Batch, current: Pass) -> torch.Tensor:
+        """Return the scores [groups, 2] of a batch, which is before the first layer, by the CUDA graph of its shape."""
+        shape = batch.labels.shape
         if shape not in self.graphs:
             self.graphs.clear()  # each holds the memory of a whole step
             self.graphs[shape] = _Graph(self._scores, current, self.decoder.generator)
-        self._seed(current)
+        self._seed(batch)
         return self.graphs[shape].replay(current)
 
     def _scores(self, current: Pass) -> torch.Tensor:

@@ -19,10 +19,7 @@ import torch
 from bitladder.calibration import Batch
 from bitladder.records import QuantGroup
 from bitladder.sensitivity import Amax, BatchScores, Codes, Job
-from bitladder.sensitivity.common import (
-    LEAST_LOG,
-    LayerCall,
-)
+from bitladder.sensitivity.common import LEAST_LOG, LayerCall
 from bitladder.sensitivity.decoder import (
     ROWS_AT_ONCE,
     Decoder,

@@ -25,11 +25,7 @@ from bitladder.kv_cache import AmaxCache
 from bitladder.records import QuantGroup
 from bitladder.runinfo import Meter
 from bitladder.sensitivity import Amax, BatchScores, Codes, Job, Partial, check_amax, compensation
-from bitladder.sensitivity.common import (
-    OUT_OF_MEMORY,
-    kv_cache_amax,
-    without_cudnn_attention,
-)
+from bitladder.sensitivity.common import OUT_OF_MEMORY, kv_cache_amax, without_cudnn_attention
 from bitladder.sensitivity.decoder import Decoder, Pass
 from bitladder.sensitivity.gradient import GradientScorer
 from bitladder.sensitivity.kl import KlScorer

@@ -126,6 +126,7 @@ class Tapped(nn.Linear):
     module that runs without gradients, since its layer will run again, takes no sink.
     """
 
+    name: str  # read for an error alone: torch would compile a layer for every name
     fp8: Fp8
     directional: bool
     last_input: LastInput
@@ -138,7 +139,9 @@ class Tapped(nn.Linear):
             return output
         sink, self.sink = self.sink, None
         if sink is None:
-            raise EngineError("a module runs twice in one pass; engine: native can't score it, use engine: modelopt")
+            raise EngineError(
+                f"{self.name} runs twice in one pass; engine: native can't score it, use engine: modelopt"
+            )
         fp8 = self.fp8
         with torch.no_grad():
             # Where torch compiles, it finds equal inputs itself.
