@@ -38,7 +38,7 @@ from bitladder.sensitivity.taps import Fp8, InFp8, fp8_of, taken
 _KERNEL_ROWS_AT_ONCE = 1024  # of logits where kernels take them as they are: 311 MB, twice
 _COMPILED_FROM = 40_000  # tokens of a shape from which a dozen seconds of compiling layers are worth it
 _COMPILED_FORMS = 64  # of a layer at most: alone and with each of its groups in FP8, for every type of layer and shape
-_TOKENS_TOGETHER = 16384  # of states that go through a layer together: larger products are faster, up to a size
+_TOKENS_TOGETHER = 16384  # of states that go through a layer together: fewer launches, and larger products
 
 
 @dataclass
