@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from bitladder import sensitivity, targets, weights
 from bitladder.errors import EngineError, MeasurementError, ModelError
 from bitladder.recipe import MeasureSpec
-from bitladder.sensitivity import layers, native
+from bitladder.runinfo import no_progress
+from bitladder.sensitivity import Job, layers, native
 from bitladder.sensitivity.layers import DeviceMemory, StreamedLayers, open_without_layers
 from conftest import load_text, save_model, source_of
 from test_native import FAMILIES, measured_by, pairs
@@ -124,9 +125,19 @@ def test_an_unfilled_buffer_is_refused(llama, monkeypatch):
 
 
 def test_what_fits_is_decided_by_the_limit(llama):
-    assert DeviceMemory("cpu", 2.0).fits(llama, torch.float32)
-    assert not DeviceMemory("cpu", SMALL).fits(llama, torch.float32)
-    assert DeviceMemory("cpu", None).fits(llama, torch.float32)
+    job = Job(targets.find_target(llama), (), (torch.Size([2, 24]),), MeasureSpec(), "cpu", no_progress)
+    assert DeviceMemory("cpu", 2.0).fits(llama, job, torch.float32)
+    assert not DeviceMemory("cpu", SMALL).fits(llama, job, torch.float32)
+    assert DeviceMemory("cpu", None).fits(llama, job, torch.float32)
+
+
+def test_what_a_layer_takes_at_work_has_to_fit_too(llama):
+    """60 times its input [rows, tokens, 64]: 2.0 GB for 131,072 tokens in float32, half of it in BF16."""
+    job = Job(
+        targets.find_target(llama), (), (torch.Size([1, 8]), torch.Size([128, 1024])), MeasureSpec(), "cpu", no_progress
+    )
+    for limit, dtype, fits in ((2.0, torch.float32, False), (2.1, torch.float32, True), (2.0, torch.bfloat16, True)):
+        assert DeviceMemory("cpu", limit).fits(llama, job, dtype) is fits
 
 
 def test_the_limit_is_no_part_of_the_key(llama, text_file):

@@ -291,7 +291,7 @@ def measure(
 
     def opened(remedy: str) -> layers.Layers:
         with meter.phase("load model"):
-            return layers.open_layers(directory, target, dtype, memory, remedy)
+            return layers.open_layers(directory, job, dtype, memory, remedy)
 
     with memory.enforced():
         if partial.amax() is None or any(partial.scores(batch) is None for batch in range(count)):

@@ -13,6 +13,7 @@ running a layer.
 import contextlib
 import inspect
 import math
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,15 +25,16 @@ from torch import nn
 
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError, ModelError
-from bitladder.sensitivity import check_weights
-from bitladder.sensitivity.common import LayerCall, LayerRecorder, layers_path
-from bitladder.targets import Target, build_on_meta, checkpoint_tensor_names, load_model
+from bitladder.sensitivity import Job, check_weights
+from bitladder.sensitivity.common import LayerCall, LayerRecorder, layer_of, layers_path
+from bitladder.targets import Target, build_on_meta, checkpoint_tensor_names, load_config, load_model
 from bitladder.weights import WeightFiles, all_finite
 
 GB = 1e9
 _CPU_SHARE = 0.8  # of the host's available memory that measuring on a CPU may take
 _HOST_SHARE = 0.25  # of the host's available memory that hidden states of streamed layers may take
 _WORKING_BYTES = 1.5e9  # what measuring takes beside weights, at least
+_LAYER_TAKES = 60  # times a layer's input: what it needs while it runs and on its way back
 _REMEDY = "raise measurement.memory_gb, so that the model needn't be streamed"
 
 
@@ -59,11 +61,17 @@ class DeviceMemory:
             return self.limit - psutil.Process().memory_info().rss
         return _CPU_SHARE * psutil.virtual_memory().available
 
-    def fits(self, directory: Path, dtype: torch.dtype) -> bool:
-        """Return whether the whole model fits, and what measuring works with."""
+    def fits(self, directory: Path, job: Job, dtype: torch.dtype) -> bool:
+        """Return whether the whole model fits, and what scoring takes beside it: a layer in FP8, and at work."""
         total = sum(math.prod(info.shape) for info in WeightFiles.open(directory).tensors.values())
+        searched: Counter[int] = Counter()
+        for group in job.target.groups:
+            searched[layer_of(group)] += group.weight_elements
+        copies = max(searched.values()) * (1 if self.is_gpu else dtype.itemsize)
+        state = max(shape.numel() for shape in job.scored) * load_config(directory).get_text_config().hidden_size
+        working = max(_WORKING_BYTES, copies + _LAYER_TAKES * state * dtype.itemsize)
         room = self.free() if self.limit is None else self.limit
-        return dtype.itemsize * total + _WORKING_BYTES <= room
+        return bool(dtype.itemsize * total + working <= room)
 
     @contextlib.contextmanager
     def enforced(self) -> Iterator[None]:
@@ -166,17 +174,18 @@ def _passed_through(layer: nn.Module) -> Iterator[None]:
             layer.forward = known
 
 
-def open_layers(directory: Path, target: Target, dtype: torch.dtype, memory: DeviceMemory, remedy: str) -> Layers:
+def open_layers(directory: Path, job: Job, dtype: torch.dtype, memory: DeviceMemory, remedy: str) -> Layers:
     """Return a model's layers on the memory's device, streamed where the model doesn't fit; its weights are checked.
 
     Raises:
         ModelError: NaN or Inf in weights. MeasurementError: out of memory. EngineError: a model without one list of
             layers; the message ends with `remedy`.
     """
-    if not memory.fits(directory, dtype):
+    layers_path(job.target, remedy)  # raises before anything is loaded
+    if not memory.fits(directory, job, dtype):
         with _loading():
-            return StreamedLayers.open(directory, target, dtype, memory)
-    return Layers.of(load_whole(directory, target, dtype, memory.device), target, memory, remedy)
+            return StreamedLayers.open(directory, job.target, dtype, memory)
+    return Layers.of(load_whole(directory, job.target, dtype, memory.device), job.target, memory, remedy)
 
 
 def load_whole(directory: Path, target: Target, dtype: torch.dtype, device: str) -> Any:

@@ -399,7 +399,7 @@ class _Worker:
         torch.set_num_threads(threads)
         memory = DeviceMemory(job.device, job.spec.memory_gb)
         memory.enforced().__enter__()  # for the rest of its life
-        self.job, self.layers = job, open_layers(directory, job.target, dtype, memory, native.REMEDY)
+        self.job, self.layers = job, open_layers(directory, job, dtype, memory, native.REMEDY)
         self.layers.model.config.use_cache = False
         self.layers.model.requires_grad_(False)
         return versions(), processor(job.device)
