@@ -23,6 +23,7 @@ independent. `benchmarks/signals.py` compares.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial as bound
@@ -116,8 +117,9 @@ class GradientScorer(ExitStack):
             self.enter_context(self.taps.on(job.target.groups))
         self.room = layers.memory.free()  # for graphs
         self.side: Any = None  # the stream of what comes before the first layer
-        if job.device.startswith("cuda"):
-            self.side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.capturing: Any = None  # the stream that captures graphs
+        if layers.memory.is_gpu:
+            self.side, self.capturing = _streams(torch.cuda.current_device())
 
     def scores(self, batches: Sequence[Batch]) -> list[Callable[[], BatchScores]]:
         """Return for each batch a function that waits for its scores, while the next batches may already come.
@@ -195,7 +197,7 @@ class GradientScorer(ExitStack):
         shape = batch.labels.shape
         if shape not in self.graphs:
             self.graphs.clear()  # each holds the memory of a whole step
-            self.graphs[shape] = _Graph(self._scores, current, self.decoder.generator)
+            self.graphs[shape] = _Graph(self._scores, current, self.decoder.generator, self.capturing)
         self._seed(batch)
         return self.graphs[shape].replay(current)
 
@@ -264,6 +266,17 @@ class GradientScorer(ExitStack):
                     current.output = self.decoder.run(layer, call.hidden, call)
 
 
+@functools.cache
+def _streams(device: int) -> tuple[Any, Any]:
+    """Return two streams of a GPU: of what comes before the first layer, and that captures graphs.
+
+    A product of matrices works in memory that belongs to its stream, in a graph to the stream that captured it: the two
+    must differ, and streams come from a pool that begins again after 32, of which each keeps its memory.
+    """
+    with torch.cuda.device(device):
+        return torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 class _Graph:
     """A function of a batch before the first layer, as one CUDA graph: launching its kernels one by one takes longer.
 
@@ -271,9 +284,12 @@ class _Graph:
         function: what the graph does; it takes the pass apart.
         current: a batch like all that will follow, before the first layer.
         generator: of the random numbers that the function draws.
+        stream: that captures it, and on which nothing else ever runs.
     """
 
-    def __init__(self, function: Callable[[Pass], torch.Tensor], current: Pass, generator: torch.Generator) -> None:
+    def __init__(
+        self, function: Callable[[Pass], torch.Tensor], current: Pass, generator: torch.Generator, stream: Any
+    ) -> None:
         self.static = [tensor.clone() for tensor in _tensors_of(current)]
         place = dict(zip(map(id, _tensors_of(current)), self.static, strict=True))
 
@@ -288,7 +304,6 @@ class _Graph:
                 current, batch=batch, calls=calls, output=place[id(current.output)], kept={}, sinks={}, scores={}
             )
 
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what libraries set up at their first call can't be captured
             function(fresh())
@@ -296,7 +311,7 @@ class _Graph:
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(generator)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.result = function(fresh())
 
     def replay(self, current: Pass) -> torch.Tensor:
