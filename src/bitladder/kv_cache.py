@@ -17,6 +17,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from bitladder import numerics
+from bitladder.amax import RunningAmax, amax_of
 from bitladder.errors import ModelError, UnsupportedModel
 from bitladder.records import QuantGroup, QuantModule
 
@@ -81,16 +82,20 @@ class AmaxCache(DynamicCache):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.amax: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._seen: RunningAmax[tuple[int, str]] = RunningAmax()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values [batch, heads, tokens, head size] as they are."""
-        seen = key_states.detach().abs().amax().float(), value_states.detach().abs().amax().float()
-        known = self.amax.get(layer_idx, seen)
-        self.amax[layer_idx] = torch.maximum(known[0], seen[0]), torch.maximum(known[1], seen[1])
+        self._seen.see((layer_idx, "keys"), amax_of(key_states))
+        self._seen.see((layer_idx, "values"), amax_of(value_states))
         return key_states, value_states
+
+    def amax(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Return the amax of the keys and of the values that each layer made: float32 scalars on the CPU."""
+        values = self._seen.values()
+        return {layer: (values[layer, "keys"], values[layer, "values"]) for layer, kind in values if kind == "keys"}
 
 
 class Fp8Cache(DynamicCache):  # type: ignore[misc]

@@ -148,13 +148,13 @@ def image_positions(batch: Batch, image_tokens: Sequence[int]) -> torch.Tensor |
 
 def kv_cache_amax(model: nn.Module, target: Target, cache: AmaxCache) -> Amax:
     """Return the amax of every layer's keys and values, or nothing where some layer's modules aren't searched."""
-    layers = cached_layers(target.groups)
+    layers, found = cached_layers(target.groups), cache.amax()
     amax: Amax = {}
     for layer in layers:
-        seen = cache.amax.get(layer_index(model, layer.key.name))
+        seen = found.get(layer_index(model, layer.key.name))
         if seen is not None:
-            amax.update(zip(layer.amax_names, (value.cpu() for value in seen), strict=True))
-    return amax if len(amax) == 2 * len(layers) == 2 * len(cache.amax) else {}
+            amax.update(zip(layer.amax_names, seen, strict=True))
+    return amax if len(amax) == 2 * len(layers) == 2 * len(found) else {}
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitladder.amax import RunningAmax, amax_of
 from bitladder.calibration import Batch
 from bitladder.errors import MeasurementError
 from bitladder.kv_cache import AmaxCache
@@ -37,20 +38,19 @@ REMEDY = "engine: native needs one, use engine: modelopt"
 @torch.no_grad()
 def calibrate(layers: Layers, job: Job) -> Amax:
     """Return the amax of every searched module's weight and input, and of every layer's keys and values; unchecked."""
-    seen: dict[str, torch.Tensor] = {}
+    seen: RunningAmax[str] = RunningAmax()
     last: list[tuple[torch.Tensor, torch.Tensor]] = []  # the input seen last, and its amax
 
     def observe(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             if not last or last[0][0] is not inputs[0]:
-                last[:] = [(inputs[0], torch.linalg.vector_norm(inputs[0], torch.inf).float())]
-            seen[name] = torch.maximum(seen[name], last[0][1]) if name in seen else last[0][1]
+                last[:] = [(inputs[0], amax_of(inputs[0]))]
+            seen.see(f"{name}.input_amax", last[0][1])
 
         return hook
 
     modules = [module.name for group in job.target.groups for module in group.modules]
     cache, total = AmaxCache(), len(job.batches)
-    amax: Amax = {}
     with ExitStack() as stack:
         for name in modules:
             stack.callback(layers.model.get_submodule(name).register_forward_pre_hook(observe(name)).remove)
@@ -64,7 +64,7 @@ def calibrate(layers: Layers, job: Job) -> Amax:
                 last.clear()
             amax = _weight_amax(layers.model, job.target.groups)
     job.progress("calibrate", total, total)
-    amax |= {f"{name}.input_amax": value for name, value in seen.items()}
+    amax |= seen.values()
     if job.spec.share_fused_scales:
         for group in job.target.groups:
             for kind in ("weight_amax", "input_amax"):

@@ -1,0 +1,48 @@
+"""The largest magnitudes of tensors, over everything that a model computes: what scales are made of."""
+
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def amax_of(values: torch.Tensor) -> torch.Tensor:
+    """Return the largest magnitude of `values` (any shape), a scalar of its dtype; NaN if it holds one."""
+    amax: torch.Tensor = torch.linalg.vector_norm(values.detach(), torch.inf)
+    return amax
+
+
+class RunningAmax(Generic[Key]):
+    """The largest of the magnitudes that were seen of each key.
+
+    On a GPU small batches are bound by launches: what is seen of many keys is compared at once, as soon as one of them
+    comes again.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Key, ...], torch.Tensor] = {}  # keys that were seen together -> of each, [keys]
+        self._fresh: dict[Key, torch.Tensor] = {}  # seen since, as they were given
+
+    def see(self, key: Key, amax: torch.Tensor) -> None:
+        """Take one more magnitude of a key, a scalar of any floating-point dtype; all must be on one device."""
+        if key in self._fresh:
+            self._settle()
+        self._fresh[key] = amax
+
+    def _settle(self) -> None:
+        keys = tuple(self._fresh)
+        seen = torch.stack(list(self._fresh.values())).float()
+        self._known[keys] = torch.maximum(self._known[keys], seen) if keys in self._known else seen
+        self._fresh = {}
+
+    def values(self) -> dict[Key, torch.Tensor]:
+        """Return each key's largest magnitude: float32 scalars on the CPU."""
+        if self._fresh:
+            self._settle()
+        found: dict[Key, torch.Tensor] = {}
+        for keys, amax in self._known.items():
+            for key, value in zip(keys, amax.cpu(), strict=True):
+                found[key] = torch.maximum(found[key], value) if key in found else value.clone()
+        return found
