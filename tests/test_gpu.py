@@ -1,0 +1,161 @@
+"""What only a GPU does: products of FP8 numbers, CUDA graphs, compiled layers, streaming into its memory, the kernels.
+
+`make test-gpu` runs these; other tests don't see a GPU.
+"""
+
+import collections
+import os
+
+import pytest
+import torch
+
+from bitladder.errors import MeasurementError
+from bitladder.report.content import rank_correlation
+from bitladder.sensitivity import gradient, kl, taps
+from bitladder.sensitivity.layers import StreamedLayers
+from conftest import load_text
+from test_native import measured_by, pairs
+from test_positions import MODEL
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(os.environ.get("BITLADDER_TEST_GPU") != "1", reason="needs a GPU: make test-gpu"),
+]
+METHODS = ("gradient", "fisher", "kl_div")
+BATCHES = 5  # one more than a CUDA graph is worth
+
+
+@pytest.fixture(params=["text", "pictures"])
+def job(request, llama, text_file):
+    """A model's directory, and what it is measured on."""
+    if request.param == "text":
+        return llama, load_text(llama, text_file, samples=2 * BATCHES, batch=2)
+    return MODEL, pairs(4, 2)  # each batch of a shape of its own, which compiles all layers anew
+
+
+@pytest.fixture
+def text_job(llama, text_file):
+    return llama, load_text(llama, text_file, samples=2 * BATCHES, batch=2)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each of these was called: a FP8 product, the replay of a CUDA graph, the loading of a layer."""
+    found = collections.Counter()
+
+    def counted(name, function):
+        def call(*args, **options):
+            found[name] += 1
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(torch, "_scaled_mm", counted("product", torch._scaled_mm))
+    monkeypatch.setattr(gradient._Graph, "replay", counted("replay", gradient._Graph.replay))
+    monkeypatch.setattr(StreamedLayers, "loaded", counted("load", StreamedLayers.loaded))
+    return found
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compile layers for a job of any size."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(gradient, "_COMPILED_FROM", 0)
+    monkeypatch.setattr(kl, "_COMPILED_FROM", 0)
+    yield torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+
+
+def measure(job, output, device="cuda", **settings):
+    return measured_by("native", *job, output, device=device, **settings)
+
+
+def assert_alike(one, other, within=0.05):
+    """Compare sums over batches: of one batch's scores single tokens make a few per cent."""
+    totals = [[found.sensitivity(candidate) for candidate in found.candidates] for found in (one, other)]
+    assert totals[0] == pytest.approx(totals[1], rel=within)
+    assert rank_correlation(*totals) >= 0.99
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_runs_give_the_same_numbers(job, tmp_path, method):
+    one, other = (measure(job, tmp_path / name, method=method) for name in ("one", "other"))
+    assert one.fingerprint() == other.fingerprint()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiling_anew_gives_the_same_numbers(job, tmp_path, compiled, monkeypatch, method):
+    found = []
+    for name in ("one", "other"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / f"compiled-{name}"))
+        torch._dynamo.reset()
+        found.append(measure(job, tmp_path / name, method=method))
+    assert compiled["unique_graphs"]
+    assert found[0].fingerprint() == found[1].fingerprint()
+
+
+@pytest.mark.parametrize("method", ["gradient", "kl_div"])  # fisher's signs are of another generator
+def test_a_gpu_scores_as_a_cpu(job, tmp_path, method):
+    gpu = measure(job, tmp_path / "gpu", method=method, dtype="float32")
+    cpu = measure(job, tmp_path / "cpu", method=method, device="cpu")
+    assert_alike(gpu, cpu)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_layers_score_as_others(job, tmp_path, request, method):
+    plain = measure(job, tmp_path / "plain", method=method, dtype="float32")
+    compiled = request.getfixturevalue("compiled")
+    assert not compiled["unique_graphs"]
+    assert_alike(measure(job, tmp_path / "compiled", method=method, dtype="float32"), plain, within=0.1)
+    assert compiled["unique_graphs"]
+
+
+@pytest.mark.parametrize("method", ["gradient", "fisher"])
+def test_a_graph_gives_the_bits_of_single_launches(text_job, tmp_path, calls, monkeypatch, method):
+    graph = measure(text_job, tmp_path / "graph", method=method)
+    assert calls["replay"] == BATCHES
+    monkeypatch.setattr(gradient, "_GRAPHED_FROM", BATCHES + 1)
+    single = measure(text_job, tmp_path / "single", method=method)
+    assert calls["replay"] == BATCHES
+    assert single.fingerprint() == graph.fingerprint()
+
+
+@pytest.mark.parametrize("method", ["gradient", "kl_div"])
+def test_fp8_products_score_as_values_rounded_through_fp8(text_job, tmp_path, calls, monkeypatch, method):
+    products = measure(text_job, tmp_path / "products", method=method)
+    assert calls["product"]
+    calls.clear()
+    monkeypatch.setattr(taps, "_multiplies_fp8", lambda _: False)
+    assert_alike(products, measure(text_job, tmp_path / "rounded", method=method), within=0.1)
+    assert not calls["product"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_streamed_model_gives_the_same_numbers(job, tmp_path, calls, method):
+    whole = measure(job, tmp_path / "whole", method=method)
+    assert not calls["load"]
+    streamed = measure(job, tmp_path / "streamed", method=method, memory_gb=1.0)
+    assert calls["load"]
+    assert streamed.fingerprint() == whole.fingerprint()
+
+
+def test_too_little_memory_is_said_in_one_line(text_job, tmp_path):
+    with pytest.raises(MeasurementError, match="memory") as raised:
+        measure(text_job, tmp_path, memory_gb=0.001)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("difference", [1e-2, 1.0, 30.0, 200.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_give_the_exact_kl(difference, dtype):
+    from bitladder.sensitivity import kernels
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits, noise = torch.randn(2, 5, 151_936, generator=generator, device="cuda")
+    logits, others = (5 * logits).to(dtype), (5 * logits + difference * noise).to(dtype)
+    p, q = (torch.log_softmax(values.double(), -1) for values in (logits, others))
+    normaliser = kernels.normalisers(logits)
+    torch.testing.assert_close(normaliser.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
+    found = kernels.kl_of_rows(logits, normaliser, others)
+    torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=0)
