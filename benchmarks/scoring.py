@@ -2,7 +2,7 @@
 
     python benchmarks/full_size.py build DIR                  # Qwen2.5-VL-3B at full size, random weights
     python benchmarks/scoring.py run --model DIR              # writes benchmarks/results/scoring.json
-    python benchmarks/scoring.py growth --model DIR           # adds 9 and 18 layers to it
+    python benchmarks/scoring.py growth --model DIR           # adds 9 and 18 layers, and fewer groups, to it
 
 For every size (rows × tokens of a batch of real captions) each engine and method is a process of its own, so that its
 peak memory is its own. A step's time is that between two calls of the engine's progress, the GPU waited for (ours
@@ -10,14 +10,16 @@ waits itself, while the next batch is on its way); the first of several is left 
 of which came before. Both engines are called through
 `bitladder.sensitivity.measure`, which gives ModelOpt the same arithmetic and data and spares it the backward pass of
 the vision tower. A part's name is engine-method, and maybe how:
-`compiled` compiles the layers, however few the batches, `NNgb` limits the GPU memory, so that what doesn't fit runs
-again, and weights that don't fit are streamed, `float32` is the arithmetic (and shows what BF16's rounding adds to a
-score). Nothing is compiled in the other parts, as for as few batches by itself. `plain` is the model alone: a forward
+`compiled` compiles the layers, however few the batches, `NNgroups` does so too and searches only as many, the first of
+every layer, `NNgb` limits the GPU memory, so that what doesn't fit runs again, and weights that don't fit are streamed,
+`float32` is the arithmetic (and shows what BF16's rounding adds to a score). Nothing is compiled in the other parts, as
+for as few batches by itself. `plain` is the model alone: a forward
 pass, and one with the backward pass by activations. ModelOpt's CUDA extension is compiled before, and its time stated
 apart. The result is written after every process, so that a killed run keeps what it has.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -47,7 +49,8 @@ PARTS = (
     "modelopt-kl_div",
 )
 DEPTHS = (9, 18)  # decoder layers beside the model's own 36
-GROWTH_SIZE, GROWTH_PARTS = "8x512", ("native-gradient", "native-gradient-compiled", "native-kl_div-compiled")
+GROUPS = (36, 72)  # of 144, at 36 layers
+GROWTH_SIZE, GROWTH_PARTS = "8x512", ("native-gradient-compiled", "native-kl_div-compiled")
 
 
 def parse_size(size: str) -> dict:
@@ -100,13 +103,16 @@ def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how
     from bitladder.recipe import MeasureSpec
     from bitladder.sensitivity import gradient, kl
 
-    gradient._COMPILED_FROM = kl._COMPILED_FROM = 0 if how == "compiled" else 10**9
+    is_compiled = how == "compiled" or how.endswith("groups")
+    gradient._COMPILED_FROM = kl._COMPILED_FROM = 0 if is_compiled else 10**9
     limit = float(how.removesuffix("gb")) if how.endswith("gb") else None
 
     settings = parse_size(size)
     data = full_size.text_of(model, scratch, settings)
     source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
     target = targets.find_target(model)
+    if how.endswith("groups"):
+        target = with_groups(target, int(how.removesuffix("groups")))
     scored = settings["batch_size"] * (KL_BATCHES if method == "kl_div" else BATCHES)
     dtype = how if how == "float32" else DTYPE
     spec = MeasureSpec(engine=engine, method=method, dtype=dtype, score_samples=scored, memory_gb=limit)
@@ -124,6 +130,16 @@ def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how
         "phases": [phase.model_dump() for phase in measurement.run.phases],
         "scores": {candidate.group: measurement.sensitivity(candidate) for candidate in measurement.candidates},
     }
+
+
+def with_groups(target, count: int):
+    """Return the target with only `count` of its groups, the first ones of every layer."""
+    from bitladder.sensitivity.common import layer_of
+
+    layers = [layer_of(group) for group in target.groups]
+    each = count // len(set(layers))
+    chosen = [group for number, group in enumerate(target.groups) if layers[:number].count(layers[number]) < each]
+    return dataclasses.replace(target, groups=tuple(chosen))
 
 
 def plain(model: Path, scratch: Path, size: str) -> dict:
@@ -274,31 +290,38 @@ def run(model: Path, sizes: list[str], parts: list[str], out: Path) -> None:
 
 
 def grow(model: Path, parts: list[str], out: Path) -> None:
-    """Add the seconds of a step at other numbers of layers to the result."""
+    """Add the seconds of a step at other numbers of layers, and of groups, to the result."""
     content = json.loads(out.read_text())
     whole = json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
     known = content["sizes"].get(GROWTH_SIZE, {})
     kept = ("scoring_step_seconds", "calibration_step_seconds", "peak_gpu_bytes", "error")
-    rows = {str(whole): {part: known[part] for part in parts if part in known}}
+    growth: dict = {"size": GROWTH_SIZE, "layers": {}, "groups": {}}
+
+    def add(kind: str, number: int, found: dict[str, dict]) -> None:
+        rows = {part: {key: entry[key] for key in kept if key in entry} for part, entry in found.items()}
+        growth[kind][str(number)] = rows
+        content["growth"] = growth
+        out.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"{number} {kind}: { {part: row.get('scoring_step_seconds') for part, row in rows.items()} }", flush=True)
+
+    add("layers", whole, {part: known[part] for part in parts if part in known})
     with tempfile.TemporaryDirectory(prefix="scoring-", dir=model.parent) as scratch:
+
+        def run_all(directory: Path, chosen: list[str]) -> dict[str, dict]:
+            found = {}
+            for part in chosen:
+                place = Path(scratch) / "runs" / directory.name / part
+                place.mkdir(parents=True)
+                found[part] = child(part, directory, place, GROWTH_SIZE)
+            return found
+
         for depth in DEPTHS:
             smaller = Path(scratch) / f"{depth}-layers"
             child(f"build-{depth}", smaller, Path(scratch), GROWTH_SIZE)
-            found = {}
-            for part in parts:
-                directory = Path(scratch) / str(depth) / part
-                directory.mkdir(parents=True)
-                found[part] = child(part, smaller, directory, GROWTH_SIZE)
-                print(f"{depth} layers {part}: {found[part].get('scoring_step_seconds')}", flush=True)
-            rows[str(depth)] = found
-            content["growth"] = {
-                "size": GROWTH_SIZE,
-                "layers": {
-                    layers: {part: {key: entry[key] for key in kept if key in entry} for part, entry in row.items()}
-                    for layers, row in rows.items()
-                },
-            }
-            out.write_text(json.dumps(content, indent=1) + "\n")
+            add("layers", depth, run_all(smaller, parts))
+        for count in GROUPS:
+            names = [part.replace("compiled", f"{count}groups") for part in parts if part.endswith("compiled")]
+            add("groups", count, run_all(model, names))
 
 
 def run_part(part: str, model: Path, scratch: Path, size: str) -> dict:

@@ -29,7 +29,7 @@ def run(root: Path, depths: list[int], memory_gb: float, out: Path) -> None:
 
     content: dict = {
         "claim": "a model larger than the GPU is measured by streaming its layers, with the same scores",
-        "model": f"decoder layers of {full_size.WIDE}, random weights",
+        "model": f"decoder layers of Qwen2.5-VL-72B's language model, {full_size.WIDE['hidden_size']} wide, random weights",
         "hardware": hardware(),
         "versions": versions(),
         "memory_gb": memory_gb,
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "build", "measure"], help="run; the others are internal")
     parser.add_argument("--root", type=Path, required=True, help="where the models go (and go away)")
     parser.add_argument("--depths", default=DEPTHS, help="numbers of layers, separated by commas")
-    parser.add_argument("--memory-gb", type=float, default=16.0)
+    parser.add_argument("--memory-gb", type=float, default=12.0)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     depths = [int(depth) for depth in arguments.depths.split(",")]

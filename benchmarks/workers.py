@@ -5,10 +5,10 @@
 
 Every kind of measurement is made by one process without Ray, by one again (where a GPU adds up in no fixed order,
 these two differ already), by `--workers` of them, and by as many of which one is killed (SIGKILL) after the first
-scored batch. Each is a process of its own, timed by the measurement's own phases; the weight files are in the page
-cache, since their digests are taken before. The bytes that are compared are those of measurement.json but `run`, of
-measurement.safetensors, and of the codes. On a CPU workers have `--threads` threads each, and so has the one process.
-The result is written after every measurement; kinds of an earlier run stay in it.
+scored batch. Each is a process of its own, timed by the measurement's own phases, and compiles anew what it compiles;
+the weight files are in the page cache, since their digests are taken before. The bytes that are compared are those of
+measurement.json but `run`, of measurement.safetensors, and of the codes. On a CPU workers have `--threads` threads
+each, and so has the one process. The result is written after every measurement; kinds of an earlier run stay in it.
 """
 
 import argparse
@@ -27,8 +27,8 @@ import psutil
 
 RESULT = full_size.RESULTS / "workers.json"
 KINDS = {
-    "gradient": {"spec": {"method": "gradient"}, "score_samples": 128},
-    "kl_div": {"spec": {"method": "kl_div"}, "score_samples": 64},
+    "fisher": {"spec": {"method": "fisher"}, "score_samples": 512},
+    "kl_div": {"spec": {"method": "kl_div"}, "score_samples": 80},
     "compensated": {"spec": {"method": "gradient", "rounding": "compensated"}, "score_samples": 128},
 }
 
@@ -96,8 +96,8 @@ def measure(model: Path, scratch: Path, kind: str, sizes: dict, workers: int, th
     }
 
 
-def run(model: Path, kinds: list[str], sizes: dict, workers: int, threads: int, out: Path) -> None:
-    """Make every kind of measurement in every way, and compare them."""
+def run(model: Path, kinds: list[str], chosen: list[str], sizes: dict, workers: int, threads: int, out: Path) -> None:
+    """Make every kind of measurement in the chosen ways, and compare them."""
     import scoring
     import torch
 
@@ -122,7 +122,9 @@ def run(model: Path, kinds: list[str], sizes: dict, workers: int, threads: int, 
         for kind in kinds:
             found: dict[str, dict] = {}
             digests_of: dict[str, dict[str, str]] = {}
-            for way, flags in ways.items():
+            for way in chosen:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{scratch}/compiled-{kind}-{way}"
+                flags = ways[way]
                 measured = ladder.child("measure", "--kinds", kind, *common, *flags, script=__file__)
                 digests_of[way] = measured.pop("digests")
                 found[way] = measured
@@ -161,6 +163,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="run: how many, at least 2")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each process")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of measurements, separated by commas")
+    parser.add_argument("--ways", default="alone,again,shared,killed", help="alone and others, separated by commas")
     parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: samples, sequence_length, batch_size, ...")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--scratch", type=Path, help="internal")
@@ -170,7 +173,8 @@ def main() -> None:
     if arguments.what == "run":
         if arguments.workers < 2:
             parser.error("--workers: at least 2")
-        run(arguments.model, kinds, sizes, arguments.workers, arguments.threads, arguments.out)
+        ways = arguments.ways.split(",")
+        run(arguments.model, kinds, ways, sizes, arguments.workers, arguments.threads, arguments.out)
         return
 
     import transformers
