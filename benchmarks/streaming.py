@@ -27,9 +27,10 @@ def run(root: Path, depths: list[int], memory_gb: float, out: Path) -> None:
     """Measure at every depth, and write the result after each."""
     from bitladder.runinfo import hardware, versions
 
+    wide = full_size.WIDE["hidden_size"]
     content: dict = {
         "claim": "a model larger than the GPU is measured by streaming its layers, with the same scores",
-        "model": f"decoder layers of Qwen2.5-VL-72B's language model, {full_size.WIDE['hidden_size']} wide, random weights",
+        "model": f"decoder layers of Qwen2.5-VL-72B's language model, {wide} wide, random weights",
         "hardware": hardware(),
         "versions": versions(),
         "memory_gb": memory_gb,
