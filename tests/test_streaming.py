@@ -140,6 +140,17 @@ def test_what_a_layer_takes_at_work_has_to_fit_too(llama):
         assert DeviceMemory("cpu", limit).fits(llama, job, dtype) is fits
 
 
+def test_a_layer_in_fp8_has_to_fit_too(llama, monkeypatch):
+    monkeypatch.setattr(layers, "_WORKING_BYTES", 0)
+    target = targets.find_target(llama)
+    job = Job(target, (), (torch.Size([1, 1]),), MeasureSpec(), "cpu", no_progress)
+    weights_bytes = 4 * sum(value.numel() for value in load_file(llama / "model.safetensors").values())
+    layer_bytes = 4 * sum(group.weight_elements for group in target.groups) // 3  # three layers, alike
+    needed = (weights_bytes + layer_bytes + 60 * 64 * 4) / 1e9
+    assert DeviceMemory("cpu", needed + 1e-8).fits(llama, job, torch.float32)
+    assert not DeviceMemory("cpu", needed - 1e-8).fits(llama, job, torch.float32)
+
+
 def test_the_limit_is_no_part_of_the_key(llama, text_file):
     data = load_text(llama, text_file)
     keys = {
