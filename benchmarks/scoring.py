@@ -5,17 +5,16 @@
     python benchmarks/scoring.py growth --model DIR           # adds 9 and 18 layers, and fewer groups, to it
 
 For every size (rows × tokens of a batch of real captions) each engine and method is a process of its own, so that its
-peak memory is its own. A step's time is that between two calls of the engine's progress, the GPU waited for (ours
-waits itself, while the next batch is on its way); the first of several is left out, and ours leaves out the last, most
-of which came before. Both engines are called through
-`bitladder.sensitivity.measure`, which gives ModelOpt the same arithmetic and data and spares it the backward pass of
-the vision tower. A part's name is engine-method, and maybe how:
+peak memory is its own. A step's time is that between two calls of the engine's progress, the GPU waited for (ours waits
+itself, while the next batch is on its way); the first of several is left out, and ours leaves out the last, most of
+which came before. Both engines are called through `bitladder.sensitivity.measure`, which gives ModelOpt the same
+arithmetic and data and spares it the backward pass of the vision tower. A part's name is engine-method, and maybe how:
 `compiled` compiles the layers, however few the batches, `NNgroups` does so too and searches only as many, the first of
 every layer, `NNgb` limits the GPU memory, so that what doesn't fit runs again, and weights that don't fit are streamed,
 `float32` is the arithmetic (and shows what BF16's rounding adds to a score). Nothing is compiled in the other parts, as
-for as few batches by itself. `plain` is the model alone: a forward
-pass, and one with the backward pass by activations. ModelOpt's CUDA extension is compiled before, and its time stated
-apart. The result is written after every process, so that a killed run keeps what it has.
+for as few batches by itself. `plain` is the model alone: a forward pass, and one with the backward pass by activations.
+ModelOpt's CUDA extension is compiled before, and its time stated apart. The result is written after every process, so
+that a killed run keeps what it has.
 """
 
 import argparse
@@ -134,11 +133,10 @@ def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how
 
 def with_groups(target, count: int):
     """Return the target with only `count` of its groups, the first ones of every layer."""
-    from bitladder.sensitivity.common import layer_of
+    from bitladder.sensitivity.common import by_layer
 
-    layers = [layer_of(group) for group in target.groups]
-    each = count // len(set(layers))
-    chosen = [group for number, group in enumerate(target.groups) if layers[:number].count(layers[number]) < each]
+    layers = by_layer(target.groups).values()
+    chosen = [group for groups in layers for group in groups[: count // len(layers)]]
     return dataclasses.replace(target, groups=tuple(chosen))
 
 
@@ -295,12 +293,11 @@ def grow(model: Path, parts: list[str], out: Path) -> None:
     whole = json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
     known = content["sizes"].get(GROWTH_SIZE, {})
     kept = ("scoring_step_seconds", "calibration_step_seconds", "peak_gpu_bytes", "error")
-    growth: dict = {"size": GROWTH_SIZE, "layers": {}, "groups": {}}
+    content["growth"] = growth = {"size": GROWTH_SIZE, "layers": {}, "groups": {}}
 
     def add(kind: str, number: int, found: dict[str, dict]) -> None:
         rows = {part: {key: entry[key] for key in kept if key in entry} for part, entry in found.items()}
         growth[kind][str(number)] = rows
-        content["growth"] = growth
         out.write_text(json.dumps(content, indent=1) + "\n")
         print(f"{number} {kind}: { {part: row.get('scoring_step_seconds') for part, row in rows.items()} }", flush=True)
 

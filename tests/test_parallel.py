@@ -224,10 +224,14 @@ def test_workers_that_no_node_has_room_for_are_not_waited_for(room, left):
         pool._give_up_waiting()
 
 
-def test_nan_and_larger_values_survive_the_merging_of_amax():
+def test_nan_and_larger_values_survive_the_merging_of_amax(monkeypatch):
+    monkeypatch.setattr(parallel, "check_amax", lambda *_: None)
+    job = SimpleNamespace(batches=("one", "other"), target=None, progress=lambda *_: None)
     first = {"a": torch.tensor(1.0), "b": torch.tensor(float("nan")), "c": torch.tensor(3.0)}
     second = {"a": torch.tensor(2.0), "b": torch.tensor(1.0), "d": torch.tensor(4.0)}
-    for merged in (parallel._larger(first, second), parallel._larger(second, first)):
+    for order in ((first, second), (second, first)):
+        pool = SimpleNamespace(each=lambda calls, order=order: zip(calls, order, strict=True))
+        merged = parallel._calibrate(pool, job, 1)
         assert {name: float(merged[name]) for name in "acd"} == {"a": 2.0, "c": 3.0, "d": 4.0}
         assert merged["b"].isnan()
 

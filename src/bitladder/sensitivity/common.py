@@ -85,6 +85,14 @@ def layer_of(group: QuantGroup) -> int:
     return int(found[2])
 
 
+def by_layer(groups: Iterable[QuantGroup]) -> dict[int, list[QuantGroup]]:
+    """Return the groups of every decoder layer that has some, under the layer's number."""
+    found: dict[int, list[QuantGroup]] = {}
+    for group in groups:
+        found.setdefault(layer_of(group), []).append(group)
+    return found
+
+
 def hidden_of(output: Any) -> torch.Tensor:
     """Return the hidden states [rows, tokens, hidden] that a decoder layer gave."""
     hidden = output[0] if isinstance(output, tuple) else output

@@ -30,7 +30,7 @@ from bitladder.records import QuantGroup, RoundedModule
 from bitladder.rounding import compensated_codes, output_error
 from bitladder.runinfo import Meter
 from bitladder.sensitivity import Amax, Job, Partial
-from bitladder.sensitivity.common import OUT_OF_MEMORY, hidden_of, layer_of, without_cudnn_attention
+from bitladder.sensitivity.common import OUT_OF_MEMORY, by_layer, hidden_of, without_cudnn_attention
 from bitladder.sensitivity.layers import Layers
 from bitladder.storage import atomic_path, sha256_of_bytes
 
@@ -44,9 +44,7 @@ def run(layers: Layers, job: Job, partial: Partial, amax: Amax, meter: Meter) ->
     Raises:
         MeasurementError: too few calibration tokens, or out of memory. EngineError: a model that can't be taken apart.
     """
-    groups: dict[int, list[QuantGroup]] = {}
-    for group in job.target.groups:
-        groups.setdefault(layer_of(group), []).append(group)
+    groups = by_layer(job.target.groups)
     missing = [layer for layer in sorted(groups) if not partial.codes_file(layer).exists()]
     if missing:
         try:

@@ -16,7 +16,7 @@ from bitladder.calibration import Batch
 from bitladder.errors import EngineError
 from bitladder.records import QuantGroup
 from bitladder.sensitivity import BatchScores, Job
-from bitladder.sensitivity.common import LayerCall, LayerRecorder, hidden_of, layer_of
+from bitladder.sensitivity.common import LayerCall, LayerRecorder, by_layer, hidden_of
 from bitladder.sensitivity.layers import Layers
 from bitladder.sensitivity.taps import FORMAT
 from bitladder.storage import sha256_of_bytes
@@ -99,9 +99,7 @@ class Decoder:
                 f"{type(self.model).__name__} has no `norm` beside its layers or takes no `logits_to_keep`; "
                 "engine: native needs both, use engine: modelopt"
             )
-        self.groups: dict[int, list[QuantGroup]] = {}
-        for group in job.target.groups:
-            self.groups.setdefault(layer_of(group), []).append(group)
+        self.groups = by_layer(job.target.groups)
         self.first = min(self.groups)  # layers before it need no gradient
         self.generator = torch.Generator(layers.device)  # of the signs
         self.call = fused(run_layer, compiled)

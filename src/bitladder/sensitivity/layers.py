@@ -13,7 +13,6 @@ running a layer.
 import contextlib
 import inspect
 import math
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import nn
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError, ModelError
 from bitladder.sensitivity import Job, check_weights
-from bitladder.sensitivity.common import LayerCall, LayerRecorder, layer_of, layers_path
+from bitladder.sensitivity.common import LayerCall, LayerRecorder, by_layer, layers_path
 from bitladder.targets import Target, build_on_meta, checkpoint_tensor_names, load_config, load_model
 from bitladder.weights import WeightFiles, all_finite
 
@@ -64,10 +63,8 @@ class DeviceMemory:
     def fits(self, directory: Path, job: Job, dtype: torch.dtype) -> bool:
         """Return whether the whole model fits, and what scoring takes beside it: a layer in FP8, and at work."""
         total = sum(math.prod(info.shape) for info in WeightFiles.open(directory).tensors.values())
-        searched: Counter[int] = Counter()
-        for group in job.target.groups:
-            searched[layer_of(group)] += group.weight_elements
-        copies = max(searched.values()) * (1 if self.is_gpu else dtype.itemsize)
+        searched = max(sum(group.weight_elements for group in layer) for layer in by_layer(job.target.groups).values())
+        copies = searched * (1 if self.is_gpu else dtype.itemsize)
         state = max(shape.numel() for shape in job.scored) * load_config(directory).get_text_config().hidden_size
         working = max(_WORKING_BYTES, copies + _LAYER_TAKES * state * dtype.itemsize)
         room = self.free() if self.limit is None else self.limit
@@ -181,11 +178,11 @@ def open_layers(directory: Path, job: Job, dtype: torch.dtype, memory: DeviceMem
         ModelError: NaN or Inf in weights. MeasurementError: out of memory. EngineError: a model without one list of
             layers; the message ends with `remedy`.
     """
-    layers_path(job.target, remedy)  # raises before anything is loaded
+    path = layers_path(job.target, remedy)
     if not memory.fits(directory, job, dtype):
         with _loading():
-            return StreamedLayers.open(directory, job.target, dtype, memory)
-    return Layers.of(load_whole(directory, job.target, dtype, memory.device), job.target, memory, remedy)
+            return StreamedLayers.open(directory, path, dtype, memory)
+    return Layers(load_whole(directory, job.target, dtype, memory.device), path, memory)
 
 
 def load_whole(directory: Path, target: Target, dtype: torch.dtype, device: str) -> Any:
@@ -233,13 +230,12 @@ class StreamedLayers(Layers):
         self._last = -1
 
     @classmethod
-    def open(cls, directory: Path, target: Target, dtype: torch.dtype, memory: DeviceMemory) -> "StreamedLayers":
-        """Open a model without the weights of its decoder layers.
+    def open(cls, directory: Path, path: str, dtype: torch.dtype, memory: DeviceMemory) -> "StreamedLayers":
+        """Open a model without the weights of its decoder layers, which lie at `path`.
 
         Raises:
             ModelError: a tensor is missing, or holds NaN or Inf. EngineError: a model that can't be streamed.
         """
-        path = layers_path(target, f"streaming needs one, {_REMEDY}")
         model = open_without_layers(directory, path, dtype, memory.device)
         return cls(model, path, memory, dtype, directory)
 

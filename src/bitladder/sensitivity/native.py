@@ -8,7 +8,7 @@ rounded through FP8. Where a job has tokens enough, torch compiles a layer once 
 seconds; element-wise work then takes few passes over memory, and rounds less in between.
 
 A model that doesn't fit the device is streamed (`layers`): every batch at hand goes through a layer before the next one
-is loaded, and hidden states lie on the host. On a CPU its scores are the same, to the last bit.
+is loaded, and hidden states lie on the host. Its scores are the same, to the last bit.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ def calibrate(layers: Layers, job: Job) -> Amax:
 def _weight_amax(model: Any, groups: Iterable[QuantGroup]) -> Amax:
     """Return the amax of the weights of these groups."""
     names = [module.name for group in groups for module in group.modules]
-    return {f"{name}.weight_amax": model.get_parameter(f"{name}.weight").abs().amax().float() for name in names}
+    return {f"{name}.weight_amax": amax_of(model.get_parameter(f"{name}.weight")).float() for name in names}
 
 
 def _calibrate_streamed(layers: Layers, job: Job, cache: AmaxCache) -> Amax:

@@ -24,12 +24,12 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bitladder.amax import RunningAmax
 from bitladder.calibration import Batch
 from bitladder.errors import BitladderError, MeasurementError, ModelError
 from bitladder.recipe import WorkersSpec
@@ -45,7 +45,7 @@ from bitladder.sensitivity import (
     compensation,
     native,
 )
-from bitladder.sensitivity.common import OUT_OF_MEMORY, layer_of, without_cudnn_attention
+from bitladder.sensitivity.common import OUT_OF_MEMORY, by_layer, without_cudnn_attention
 from bitladder.sensitivity.layers import DeviceMemory, Layers, open_layers
 from bitladder.weights import DigestCache, model_source
 
@@ -104,26 +104,21 @@ def _calibrate(pool: "_Pool", job: Job, count: int) -> Amax:
         for start in range(0, total, size)
     ]
     job.progress("calibrate", 0, total)
-    found: list[Amax] = []
+    seen: RunningAmax[str] = RunningAmax()
     done = 0
     for call, amax in pool.each(calls):
-        found.append(amax)
+        for name, value in amax.items():
+            seen.see(name, value)
         done += len(call.args[0])
         job.progress("calibrate", done, total)
-    largest = reduce(_larger, found)
+    largest = seen.values()
     check_amax(largest, job.target)
     return largest
 
 
-def _larger(first: Amax, second: Amax) -> Amax:
-    """Return the larger value of each name; NaN where either has it."""
-    both = {name: torch.maximum(first[name], second[name]) for name in first.keys() & second.keys()}
-    return first | second | both
-
-
 def _round(pool: "_Pool", job: Job, partial: Partial, amax: Amax, meter: Meter) -> tuple[RoundedModule, ...]:
     """Have one worker make the codes that are missing, and return what all of them do."""
-    files = [partial.codes_file(layer) for layer in sorted({layer_of(group) for group in job.target.groups})]
+    files = [partial.codes_file(layer) for layer in sorted(by_layer(job.target.groups))]
     if not all(path.exists() for path in files):
         job.progress("round", 0, 1)
         with pool.phase(meter, "round"):
