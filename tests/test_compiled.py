@@ -4,7 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,24 +161,7 @@ def test_a_module_that_runs_twice_is_refused(tmp_path, compiled, compiling, monk
         job.scores(monkeypatch, tokens=1 if compiled else 10**9)
 
 
-KERNELS = """
-import torch
-from bitladder.sensitivity import kernels
-
-generator = torch.Generator().manual_seed(0)
-for difference in (1e-2, 1.0, 30.0, 200.0):
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = (5 * torch.randn(3, 9001, generator=generator)).to(dtype)
-        others = (logits + difference * torch.randn(3, 9001, generator=generator)).to(dtype)
-        p, q = (torch.log_softmax(values.double(), -1) for values in (logits, others))
-        normaliser = kernels.normalisers(logits)
-        torch.testing.assert_close(normaliser.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
-        found = kernels.kl_of_rows(logits, normaliser, others)
-        torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=0)
-"""
-
-
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch for GPUs")
 def test_kernels_give_the_exact_kl():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", textwrap.dedent(KERNELS)], env=environment, check=True)
+    subprocess.run([sys.executable, Path(__file__).with_name("kl_kernels.py")], env=environment, check=True)
