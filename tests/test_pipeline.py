@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitladder import controls, pipeline, planning
+from bitladder import calibration, controls, pipeline, planning
 from bitladder.controls import KINDS
 from bitladder.errors import (
+    BitladderError,
     DuplicateSchemes,
     InfeasibleTarget,
     OutputError,
@@ -492,3 +493,38 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(moment, files, fini
     assert "evaluate" in work.done
     assert bytes_of(output) == bytes_of(finished)
     assert not list(output.rglob(f"{TEMPORARY_PREFIX}*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"held_out": {"data": {"kind": "text", "path": "/nowhere/held_out.txt"}}}, "/nowhere/held_out.txt"),
+        ({"calibration": {"data": {"kind": "text", "path": "/nowhere/seen.txt"}}}, "/nowhere/seen.txt"),
+        ({"measurement": {"formats": ["fp9"]}}, "fp9"),
+        ({"measurement": {"device": "cuda:7"}}, "cuda:7"),
+        ({"runtimes": {"vllm": {"python": "/nowhere/python"}}}, "/nowhere/python"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_hashed(files, tmp_path, monkeypatch, changes, says):
+    hashed = []
+    monkeypatch.setattr(pipeline, "model_source", lambda *_, **__: hashed.append(1))
+    with pytest.raises(BitladderError, match=says):
+        pipeline.run(work_of(files, tmp_path / "out", **changes))
+    assert not hashed
+
+
+def test_a_model_without_a_language_model_is_found_before_it_is_hashed(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "model_source", lambda *_, **__: pytest.fail("hashed"))
+    shutil.copytree(files[0], tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "architectures": ["NoSuchModel"]}))
+    with pytest.raises(BitladderError, match="NoSuchModel"):
+        pipeline.run(work_of((tmp_path / "model", *files[1:]), tmp_path / "out"))
+
+
+def test_each_set_is_read_once_by_a_run(files, tmp_path, monkeypatch):
+    read, load = [], calibration.load_data
+    monkeypatch.setattr(calibration, "load_data", lambda source, *a, **k: read.append(source) or load(source, *a, **k))
+    pipeline.run(work_of(files, tmp_path / "out", controls={"kinds": []}))
+    assert len(read) == 2

@@ -424,3 +424,8 @@ def test_the_method_that_is_left_out_is_the_engine_s_own(
 def test_what_modelopt_has_not_is_refused(tmp_path: Path, setting: dict, expected: str) -> None:
     message = error_of(write(tmp_path, changed("measurement", {"engine": "modelopt", **setting})))
     assert message.endswith(f"measurement: {expected}")
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "mps", ""])
+def test_an_unknown_device_is_refused(tmp_path: Path, device: str) -> None:
+    assert "use auto, cpu, cuda or cuda:N" in error_of(write(tmp_path, changed("measurement.device", device)))

@@ -60,6 +60,7 @@ from bitladder.errors import (
     StaleRecord,
     VerificationFailed,
 )
+from bitladder.formats import get_format
 from bitladder.prediction import KlMap
 from bitladder.recipe import (
     GENERATED,
@@ -137,6 +138,7 @@ class Workspace:
     state: RunState = field(init=False)
     cache: DigestCache = field(init=False)
     done: list[str] = field(default_factory=list)  # the steps that this process had to do
+    loaded: dict[str, calibration.DataSet] = field(default_factory=dict)  # sets that this process has read
 
     def __post_init__(self) -> None:
         path = self.output / RunState.FILE_NAME
@@ -261,6 +263,33 @@ class Workspace:
         }
 
 
+def look(work: Workspace) -> None:
+    """Look at everything that a user may have got wrong, before the model is hashed or anything is computed.
+
+    Raises:
+        BitladderError: a format or device that isn't there, a model that can't be searched, data that can't be used, no
+            runtime in the environment that is named.
+    """
+    recipe, directory = work.recipe, work.model_directory
+    for name in recipe.measurement.formats:
+        get_format(name)
+    sensitivity.measuring_device(recipe.measurement, recipe.workers)
+    if recipe.runtimes.vllm is not None:
+        vllm_version(Path(recipe.runtimes.vllm.python))
+    if not (work.output / sensitivity.MEASUREMENT_FILE).exists():
+        targets.find_target(directory)
+    processor, sets = calibration.load_processor(directory), list[calibration.DataSet]()
+    for spec in recipe.calibration:
+        if spec.data.kind != GENERATED:  # which the model has to write first
+            seen = calibration.interleaved(sets).summary if sets else None
+            sets.append(_load_set(work, spec, spec.data, processor, seen))
+    for held_out in recipe.held_out:
+        source = held_out.data or recipe.calibration[0].data
+        if source.kind != GENERATED:
+            seen = calibration.interleaved(sets).summary if sets else None
+            _load_set(work, held_out, source, processor, seen)
+
+
 def calibration_data(work: Workspace) -> calibration.DataSet:
     """Return the recipe's calibration batches; several sets are interleaved, and have no sample in common.
 
@@ -277,17 +306,20 @@ def calibration_data(work: Workspace) -> calibration.DataSet:
 def _load_set(
     work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, processor: Any, avoid: DataSummary | None
 ) -> calibration.DataSet:
-    """Return one set's batches, of samples that `avoid` doesn't have."""
-    return calibration.load_data(
-        source,
-        processor,
-        samples=spec.samples,
-        sequence_length=spec.sequence_length,
-        batch_size=spec.batch_size,
-        seed=spec.seed,
-        avoid=avoid,
-        written=_written_rows(work, spec, source, processor) if source.kind == GENERATED else None,
-    )
+    """Return one set's batches, of samples that `avoid` doesn't have; a process reads each once."""
+    key = digest_of([spec.model_dump_json(), source.model_dump_json(), *(avoid.sample_ids if avoid else ())])
+    if key not in work.loaded:
+        work.loaded[key] = calibration.load_data(
+            source,
+            processor,
+            samples=spec.samples,
+            sequence_length=spec.sequence_length,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            avoid=avoid,
+            written=_written_rows(work, spec, source, processor) if source.kind == GENERATED else None,
+        )
+    return work.loaded[key]
 
 
 def _written_rows(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, processor: Any) -> torch.Tensor:
@@ -318,6 +350,7 @@ def measure(work: Workspace) -> Measurement:
     Raises:
         BitladderError: see `sensitivity.measure`.
     """
+    look(work)
     source, directory, data = work.source(), work.model_directory, calibration_data(work)
     path = work.output / sensitivity.MEASUREMENT_FILE
     key = sensitivity.settings_sha256(source, data, work.recipe.measurement)

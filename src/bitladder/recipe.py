@@ -32,6 +32,7 @@ SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name go
 DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
 _MAX_SHOWN = 100  # characters of a wrong value that an error repeats
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 class Section(BaseModel):
@@ -140,6 +141,13 @@ class MeasureSpec(Section):
         if isinstance(content, Mapping) and content.get("engine") == "modelopt":
             return {"method": "gradient", **content}
         return content
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not _DEVICE.fullmatch(value):
+            raise ValueError(f"device {_shortened(value)} is none that is measured on; use auto, cpu, cuda or cuda:N")
+        return value
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -146,13 +146,27 @@ def resolve_device(device: str) -> str:
     """Return the device to run on; `auto` is a GPU where there is one.
 
     Raises:
-        MeasurementError: a GPU was asked for and there is none.
+        MeasurementError: a GPU was asked for that isn't there.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise MeasurementError(f"device {device} was asked for, but torch sees no GPU; use device: cpu")
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise MeasurementError(f"device {device} was asked for, but torch sees no GPU; use device: cpu")
+        count = torch.cuda.device_count()
+        if (torch.device(device).index or 0) >= count:
+            raise MeasurementError(f"device {device} was asked for, but torch sees {count} GPUs, from cuda:0 on")
     return device
+
+
+def measuring_device(spec: MeasureSpec, workers: WorkersSpec) -> str:
+    """Return the device that measuring runs on; a cluster's GPUs need not be in this machine.
+
+    Raises:
+        MeasurementError: as `resolve_device`.
+    """
+    elsewhere = workers.count and workers.address and spec.device == "cuda"
+    return "cuda" if elsewhere else resolve_device(spec.device)
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
@@ -278,8 +292,7 @@ def measure(
     if problem is not None:
         raise MeasurementError(problem)
     meter = Meter()
-    # A cluster's GPUs need not be in this machine.
-    device = "cuda" if workers.count and workers.address and spec.device == "cuda" else resolve_device(spec.device)
+    device = measuring_device(spec, workers)
     dtype = resolve_dtype(spec.dtype, device)
     key = settings_sha256(source, data, spec)
     partial = Partial(output / _PARTIAL, key)
