@@ -109,6 +109,7 @@ class ModelSource(Part):
     model_type: str
     sha256: str = Field(description="SHA-256 over the names and digests of the config and weight files")
     files: tuple[FileDigest, ...] = ()
+    provenance: str | None = Field(default=None, description="where the weights come from, by its file PROVENANCE")
 
 
 class DataSummary(Part):

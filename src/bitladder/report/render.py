@@ -796,7 +796,12 @@ def closing_table(report: Report) -> Table:
     """Return the ladder as a table for a terminal of 120 columns; several held-out sets cost it blanks and letters."""
     ladder = Ladder(report)
     several = bool(ladder.further)
-    table = Table(title=PurePath(report.model.path).name, caption_justify="left", padding=(0, 0 if several else 1))
+    table = Table(
+        title=PurePath(report.model.path).name,
+        caption=f"weights: {report.model.provenance}" if report.model.provenance else None,
+        caption_justify="left",
+        padding=(0, 0 if several else 1),
+    )
     table.add_column("scheme", overflow="fold")
     unit = ladder.kl_unit.replace(" per ", "/")
     quality = [_narrow("KL ± SE", split, unit) for split in ladder.kl_columns] if several else []
