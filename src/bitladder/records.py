@@ -422,6 +422,10 @@ class Verification(Record):
 
     checkpoints: tuple[CheckpointVerification, ...]
     pairs: tuple[PairDifference, ...]
+    times_trusted: bool = Field(
+        default=False,
+        description="True: by `run`, which keeps it while sizes and times stay; False: all bytes were read",
+    )
 
     @property
     def ok(self) -> bool:

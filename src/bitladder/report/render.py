@@ -529,6 +529,10 @@ def _verification(report: Report) -> dict[str, Any]:
     findings += [(f"{pair.first} / {pair.second}", finding) for pair in verification.pairs for finding in pair.findings]
     return {
         "checkpoints": markdown_table(header, rows),
+        "how": "By `bitladder run`: what it has read before is not read again while size and modification time stay; "
+        "`bitladder verify` reads every byte."
+        if verification.times_trusted
+        else "By `bitladder verify`: every byte of the original and of the checkpoints was read.",
         "pairs": markdown_table(["pair", "modules that should differ", "modules that differ", "findings"], pairs)
         if pairs
         else "",
