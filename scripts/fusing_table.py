@@ -44,14 +44,17 @@ class Source:
 
     @cached_property
     def trees(self) -> list[ast.Module]:
+        """What the files say, one tree a file."""
         return [ast.parse(path.read_text(encoding="utf-8")) for path in self.paths]
 
     @cached_property
     def nodes(self) -> list[ast.AST]:
+        """All nodes of all trees."""
         return [node for tree in self.trees for node in ast.walk(tree)]
 
     @cached_property
     def classes(self) -> dict[str, ast.ClassDef]:
+        """The classes that are defined here, by name."""
         return {node.name: node for tree in self.trees for node in tree.body if isinstance(node, ast.ClassDef)}
 
     @cached_property
@@ -260,10 +263,8 @@ def _version_file(package: Path) -> str:
 
 def render(content: dict[str, object]) -> str:
     """Return the table as text: one fusion a line, so that a new version of vLLM reads as a small difference."""
-    text = json.dumps(content, indent=1)
-    return re.sub(
-        r"\[\s+((?:\"[^\"]*\",?\s*)+)\]", _one_line, re.sub(r"\{\s+(\"name\": [^{}]*?)\s+\}", _one_line, text)
-    )
+    text = re.sub(r"\{\s+(\"name\": [^{}]*?)\s+\}", _one_line, json.dumps(content, indent=1))
+    return re.sub(r"\[\s+((?:\"[^\"]*\",?\s*)+)\]", _one_line, text)
 
 
 def _one_line(match: re.Match[str]) -> str:

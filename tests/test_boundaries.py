@@ -18,7 +18,7 @@ ALLOWED = {
     "numerics": set(),
     "headers": {"errors"},
     "weights": {"errors", "headers", "records", "storage"},
-    "planning": {"errors", "records", "formats", "prediction", "recipe"},
+    "planning": {"errors", "formats", "models", "prediction", "recipe", "records"},
     "importing": {"errors", "formats", "models", "records", "storage"},
     "models": set(),
     "prediction": set(),
