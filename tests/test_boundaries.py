@@ -18,12 +18,13 @@ ALLOWED = {
     "numerics": set(),
     "headers": {"errors"},
     "weights": {"errors", "headers", "records", "storage"},
-    "planning": {"errors", "records", "formats", "prediction", "recipe"},
-    "importing": {"errors", "records", "formats", "storage"},
+    "planning": {"errors", "formats", "models", "prediction", "recipe", "records"},
+    "importing": {"errors", "formats", "models", "records", "storage"},
+    "models": set(),
     "prediction": set(),
     "uncertainty": {"records"},
     "controls": {"errors", "planning", "records"},
-    "runtimes": {"errors", "headers", "records", "runinfo", "runtimes", "storage"},
+    "runtimes": {"errors", "headers", "models", "records", "runinfo", "runtimes", "storage"},
 }
 FORBIDDEN = {"verification": {"checkpoint", "weights"}, "evaluation": {"checkpoint", "sensitivity"}}
 NO_TORCH = (
@@ -33,6 +34,7 @@ NO_TORCH = (
     "recipe",
     "planning",
     "importing",
+    "models.fusing",
     "report",
     "prediction",
     "uncertainty",

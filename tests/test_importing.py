@@ -153,7 +153,7 @@ def test_the_vocabulary_head_is_untouched_where_it_is_listed(tmp_path):
             "no unquantised format",
         ),
         (lambda c: c["layers"].pop("language_model.layers.0.self_attn.v_proj"), "not all"),
-        (lambda c: c["layers"].clear(), "not all"),
+        (lambda c: c["layers"].clear(), "doesn't list language_model.layers.0.self_attn.q_proj"),
         (lambda c: c["scheme"].pop("quant_formats"), "lacks 'quant_formats'"),
         (lambda c: c["scheme"].update(auto_quantize_score_size="many"), "samples"),
         (lambda c: c.update(layers=[]), "needs the objects"),

@@ -74,6 +74,7 @@ class Facts:
         by_group = measurement.by_group()
         self.weights = measurement.searched_weights
         self.size = {group.name: group.weight_elements for group in measurement.groups}
+        self.first = {group.name: group.modules[0].name for group in measurement.groups}
         self.score = {name: measurement.sensitivity(row[FORMAT]) for name, row in by_group.items()}
         self.total = math.fsum(self.score.values())
         self.order = planning.density_order(measurement, FORMAT)
@@ -239,11 +240,7 @@ def page(facts: Facts, schemes: Sequence[Scheme], everywhere: Scheme, published:
 
 def modelopt_sizes(facts: Facts) -> dict[str, int]:
     """Return the weights of each group of the language model under ModelOpt's name, that of its first module."""
-    first = {fused: members[0] for fused, members in importing.FUSED.values()}
-    return {
-        f"{name.rpartition('.')[0]}.{first.get(kind_of(name), kind_of(name))}": size
-        for name, size in facts.size.items()
-    }
+    return {facts.first[name]: size for name, size in facts.size.items()}
 
 
 def write(manifest: Path, directory: Path) -> None:

@@ -10,7 +10,7 @@ CodeGandee/auto-quantize-model, qwen2_5_vl_3b_autoquant_fp8_schemes.py.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from bitladder.errors import RecordError
 from bitladder.formats import bits_of
+from bitladder.models.fusing import Fusing, Layer
 from bitladder.records import (
     BF16,
     BF16_BITS,
@@ -33,10 +34,6 @@ from bitladder.records import (
 from bitladder.storage import sha256_of_file
 
 LANGUAGE_MODEL = re.compile(r"(^|\.)language_model\.|^model\.layers\.")
-FUSED = {
-    "q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
-}
 # ModelOpt's configuration -> our format. Its other FP8 configurations (per channel, block-wise, weight only) are
 # other formats under the same number of bits.
 FORMAT_OF = {
@@ -68,28 +65,33 @@ def _format_name(spelled: str, configs: Sequence[str]) -> str:
     return ours
 
 
-def _group(first: str, modules: Iterable[str], elements: int) -> QuantGroup:
-    """Return the group that ModelOpt names after its first module; `modules` are all that the manifest lists.
+def _group(first: str, layer_of: Mapping[str, Layer], scored: Collection[str], elements: int) -> QuantGroup:
+    """Return the group that ModelOpt names after its first module.
+
+    Args:
+        first: that module.
+        layer_of: the layer of a runtime that holds a module, for all modules that the manifest lists.
+        scored: the first modules of all groups.
+        elements: the number of weights in the group.
 
     Raises:
-        ValueError: only a part of the group is listed.
+        ValueError: only a part of the group is listed, or runtimes fuse it with another one.
     """
-    known = set(modules)
-    parent, _, leaf = first.rpartition(".")
-    fused, members = FUSED.get(leaf, (leaf, (leaf,)))
-    names = [f"{parent}.{member}" for member in members]
-    listed = [name for name in names if name in known]
-    if listed == [first]:  # nothing to fuse it with
-        fused, names = leaf, listed
-    if listed != names:
-        raise ValueError(f"`layers` lists {listed} of the group {names}, not all")
+    layer = layer_of.get(first)
+    if layer is None:
+        raise ValueError(f"`layers` doesn't list {first}")
+    if len(layer.modules) < len(layer.shards):
+        raise ValueError(f"`layers` lists {list(layer.modules)} of the group {list(layer.shards)}, not all")
+    apart = [name for name in layer.modules if name != first and name in scored]
+    if apart:
+        raise ValueError(f"{first} and {apart[0]} are scored apart, but runtimes fuse them into {layer.name}")
     return QuantGroup(
-        name=f"{parent}.{fused}", modules=tuple(QuantModule(name=name) for name in names), weight_elements=elements
+        name=layer.name, modules=tuple(QuantModule(name=name) for name in layer.modules), weight_elements=elements
     )
 
 
 def _candidates(
-    first: str, entry: dict[str, Any], modules: Iterable[str], configs: Sequence[str]
+    first: str, entry: dict[str, Any], layer_of: Mapping[str, Layer], scored: Collection[str], configs: Sequence[str]
 ) -> tuple[QuantGroup, list[Candidate]]:
     """Return one group of the manifest and its formats without the unquantised one.
 
@@ -107,7 +109,7 @@ def _candidates(
         raise ValueError(f"{first}: the unquantised score is {unquantised}, so the others are no difference to it")
     if elements != int(elements):
         raise ValueError(f"{first}: an unquantised cost of {elements} is no number of weights")
-    group = _group(first, modules, int(elements))
+    group = _group(first, layer_of, scored, int(elements))
     candidates = []
     for name, (score, cost) in rows.items():
         bits = group.weight_elements * bits_of(name)
@@ -127,9 +129,10 @@ def _measurement(content: dict[str, Any], path: Path) -> Measurement:
     sensitivity = {key.removesuffix(_SUFFIX): entry for key, entry in content["layer_sensitivity"].items()}
     groups: list[QuantGroup] = []
     candidates: list[Candidate] = []
+    layer_of = {name: layer for layer in Fusing.usual().layers(modules) for name in layer.modules}
     for first, entry in sensitivity.items():
         if LANGUAGE_MODEL.search(first):
-            group, found = _candidates(first, entry, modules, scheme["quant_formats"])
+            group, found = _candidates(first, entry, layer_of, sensitivity, scheme["quant_formats"])
             groups.append(group)
             candidates += found
     if not candidates:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, MeasurementError, PlanError
 from bitladder.formats import FORMATS, bits_of, get_format
+from bitladder.models.fusing import Fusing
 from bitladder.prediction import KlMap
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement, QuantGroup, Scheme
@@ -453,9 +454,21 @@ def price(
         weight_bytes=weight_bytes,
         predicted_score=_predicted(measurement, formats),
         score_unit=measurement.score_unit,
-        exclude_modules=(*excluded, *(module.checkpoint_name for module in measurement.untouched)),
+        exclude_modules=_with_fused_names(
+            measurement.model.architecture, [*excluded, *(module.checkpoint_name for module in measurement.untouched)]
+        ),
         kv_cache_format=kv_cache_format,
     )
+
+
+def _with_fused_names(architecture: str, modules: Sequence[str]) -> tuple[str, ...]:
+    """Return the excluded modules and, where these alone would not exclude a fused layer in vLLM, that layer's name.
+
+    That is so where vLLM's quantisation doesn't know which modules a layer holds, and where it insists on one that the
+    model hasn't: values that are the keys. Source: vllm, quantization/utils/quant_utils.py, is_layer_skipped.
+    """
+    layers = [layer for layer in Fusing.of({"architectures": [architecture]}).layers(modules) if layer.shards]
+    return (*modules, *(x.name for x in layers if not x.packed or len(x.modules) < len(x.shards)))
 
 
 def plan(

@@ -14,15 +14,10 @@ import torch
 from torch import nn
 
 from bitladder.errors import ModelError, UnsupportedModel
+from bitladder.models.fusing import Fusing
 from bitladder.records import QuantGroup, QuantModule, UntouchedModule
 from bitladder.weights import SIXTEEN_BIT_DTYPES, WeightFiles, read_config
 
-# Linear modules that runtimes fuse into one, so that they must share a format and its scales.
-# Source: vllm `packed_modules_mapping` of its decoder models; ModelOpt `quant_grouping_rules`.
-FUSED_MODULES: dict[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 FP8_ALIGNMENT = 16  # FP8 matrix products need both dimensions divisible by 16 (torch._scaled_mm, CUTLASS)
 # Modules whose weights a runtime might quantise; norms and the like are never touched.
 _MATRIX_MODULES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -200,15 +195,6 @@ def _decoder_layers(path: str, decoder: nn.Module) -> str:
     return candidates[0]
 
 
-def _group_name(module: str) -> str:
-    """Return the quant group of a module path: the fused module's path, or its own."""
-    parent, _, leaf = module.rpartition(".")
-    for fused, members in FUSED_MODULES.items():
-        if leaf in members:
-            return f"{parent}.{fused}"
-    return module
-
-
 def find_target(directory: Path) -> Target:
     """Return the quant groups of the language model in `directory`, and every other linear module with the reason.
 
@@ -230,11 +216,11 @@ def find_target(directory: Path) -> Target:
 
     matrices = {name: module for name, module in model.named_modules() if isinstance(module, _MATRIX_MODULES)}
     linears = {name: module for name, module in matrices.items() if isinstance(module, nn.Linear)}
-    searched: dict[str, list[str]] = {}
+    searched: list[str] = []
     reasons: dict[str, str] = {}
     for name, module in matrices.items():
         if name in linears and name.startswith(f"{layers}."):
-            searched.setdefault(_group_name(name), []).append(name)
+            searched.append(name)
         elif module is model.get_output_embeddings():
             reasons[name] = "vocabulary head: not searched"
         elif module is model.get_input_embeddings():
@@ -245,15 +231,12 @@ def find_target(directory: Path) -> Target:
             reasons[name] = "outside the language model (vision tower, projector): not searched"
 
     groups = []
-    for group, members in searched.items():
+    for layer in Fusing.of(read_config(directory)).layers(searched):
+        members = layer.modules
         problem = _why_not(members, linears, tensor_of, weights)
         if problem is not None:
             reasons.update(dict.fromkeys(members, problem))
             continue
-        leaf = group.rpartition(".")[2]
-        order = FUSED_MODULES.get(leaf, ())
-        if order:
-            members = sorted(members, key=lambda name: order.index(name.rpartition(".")[2]))
         modules = tuple(
             QuantModule(
                 name=name,
@@ -263,7 +246,7 @@ def find_target(directory: Path) -> Target:
             for name in members
         )
         elements = sum(linears[name].weight.numel() for name in members)
-        groups.append(QuantGroup(name=group, modules=modules, weight_elements=elements))
+        groups.append(QuantGroup(name=layer.name, modules=modules, weight_elements=elements))
     if not groups:
         why = next(
             (reason for name, reason in reasons.items() if name.startswith(f"{layers}.")),
@@ -286,7 +269,7 @@ def find_target(directory: Path) -> Target:
 
 
 def _why_not(
-    members: list[str], linears: dict[str, nn.Linear], tensor_of: dict[str, str], weights: WeightFiles
+    members: tuple[str, ...], linears: dict[str, nn.Linear], tensor_of: dict[str, str], weights: WeightFiles
 ) -> str | None:
     """Return why a group's modules can't be quantised, or None."""
     for name in members:

@@ -14,8 +14,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bitladder.models.fusing import Fusing
+
 SCALES = ("weight_scale", "input_scale")  # of a quantised linear, beside its `weight`
 _KV_SCALES = ("k_scale", "v_scale")
+# Where hybrid models list what their layers are. Source: transformers' configurations of hybrid models.
+_LISTS_OF_KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern", "block_types")
+_PARTS = ("text_config", "vision_config", "audio_config")  # of which the configuration of a multimodal model has some
 
 Shape = tuple[int | None, ...]  # None: not derivable from the configuration
 
@@ -32,6 +37,8 @@ class Architecture:
         linears: names of the linears among them, without `.weight`.
         open_prefixes: parts of which nothing is derived here.
         tied: whether the output matrix is the embedding.
+        multimodal: whether the language model is one of several parts.
+        fusing: what runtimes fuse in it.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -43,6 +50,8 @@ class Architecture:
     linears: list[str] = field(default_factory=list)
     open_prefixes: tuple[str, ...] = ()
     tied: bool = False
+    multimodal: bool = False
+    fusing: Fusing = field(default_factory=Fusing.usual)
 
     def rename(self, name: str) -> str:
         """Return vLLM's name of a checkpoint's tensor or module.
@@ -319,8 +328,11 @@ def architecture(config: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]
     text = section_of(config, "text_config") or config
     family = _FAMILIES.get(architecture_name(config))
     kind = _TEXT_KINDS.get((family.text_kind or str(text.get("model_type"))) if family else "")
+    multimodal = any(isinstance(config.get(part), dict) for part in _PARTS)
     if family is None or kind is None:
-        unknown = Architecture(known=False, text="", open_prefixes=("",))
+        unknown = Architecture(
+            known=False, text="", open_prefixes=("",), multimodal=multimodal, fusing=Fusing.of(config)
+        )
         _add_open(unknown, stored)
         return unknown
     need = Architecture(
@@ -330,6 +342,8 @@ def architecture(config: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]
         head=family.head,
         open_prefixes=family.open_prefixes,
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        multimodal=multimodal,
+        fusing=Fusing.of(config),
     )
     names = [need.rename(name) for name in stored]
     layers = _number(text, "num_hidden_layers")
@@ -353,17 +367,32 @@ def _add_open(need: Architecture, stored: Mapping[str, tuple[int, ...]]) -> None
             need.linears.append(name.removesuffix(".weight"))
 
 
-def uneven_layers(names: Iterable[str]) -> list[str]:
-    """Return tensors that a layer lacks and its siblings have; how such a layer is noticed in unknown architectures."""
-    layers: dict[tuple[str, str], set[str]] = {}  # what stands before and after the number -> numbers that have it
+def uneven_layers(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+    """Return tensors that a layer lacks and its siblings have; how such a layer is noticed in unknown architectures.
+
+    Siblings are layers of one kind: the configuration lists the kinds, or this layer has no part that they lack.
+
+    Args:
+        names: the tensors' names.
+        config: the content of config.json.
+    """
+    lists: dict[str, dict[int, set[str]]] = {}  # what stands before the number -> number -> what stands after it
     for name in names:
         if match := re.search(r"\.(\d+)\.", name):
-            layers.setdefault((name[: match.start()], name[match.end() :]), set()).add(match[1])
-    siblings: dict[str, set[str]] = {}
-    for (before, _), numbers in layers.items():
-        siblings.setdefault(before, set()).update(numbers)
-    return [
-        f"{before}.{number}.{after}"
-        for (before, after), numbers in layers.items()
-        for number in sorted(siblings[before] - numbers, key=int)
-    ]
+            lists.setdefault(name[: match.start()], {}).setdefault(int(match[1]), set()).add(name[match.end() :])
+    missing = []
+    for before, layers in lists.items():
+        kinds = _layer_kinds(config, len(layers))
+        parts = {number: {after.partition(".")[0] for after in held} for number, held in layers.items()}
+        for number, held in sorted(layers.items()):
+            alike = [n for n in layers if kinds.get(n) == kinds.get(number) and parts[number] <= parts[n]]
+            lacked = set().union(*(layers[n] for n in alike)) - held
+            missing += [f"{before}.{number}.{after}" for after in sorted(lacked)]
+    return missing
+
+
+def _layer_kinds(config: Mapping[str, Any], layers: int) -> Mapping[int, object]:
+    """Return layer -> kind where a configuration lists as many as there are layers."""
+    text = section_of(config, "text_config") or config
+    listed = (kinds for name in _LISTS_OF_KINDS if isinstance(kinds := text.get(name), list | str))
+    return next((dict(enumerate(kinds)) for kinds in listed if len(kinds) == layers), {})

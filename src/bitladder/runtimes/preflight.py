@@ -166,7 +166,7 @@ class _Check:
                 f"what {name} needs isn't known here: only layers that lack what other layers have are noticed",
                 self._last_word,
             )
-        elif not self.reproduced:
+        if not self.reproduced:
             self.findings.warn(
                 "unsupported_model",
                 CONFIG_FILE,
@@ -273,7 +273,7 @@ class _Check:
                     f"isn't there: {runtime} would use whatever its memory holds",
                     EXPORT_AGAIN,
                 )
-        for name in [] if self.need.known else uneven_layers(self.tensors.weights):
+        for name in [] if self.need.known else uneven_layers(self.tensors.weights, self.files.config):
             self.findings.warn("missing_tensor", name, "isn't there, but other layers have it", EXPORT_AGAIN)
 
     def _shapes(self) -> None:

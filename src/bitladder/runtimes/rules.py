@@ -14,11 +14,6 @@ from typing import Any, ClassVar, Literal
 from bitladder.runtimes.architectures import LLAVA_RENAMES, QWEN2_VL_RENAMES, Architecture
 
 CONFIG_FILE, LEGACY_FILE = "config.json", "hf_quant_config.json"
-# linear of a runtime -> the modules that are fused in it; all runtimes here agree.
-# Source: vllm, the models' packed_modules_mapping; sglang, quantization/utils.py, _FALLBACK_FUSED_SHARDS;
-# TensorRT-LLM, _torch/models/modeling_utils.py, params_map.
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_FUSED_OF = {shard: fused for fused, shards in _FUSED.items() for shard in shards}
 _PLAIN = re.compile(r"[\w.\-]+")  # a name without any sign that means something in a regular expression
 _KERNEL_MULTIPLE = 16  # FP8 products of cuBLAS want dimensions of 16 bytes (cuBLAS documentation, cublasLtMatmul)
 
@@ -85,10 +80,16 @@ def nested(content: Mapping[str, Any], file: str) -> Quantisation:
 
 @dataclass(frozen=True)
 class RuntimeLayer:
-    """One linear of a runtime, under its name there, and the modules of the architecture that are fused in it."""
+    """One linear of a runtime, under its name there, and the modules of the architecture that are fused in it.
+
+    `shards` are the runtime's names of all modules that could be in it, and `packed` whether vLLM's quantisation knows
+    them; see `models.fusing.Layer`.
+    """
 
     name: str
     modules: tuple[str, ...]
+    shards: tuple[str, ...] = ()
+    packed: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,11 @@ class Rules(ABC):
 
     @classmethod
     def reproduced(cls, need: Architecture) -> bool:
-        """Return whether the runtime's names of this architecture's modules are known here."""
-        return True
+        """Return whether the runtime's names of this architecture's modules are known here.
+
+        Those of a language model are as the checkpoint spells them; where it is a part of a whole, runtimes differ.
+        """
+        return need.known or not need.multimodal
 
     def mapped(self, exclude: str) -> tuple[str, ...]:
         """Return what the runtime makes of one exclusion before it matches."""
@@ -154,11 +158,11 @@ class Rules(ABC):
     @cached_property
     def layers(self) -> tuple[RuntimeLayer, ...]:
         """The linears of the runtime's model."""
-        groups: dict[str, list[str]] = {}
-        for module in self.need.linears:
-            parent, _, leaf = self.name(module).rpartition(".")
-            groups.setdefault(f"{parent}.{_FUSED_OF.get(leaf, leaf)}".removeprefix("."), []).append(module)
-        return tuple(RuntimeLayer(name, tuple(modules)) for name, modules in groups.items())
+        module_of = {self.name(module): module for module in self.need.linears}
+        return tuple(
+            RuntimeLayer(layer.name, tuple(module_of[name] for name in layer.modules), layer.shards, layer.packed)
+            for layer in self.need.fusing.layers(module_of)
+        )
 
     def useless(self) -> list[str]:
         """Return the exclusions, as they are written, that hit nothing at all."""
@@ -197,6 +201,11 @@ class VllmRules(Rules):
         upper = str(name or "").upper()
         return upper if upper == "FP8" or upper in cls.known_algorithms else None
 
+    @classmethod
+    def reproduced(cls, need: Architecture) -> bool:
+        """Return True: vLLM's mapper renames exclusions as it renames tensors, so the checkpoint's names will do."""
+        return True
+
     def mapped(self, exclude: str) -> tuple[str, ...]:
         """Return an exclusion under vLLM's names; a `*` at its end becomes "this, and all below it"."""
         if len(exclude) >= 2 and exclude[-1] == "*" and exclude[-2] != ".":
@@ -209,12 +218,10 @@ class VllmRules(Rules):
 
     def decide(self, layer: RuntimeLayer) -> Decision:
         """Decide by exact names first; only a whole fused name outranks its modules'."""
-        leaf = layer.name.rpartition(".")[2]
-        if leaf in _FUSED and layer.name not in self.written:
-            shards = [layer.name.replace(leaf, shard) for shard in _FUSED[leaf]]
-            listed = tuple(shard for shard in shards if shard in self.written)
+        if layer.packed and layer.name not in self.written:
+            listed = tuple(shard for shard in layer.shards if shard in self.written)
             if listed:
-                return Decision("excluded" if len(listed) == len(shards) else "mixed", listed)
+                return Decision("excluded" if len(listed) == len(layer.shards) else "mixed", listed)
         hits = tuple(pattern for pattern in self.patterns if self.hits(pattern, layer.name))
         return Decision("excluded" if hits else "quantised", hits)
 
@@ -247,8 +254,8 @@ class SglangRules(Rules):
 
     @classmethod
     def reproduced(cls, need: Architecture) -> bool:
-        """Return whether it isn't LLaVA, whose modules have other names there."""
-        return need.renames != LLAVA_RENAMES
+        """Return whether it isn't LLaVA, whose modules have other names there, or an unknown multimodal model."""
+        return need.renames != LLAVA_RENAMES and super().reproduced(need)
 
     def mapped(self, exclude: str) -> tuple[str, ...]:
         """Return an exclusion under SGLang's names; the language model's are without `language_model.` there."""
@@ -272,8 +279,7 @@ class SglangRules(Rules):
 
     def decide(self, layer: RuntimeLayer) -> Decision:
         """Decide by parts of the modules' names first, then by wildcards over the fused name."""
-        leaf = layer.name.rpartition(".")[2]
-        shards = [layer.name.replace(leaf, shard) for shard in _FUSED.get(leaf, (leaf,))]
+        shards = layer.shards or (layer.name,)
         listed = {shard: [p for p in self.patterns if self._part_of(p, shard)] for shard in shards}
         found = tuple(pattern for patterns in listed.values() for pattern in patterns)
         if found:
@@ -328,7 +334,7 @@ class TensorRtLlmRules(Rules):
     @classmethod
     def reproduced(cls, need: Architecture) -> bool:
         """Return whether it is a language model, or Qwen2-VL or Qwen2.5-VL."""
-        return need.renames in ((), QWEN2_VL_RENAMES)
+        return need.renames in ((), QWEN2_VL_RENAMES) and super().reproduced(need)
 
     def name(self, module: str) -> str:
         """Return the name in the language model alone."""

@@ -51,6 +51,7 @@ class _Session:
         self.cache = AmaxCache()
         self.image_tokens = image_token_ids(model.config)
         self.images: torch.Tensor | None = None  # of the batch being scored
+        self.group_of = {module.name: group.name for group in job.target.groups for module in group.modules}
 
     def __iter__(self) -> Iterator[Batch]:
         """Called once per format for calibration, then once for scoring."""
@@ -200,27 +201,31 @@ class _Session:
 
 @contextlib.contextmanager
 def _changed(session: _Session) -> Iterator[None]:
-    """Let ModelOpt score in two parts, and silence its progress bars and chatter: progress is told in our own way."""
+    """Let ModelOpt group the modules as we do and score in two parts, and silence its progress bars and chatter."""
     from modelopt.torch.quantization import algorithms
 
     def add(gradient: torch.Tensor, difference: torch.Tensor, score: torch.Tensor) -> None:
         score += session.score(gradient, difference)
 
-    changes = {
-        "tqdm": functools.partial(algorithms.tqdm, disable=True),
-        "_get_auto_quantize_score": session.score,
-        "_add_auto_quantize_score": add,
-    }
-    before = {name: getattr(algorithms, name) for name in changes}
-    for name, value in changes.items():
-        setattr(algorithms, name, value)
+    def group(model: nn.Module, name: str) -> str | None:
+        return session.group_of.get(name)
+
+    changes: list[tuple[Any, str, Any]] = [
+        (algorithms, "tqdm", functools.partial(algorithms.tqdm, disable=True)),
+        (algorithms, "_get_auto_quantize_score", session.score),
+        (algorithms, "_add_auto_quantize_score", add),
+        (algorithms._AutoQuantizeBaseSearcher, "quant_grouping_rules", [group]),
+    ]
+    before = [(place, name, getattr(place, name)) for place, name, _ in changes]
+    for place, name, value in changes:
+        setattr(place, name, value)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, value in before.items():
-            setattr(algorithms, name, value)
+        for place, name, value in before:
+            setattr(place, name, value)
 
 
 def freeze_outside(model: nn.Module, language_model: str) -> None:

@@ -1,0 +1,1 @@
+"""What a model is: which of its modules runtimes fuse."""
