@@ -29,6 +29,7 @@ from bitladder import numerics
 from bitladder.errors import MeasurementError, ModelError, OutputError, StaleRecord
 from bitladder.formats import Format, get_format
 from bitladder.headers import TensorInfo
+from bitladder.models.sources import side_files
 from bitladder.records import (
     BF16,
     CheckpointManifest,
@@ -50,16 +51,6 @@ _BLOCK_BYTES = 1 << 22
 _CORES_PER_EXPORT = 4
 _QUEUED_BLOCKS = 4  # so many blocks may wait to be hashed and written: 16 MiB
 _CODED_ELEMENTS = 1 << 18  # of a weight are made into codes at a time: 1 MiB in float32, which a cache holds
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
-# The original's model card would speak of another model: a report writes this one's.
-_NOT_COPIED = (
-    CONFIG_FILE,
-    QUANT_CONFIG_FILE,
-    INDEX_FILE,
-    CheckpointManifest.FILE_NAME,
-    CheckpointManifest.CARD_NAME,
-)
-_TEMPLATE_DIRECTORY = "additional_chat_templates"  # transformers keeps named chat templates there
 # The ModelOpt release whose file layout is written; runtimes look at the producer's name and version.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 _KV_ALGORITHM = "FP8"  # the one format of a KV cache, as `kv_cache_quant_algo` names it
@@ -123,23 +114,6 @@ def config_with_quantisation(config: dict[str, Any], scheme: Scheme) -> dict[str
     if scheme.kv_cache_format is not None:
         quantisation["kv_cache_scheme"] = dict(eight_bit)
     return {**config, "quantization_config": quantisation}
-
-
-def side_files(source: Path) -> tuple[str, ...]:
-    """Return the source's files that come along unchanged: tokenizer, processor, chat template, licence."""
-    names = [
-        path.name
-        for path in sorted(source.iterdir())
-        if path.is_file()
-        and not path.name.startswith(".")
-        and path.suffix not in _WEIGHT_SUFFIXES
-        and not path.name.endswith(".index.json")
-        and path.name not in _NOT_COPIED
-    ]
-    templates = source / _TEMPLATE_DIRECTORY
-    if templates.is_dir():
-        names += [f"{_TEMPLATE_DIRECTORY}/{path.name}" for path in sorted(templates.iterdir()) if path.is_file()]
-    return tuple(names)
 
 
 def _quantised_modules(scheme: Scheme, measurement: Measurement) -> Quantised:
@@ -225,7 +199,7 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("wb", buffering=0)
+        self._file = path.open("xb", buffering=0)  # nothing that exists is ever opened
         self._digest = hashlib.sha256()
         self._hasher, self._writer = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
         # Buffers that are used in turn: freeing blocks in another thread than made them fragments the heap.
@@ -321,7 +295,7 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray:
 
 def _write_file(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

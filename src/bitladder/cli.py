@@ -539,13 +539,16 @@ def inspect(
     """
     from collections import Counter
 
+    from bitladder.calibration import load_processor
     from bitladder.pipeline import fetch_model
     from bitladder.targets import find_target
 
     _quiet_libraries()
     local = Path(model).expanduser()
     looks_local = local.exists() or model.startswith((".", "/", "~")) or "/" not in model
-    target = find_target(fetch_model(str(local.resolve()) if looks_local else model, revision))
+    directory = fetch_model(str(local.resolve()) if looks_local else model, revision)
+    target = find_target(directory)
+    load_processor(directory)
     for group in target.groups:
         shapes = ", ".join(str(list(module.shape or ())) for module in group.modules)
         console.print(f"{group.name}  {group.weight_elements:,}  {shapes}", soft_wrap=True, highlight=False)

