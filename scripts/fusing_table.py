@@ -2,7 +2,7 @@
 
 Read from vLLM's sources with `ast`: nothing of it is imported, so that any Python and any machine will do.
 
-    python scripts/fusing_table.py .venv-vllm/lib/python3.11/site-packages/vllm > src/bitladder/models/fusing.json
+    python scripts/fusing_table.py .venv-vllm/lib/python3.11/site-packages/vllm > table.json   (`make fusing`)
 
 Three places say what is fused: `packed_modules_mapping` of the model's class or its bases (what quantisation asks),
 `self.packed_modules_mapping[...] = [...]` in its methods, and how its files are loaded (`stacked_params_mapping`,
