@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from bitladder import checkpoint, evaluation, sensitivity, targets, verification
 from bitladder.planning import _with_fused_names, plan
 from bitladder.records import Candidate, DataSummary, Measurement
-from bitladder.runtimes.architectures import architecture
+from bitladder.runtimes.architectures import architecture, uneven_layers
 from bitladder.runtimes.preflight import RUNTIMES, preflight
 from bitladder.runtimes.rules import VllmRules
 from conftest import TEXT, load_text, measure_text, save_model, source_of, spec
@@ -295,3 +295,18 @@ def test_an_unknown_vision_language_model_makes_no_false_error(name, tmp_path):
         assert len(said) == (1 if runtime == "vllm" else 2)
         assert all("isn't known here" in problem for problem in said)
         assert bool(result.layers) == (runtime == "vllm")
+
+
+def uneven(layers, **config):
+    return uneven_layers([f"l.{n}.{name}.weight" for n, names in enumerate(layers) for name in names], config)
+
+
+def test_a_layer_is_compared_with_layers_of_its_kind():
+    attention, conv = ["self_attn.q", "self_attn.k", "mlp.up"], ["conv.in", "mlp.up"]
+    assert uneven([attention, conv, attention, conv]) == []
+    assert uneven([attention, conv, attention[1:], conv]) == ["l.2.self_attn.q.weight"]
+    assert uneven([attention, attention, ["mlp.up"]]) == ["l.2.self_attn.k.weight", "l.2.self_attn.q.weight"]
+    mixers = [["mixer.q", "norm"], ["mixer.in", "norm"], ["mixer.in"]]  # Nemotron-H: one name for all kinds
+    assert uneven(mixers, hybrid_override_pattern="*MM") == ["l.2.norm.weight"]
+    assert uneven(mixers, text_config={"layers_block_type": ["attention", "mamba", "mamba"]}) == ["l.2.norm.weight"]
+    assert uneven(mixers[:2], layer_types=7) == ["l.0.mixer.in.weight", "l.1.mixer.q.weight"]
