@@ -127,6 +127,11 @@ def test_a_layer_tells_what_it_lacks_and_whether_quantisation_knows_its_members(
     assert not of("StableLmForCausalLM").layers(["a.q_proj", "a.k_proj", "a.v_proj"])[0].packed
 
 
+def test_a_module_that_vllm_builds_under_another_name_asks_by_that():
+    assert of("GraniteMoeHybridForCausalLM").asked_as("layers.0.mamba.in_proj") == "layers.0.mixer.in_proj"
+    assert of("LlamaForCausalLM").asked_as("layers.0.mamba.in_proj") == "layers.0.mamba.in_proj"
+
+
 @pytest.mark.parametrize(
     ("config", "name"),
     [

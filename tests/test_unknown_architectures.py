@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 from bitladder import checkpoint, evaluation, sensitivity, targets, verification
-from bitladder.planning import _with_fused_names, plan
+from bitladder.planning import _with_vllms_names, plan
 from bitladder.records import Candidate, DataSummary, Measurement
 from bitladder.runtimes.architectures import architecture, uneven_layers
 from bitladder.runtimes.preflight import RUNTIMES, preflight
@@ -244,6 +244,7 @@ MODULES = {
     "Zamba2ForCausalLM": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     "Gemma4ForCausalLM": ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj"),
     "ApertusForCausalLM": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"),
+    "GraniteMoeHybridForCausalLM": ("mamba.in_proj", "mamba.out_proj", "self_attn.q_proj", "self_attn.k_proj"),
     "Phi3ForCausalLM": ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"),
     "Lfm2ForCausalLM": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "conv.in_proj"),
     "Qwen3_5ForCausalLM": tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
@@ -253,7 +254,7 @@ MODULES = {
 def written(name):
     """Return what a scheme excludes that leaves the first layer in 16 bits and quantises the second."""
     names = [[f"model.layers.{layer}.{module}" for module in MODULES[name]] for layer in (0, 1)]
-    return _with_fused_names(name, names[0]), [name for layer in names for name in layer]
+    return _with_vllms_names(name, names[0]), [name for layer in names for name in layer]
 
 
 def test_what_is_excluded_is_excluded_by_vllms_own_matcher(vllm_python):
@@ -264,9 +265,8 @@ def test_what_is_excluded_is_excluded_by_vllms_own_matcher(vllm_python):
         for excludes in (with_fused, apart):
             shapes = {f"{module}.weight": (16, 16) for module in modules}
             rules = VllmRules(architecture({"architectures": [name]}, shapes), excludes)
-            jobs.append(
-                {"architecture": name, "excludes": list(excludes), "layers": [layer.name for layer in rules.layers]}
-            )
+            asked = [rules.need.fusing.asked_as(layer.name) for layer in rules.layers]
+            jobs.append({"architecture": name, "excludes": list(excludes), "layers": asked})
             ours.append([rules.decide(layer).outcome for layer in rules.layers])
             if excludes is with_fused:
                 assert ours[-1] == ["excluded" if ".0." in layer.name else "quantised" for layer in rules.layers]
