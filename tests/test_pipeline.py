@@ -27,7 +27,16 @@ from bitladder.errors import (
 from bitladder.pipeline import Workspace
 from bitladder.prediction import KlMap
 from bitladder.recipe import SchemeSpec, parse_recipe
-from bitladder.records import CheckpointManifest, Evaluation, Evidence, KlPoints, Measurement, Refinements, Scheme
+from bitladder.records import (
+    CheckpointManifest,
+    Evaluation,
+    Evidence,
+    KlPoints,
+    Measurement,
+    Refinements,
+    Scheme,
+    Verification,
+)
 from bitladder.storage import TEMPORARY_PREFIX
 from conftest import make_text
 
@@ -406,6 +415,87 @@ def test_two_processes_in_one_directory(files, copied):
     first, second = work_of(files, copied), work_of(files, copied)
     with first.locked(), pytest.raises(OutputError, match="another bitladder process"), second.locked():
         pass
+
+
+def test_a_refused_process_has_written_nothing(files, copied):
+    with work_of(files, copied).locked():
+        held = (copied / "run.json").read_bytes()
+        other = work_of(files, copied, schemes=[{"name": "other", "coverage": 0.3}])
+        with pytest.raises(OutputError), other.locked():
+            pass
+        assert (copied / "run.json").read_bytes() == held
+
+
+def test_the_lock_follows_no_link(files, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "out" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OutputError), work_of(files, tmp_path / "out").locked():
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_run_that_was_killed_at_its_very_start_goes_on(files, tmp_path):
+    output = tmp_path / "out"
+    (output / f"{TEMPORARY_PREFIX}1234-run.json").mkdir(parents=True)
+    (output / ".lock").touch()
+    with work_of(files, output).locked():
+        assert (output / "run.json").exists()
+    assert not list(output.glob(f"{TEMPORARY_PREFIX}*"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    with pytest.raises(OutputError, match="didn't write"):
+        work_of(files, tmp_path / "foreign")
+
+
+def flip(path, offset=-100):
+    """Change one byte of a file, and neither its size nor its modification time."""
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_verify_reads_every_byte_whatever_the_times_say(files, copied, name):
+    flip(copied / "checkpoints/full" / name)
+    with pytest.raises(VerificationFailed, match=f"full: {name}"):
+        pipeline.verify(work_of(files, copied))
+    work = work_of(files, copied)
+    pipeline.run(work)  # which knows of it now, and mends it
+    assert "export" in work.done
+    assert pipeline.verify(work_of(files, copied)).ok
+
+
+def test_verify_says_whether_it_trusted_times(files, copied):
+    assert Verification.read(copied / "verification.json").times_trusted
+    assert not pipeline.verify(work_of(files, copied)).times_trusted
+    pipeline.make_report(work_of(files, copied))
+    assert "every byte of the original" in (copied / "report.md").read_text()
+    work = work_of(files, copied)
+    pipeline.run(work)
+    assert work.done == []  # verified by reading everything is good enough
+
+
+@pytest.mark.parametrize("name", ["zz.safetensors", "extra/notes.txt"])
+def test_a_file_too_many_is_noticed(files, copied, name):
+    path = copied / "checkpoints/full" / name
+    path.parent.mkdir(exist_ok=True)
+    save_file({"model.norm.weight": torch.zeros(64)}, path)
+    with pytest.raises(VerificationFailed, match="not listed in the manifest"):
+        pipeline.verify(work_of(files, copied))
+    work = work_of(files, copied)
+    pipeline.run(work)
+    assert "export" in work.done
+    assert not path.exists()
+
+
+def test_what_a_finished_measurement_left_is_removed(files, copied):
+    (copied / "measuring").mkdir()
+    (copied / "measuring" / "scores-00000.json").write_text("{}")
+    pipeline.run(work_of(files, copied))
+    assert not (copied / "measuring").exists()
 
 
 def test_verification_failures_name_file_tensor_and_remedy(files, copied):

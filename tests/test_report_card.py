@@ -1,9 +1,14 @@
 """The model card of a checkpoint: a hub's metadata, and one scheme's part of the report."""
 
+import shutil
+
+import pytest
 import yaml
 
+from bitladder.errors import ModelError
 from bitladder.records import ModelSource
-from bitladder.report import build_report, render_card
+from bitladder.report import build_report, closing_table, render_card, render_html, render_markdown
+from conftest import source_of
 from test_report import (
     make_evaluation,
     make_manifest,
@@ -68,3 +73,25 @@ def test_its_runtimes_and_controls_come_along():
     assert "0.32.0" not in served
     evaluation = section(render_card(report_with_controls(), "top25"), "Evaluation")
     assert [row[0] for row in tables(evaluation)[1][2:]] == ["top25", "top25"]
+
+
+def test_where_the_weights_come_from_stands_beside_the_numbers():
+    plain = make_report()
+    source = plain.model.model_copy(update={"provenance": "dequantised from a 4-bit GGUF"})
+    report = plain.model_copy(update={"model": source})
+    for text in (render_card(report, "top50"), render_markdown(report), render_html(report)):
+        assert text.count("weights come from: dequantised from a 4-bit GGUF.") == 1
+    assert "4-bit GGUF" in str(closing_table(report).caption)
+    assert "weights come from" not in render_markdown(plain) + render_card(plain, "top50") + render_html(plain)
+
+
+def test_the_provenance_of_a_model_is_what_its_file_says(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "model")
+    assert source_of(tmp_path / "model").provenance is None
+    (tmp_path / "model" / "PROVENANCE").write_text("dequantised\nfrom a GGUF\n")
+    said = source_of(tmp_path / "model")
+    assert said.provenance == "dequantised from a GGUF"
+    assert said.sha256 == source_of(llama).sha256
+    (tmp_path / "model" / "PROVENANCE").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match="PROVENANCE can't be read"):
+        source_of(tmp_path / "model")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bitladder import storage
 from bitladder.errors import OutputError
 from bitladder.storage import (
     TEMPORARY_PREFIX,
@@ -16,8 +17,10 @@ from bitladder.storage import (
     atomic_path,
     atomic_write,
     remove_leftovers,
+    scratch_directory,
     sha256_of_bytes,
     sha256_of_file,
+    temporaries_in,
 )
 
 
@@ -160,18 +163,73 @@ def test_a_failed_second_rename_does_not_lose_the_old_directory(
     path = tmp_path / "checkpoint"
     with atomic_directory(path) as temporary:
         (temporary / "old").write_text("old")
-    real = os.replace
+    real, calls = os.replace, []
 
     def replace(source: Path, destination: Path) -> None:
-        if Path(destination) == path and "-old-" not in Path(source).name:
+        calls.append(destination)
+        if len(calls) == 2:
             failing(errno.ENOSPC)()
         real(source, destination)
 
+    monkeypatch.setattr(storage, "_exchange", lambda *_: False)  # as on a file system that can't
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OutputError), atomic_directory(path) as temporary:
         (temporary / "new").write_text("new")
     assert names(path) == ["old"]
     assert names(tmp_path) == ["checkpoint"]
+
+
+def test_a_directory_is_exchanged_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint"
+    with atomic_directory(path) as temporary:
+        (temporary / "old").write_text("old")
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("two steps"))
+    with atomic_directory(path) as temporary:
+        (temporary / "new").write_text("new")
+    assert names(path) == ["new"]
+    assert names(tmp_path) == ["checkpoint"]
+
+
+def test_temporaries_of_a_run_lie_in_one_place_that_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "run" / "deep").mkdir(parents=True)
+    mine, others = (tmp_path / "run" / f"{TEMPORARY_PREFIX}{key}" for key in ("mine", "others"))
+    for place in (mine, others):
+        place.mkdir()
+        (place / "left").write_text("x")
+    with temporaries_in([tmp_path / "run"], "mine"):
+        assert not mine.exists()
+        with atomic_path(tmp_path / "run" / "deep" / "file") as temporary:
+            assert temporary.parent == mine
+            temporary.write_text("x")
+        with scratch_directory() as scratch:
+            assert scratch.parent == mine
+        atomic_write(tmp_path / "run" / "deep" / ("n" * 250), "a long name")
+        (mine / "forgotten").write_text("x")
+    assert names(tmp_path / "run") == [others.name, "deep"]
+    assert names(tmp_path / "run" / "deep") == ["file", "n" * 250]
+    assert names(others) == ["left"]
+
+
+def test_what_is_written_has_the_usual_permissions(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.touch(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_discarded_directory_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").write_text("x")
+    seen = []
+    real = storage._remove
+    monkeypatch.setattr(storage, "_remove", lambda path: seen.append((tmp_path / "old").exists()) or real(path))
+    storage.discard(tmp_path / "old")
+    storage.discard(tmp_path / "absent")
+    assert seen == [False]
+    assert names(tmp_path) == []
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from bitladder.records import (
 )
 from bitladder.runinfo import Progress, no_progress, one_core_each
 from bitladder.sensitivity import Amax, Codes, check_codes, kv_amax
-from bitladder.storage import atomic_directory, remove_leftovers, sha256_of_file
+from bitladder.storage import atomic_directory, sha256_of_file, temporary_of
 from bitladder.weights import INDEX_FILE, WeightFiles, read_config
 
 CONFIG_FILE = "config.json"
@@ -431,8 +431,6 @@ def export_all(
     Raises:
         BitladderError: see `export`; what other schemes have finished stays.
     """
-    for parent in {directory.parent for directory in directories.values()}:
-        remove_leftovers(parent)
 
     def write(scheme: Scheme) -> CheckpointManifest:
         return export(scheme, measurement, amax, source, directories[scheme.name], progress, codes)
@@ -474,8 +472,7 @@ def share_equal_files(directories: Sequence[Path]) -> int:
             twin = first.setdefault((entry.bytes, entry.sha256), path)
             if twin == path or os.path.samefile(twin, path):
                 continue
-            temporary = path.with_name(f".bitladder-tmp-link-{path.name}")
-            temporary.unlink(missing_ok=True)
+            temporary = temporary_of(directory)
             try:
                 os.link(twin, temporary)
             except OSError as error:

@@ -13,9 +13,8 @@ counted tokens and sums x_r, a mean is Σ x_r / Σ n_r and its standard error (t
 """
 
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +30,7 @@ from bitladder.kv_cache import Fp8Cache, layer_index
 from bitladder.recipe import DEFAULT_SPLIT
 from bitladder.records import CheckpointManifest, EvalResult, Evaluation
 from bitladder.runinfo import Meter, Progress, no_progress
+from bitladder.storage import scratch_directory
 from bitladder.targets import checkpoint_tensor_names, load_model
 from bitladder.weights import WeightFiles, all_finite, read_config
 
@@ -267,7 +267,8 @@ class _Store:
         on_gpu = device.startswith("cuda") and total_bytes < _GPU_SHARE * torch.cuda.mem_get_info(device)[0]
         self.device = device if on_gpu else "cpu"
         large = not on_gpu and total_bytes > MAX_REFERENCE_BYTES_IN_MEMORY
-        self.directory = Path(tempfile.mkdtemp(prefix="bitladder-")) if large else None
+        self._stack = ExitStack()
+        self.directory = self._stack.enter_context(scratch_directory()) if large else None
 
     def add(self, values: torch.Tensor) -> None:
         values = values.to(self.device)
@@ -285,8 +286,7 @@ class _Store:
 
     def close(self) -> None:
         self.memory = []
-        if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        self._stack.close()
 
 
 def _compare(model: Any, data: DataSet, store: _Store, device: str, what: str, progress: Progress, phase: str) -> _Sums:

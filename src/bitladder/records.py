@@ -109,6 +109,7 @@ class ModelSource(Part):
     model_type: str
     sha256: str = Field(description="SHA-256 over the names and digests of the config and weight files")
     files: tuple[FileDigest, ...] = ()
+    provenance: str | None = Field(default=None, description="where the weights come from, by its file PROVENANCE")
 
 
 class DataSummary(Part):
@@ -423,6 +424,10 @@ class Verification(Record):
 
     checkpoints: tuple[CheckpointVerification, ...]
     pairs: tuple[PairDifference, ...]
+    times_trusted: bool = Field(
+        default=False,
+        description="True: by `run`, which keeps it while sizes and times stay; False: all bytes were read",
+    )
 
     @property
     def ok(self) -> bool:

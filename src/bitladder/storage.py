@@ -1,21 +1,29 @@
-"""Files that are never half-written: write to a temporary sibling, fsync, rename.
+"""Files that are never half-written: write to a temporary, fsync, rename.
 
-A crash leaves either the old file or the new one, plus at most a sibling named `.bitladder-tmp-*`, which the next
-run removes. Imports errors only.
+A crash leaves either the old file or the new one. Temporaries have one name, `.bitladder-tmp-*`, and while a run works
+one place: the directory of that name in its output (`temporaries_in`), or, for files on another file system or beside
+which others write, one that bears the run's key. Each run sweeps its own places before and after. Imports errors only.
 """
 
 import contextlib
+import ctypes
 import errno
 import hashlib
+import itertools
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bitladder.errors import OutputError
 
 TEMPORARY_PREFIX = ".bitladder-tmp-"
 _HASH_BLOCK_BYTES = 1 << 22
+_FROM_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2(2), from Linux's headers
+_KEPT_NAME = 100  # characters of a file's name that its temporary has too
+_places: list[Path] = []  # where temporaries go, of runs that are working
+_number = itertools.count()
 
 
 def sha256_of_bytes(data: bytes | memoryview) -> str:
@@ -45,7 +53,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(f"no permission to write {path}; choose another output directory") from error
-        if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
             raise OutputError(
                 f"something is in the way of {path} ({error.strerror}); move it or choose another output directory"
             ) from error
@@ -62,23 +70,89 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def temporaries_in(places: Sequence[Path], key: str) -> Iterator[None]:
+    """Let temporaries lie in one directory of each place, and sweep those directories before and after.
+
+    Args:
+        places: directories, one on each file system that is written to.
+        key: of the run: others that write to the same places have other keys, and their temporaries stay.
+    """
+    own = [place / f"{TEMPORARY_PREFIX}{key}" for place in places]
+    for directory in own:
+        _remove(directory)
+    _places.extend(own)
+    try:
+        yield
+    finally:
+        for directory in own:
+            _places.remove(directory)
+            _remove(directory)
+
+
+def temporary_of(path: Path) -> Path:
+    """Return a path that nothing has, on the file system of `path`, whose directory must exist.
+
+    Raises:
+        OutputError: no space, no permission.
+    """
+    name = f"{TEMPORARY_PREFIX}{os.getpid()}-{next(_number)}-{path.name[:_KEPT_NAME]}"
+    device = path.parent.stat().st_dev
+    for directory in sorted(_places, key=lambda place: not path.is_relative_to(place.parent)):
+        if directory.parent.is_dir() and directory.parent.stat().st_dev == device:
+            with explain_os_errors(path):
+                directory.mkdir(exist_ok=True)
+            return directory / name
+    return path.parent / name
+
+
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """Yield a directory for files that nobody needs afterwards: where a run's temporaries lie, else the system's."""
+    place = next((directory for directory in _places if directory.parent.is_dir()), None)
+    if place is not None:
+        place.mkdir(exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix="bitladder-", dir=place))
+    try:
+        yield directory
+    finally:
+        _remove(directory)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a directory, whatever it is; a link, not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write to; on success fsync it and rename it to `path`.
+    """Yield a temporary to write to; on success flush it and rename it to `path`, with the usual permissions.
 
     Raises:
         OutputError: no space, no permission, something in the way.
     """
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
+        temporary = temporary_of(path)
     try:
         with explain_os_errors(path):
             yield temporary
+            temporary.chmod(0o666 & ~_umask())  # safetensors' writer leaves 0600
             fsync_path(temporary)
             os.replace(temporary, path)
             fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Return the process's umask; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -89,42 +163,62 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling directory; on success it takes the place of `path` (which it replaces).
+    """Yield a temporary directory; on success it takes the place of `path` (which it replaces).
 
-    Every file in it must have been flushed by the writer. On failure the sibling is removed and `path` is untouched.
+    Every file in it must have been flushed by the writer. On failure it is removed and `path` is untouched.
 
     Raises:
         OutputError: no space, no permission, something in the way.
     """
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
-    replaced = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-old-{path.name}"
+        temporary, replaced = temporary_of(path), temporary_of(path)
     try:
         with explain_os_errors(path):
             temporary.mkdir()
             yield temporary
             fsync_path(temporary)
-            if path.exists():
-                os.replace(path, replaced)
-            try:
+            if not path.exists():
                 os.replace(temporary, path)
-            except OSError:
-                if replaced.exists():
+            elif not _exchange(temporary, path):
+                os.replace(path, replaced)
+                try:
+                    os.replace(temporary, path)
+                except OSError:
                     os.replace(replaced, path)
-                raise
+                    raise
             fsync_path(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(temporary)
+        _remove(replaced)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two paths exchange what they name in one step; False: the system can't.
+
+    Source: renameat2(2), RENAME_EXCHANGE.
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    done = rename(_FROM_HERE, os.fsencode(first), _FROM_HERE, os.fsencode(second), _RENAME_EXCHANGE) == 0
+    if not done and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
+    return bool(done)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or directory so that a crash leaves all of it or nothing under its name."""
+    if not path.exists() and not path.is_symlink():
+        return
+    temporary = temporary_of(path)
+    with explain_os_errors(path):
+        os.replace(path, temporary)
+    _remove(temporary)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove the temporary siblings that a killed run left in `directory`."""
-    if not directory.is_dir():
-        return
+    """Remove all temporaries in `directory`, whoever left them: nobody else may be writing there."""
     for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        _remove(leftover)

@@ -16,6 +16,7 @@ from bitladder.storage import sha256_of_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PROVENANCE_FILE = "PROVENANCE"  # in a model's directory: where its weights come from, in a line
 _HASHED_AT_ONCE = 4
 _BLOCK = 2**26  # values
 SIXTEEN_BIT_DTYPES = ("BF16", "F16")
@@ -115,6 +116,21 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def read_provenance(directory: Path) -> str | None:
+    """Return what a model's file PROVENANCE says of where its weights come from, in one line; None: there is none.
+
+    Raises:
+        ModelError: it isn't UTF-8.
+    """
+    path = directory / PROVENANCE_FILE
+    try:
+        return " ".join(path.read_text(encoding="utf-8").split()) or None
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} can't be read as UTF-8 text ({error}); mend or remove it") from error
+
+
 def model_source(directory: Path, *, path: str, revision: str | None, cache: DigestCache) -> ModelSource:
     """Return the identity of the model in `directory`: digests of its config and of every weight file.
 
@@ -138,4 +154,5 @@ def model_source(directory: Path, *, path: str, revision: str | None, cache: Dig
         model_type=config.get("model_type", "?"),
         sha256=digest_of(f"{file.name} {file.sha256}" for file in files),
         files=files,
+        provenance=read_provenance(directory),
     )

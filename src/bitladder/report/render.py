@@ -529,6 +529,10 @@ def _verification(report: Report) -> dict[str, Any]:
     findings += [(f"{pair.first} / {pair.second}", finding) for pair in verification.pairs for finding in pair.findings]
     return {
         "checkpoints": markdown_table(header, rows),
+        "how": "By `bitladder run`: what it has read before is not read again while size and modification time stay; "
+        "`bitladder verify` reads every byte."
+        if verification.times_trusted
+        else "By `bitladder verify`: every byte of the original and of the checkpoints was read.",
         "pairs": markdown_table(["pair", "modules that should differ", "modules that differ", "findings"], pairs)
         if pairs
         else "",
@@ -796,7 +800,12 @@ def closing_table(report: Report) -> Table:
     """Return the ladder as a table for a terminal of 120 columns; several held-out sets cost it blanks and letters."""
     ladder = Ladder(report)
     several = bool(ladder.further)
-    table = Table(title=PurePath(report.model.path).name, caption_justify="left", padding=(0, 0 if several else 1))
+    table = Table(
+        title=PurePath(report.model.path).name,
+        caption=f"weights: {report.model.provenance}" if report.model.provenance else None,
+        caption_justify="left",
+        padding=(0, 0 if several else 1),
+    )
     table.add_column("scheme", overflow="fold")
     unit = ladder.kl_unit.replace(" per ", "/")
     quality = [_narrow("KL ± SE", split, unit) for split in ladder.kl_columns] if several else []

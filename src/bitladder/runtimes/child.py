@@ -10,13 +10,13 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitladder.errors import BitladderError
+from bitladder.storage import scratch_directory
 
 # Set unless the caller's environment says otherwise. A checkpoint is a local directory, so no hub is needed; the KV
 # cache is in GiB, and read on CPUs only.
@@ -107,8 +107,8 @@ def run_child(
         BitladderError: there is no such interpreter.
     """
     _check_interpreter(python)
-    with tempfile.TemporaryDirectory(prefix="bitladder-probe-") as scratch:
-        paths = [Path(scratch, name) for name in ("job.json", "result.json", "output.txt")]
+    with scratch_directory() as scratch:
+        paths = [scratch / name for name in ("job.json", "result.json", "output.txt")]
         paths[0].write_text(json.dumps(dict(job)), encoding="utf-8")
         with paths[2].open("wb") as output:
             process = subprocess.Popen(

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -360,8 +359,12 @@ def requantising(found: list[list[int]]) -> Iterator[None]:
         operations.scaled_fp8_quant = original
 
 
-def start_process_group() -> None:
-    """Make the process group of one process that vLLM's layers ask for their rank; once a process."""
+def start_process_group(store: Path) -> None:
+    """Make the process group of one process that vLLM's layers ask for their rank; once a process.
+
+    Args:
+        store: a file that doesn't exist yet, through which the group's processes would meet.
+    """
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.distributed.parallel_state import model_parallel_is_initialized
     from vllm.platforms import current_platform
@@ -370,8 +373,7 @@ def start_process_group() -> None:
         return
     if current_platform.is_cuda_alike():
         torch.cuda.set_device(0)
-    place = Path(tempfile.mkdtemp(prefix="bitladder-group-"), "store")
-    init_distributed_environment(1, 0, f"file://{place}", 0, current_platform.dist_backend)
+    init_distributed_environment(1, 0, f"file://{store}", 0, current_platform.dist_backend)
     initialize_model_parallel(1, 1)
 
 
@@ -397,8 +399,9 @@ def processor_facts(model_config: Any) -> Facts:
 class Probe:
     """Takes one checkpoint through vLLM's steps."""
 
-    def __init__(self, directory: str, facts: Facts, save: Callable[[], None]) -> None:
+    def __init__(self, directory: str, facts: Facts, save: Callable[[], None], scratch: Path) -> None:
         self.directory = directory
+        self.scratch = scratch
         self.facts = facts
         self._save = save
         facts.update(
@@ -455,7 +458,7 @@ class Probe:
         device = torch.device(config.load_config.device or config.device_config.device)
 
         def create() -> Any:
-            start_process_group()
+            start_process_group(self.scratch / "group")
             with set_default_torch_dtype(model_config.dtype), device:
                 return initialize_model(vllm_config=config, model_config=model_config)
 
@@ -532,7 +535,7 @@ def main(job: Path, result: Path) -> None:
         return
     for directory in directories:
         facts = report.begin()
-        Probe(directory, facts, report.write).run()
+        Probe(directory, facts, report.write, result.parent).run()
         facts["done"] = True
         report.finish()
         gc.collect()  # a model refers to itself in places

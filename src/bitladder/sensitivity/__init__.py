@@ -34,7 +34,7 @@ from bitladder.kv_cache import cached_layers
 from bitladder.recipe import MeasureSpec, WorkersSpec
 from bitladder.records import Candidate, FileDigest, Measurement, ModelSource, Rounding, digest_of
 from bitladder.runinfo import Meter, Progress, no_progress
-from bitladder.storage import atomic_path, atomic_write, remove_leftovers, sha256_of_file
+from bitladder.storage import atomic_path, atomic_write, discard, sha256_of_file
 from bitladder.targets import Target, checkpoint_tensor_names
 from bitladder.weights import WeightFiles, all_finite
 
@@ -101,11 +101,9 @@ class Partial:
             except ValueError:
                 known = None
         if known != {"key": key}:
-            shutil.rmtree(directory, ignore_errors=True)
+            discard(directory)
             directory.mkdir(parents=True)
             atomic_write(path, json.dumps({"key": key}))
-        remove_leftovers(directory)
-        remove_leftovers(directory / CODES)
 
     def codes_file(self, layer: int) -> Path:
         """Return where the codes of a decoder layer's modules are kept, once they are made."""
@@ -139,7 +137,7 @@ class Partial:
 
     def remove(self) -> None:
         """Remove everything, once the measurement is written."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        discard(self.directory)
 
 
 def resolve_device(device: str) -> str:
@@ -365,9 +363,14 @@ def measure(
     )
     measurement.write(output / MEASUREMENT_FILE)
     if rounding is None:
-        shutil.rmtree(output / CODES, ignore_errors=True)  # of an earlier measurement
+        discard(output / CODES)  # of an earlier measurement
     partial.remove()
     return measurement
+
+
+def forget_partial(output: Path) -> None:
+    """Remove what an unfinished measurement in `output` has so far."""
+    discard(output / _PARTIAL)
 
 
 def _free_memory() -> None:
@@ -382,7 +385,7 @@ def _keep_codes(partial: Partial, output: Path, data: DataSet, spec: MeasureSpec
 
     made, kept = partial.directory / CODES, output / CODES
     if made.exists():
-        shutil.rmtree(kept, ignore_errors=True)
+        discard(kept)
         os.replace(made, kept)
     paths = sorted(kept.glob("*.safetensors"))
     return Rounding(
@@ -450,7 +453,7 @@ def check_codes(measurement: Measurement, codes: Codes | None) -> None:
 
 def copy_codes(measurement: Measurement, source: Path, destination: Path) -> None:
     """Copy a measurement's codes, where it has some, to another run's directory."""
-    shutil.rmtree(destination / CODES, ignore_errors=True)
+    discard(destination / CODES)
     for entry in measurement.rounding.files if measurement.rounding is not None else ():
         with atomic_path(destination / CODES / entry.name) as temporary:
             shutil.copyfile(source / CODES / entry.name, temporary)
