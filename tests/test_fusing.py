@@ -1,5 +1,6 @@
 """What runtimes fuse: the table against vLLM's own sources, and what becomes of modules' names."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,10 @@ def layers(found, *modules, at="model.layers.0"):
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
+def version_of(package):
+    return re.search(r"__version__ = version = '([0-9.]+)", (Path(package) / "_version.py").read_text())[1].rstrip(".")
+
+
 def test_the_table_is_what_vllm_says(vllm_python):
     package = subprocess.run(
         [vllm_python, "-c", "import importlib.util as u; print(u.find_spec('vllm').submodule_search_locations[0])"],
@@ -35,6 +40,8 @@ def test_the_table_is_what_vllm_says(vllm_python):
         text=True,
         check=True,
     ).stdout.strip()
+    if f'"vllm": "{version_of(package)}"' not in TABLE.read_text(encoding="utf-8"):
+        pytest.skip(f"the table is not that of vLLM {version_of(package)}")
     printed = subprocess.run([sys.executable, SCRIPT, package], capture_output=True, text=True, check=True).stdout
     assert printed == TABLE.read_text(encoding="utf-8")
 
@@ -118,6 +125,11 @@ def test_a_layer_tells_what_it_lacks_and_whether_quantisation_knows_its_members(
     assert gemma.shards == ("a.q_proj", "a.k_proj", "a.v_proj")
     assert gemma.packed
     assert not of("StableLmForCausalLM").layers(["a.q_proj", "a.k_proj", "a.v_proj"])[0].packed
+
+
+def test_a_module_that_vllm_builds_under_another_name_asks_by_that():
+    assert of("GraniteMoeHybridForCausalLM").asked_as("layers.0.mamba.in_proj") == "layers.0.mixer.in_proj"
+    assert of("LlamaForCausalLM").asked_as("layers.0.mamba.in_proj") == "layers.0.mamba.in_proj"
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bitladder import checkpoint, targets, verification
-from bitladder.planning import _with_fused_names, plan
+from bitladder import checkpoint, evaluation, sensitivity, targets, verification
+from bitladder.planning import _with_vllms_names, plan
 from bitladder.records import Candidate, DataSummary, Measurement
-from bitladder.runtimes.architectures import architecture
+from bitladder.runtimes.architectures import architecture, uneven_layers
 from bitladder.runtimes.preflight import RUNTIMES, preflight
 from bitladder.runtimes.rules import VllmRules
-from conftest import TEXT, save_model, source_of, spec
+from conftest import TEXT, load_text, measure_text, save_model, source_of, spec
 
 LINEAR_ATTENTION = dict(
     head_dim=16,
@@ -166,6 +166,60 @@ def test_an_unknown_language_model_makes_no_false_error(name, tmp_path):
             assert [f.error_class for f in result.findings if f.where != "chat_template.jinja"] == ["unsupported_model"]
 
 
+GROUPS = {
+    "phi3": {"qkv_proj": ["qkv_proj"], "gate_up_proj": ["gate_up_proj"]},  # fused on disk
+    "glm4": {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_up_proj"]},
+    "arcee": {"up_proj": ["up_proj"], "down_proj": ["down_proj"]},
+    "qwen3_5": {"in_proj_qkvz": ["in_proj_qkv", "in_proj_z"], "gate_up_proj": ["gate_proj", "up_proj"]},
+    "lfm2": {"w13": ["w1", "w3"], "w2": ["w2"]},
+    "deepseek_v3": {"fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"], "q_b_proj": ["q_b_proj"]},
+    "minicpm3": {"q_a_proj": ["q_a_proj"], "kv_a_proj_with_mqa": ["kv_a_proj_with_mqa"]},
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_are_what_is_fused_in_the_architecture(name, tmp_path):
+    found = {}
+    for group in targets.find_target(text_model(name, tmp_path)).groups:
+        found[group.name.rpartition(".")[2]] = [module.name.rpartition(".")[2] for module in group.modules]
+    assert found == found | GROUPS[name]
+
+
+def test_a_fused_layer_with_one_awkward_shape_stays_as_it_is(tmp_path):
+    target = targets.find_target(text_model("qwen3_5", tmp_path))  # four heads: in_proj_a is [4, 64]
+    left = {m.name.rpartition(".")[2]: m.reason for m in target.untouched}
+    assert "[4, 64] of model.layers.0.linear_attn.in_proj_b" in left["in_proj_a"]
+    assert left["in_proj_a"] == left["in_proj_b"]
+    assert not any("in_proj_ba" in group.name for group in target.groups)
+
+
+@pytest.mark.parametrize("name", ["phi3", "glm", "glm4"])
+def test_what_is_fused_on_disk_goes_all_the_way(name, text_file, tmp_path):
+    source = text_model(name, tmp_path / "source")
+    measurement = measure_text(source, text_file, tmp_path / "m")
+    scheme = plan(measurement, spec("half", coverage=0.5))
+    amax = sensitivity.read_amax(measurement, tmp_path / "m")
+    checkpoint.export(scheme, measurement, amax, source, tmp_path / "half")
+    (result,) = verification.verify([scheme], measurement, source, {"half": tmp_path / "half"}).checkpoints
+    assert result.findings == ()
+    assert [errors(tmp_path / "half", runtime)[0] for runtime in RUNTIMES] == [[], [], []]
+    held_out = load_text(source, text_file, samples=4)
+    with evaluation.Reference.compute(source, held_out) as reference:
+        kl = evaluation.evaluate_checkpoint([reference], tmp_path / "half").result("kl")
+    assert 0 < kl.value < 1
+
+
+def test_modelopts_engine_groups_as_the_runtime_does(text_file, tmp_path):
+    source = text_model("deepseek_v3", tmp_path / "source")  # ModelOpt's own rules keep the down projections apart
+    measurement = measure_text(source, text_file, tmp_path / "m", engine="modelopt", method="kl_div")
+    amax = sensitivity.read_amax(measurement, tmp_path / "m")
+    group = next(group for group in measurement.groups if group.name.endswith("layers.1.self_attn.fused_qkv_a_proj"))
+    for which in ("weight_amax", "input_amax"):
+        first, second = (amax[f"{module.name}.{which}"] for module in group.modules)
+        assert first == second
+    assert len([c for c in measurement.candidates if c.group == group.name]) == 1
+
+
 MATCH = """
 import importlib, json, sys
 from vllm.model_executor.layers.quantization.modelopt import ModelOptFp8Config
@@ -190,6 +244,7 @@ MODULES = {
     "Zamba2ForCausalLM": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     "Gemma4ForCausalLM": ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj"),
     "ApertusForCausalLM": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"),
+    "GraniteMoeHybridForCausalLM": ("mamba.in_proj", "mamba.out_proj", "self_attn.q_proj", "self_attn.k_proj"),
     "Phi3ForCausalLM": ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"),
     "Lfm2ForCausalLM": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "conv.in_proj"),
     "Qwen3_5ForCausalLM": tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
@@ -199,7 +254,7 @@ MODULES = {
 def written(name):
     """Return what a scheme excludes that leaves the first layer in 16 bits and quantises the second."""
     names = [[f"model.layers.{layer}.{module}" for module in MODULES[name]] for layer in (0, 1)]
-    return _with_fused_names(name, names[0]), [name for layer in names for name in layer]
+    return _with_vllms_names(name, names[0]), [name for layer in names for name in layer]
 
 
 def test_what_is_excluded_is_excluded_by_vllms_own_matcher(vllm_python):
@@ -210,9 +265,8 @@ def test_what_is_excluded_is_excluded_by_vllms_own_matcher(vllm_python):
         for excludes in (with_fused, apart):
             shapes = {f"{module}.weight": (16, 16) for module in modules}
             rules = VllmRules(architecture({"architectures": [name]}, shapes), excludes)
-            jobs.append(
-                {"architecture": name, "excludes": list(excludes), "layers": [layer.name for layer in rules.layers]}
-            )
+            asked = [rules.need.fusing.asked_as(layer.name) for layer in rules.layers]
+            jobs.append({"architecture": name, "excludes": list(excludes), "layers": asked})
             ours.append([rules.decide(layer).outcome for layer in rules.layers])
             if excludes is with_fused:
                 assert ours[-1] == ["excluded" if ".0." in layer.name else "quantised" for layer in rules.layers]
@@ -241,3 +295,18 @@ def test_an_unknown_vision_language_model_makes_no_false_error(name, tmp_path):
         assert len(said) == (1 if runtime == "vllm" else 2)
         assert all("isn't known here" in problem for problem in said)
         assert bool(result.layers) == (runtime == "vllm")
+
+
+def uneven(layers, **config):
+    return uneven_layers([f"l.{n}.{name}.weight" for n, names in enumerate(layers) for name in names], config)
+
+
+def test_a_layer_is_compared_with_layers_of_its_kind():
+    attention, conv = ["self_attn.q", "self_attn.k", "mlp.up"], ["conv.in", "mlp.up"]
+    assert uneven([attention, conv, attention, conv]) == []
+    assert uneven([attention, conv, attention[1:], conv]) == ["l.2.self_attn.q.weight"]
+    assert uneven([attention, attention, ["mlp.up"]]) == ["l.2.self_attn.k.weight", "l.2.self_attn.q.weight"]
+    mixers = [["mixer.q", "norm"], ["mixer.in", "norm"], ["mixer.in"]]  # Nemotron-H: one name for all kinds
+    assert uneven(mixers, hybrid_override_pattern="*MM") == ["l.2.norm.weight"]
+    assert uneven(mixers, text_config={"layers_block_type": ["attention", "mamba", "mamba"]}) == ["l.2.norm.weight"]
+    assert uneven(mixers[:2], layer_types=7) == ["l.0.mixer.in.weight", "l.1.mixer.q.weight"]

@@ -454,21 +454,24 @@ def price(
         weight_bytes=weight_bytes,
         predicted_score=_predicted(measurement, formats),
         score_unit=measurement.score_unit,
-        exclude_modules=_with_fused_names(
+        exclude_modules=_with_vllms_names(
             measurement.model.architecture, [*excluded, *(module.checkpoint_name for module in measurement.untouched)]
         ),
         kv_cache_format=kv_cache_format,
     )
 
 
-def _with_fused_names(architecture: str, modules: Sequence[str]) -> tuple[str, ...]:
-    """Return the excluded modules and, where these alone would not exclude a fused layer in vLLM, that layer's name.
+def _with_vllms_names(architecture: str, modules: Sequence[str]) -> tuple[str, ...]:
+    """Return the excluded modules and, where these alone would not exclude a layer in vLLM, the name that it asks for.
 
-    That is so where vLLM's quantisation doesn't know which modules a layer holds, and where it insists on one that the
-    model hasn't: values that are the keys. Source: vllm, quantization/utils/quant_utils.py, is_layer_skipped.
+    That is so where vLLM's quantisation doesn't know which modules a layer holds, where it insists on one that the
+    model hasn't (values that are the keys), and where it builds a module under another name than the module's own.
+    Source: vllm, quantization/utils/quant_utils.py, is_layer_skipped.
     """
-    layers = [layer for layer in Fusing.of({"architectures": [architecture]}).layers(modules) if layer.shards]
-    return (*modules, *(x.name for x in layers if not x.packed or len(x.modules) < len(x.shards)))
+    fusing = Fusing.of({"architectures": [architecture]})
+    layers = [layer for layer in fusing.layers(modules) if layer.shards]
+    names = [*modules, *(x.name for x in layers if not x.packed or len(x.modules) < len(x.shards))]
+    return tuple(dict.fromkeys([*names, *map(fusing.asked_as, names)]))
 
 
 def plan(

@@ -333,7 +333,9 @@ class Scheme(Record):
     weight_bytes: int = Field(description="the searched weights and their scales on disk")
     predicted_score: float
     score_unit: str
-    exclude_modules: tuple[str, ...] = Field(description="exact checkpoint names of the linear modules left alone")
+    exclude_modules: tuple[str, ...] = Field(
+        description="exact checkpoint names of the linear modules left alone, and of fused layers that vLLM asks for"
+    )
     kv_cache_format: str | None = Field(default=None, description="None: 16 bits")
     nested_in: tuple[str, ...] = Field(default=(), description="schemes that quantise all of its groups and more")
 

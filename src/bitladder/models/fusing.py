@@ -69,6 +69,7 @@ class Layer:
 class _Row(NamedTuple):
     fusions: tuple[Fusion, ...]
     multimodal: bool
+    asked: Mapping[str, str]
 
 
 def _fusion(name: str, members: Iterable[str], packed: bool) -> Fusion:
@@ -85,7 +86,7 @@ def _table() -> dict[str, _Row]:
     """Return architecture -> what vLLM fuses in it."""
     content = json.loads(files(__package__).joinpath("fusing.json").read_text(encoding="utf-8"))
     return {
-        architecture: _Row(tuple(_fusion(**fused) for fused in kind["fuses"]), kind["multimodal"])
+        architecture: _Row(tuple(_fusion(**fused) for fused in kind["fuses"]), kind["multimodal"], kind["asked"])
         for kind in content["kinds"]
         for architecture in kind["architectures"]
     }
@@ -121,9 +122,15 @@ def _by_model_type() -> dict[str, _Row]:
 
 @dataclass(frozen=True)
 class Fusing:
-    """What is fused in one architecture."""
+    """What is fused in one architecture.
+
+    Attributes:
+        fusions: its layers that hold several modules.
+        asked: (a module's own name, the name by which its layers ask vLLM's quantisation), where these differ.
+    """
 
     fusions: tuple[Fusion, ...]
+    asked: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def usual(cls) -> "Fusing":
@@ -136,13 +143,18 @@ class Fusing:
         names = config.get("architectures")
         row = _table().get(str(names[0])) if isinstance(names, list) and names else None
         if row is not None and not row.multimodal:
-            return cls(row.fusions)
+            return cls(row.fusions, tuple(row.asked.items()))
         text = config.get("text_config")
         inner = _by_model_type().get(_plain(str(text.get("model_type")))) if isinstance(text, dict) else None
         own = row.fusions if row is not None else ()
         known = {fusion.members for fusion in own}
         own += tuple(fusion for fusion in (inner.fusions if inner else ()) if fusion.members not in known)
-        return cls(_with(own, usual()))
+        return cls(_with(own, usual()), tuple(inner.asked.items()) if inner else ())
+
+    def asked_as(self, name: str) -> str:
+        """Return the path by which vLLM's quantisation is asked for a layer: `0.mamba.in_proj` -> `0.mixer.in_proj`."""
+        asked = dict(self.asked)
+        return ".".join(asked.get(part, part) for part in name.split("."))
 
     def layers(self, modules: Iterable[str]) -> list[Layer]:
         """Return the runtime's layers that hold these modules, in the order of their first modules.

@@ -168,6 +168,7 @@ class Rules(ABC):
         """Return the exclusions, as they are written, that hit nothing at all."""
         names = {self.name(name.rpartition(".")[0]) for name in self.need.tensors}
         names |= {layer.name for layer in self.layers} | {self.name(self.need.head)}
+        names |= {self.need.fusing.asked_as(name) for name in names}
         useful = {
             written
             for pattern, written in self.written.items()
@@ -218,11 +219,13 @@ class VllmRules(Rules):
 
     def decide(self, layer: RuntimeLayer) -> Decision:
         """Decide by exact names first; only a whole fused name outranks its modules'."""
-        if layer.packed and layer.name not in self.written:
-            listed = tuple(shard for shard in layer.shards if shard in self.written)
+        asked = self.need.fusing.asked_as
+        name = asked(layer.name)
+        if layer.packed and name not in self.written:
+            listed = tuple(shard for shard in map(asked, layer.shards) if shard in self.written)
             if listed:
                 return Decision("excluded" if len(listed) == len(layer.shards) else "mixed", listed)
-        hits = tuple(pattern for pattern in self.patterns if self.hits(pattern, layer.name))
+        hits = tuple(pattern for pattern in self.patterns if self.hits(pattern, name))
         return Decision("excluded" if hits else "quantised", hits)
 
     def hits(self, pattern: str, name: str) -> bool:
