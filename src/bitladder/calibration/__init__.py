@@ -143,14 +143,14 @@ def _pair_batch(samples: Sequence[Sample], processor: Any, length: int) -> Batch
         if total > length:
             raise DataError(
                 sample.located(
-                    f"an image+text pair ({sample.text[:40]!r}) has {total} tokens, sequence_length is {length}; raise it "
-                    "or use smaller images"
+                    f"an image+text pair ({sample.text[:40]!r}) has {total} tokens, sequence_length is {length}; "
+                    "raise it or use smaller images"
                 )
             )
         if not torch.equal(ids[row, :prompt_length], prompts["input_ids"][row, :prompt_length]):
             raise DataError(
-                "the chat template or the processor changes the prompt when an answer follows, so labels can't be placed; "
-                "calibrate the model on text"
+                "the chat template or the processor changes the prompt when an answer follows, so labels can't be "
+                "placed; calibrate the model on text"
             )
         labels[row, :prompt_length] = IGNORED_LABEL
     return Batch(inputs, labels)

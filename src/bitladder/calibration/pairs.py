@@ -143,8 +143,8 @@ def check_samples(samples: Sequence[Sample], processor: Any) -> None:
             if token in sample.prompt or token in sample.text:
                 raise DataError(
                     sample.located(
-                        f"prompt or answer holds {token}, which stands for a picture in this model; remove it, the chat "
-                        "template writes it"
+                        f"prompt or answer holds {token}, which stands for a picture in this model; remove it, the "
+                        "chat template writes it"
                     )
                 )
     written = _rendered(samples[0], processor, with_answer=False)

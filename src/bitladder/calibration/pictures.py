@@ -69,7 +69,9 @@ def open_picture(image: str) -> Image.Image:
             picture = Image.open(io.BytesIO(raw))
         return _converted(picture, image)
     except UnidentifiedImageError:
-        raise _error(image, "is in no format that Pillow reads", "save it as PNG or JPEG (render an SVG)") from None
+        raise _error(
+            image, "can't be read: it is in no format that Pillow knows", "save it as PNG or JPEG (render an SVG)"
+        ) from None
     except Image.DecompressionBombError as error:
         raise _error(image, f"is larger than Pillow and vLLM open ({error})", "make it smaller") from error
     except DataError:

@@ -61,15 +61,13 @@ def _image_processor_only(directory: Path) -> Any:
                 return None
             return super().check_argument_for_proper_class(argument_name, argument)
 
-    # The settings beside the parts (tokens an image, patch size) and the template, from wherever transformers reads them.
+    # The settings beside the parts (tokens an image, patch size) and the template, wherever they stand.
     settings, _ = cls.get_processor_dict(directory)
     known = set(inspect.signature(cls.__init__).parameters) - {"image_processor", "tokenizer", "video_processor"}
     options = {name: value for name, value in settings.items() if name in known}
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     options["chat_template"] = options.get("chat_template") or tokenizer.chat_template
-    return ImagesOnly(
-        image_processor=_image_processor(directory), tokenizer=tokenizer, video_processor=None, **options
-    )
+    return ImagesOnly(image_processor=_image_processor(directory), tokenizer=tokenizer, video_processor=None, **options)
 
 
 def _configs(directory: Path) -> list[dict[str, Any]]:
@@ -92,7 +90,9 @@ def _processor_class(directory: Path) -> Any:
     cls = getattr(transformers, named[0], None) if named else None
     if cls is None:
         found = f"processor_class {named[0]}" if named else "no processor_class"
-        raise ModelError(f"{directory}: the processor's files name {found}, which transformers doesn't have; correct it")
+        raise ModelError(
+            f"{directory}: the processor's files name {found}, which transformers doesn't have; correct it"
+        )
     return cls
 
 

@@ -212,15 +212,15 @@ def open_image(reference: str) -> Any:
     raw: Any = reference
     if reference.startswith("data:"):
         raw = io.BytesIO(base64.b64decode(reference.partition(",")[2]))
-    with Image.open(raw) as image:
-        with suppress(Exception):  # a damaged EXIF block turns nothing
-            image = ImageOps.exif_transpose(image)
-        if image.mode != "RGB" and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
-            image = image.convert("RGBA")
-            ground = Image.new("RGB", image.size, (255, 255, 255))
-            ground.paste(image, mask=image.getchannel("A"))
-            return ground
-        return image.convert("RGB")
+    image: Any = Image.open(raw)
+    with suppress(Exception):  # a damaged EXIF block turns nothing
+        image = ImageOps.exif_transpose(image)
+    if image.mode != "RGB" and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+        image = image.convert("RGBA")
+        ground = Image.new("RGB", image.size, (255, 255, 255))
+        ground.paste(image, mask=image.getchannel("A"))
+        return ground
+    return image.convert("RGB")
 
 
 def answers(llm: Any, questions: Sequence[Facts], max_tokens: int, chat: bool) -> list[Facts]:
