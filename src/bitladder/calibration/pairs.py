@@ -191,7 +191,7 @@ def _first_line(error: Exception) -> str:
 def _encoded(samples: Sequence[Sample], processor: Any, *, with_answer: bool, padding_side: str) -> dict[str, Any]:
     encoded = processor(
         text=[_rendered(sample, processor, with_answer=with_answer) for sample in samples],
-        # A list a text: Gemma 3 and Idefics take a flat list for the pictures of one text; every processor takes this.
+        # A list a text: Gemma 3 takes a flat list for the pictures of one text; every processor takes this.
         images=[[sample.load_image()] for sample in samples],
         padding=True,
         padding_side=padding_side,
