@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bitladder import logprobs
-from bitladder.calibration import DataSet, load_processor, tokenizer_of
+from bitladder.calibration import DataSet, has_template, load_processor
 from bitladder.errors import ModelError
 from bitladder.recipe import VllmSpec
 from bitladder.records import ProbeResult
@@ -98,4 +98,4 @@ def probe_directories(
 
 def has_chat_template(directory: Path) -> bool:
     """Return whether a model's files hold a chat template."""
-    return tokenizer_of(load_processor(directory)).chat_template is not None
+    return has_template(load_processor(directory))

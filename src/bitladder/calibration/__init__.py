@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from bitladder.calibration.batches import IGNORED_LABEL, MIXED, Batch, DataSet, fingerprint, interleaved
-from bitladder.calibration.pairs import Sample, encode, prompt_inputs, samples_of
-from bitladder.calibration.processors import load_processor, tokenizer_of
+from bitladder.calibration.pairs import Sample, check_samples, encode, prompt_inputs, samples_of
+from bitladder.calibration.processors import has_template, load_processor, tokenizer_of
 from bitladder.calibration.text import token_rows
 from bitladder.errors import DataError
 from bitladder.recipe import GENERATED, PAIR_KINDS, DataSpec
@@ -30,6 +30,7 @@ __all__ = [
     "Batch",
     "DataSet",
     "Sample",
+    "has_template",
     "interleaved",
     "load_data",
     "load_processor",
@@ -71,7 +72,10 @@ def load_data(
     rows = torch.empty(0)
     if spec.kind in PAIR_KINDS:
         if not hasattr(processor, "image_processor"):
-            raise DataError("the model takes no images; calibrate it on text")
+            raise DataError(
+                "the model takes no images, or its preprocessor_config.json is missing; add that file, or calibrate it "
+                "on text"
+            )
         pairs = samples_of(spec)
         ids = [sample.digest for sample in pairs]
         unit = "image+text pairs"
@@ -99,6 +103,7 @@ def load_data(
         # Pairs of similar length share a batch: less padding, and padding is calibrated on too.
         chosen.sort(key=lambda index: len(pairs[index].prompt) + len(pairs[index].text))
         picked = [pairs[index] for index in chosen]
+        check_samples(picked, processor)
         batches = tuple(
             _pair_batch(picked[start : start + batch_size], processor, sequence_length)
             for start in range(0, samples, batch_size)
@@ -137,11 +142,16 @@ def _pair_batch(samples: Sequence[Sample], processor: Any, length: int) -> Batch
         total = int(mask[row].sum())
         if total > length:
             raise DataError(
-                f"an image+text pair ({sample.text[:40]!r}) has {total} tokens, sequence_length is {length}; "
-                "raise it or use smaller images"
+                sample.located(
+                    f"an image+text pair ({sample.text[:40]!r}) has {total} tokens, sequence_length is {length}; "
+                    "raise it or use smaller images"
+                )
             )
         if not torch.equal(ids[row, :prompt_length], prompts["input_ids"][row, :prompt_length]):
-            raise DataError("the chat template changes the prompt when an answer follows; labels can't be placed")
+            raise DataError(
+                "the chat template or the processor changes the prompt when an answer follows, so labels can't be "
+                "placed; calibrate the model on text"
+            )
         labels[row, :prompt_length] = IGNORED_LABEL
     return Batch(inputs, labels)
 

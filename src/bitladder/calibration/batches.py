@@ -55,7 +55,7 @@ def fingerprint(batches: Sequence[Batch]) -> str:
     for batch in batches:
         for name, tensor in [*sorted(batch.inputs.items()), ("labels", batch.labels)]:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

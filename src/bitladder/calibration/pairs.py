@@ -1,16 +1,16 @@
 """Image+text pairs: where they come from, and what a processor makes of them."""
 
-import base64
-import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from bitladder.calibration import pictures
+from bitladder.calibration.processors import template_of, tokenizer_of
 from bitladder.calibration.text import jsonl_rows, read_text
 from bitladder.errors import DataError
 from bitladder.recipe import DataSpec
@@ -24,6 +24,7 @@ class Sample:
     image: str  # absolute path, or a `data:` URI
     prompt: str
     text: str
+    where: str = field(default="", compare=False)  # file and line, for messages
 
     @property
     def digest(self) -> str:
@@ -31,21 +32,19 @@ class Sample:
         return digest_of([self.image, self.prompt, self.text])
 
     def load_image(self) -> Image.Image:
-        """Return the picture in RGB.
+        """Return the picture in RGB, as vLLM would hand it to the processor.
 
         Raises:
-            DataError: missing or not an image.
+            DataError: missing, damaged, no picture, or one that vLLM would refuse or clip; it names file and line.
         """
         try:
-            if self.image.startswith("data:"):
-                raw: Any = io.BytesIO(base64.b64decode(self.image.partition(",")[2]))
-            else:
-                raw = self.image
-            with Image.open(raw) as image:
-                return image.convert("RGB")
-        except (OSError, UnidentifiedImageError, ValueError) as error:
-            shown = self.image if len(self.image) < 200 else self.image[:60] + "…"
-            raise DataError(f"image {shown} can't be read ({error}); fix or remove the sample") from error
+            return pictures.open_picture(self.image)
+        except DataError as error:
+            raise DataError(self.located(str(error))) from error
+
+    def located(self, message: str) -> str:
+        """Return a message with the place of the sample before it."""
+        return f"{self.where}: {message}" if self.where else message
 
 
 def _coco_samples(spec: DataSpec) -> list[Sample]:
@@ -72,7 +71,7 @@ def _coco_samples(spec: DataSpec) -> list[Sample]:
         found = ", ".join(sorted(entry.name for entry in root.iterdir() if entry.is_dir())) or "nothing"
         raise DataError(f"COCO directory {root} has no images in {split}/; it has {found}: set data.split")
     return [
-        Sample(image=str(images / names[image]), prompt=spec.prompt, text=captions[image])
+        Sample(str((images / names[image]).absolute()), spec.prompt, captions[image], where=f"{path} image {image}")
         for image in sorted(set(names) & set(captions))
         if captions[image]
     ]
@@ -85,43 +84,122 @@ def samples_of(spec: DataSpec) -> list[Sample]:
     path = Path(spec.path)
     samples = []
     for number, row in jsonl_rows(path):
-        for field in ("image", spec.text_field):
-            if not isinstance(row.get(field), str) or not row[field]:
+        where = f"{path} line {number}"
+        for name in ("image", spec.text_field):
+            if not isinstance(row.get(name), str) or not row[name].strip():
                 raise DataError(
-                    f"{path} line {number} has no '{field}'; an image_text line is "
+                    f"{where} has no '{name}'; an image_text line is "
                     f'{{"image": path or data: URI, "prompt": question (optional), "{spec.text_field}": answer}}'
                 )
-        image = row["image"]
-        if not image.startswith("data:"):
-            image = str(path.parent / image)
-        samples.append(Sample(image=image, prompt=row.get("prompt", spec.prompt), text=row[spec.text_field]))
+        prompt = row.get("prompt", spec.prompt)
+        if not isinstance(prompt, str):
+            raise DataError(f"{where}: 'prompt' is {json.dumps(prompt)[:40]}; make it a string, or leave it out")
+        try:
+            image = pictures.resolved(row["image"], path.parent)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        samples.append(Sample(image, prompt, row[spec.text_field], where))
     return samples
 
 
-def _messages(sample: Sample, *, with_answer: bool) -> list[dict[str, Any]]:
-    turns: list[dict[str, Any]] = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]}
-    ]
+def _rendered(sample: Sample, processor: Any, *, with_answer: bool, with_image: bool = True) -> str:
+    """Return a pair as the chat template writes it."""
+    picture = [{"type": "image"}] if with_image else []
+    turns = [{"role": "user", "content": [*picture, {"type": "text", "text": sample.prompt}]}]
     if with_answer:
         turns.append({"role": "assistant", "content": [{"type": "text", "text": sample.text}]})
-    return turns
+    template = template_of(processor)
+    try:
+        return str(
+            processor.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=not with_answer
+            )
+        )
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise DataError(
+            sample.located(
+                f"the model's chat template can't write a picture, a prompt and an answer ({_first_line(error)}); "
+                "calibrate the model on text, or mend chat_template.jinja"
+            )
+        ) from error
+
+
+def _image_tokens(processor: Any) -> set[str]:
+    """Return the words that stand for a picture or a video in a prompt."""
+    owners, names = (processor, tokenizer_of(processor)), ("image_token", "boi_token", "eoi_token", "video_token")
+    found = [getattr(owner, name, None) for owner in owners for name in names]
+    return {str(getattr(token, "content", token)) for token in found if token}
+
+
+def check_samples(samples: Sequence[Sample], processor: Any) -> None:
+    """Raise for pairs that can't be written: a template that passes pictures over, a prompt that names one itself.
+
+    Raises:
+        DataError: it names file and line.
+    """
+    tokens = _image_tokens(processor)
+    for sample in samples:
+        for token in sorted(tokens):
+            if token in sample.prompt or token in sample.text:
+                raise DataError(
+                    sample.located(
+                        f"prompt or answer holds {token}, which stands for a picture in this model; remove it, the "
+                        "chat template writes it"
+                    )
+                )
+    written = _rendered(samples[0], processor, with_answer=False)
+    without = _rendered(samples[0], processor, with_answer=False, with_image=False)
+    if written == without or "'type': 'image'" in written:  # content passed over, or printed as a Python list
+        raise DataError(
+            "the model's chat template writes nothing for a picture; mend chat_template.jinja beside its weights, or "
+            "calibrate it on text"
+        )
 
 
 def encode(samples: Sequence[Sample], processor: Any, *, with_answer: bool, padding_side: str) -> dict[str, Any]:
-    """Return the processor's tensors for `samples`, padded on one side."""
-    texts = [
-        processor.apply_chat_template(
-            _messages(sample, with_answer=with_answer), tokenize=False, add_generation_prompt=not with_answer
-        )
-        for sample in samples
-    ]
+    """Return the processor's tensors for `samples`, padded on one side.
+
+    Raises:
+        DataError: a picture or a prompt that the processor refuses; it names file and line.
+    """
+    try:
+        return _encoded(samples, processor, with_answer=with_answer, padding_side=padding_side)
+    except DataError:
+        raise
+    except Exception as error:  # processors raise what their arithmetic leads them to
+        if len(samples) > 1:
+            for sample in samples:
+                encode([sample], processor, with_answer=with_answer, padding_side=padding_side)
+            raise DataError(
+                f"{samples[0].located('this pair')} and the next {len(samples) - 1} don't go into one batch "
+                f"({_first_line(error)}); set batch_size: 1"
+            ) from error
+        picture = samples[0].load_image()
+        raise DataError(
+            samples[0].located(
+                f"the model's processor refuses picture {pictures.shown(samples[0].image)} of {picture.width} x "
+                f"{picture.height} pixels with its prompt ({_first_line(error)}); change or remove the sample"
+            )
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _encoded(samples: Sequence[Sample], processor: Any, *, with_answer: bool, padding_side: str) -> dict[str, Any]:
     encoded = processor(
-        text=texts,
-        images=[sample.load_image() for sample in samples],
+        text=[_rendered(sample, processor, with_answer=with_answer) for sample in samples],
+        # A list a text: Gemma 3 takes a flat list for the pictures of one text; every processor takes this.
+        images=[[sample.load_image()] for sample in samples],
         padding=True,
         padding_side=padding_side,
         return_tensors="pt",
     )
+    for name, value in encoded.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"its {name} of these pictures is no tensor")
     return dict(encoded)
 
 

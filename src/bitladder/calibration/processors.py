@@ -1,47 +1,59 @@
-"""A model's tokenizer or processor, as its files describe it."""
+"""A model's tokenizer or processor, as its files describe it, and the chat template that it is served with."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
-from bitladder.errors import ModelError
+from bitladder.errors import DataError, ModelError
+
+# What transformers says where the video half of a processor is what can't be built.
+_VIDEO_HALF = ("orchvision", "VIDEO_PROCESSOR", "video processor")
+_CONFIGS = ("processor_config.json", "preprocessor_config.json")
 
 
 def load_processor(directory: Path) -> Any:
     """Return the model's processor where it takes images, else its tokenizer.
 
     Without torchvision, transformers can't build the video half of some processors; pictures don't need it, so it is
-    left out then.
+    left out then. A processor whose tokenizer has no padding token pads with EOS: what is padded is masked.
 
     Raises:
         ModelError: the directory has no usable tokenizer or processor.
     """
     from transformers import AutoProcessor, AutoTokenizer
 
-    takes_images = (directory / "preprocessor_config.json").exists() or (directory / "processor_config.json").exists()
     try:
-        if not takes_images:
+        if not any((directory / name).exists() for name in _CONFIGS):
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         try:
-            return AutoProcessor.from_pretrained(directory, trust_remote_code=False)
-        except ImportError as error:
-            if "orchvision" not in str(error):
+            processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
+        except (ImportError, AttributeError, ValueError) as error:  # which one depends on the class that is named
+            if not any(words in str(error) for words in _VIDEO_HALF):
                 raise
-            return _image_processor_only(directory)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"{directory} has no usable tokenizer or processor: {reason}") from error
+            processor = _image_processor_only(directory)
+    except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
+        raise ModelError(f"{directory} has no usable tokenizer or processor: {_reason(error)}") from error
+    tokenizer = tokenizer_of(processor)
+    if getattr(tokenizer, "pad_token", "") is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+def _reason(error: Exception) -> str:
+    words = str(error)
+    if "trust_remote_code" in words:
+        return "it needs Python code of its own (auto_map), which is never run; use a model that transformers knows"
+    if "orchvision" in words:
+        return "it needs torchvision: pip install torchvision"
+    return next((line.strip() for line in words.splitlines() if line.strip()), type(error).__name__)
 
 
 def _image_processor_only(directory: Path) -> Any:
     """Return the model's processor without its video half."""
-    import transformers
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    name = json.loads((directory / "preprocessor_config.json").read_text()).get("processor_class", "")
-    cls = getattr(transformers, name, None)
-    if cls is None:
-        raise ModelError(f"{directory / 'preprocessor_config.json'} names no processor_class that transformers has")
+    cls = _processor_class(directory)
 
     class ImagesOnly(cls):  # type: ignore[misc, valid-type]
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -49,16 +61,86 @@ def _image_processor_only(directory: Path) -> Any:
                 return None
             return super().check_argument_for_proper_class(argument_name, argument)
 
+    # The settings beside the parts (tokens an image, patch size) and the template, wherever they stand.
+    settings, _ = cls.get_processor_dict(directory)
+    known = set(inspect.signature(cls.__init__).parameters) - {"image_processor", "tokenizer", "video_processor"}
+    options = {name: value for name, value in settings.items() if name in known}
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    image_processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
-    return ImagesOnly(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        video_processor=None,
-        chat_template=tokenizer.chat_template,
-    )
+    options["chat_template"] = options.get("chat_template") or tokenizer.chat_template
+    return ImagesOnly(image_processor=_image_processor(directory), tokenizer=tokenizer, video_processor=None, **options)
+
+
+def _configs(directory: Path) -> list[dict[str, Any]]:
+    """Return what the processor's files hold, in the order in which transformers asks them."""
+    paths = [directory / name for name in (*_CONFIGS, "tokenizer_config.json")]
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    return [content for content in contents if isinstance(content, dict)]
+
+
+def _processor_class(directory: Path) -> Any:
+    """Return the class that the files name, else the one that transformers has for the model's type."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    named = [content["processor_class"] for content in _configs(directory) if content.get("processor_class")]
+    config = directory / "config.json"
+    if not named and config.exists():
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        named = [name for name in [PROCESSOR_MAPPING_NAMES.get(model_type)] if name]
+    cls = getattr(transformers, named[0], None) if named else None
+    if cls is None:
+        found = f"processor_class {named[0]}" if named else "no processor_class"
+        raise ModelError(
+            f"{directory}: the processor's files name {found}, which transformers doesn't have; correct it"
+        )
+    return cls
+
+
+def _image_processor(directory: Path) -> Any:
+    """Return the image processor on Pillow, whatever the backend of the class that the files name."""
+    import transformers
+    from transformers import AutoImageProcessor
+
+    for content in _configs(directory):
+        part = content.get("image_processor") or content
+        name = str(part.get("image_processor_type", "")).removesuffix("Fast")
+        cls = getattr(transformers, f"{name}Pil", None) if name else None
+        if cls is not None:  # "…Fast" is torchvision's; its settings are the same
+            return cls.from_pretrained(directory)
+    return AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
 
 
 def tokenizer_of(processor: Any) -> Any:
     """Return the tokenizer inside a processor, or the tokenizer itself."""
     return getattr(processor, "tokenizer", processor)
+
+
+def has_template(processor: Any) -> bool:
+    """Return whether a model's files hold a chat template."""
+    return any(getattr(one, "chat_template", None) for one in (processor, tokenizer_of(processor)))
+
+
+def template_of(processor: Any) -> str:
+    """Return the chat template that a conversation is written with: the processor's, else its tokenizer's.
+
+    Of several named ones it is "default", as in transformers and vLLM.
+
+    Raises:
+        DataError: there is none, or none of them is the default.
+    """
+    found = [getattr(one, "chat_template", None) for one in (processor, tokenizer_of(processor))]
+    for template in found:
+        if isinstance(template, str):
+            return template
+        if template and "default" in template:
+            return str(template["default"])
+    names = ", ".join(sorted({name for template in found if template for name in template}))
+    if names:
+        raise DataError(
+            f"the model has chat templates named {names}, and none named default; put the one that it is served with "
+            "into chat_template.jinja beside its weights, or calibrate it on text"
+        )
+    raise DataError(
+        "the model has no chat template, so what it is asked can't be written as it expects it; put one into "
+        "chat_template.jinja beside its weights, or calibrate it on text"
+    )

@@ -25,7 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -203,14 +203,24 @@ def memory_facts(llm: Any, gpu: bool) -> Facts:
 
 
 def open_image(reference: str) -> Any:
-    """Return a picture in RGB; `reference` is a path or a `data:` URI."""
-    from PIL import Image
+    """Return a picture in RGB; `reference` is a path or a `data:` URI.
+
+    As vLLM's server opens it, and our own evaluation (`calibration/pictures.py`): upright, on white.
+    """
+    from PIL import Image, ImageOps
 
     raw: Any = reference
     if reference.startswith("data:"):
         raw = io.BytesIO(base64.b64decode(reference.partition(",")[2]))
-    with Image.open(raw) as image:
-        return image.convert("RGB")
+    image: Any = Image.open(raw)
+    with suppress(Exception):  # a damaged EXIF block turns nothing
+        image = ImageOps.exif_transpose(image)
+    if image.mode != "RGB" and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+        image = image.convert("RGBA")
+        ground = Image.new("RGB", image.size, (255, 255, 255))
+        ground.paste(image, mask=image.getchannel("A"))
+        return ground
+    return image.convert("RGB")
 
 
 def answers(llm: Any, questions: Sequence[Facts], max_tokens: int, chat: bool) -> list[Facts]:
