@@ -7,7 +7,7 @@ model's captions, in a process of GROUP architectures, on one thread: inspect, m
 export, verify, pre-flight and evaluate what the native engine measured, or ModelOpt's where the native one refuses.
 Models that see or hear are measured on text alone.
 
-What is measured already is kept (by architecture; `--again` measures it once more). Writes
+What is measured already is kept, but for architectures that are named; `--again` measures everything once more. Writes
 benchmarks/results/architectures.json and docs/architectures.md; `--render` writes the page alone.
 """
 
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -153,9 +153,9 @@ def work_through(names: list[str], limit: int) -> None:
         print(json.dumps({"name": name, "cells": cells, "seconds": round(time.monotonic() - start, 1)}), flush=True)
 
 
-def run_group(names: list[str], limit: int) -> dict[str, Any]:
-    """Return the results of some architectures from a process of their own; one that kills it is named as such."""
-    left, found = list(names), {}
+def run_group(names: list[str], limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give the result of each architecture, from a process of their own; one that kills it is named as such."""
+    left = list(names)
     while left:
         command = [sys.executable, __file__, "--child", "--limit", str(limit), *left]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -165,11 +165,10 @@ def run_group(names: list[str], limit: int) -> dict[str, Any]:
             for line in child.stdout or ():
                 if line.startswith('{"name"'):
                     result = json.loads(line)
-                    found[left.pop(0)] = {"cells": result["cells"], "seconds": result["seconds"]}
-                    print(f"{result['name']:44} {result['seconds']:6} s  {summary(result['cells'])}", flush=True)
-        if left and child.returncode:
-            found[left.pop(0)] = {"cells": {"build": f"{TRACEBACK}the process ended with {child.returncode}"}}
-    return found
+                    yield left.pop(0), {"cells": result["cells"], "seconds": result["seconds"]}
+        if left:
+            cell = f"{TRACEBACK}the process ended with {child.returncode}"
+            yield left.pop(0), {"cells": {"build": cell}, "seconds": 0.0}
 
 
 def summary(cells: dict[str, str]) -> str:
@@ -297,12 +296,14 @@ def main() -> None:
         parser.error(f"transformers names no decoder {', '.join(unknown)}")
     record = json.loads(RESULT.read_text()) if RESULT.exists() else {"architectures": {}}
     done = {} if arguments.again and not arguments.names else record["architectures"]
-    wanted = [n for n in arguments.names or known if arguments.again or n not in done]
+    wanted = arguments.names or [name for name in known if name not in done]
     for start in range(0, 0 if arguments.render else len(wanted), GROUP):
-        done.update(run_group(wanted[start : start + GROUP], arguments.limit))
-        rows = {n: {"model_types": list(known[n].model_types), **done[n]} for n in known if n in done}
-        record = {"hardware": hardware(), "versions": versions(), "architectures": rows}
-        RESULT.write_text(json.dumps(record, indent=1) + "\n")
+        for name, entry in run_group(wanted[start : start + GROUP], arguments.limit):
+            print(f"{name:44} {entry['seconds']:6} s  {summary(entry['cells'])}", flush=True)
+            done[name] = entry
+            rows = {n: {"model_types": list(known[n].model_types), **done[n]} for n in known if n in done}
+            record = {"hardware": hardware(), "versions": versions(), "architectures": rows}
+            RESULT.write_text(json.dumps(record, indent=1) + "\n")
     PAGE.write_text(render(record))
 
 

@@ -27,7 +27,6 @@ VERIFIED = (
     "Olmo2ForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
-    "Gemma3nForCausalLM",
     "DiffLlamaForCausalLM",
     # without a gate in the MLP
     "NemotronForCausalLM",
@@ -78,6 +77,7 @@ EITHER = (
     "CodeGenForCausalLM",
     "FalconForCausalLM:alibi",
     "FuyuForCausalLM",
+    "Gemma3nForCausalLM",
     "MambaForCausalLM",
     "MptForCausalLM",
     "Qwen2AudioForConditionalGeneration",

@@ -205,7 +205,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "DeepseekV3ForCausalLM:dense": {"mlp_layer_types": ["dense", "dense"], "first_k_dense_replace": 2},
     "FalconForCausalLM:new": {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": False},
-    "FalconForCausalLM:alibi": {"alibi": True, "multi_query": False},
+    "FalconForCausalLM:alibi": {"alibi": True, "multi_query": False, "num_kv_heads": HEADS},
     "GraniteMoeHybridForCausalLM:dense": {
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
