@@ -126,13 +126,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vision_config": {"codebook_size": 16, "base_channels": 32, "num_res_blocks": 1},
         "audio_config": {"codebook_size": 16, "codebook_dim": HIDDEN},
     },
+    "BambaForCausalLM": {"attn_layer_indices": [1]},
     "BltForCausalLM": {"encoder_hash_byte_group_vocab": 64},
     "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": SPECIAL}, "vq_config": {"base_channels": 32}},
+    "CodeGenForCausalLM": {"rotary_dim": 8},
     "CohereCompassForCausalLM": {"rope_parameters": _COMPASS},
     "CohereCompassForConditionalGeneration": {"text_config": {"rope_parameters": _COMPASS}},
     "DbrxForCausalLM": {"attn_config": {"rope_theta": 10000.0}},
     "DeepseekOcr2ForConditionalGeneration": {
         "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+    },
+    "DoryForCausalLM": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_hidden_layers": 3,
+        **dict.fromkeys(("n_input_layers", "n_recurrent_layers", "n_output_layers"), 1),
     },
     "Dots1ForCausalLM": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "Dots3NoteForConditionalGeneration": {
@@ -153,6 +160,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "intermediate_size": [INNER, INNER],
         "altup_num_inputs": 2,
     },
+    "Glm46VForConditionalGeneration": {"text_config": {"rope_parameters": _COMPASS["full_attention"]}},
     "GPTJForCausalLM": {"rotary_dim": 8},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
     "GPTNeoXForCausalLM": {"rotary_pct": 1.0},
@@ -197,7 +205,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "axial_pos_shape": [16, 32],
         "axial_pos_embds_dim": [32, 32],
     },
+    "XmodForCausalLM": {"default_language": "en_XX"},
     "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "num_hidden_layers": 2},
+    "xLSTMForCausalLM": {"qk_dim_factor": 1.0},
     "ZambaForCausalLM": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }
