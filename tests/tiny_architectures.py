@@ -93,7 +93,7 @@ _NAMES: tuple[tuple[float, str], ...] = (
     (16, "sliding_window attention_window_size local_attention sliding_window_size"),
     (28, "image_size input_image_size"),
     (14, "patch_size"),
-    (VOCABULARY, "vocab_size text_vocab_size vocab_size_per_layer_input padded_vocab_size"),
+    (VOCABULARY, "vocab_size text_vocab_size vocab_size_per_layer_input padded_vocab_size unpadded_vocab_size"),
     (0.1, "initializer_range"),  # wide enough that the logits of two tokens differ
 )
 _SIZES = {name: size for size, names in _NAMES for name in names.split()}
