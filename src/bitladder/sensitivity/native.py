@@ -22,7 +22,7 @@ from torch import nn
 from bitladder.amax import RunningAmax, amax_of
 from bitladder.calibration import Batch
 from bitladder.errors import MeasurementError
-from bitladder.kv_cache import AmaxCache
+from bitladder.kv_cache import AmaxCache, cache_inputs
 from bitladder.records import QuantGroup
 from bitladder.runinfo import Meter
 from bitladder.sensitivity import Amax, BatchScores, Codes, Job, Partial, check_amax, compensation
@@ -50,7 +50,8 @@ def calibrate(layers: Layers, job: Job) -> Amax:
         return hook
 
     modules = [module.name for group in job.target.groups for module in group.modules]
-    cache, total = AmaxCache(), len(job.batches)
+    cache, total = AmaxCache(layers.model.config), len(job.batches)
+    through_cache = cache_inputs(layers.model, cache)
     with ExitStack() as stack:
         for name in modules:
             stack.callback(layers.model.get_submodule(name).register_forward_pre_hook(observe(name)).remove)
@@ -60,7 +61,8 @@ def calibrate(layers: Layers, job: Job) -> Amax:
         else:
             for index, batch in enumerate(job.batches):
                 job.progress("calibrate", index, total)
-                layers.model(**batch.to(job.device).inputs, past_key_values=cache, use_cache=True)
+                layers.model(**batch.to(job.device).inputs, **through_cache)
+                cache.forget()
                 last.clear()
             amax = _weight_amax(layers.model, job.target.groups)
     job.progress("calibrate", total, total)
@@ -88,12 +90,13 @@ def _calibrate_streamed(layers: Layers, job: Job, cache: AmaxCache) -> Amax:
         job.progress("calibrate", start, len(job.batches))
         passes = [Pass(job.batches[number].to(job.device)) for number in chunk]
         for current in passes:
-            decoder.begin(current, past_key_values=cache, use_cache=True)
+            decoder.begin(current, **cache_inputs(layers.model, cache))
         for index in range(len(layers)):
             with layers.loaded(index) as layer:
                 amax |= _weight_amax(layers.model, decoder.groups.get(index, ()))
                 for current in passes:
                     current.output = decoder.run(layer, current.output, current.calls[index])
+                    cache.forget()
     return amax
 
 
