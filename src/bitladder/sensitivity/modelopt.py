@@ -24,13 +24,15 @@ from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import get_format
 from bitladder.kv_cache import AmaxCache, cache_inputs
 from bitladder.runinfo import Meter
-from bitladder.sensitivity import Amax, BatchScores, Job, Partial, RawScore, check_amax
+from bitladder.sensitivity import Amax, BatchScores, Job, Partial, RawScore
+from bitladder.sensitivity.checks import with_scales
 from bitladder.sensitivity.common import (
     OUT_OF_MEMORY,
     deterministic,
     gradient_score,
     image_positions,
     kv_cache_amax,
+    shared,
     without_cudnn_attention,
 )
 from bitladder.targets import image_token_ids
@@ -76,12 +78,18 @@ class _Session:
 
     def _scoring(self) -> Iterator[Batch]:
         groups = self.searched()
+        everything = dict(groups)
         self.places = {module: place for place, module in enumerate(self.model.modules())}
+        amax = self._read_amax(groups) if self.known_amax is None else self.known_amax
+        sharing = self.job.spec.share_fused_scales
+        target = with_scales(self.job.target, shared(amax, self.job.target.groups) if sharing else amax)
+        for group in self.job.target.groups:
+            if group not in target.groups:
+                self._disable(groups.pop(group.name))
         if self.known_amax is None:
-            if self.job.spec.share_fused_scales:
+            if sharing:
                 self._share_fused_scales(groups)
-            amax = self._read_amax(groups)
-            check_amax(amax, self.job.target)
+            amax |= self._read_amax(groups)
             self.partial.keep_amax(amax | kv_cache_amax(self.model, self.job.target, self.cache))
         else:
             self._install_amax(groups, self.known_amax)
@@ -94,7 +102,7 @@ class _Session:
             self.images = image_positions(batch, self.image_tokens)
             yield batch
             self.partial.keep_scores(index, self._read_scores(groups))
-            self._forget(groups)
+            self._forget(everything)
         self.job.progress("score", total, total)
 
     def searched(self) -> dict[str, Any]:
@@ -143,11 +151,19 @@ class _Session:
                 with self._active(hparam, self.recipe(hparam, name)):
                     preprocess_linear_fusion(hparam.quant_modules)
 
+    def _disable(self, hparam: Any) -> None:
+        """Let a group that stays in 16 bits be what it is under every recipe."""
+        for name in self.job.spec.formats:
+            with self._active(hparam, self.recipe(hparam, name)):
+                for linear in hparam.quant_modules:
+                    linear.weight_quantizer.disable()
+                    linear.input_quantizer.disable()
+
     def _quantisers(self, groups: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         """Yield ("<module>.weight_amax" or "<module>.input_amax", quantiser) for every searched module."""
         for group in self.job.target.groups:
-            hparam = groups[group.name]
-            for name in self.job.spec.formats:
+            hparam = groups.get(group.name)
+            for name in self.job.spec.formats if hparam is not None else ():
                 with self._active(hparam, self.recipe(hparam, name)):
                     for module in group.modules:
                         linear: Any = self.model.get_submodule(module.name)

@@ -12,6 +12,7 @@ is loaded, and hidden states lie on the host. Its scores are the same, to the la
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -25,8 +26,9 @@ from bitladder.errors import MeasurementError
 from bitladder.kv_cache import AmaxCache, cache_inputs
 from bitladder.records import QuantGroup
 from bitladder.runinfo import Meter
-from bitladder.sensitivity import Amax, BatchScores, Codes, Job, Partial, check_amax, compensation
-from bitladder.sensitivity.common import OUT_OF_MEMORY, kv_cache_amax, without_cudnn_attention
+from bitladder.sensitivity import Amax, BatchScores, Codes, Job, Partial, compensation
+from bitladder.sensitivity.checks import with_scales
+from bitladder.sensitivity.common import OUT_OF_MEMORY, kv_cache_amax, shared, without_cudnn_attention
 from bitladder.sensitivity.decoder import Decoder, Pass
 from bitladder.sensitivity.gradient import GradientScorer
 from bitladder.sensitivity.kl import KlScorer
@@ -68,10 +70,7 @@ def calibrate(layers: Layers, job: Job) -> Amax:
     job.progress("calibrate", total, total)
     amax |= seen.values()
     if job.spec.share_fused_scales:
-        for group in job.target.groups:
-            for kind in ("weight_amax", "input_amax"):
-                keys = [f"{module.name}.{kind}" for module in group.modules if f"{module.name}.{kind}" in amax]
-                amax |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax()) if keys else {}
+        amax |= shared(amax, job.target.groups)
     amax = {key: value.reshape(()).cpu().clone() for key, value in amax.items()}
     return amax | kv_cache_amax(layers.model, job.target, cache)
 
@@ -138,8 +137,9 @@ def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
             if amax is None:
                 with meter.phase("calibrate"):
                     amax = calibrate(layers, job)
-                    check_amax(amax, job.target)
+                    with_scales(job.target, amax)  # NaN is found before anything is kept
                 partial.keep_amax(amax)
+            job = dataclasses.replace(job, target=with_scales(job.target, amax))
             codes = None
             if job.spec.rounding == "compensated":
                 compensation.run(layers, job, partial, amax, meter)
