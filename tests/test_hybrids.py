@@ -1,17 +1,21 @@
 """Hybrids: layers of attention beside linear attention, state spaces and convolutions, each with states of its own."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from bitladder import checkpoint, evaluation, generation, kv_cache, planning, sensitivity, targets
-from bitladder.errors import MeasurementError
+from bitladder import checkpoint, evaluation, generation, kv_cache, pipeline, planning, sensitivity, targets
+from bitladder.errors import MeasurementError, UnsupportedModel
 from bitladder.records import CheckpointManifest
+from bitladder.runtimes import preflight
 from bitladder.simulation import Simulation
 from bitladder.verification import verify
 from conftest import TEXT, load_text, measure_text, save_model, spec
+from test_pipeline import work_of
 
 LINEAR = {
     "head_dim": 16,
@@ -177,7 +181,7 @@ def test_rows_that_a_hybrid_writes_are_drawn_from_its_own_distribution(hybrid):
 
 ENGINES = {"native": {"method": "fisher"}, "modelopt": {"method": "gradient"}}
 NATIVE = ("qwen3_next", "qwen3_5_text", "qwen3_5", "granite_hybrid", "gemma3_text")
-MODELOPT = tuple(name for name in HYBRIDS if name != "lfm2_vl")
+MODELOPT = tuple(HYBRIDS)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -211,10 +215,33 @@ def test_a_streamed_hybrid_has_the_same_bytes(text_file, tmp_path):
     assert streamed.fingerprint() == whole.fingerprint()
 
 
-def test_an_fp8_cache_of_a_model_without_attention_is_refused_in_one_line(text_file, tmp_path):
-    source = save_model(transformers.MambaForCausalLM, text("MambaConfig")(), tmp_path / "source")
-    measurement = measure_text(source, text_file, tmp_path, samples=2, engine="modelopt", method="gradient")
-    amax = sensitivity.read_amax(measurement, tmp_path)
-    (scheme,) = planning.plan_all(measurement, [spec("full", coverage=1.0, kv_cache="fp8")])
+@pytest.mark.parametrize(
+    ("cls", "config"), [("MambaForCausalLM", text("MambaConfig")), ("BloomForCausalLM", text("BloomConfig", n_head=2))]
+)
+def test_an_fp8_cache_that_can_have_no_scales_is_refused_before_anything_is_measured(
+    cls, config, text_file, tmp_path, monkeypatch
+):
+    """Mamba has no attention; Bloom makes keys and values with the queries, in one module."""
+    source = save_model(getattr(transformers, cls), config(), tmp_path / "source")
+    monkeypatch.setattr(sensitivity, "measure", lambda *_: pytest.fail("the model was measured"))
+    work = work_of((source, text_file, text_file), tmp_path / "run", kv_cache="fp8")
+    with pytest.raises(UnsupportedModel, match=r"kv_cache: fp8 was asked for, but no .* set kv_cache: none"):
+        pipeline.measure(work)
+
+
+def test_an_fp8_cache_that_lacks_a_layers_scales_is_refused_before_anything_is_exported(llama, text_file, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    work = work_of((source, text_file, text_file), tmp_path / "run", kv_cache="fp8")
+    pipeline.measure(work)
     with pytest.raises(MeasurementError, match=r"kv_cache: fp8 .* set kv_cache: none"):
-        checkpoint.export(scheme, measurement, amax, source, tmp_path / "checkpoint")
+        pipeline.plan(work)
+
+
+@pytest.mark.parametrize("attention", ["model.layers.1.self_attn", "backbone.layers.2.mixer"])
+def test_where_vllm_looks_for_an_attentions_scales(attention):
+    """Nemotron-H's attention is called `mixer`."""
+    assert preflight._KV_SCALE.match(f"{attention}.k_proj.k_scale")["attention"] == attention

@@ -64,6 +64,19 @@ def cached_layers(groups: Iterable[QuantGroup]) -> tuple[CachedLayer, ...]:
     )
 
 
+def check_layers(groups: Iterable[QuantGroup]) -> None:
+    """Check that an FP8 KV cache can be asked for, before anything is measured.
+
+    Raises:
+        UnsupportedModel: no layer's keys and values are made by modules of their own.
+    """
+    if not cached_layers(groups):
+        raise UnsupportedModel(
+            f"kv_cache: fp8 was asked for, but no searched layer makes keys and values by modules called {KEY_MODULE} "
+            f"and {VALUE_MODULE}, beside which their scales would be stored; set kv_cache: none"
+        )
+
+
 def layer_index(model: nn.Module, module: str) -> int:
     """Return the number under which the attention that holds `module` (a dotted path) addresses the cache.
 
