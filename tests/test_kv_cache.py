@@ -116,7 +116,7 @@ def test_logits_equal_modelopts_fake_quantisation(exported, theirs, llama, text_
     ratios = []
     with torch.no_grad():
         for batch in load_text(llama, text_file, samples=4, length=20, batch=1).batches:
-            a = ours(**batch.inputs, past_key_values=evaluation.cache_of(ours), use_cache=True).logits
+            a = ours(**batch.inputs, **evaluation.cached(ours)).logits
             b, c = theirs(**batch.inputs).logits, without(**batch.inputs).logits
             ratios.append(float((a - b).pow(2).mean().sqrt() / (b - c).pow(2).mean().sqrt()))
     assert sorted(ratios)[len(ratios) // 2] < 0.02
@@ -141,14 +141,14 @@ def test_generating_step_by_step_reads_back_what_was_stored(exported):
     with torch.no_grad():
         steps = model.generate(
             input_ids=ids,
-            past_key_values=evaluation.cache_of(model),
+            **evaluation.cached(model),
             max_new_tokens=6,
             min_new_tokens=6,
             do_sample=False,
             pad_token_id=0,
         )
         for _ in range(6):
-            logits = model(input_ids=ids, past_key_values=evaluation.cache_of(model), use_cache=True).logits
+            logits = model(input_ids=ids, **evaluation.cached(model)).logits
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(steps, ids)
 

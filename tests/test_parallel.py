@@ -225,7 +225,7 @@ def test_workers_that_no_node_has_room_for_are_not_waited_for(room, left):
 
 
 def test_nan_and_larger_values_survive_the_merging_of_amax(monkeypatch):
-    monkeypatch.setattr(parallel, "check_amax", lambda *_: None)
+    monkeypatch.setattr(parallel, "with_scales", lambda *_: None)
     job = SimpleNamespace(batches=("one", "other"), target=None, progress=lambda *_: None)
     first = {"a": torch.tensor(1.0), "b": torch.tensor(float("nan")), "c": torch.tensor(3.0)}
     second = {"a": torch.tensor(2.0), "b": torch.tensor(1.0), "d": torch.tensor(4.0)}
@@ -306,3 +306,18 @@ def test_the_command_line_starts_a_cluster_of_its_own(llama, text_file, tmp_path
     assert "ray" not in (result.stdout + result.stderr).lower()
     assert all(files_of(output)[name] == alone["fisher"][name] for name in RECORDS)
     assert json.loads((output / "measurement.json").read_text())["run"]["workers"] == 2
+
+
+def test_a_group_without_a_scale_stays_in_16_bits_with_workers_too(llama, text_file, tmp_path, cluster):
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    settings = {"rounding": "compensated", "damping": 1.0}
+    whole = measure(source, text_file, tmp_path / "whole", **settings)
+    shared = measure(source, text_file, tmp_path / "shared", two(), **settings)
+    assert shared.fingerprint() == whole.fingerprint()
+    assert files_of(tmp_path / "shared") == files_of(tmp_path / "whole")
+    reason = "all zero in its input during calibration: no FP8 scale"
+    assert [module.name for module in shared.untouched if module.reason == reason] == ["model.layers.1.mlp.down_proj"]

@@ -1,5 +1,7 @@
 import copy
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -314,3 +316,34 @@ def test_a_vision_tower_is_left_alone(text_file, tmp_path):
     assert len(measured.groups) == 8
     assert not any("visual" in group.name for group in measured.groups)
     assert sum("vision tower" in module.reason for module in measured.untouched) > 8
+
+
+def test_a_groups_score_does_not_depend_on_the_order_that_modelopt_keeps_modules_in():
+    """ModelOpt keeps them in sets, whose order is that of addresses: sums of three floats then differ by a bit."""
+    session = _Session.__new__(_Session)
+    session.job = SimpleNamespace(spec=MeasureSpec(engine="modelopt", method="gradient"))
+    modules = [torch.nn.Linear(1, 1) for _ in range(3)]
+    session.places = {module: place for place, module in enumerate(modules)}
+    values = dict(
+        zip(modules, (torch.tensor([part, 2 * part], dtype=torch.float64) for part in (0.1, 0.2, 0.3)), strict=True)
+    )
+    found = set()
+    for order in itertools.permutations(modules):
+        hparam = SimpleNamespace(_importance_dict={"fp8": {module: values[module] for module in order}})
+        found.add(session._read_score(hparam, "fp8"))
+    assert found == {(0.1 + 0.2 + 0.3, 0.2 + 0.4 + 0.6)}
+
+
+def test_modelopts_backward_pass_adds_up_in_a_fixed_order(llama, text_file, tmp_path, monkeypatch):
+    settings = []
+    real = torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor,
+        "backward",
+        lambda self, *args, **kwargs: (
+            settings.append(torch.are_deterministic_algorithms_enabled()) or real(self, *args, **kwargs)
+        ),
+    )
+    measure_text(llama, text_file, tmp_path, samples=2, engine="modelopt", method="gradient")
+    assert settings == [True]
+    assert not torch.are_deterministic_algorithms_enabled()

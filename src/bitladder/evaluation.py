@@ -26,7 +26,7 @@ from torch import nn
 from bitladder import numerics
 from bitladder.calibration import DataSet, Sample, prompt_inputs, tokenizer_of
 from bitladder.errors import ModelError, StaleRecord
-from bitladder.kv_cache import Fp8Cache, layer_index
+from bitladder.kv_cache import Fp8Cache, cache_inputs, layer_index
 from bitladder.recipe import DEFAULT_SPLIT
 from bitladder.records import CheckpointManifest, EvalResult, Evaluation
 from bitladder.runinfo import Meter, Progress, no_progress
@@ -168,10 +168,13 @@ def _check_kv_scales(directory: Path, files: WeightFiles, kv_scales: list[str]) 
             raise ModelError(f"{file}: {name} has no partner {partner}; {_EXPORT_AGAIN}")
 
 
-def cache_of(model: Any) -> Any:
-    """Return a new, empty KV cache as the checkpoint asks for: FP8, or None for the model's own."""
+def cached(model: Any) -> dict[str, Any]:
+    """Return what a loaded checkpoint is called with for its whole input to go through a new cache, as it asks for.
+
+    That is an FP8 one, or none at all: what is in 16 bits isn't changed by being stored.
+    """
     scales = getattr(model, "kv_scales", None)
-    return Fp8Cache(scales) if scales else None
+    return cache_inputs(model, Fp8Cache(model.config, scales) if scales else None)
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ class Task:
             inputs = {key: value.to(device) for key, value in self.prompts(some).items()}
             output = model.generate(
                 **inputs,
-                past_key_values=cache_of(model),
+                **{**cached(model), "use_cache": True},  # token by token; without a cache of ours the model's own
                 max_new_tokens=longest + 4,
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id,
@@ -242,12 +245,7 @@ def _log_probabilities(model: Any, batch: Any, device: str, what: str) -> torch.
         ModelError: NaN or Inf in the logits.
     """
     moved = batch.to(device)
-    cache = cache_of(model)
-    logits = (
-        model(**moved.inputs, past_key_values=cache, use_cache=cache is not None)
-        .logits[:, :-1][moved.predicted]
-        .float()
-    )
+    logits = model(**moved.inputs, **cached(model)).logits[:, :-1][moved.predicted].float()
     if not bool(torch.isfinite(logits).all()):
         raise ModelError(f"{what} gives NaN or Inf; {_EXPORT_AGAIN}, or check the original")
     return torch.log_softmax(logits, -1)

@@ -2,12 +2,15 @@
 
 transformers hands every layer's new keys and values (after the rotary embedding, as they would be cached) to
 `Cache.update`, which returns what attention reads. `AmaxCache` looks at them there while calibrating; `Fp8Cache` rounds
-them there while evaluating, as a runtime does that reads back what it stored. Queries stay as they are.
+them there while evaluating, as a runtime does that reads back what it stored. Queries stay as they are. Both are made
+for the model's configuration: layers of a hybrid that aren't attention keep states of other kinds in the same cache.
 
 In a measurement a layer's values lie beside those of its modules, as "<k_proj>.k_amax" and "<v_proj>.v_amax"; in a
 checkpoint its scales lie beside the weights, as "<k_proj>.k_scale" and "<v_proj>.v_scale" (ModelOpt's names).
 """
 
+import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +64,19 @@ def cached_layers(groups: Iterable[QuantGroup]) -> tuple[CachedLayer, ...]:
     )
 
 
+def check_layers(groups: Iterable[QuantGroup]) -> None:
+    """Check that an FP8 KV cache can be asked for, before anything is measured.
+
+    Raises:
+        UnsupportedModel: no layer's keys and values are made by modules of their own.
+    """
+    if not cached_layers(groups):
+        raise UnsupportedModel(
+            f"kv_cache: fp8 was asked for, but no searched layer makes keys and values by modules called {KEY_MODULE} "
+            f"and {VALUE_MODULE}, beside which their scales would be stored; set kv_cache: none"
+        )
+
+
 def layer_index(model: nn.Module, module: str) -> int:
     """Return the number under which the attention that holds `module` (a dotted path) addresses the cache.
 
@@ -77,11 +93,32 @@ def layer_index(model: nn.Module, module: str) -> int:
     return int(index)
 
 
-class AmaxCache(DynamicCache):  # type: ignore[misc]
-    """Keeps nothing but the largest magnitude of each layer's keys and values, over everything it is shown."""
+def cache_inputs(model: nn.Module, cache: DynamicCache | None) -> dict[str, Any]:
+    """Return what a model is called with to use a cache; None, or a model that takes none of ours: none is used.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Source: transformers 5.24 renamed `past_key_values` to `cache`.
+    """
+    taken = inspect.signature(model.forward).parameters
+    keyword = next((name for name in ("cache", "past_key_values") if name in taken), None)
+    if cache is None or keyword is None:
+        return {"use_cache": False} if "use_cache" in taken else {}
+    return {keyword: cache, "use_cache": True}
+
+
+class AmaxCache(DynamicCache):  # type: ignore[misc]
+    """Keeps nothing but the largest magnitude of each layer's keys and values, over everything it is shown.
+
+    A hybrid's other layers (linear attention, state space, convolution) find the states there that its configuration
+    says; `forget` empties them before other samples come.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self._empty = copy.deepcopy(self.layers)
+        self._filled: set[int] = set()  # layers that hold states
         self._seen: RunningAmax[tuple[int, str]] = RunningAmax()
 
     def update(
@@ -92,6 +129,26 @@ class AmaxCache(DynamicCache):  # type: ignore[misc]
         self._seen.see((layer_idx, "values"), amax_of(value_states))
         return key_states, value_states
 
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the inputs of a layer's convolution, which it keeps until `forget`."""
+        self._filled.add(layer_idx)
+        read: torch.Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        return read
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Return a layer's recurrent state, which it keeps until `forget`."""
+        self._filled.add(layer_idx)
+        read: torch.Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        return read
+
+    def forget(self) -> None:
+        """Empty the states of all layers; the magnitudes seen stay."""
+        for index in self._filled:
+            self.layers[index] = copy.deepcopy(self._empty[index])
+        self._filled.clear()
+
     def amax(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Return the amax of the keys and of the values that each layer made: float32 scalars on the CPU."""
         values = self._seen.values()
@@ -99,10 +156,17 @@ class AmaxCache(DynamicCache):  # type: ignore[misc]
 
 
 class Fp8Cache(DynamicCache):  # type: ignore[misc]
-    """A cache that rounds what it stores through E4M3 with the scales of a checkpoint."""
+    """A cache that rounds the keys and values that it stores through E4M3 with the scales of a checkpoint.
 
-    def __init__(self, scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        super().__init__()
+    Other states (of linear attention, state spaces, convolutions) stay as they are, as in a runtime.
+
+    Args:
+        config: of the model.
+        scales: `{layer index: (key scale, value scale)}`.
+    """
+
+    def __init__(self, config: Any, scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__(config=config)
         self.scales = scales
 
     def update(

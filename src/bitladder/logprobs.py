@@ -12,7 +12,7 @@ import torch
 
 from bitladder.calibration import Batch, DataSet
 from bitladder.errors import ModelError
-from bitladder.evaluation import cache_of, load_checkpoint
+from bitladder.evaluation import cached, load_checkpoint
 from bitladder.runtimes.serve import LogProbs, ScoredSequence
 from bitladder.weights import read_config
 
@@ -90,8 +90,7 @@ def log_probs(
 
 
 def _batch_log_probs(model: torch.nn.Module, batch: Batch) -> Iterator[tuple[float, ...]]:
-    cache = cache_of(model)
-    logits = model(**batch.inputs, past_key_values=cache, use_cache=cache is not None).logits[:, :-1]
+    logits = model(**batch.inputs, **cached(model)).logits[:, :-1]
     for row, ids, counted in zip(logits, batch.inputs["input_ids"][:, 1:], batch.predicted, strict=True):
         own = torch.log_softmax(row[counted].float(), -1)
         yield tuple(own.gather(-1, ids[counted][:, None])[:, 0].tolist())

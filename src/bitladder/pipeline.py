@@ -42,6 +42,7 @@ from bitladder import (
     controls,
     evaluation,
     generation,
+    kv_cache,
     planning,
     probing,
     report,
@@ -396,6 +397,8 @@ def measure(work: Workspace) -> Measurement:
             sensitivity.forget_partial(work.output)  # of a run that was killed when it had measured
             return known
     target = targets.find_target(directory)
+    if any(spec.kv_cache == "fp8" for spec in work.recipe.scheme_specs()):
+        kv_cache.check_layers(target.groups)
     measurement = sensitivity.measure(
         directory, source, target, data, work.recipe.measurement, work.output, work.progress, work.recipe.workers
     )
@@ -545,11 +548,15 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
     refined, that follows: `refine_schemes`.
 
     Raises:
-        PlanError: infeasible, or two schemes are equal.
+        PlanError: infeasible, or two schemes are equal. MeasurementError: keys and values of some layer have no scale,
+            and an FP8 KV cache is asked for.
     """
     kl_map, meter = _kl_map(work), Meter()
     with meter.phase("plan"):
-        schemes = planning.plan_all(work.measurement(), work.recipe.scheme_specs(), kl_map)
+        measurement = work.measurement()
+        schemes = planning.plan_all(measurement, work.recipe.scheme_specs(), kl_map)
+        if any(scheme.kv_cache_format for scheme in schemes) and measurement.amax_sha256 is not None:
+            sensitivity.kv_amax(measurement, sensitivity.read_amax(measurement, work.output))  # all layers have scales
     if work.recipe.refine.evaluations:
         schemes = refine_schemes(work, schemes)
     changed = []

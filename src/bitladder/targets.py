@@ -25,6 +25,7 @@ LEGACY_QUANTISATION = "hf_quant_config.json"  # of ModelOpt's exports
 FP8_ALIGNMENT = 16  # FP8 matrix products need both dimensions divisible by 16 (torch._scaled_mm, CUTLASS)
 # Modules whose weights a runtime might quantise; norms and the like are never touched.
 _MATRIX_MODULES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ZERO_WEIGHTS = "all zero in its weights: no FP8 scale"  # why a group isn't searched
 _EXPERTS = re.compile(r"(^|\.)(experts|expert)(\.|$)")
 
 
@@ -348,4 +349,6 @@ def _why_not(
         dtype = weights.tensors[tensor].dtype
         if dtype not in SIXTEEN_BIT_DTYPES:
             return f"{tensor} is stored as {dtype}; only {' and '.join(SIXTEEN_BIT_DTYPES)} weights are quantised"
+    if all(weights.is_zero(tensor_of[f"{name}.weight"]) for name in members):
+        return ZERO_WEIGHTS
     return None

@@ -21,6 +21,7 @@ PROVENANCE_FILE = "PROVENANCE"  # in a model's directory: where its weights come
 _SHARD_NAME = re.compile(r"[^/\\\0.][^/\\\0]*\.safetensors")  # a plain file name
 _HASHED_AT_ONCE = 4
 _BLOCK = 2**26  # values
+_ROWS = 16  # of a tensor, looked at together
 SIXTEEN_BIT_DTYPES = ("BF16", "F16")
 
 
@@ -90,6 +91,13 @@ class WeightFiles:
         with safe_open(self.directory / self.tensors[name].file, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
+
+    def is_zero(self, name: str) -> bool:
+        """Return whether a tensor [rows, ...] is zero everywhere; reading stops at the first rows that aren't."""
+        with safe_open(self.directory / self.tensors[name].file, framework="pt") as file:
+            rows = file.get_slice(name)
+            starts = range(0, self.tensors[name].shape[0], _ROWS)
+            return not any(bool(rows[start : start + _ROWS].any()) for start in starts)
 
 
 def _read_index(path: Path) -> dict[str, str]:

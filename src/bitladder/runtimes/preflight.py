@@ -43,7 +43,9 @@ RUNTIMES = tuple(RULES)
 FP8 = "fp8"  # as our formats are called
 # Names of the scales of an attention's cached keys and values, in ModelOpt's form and in those that vLLM also knows.
 # Source: vllm model_executor/model_loader/weight_utils.py, maybe_remap_kv_scale_name.
-_KV_SCALE = re.compile(r"^(?P<attention>.+\.self_attn)\.(?:[kv]_proj\.|qkv_proj\.|attn\.)?(?P<which>[kv])_scale$")
+_KV_SCALE = re.compile(
+    r"^(?P<attention>.+\.(?:self_attn|mixer))\.(?:[kv]_proj\.|qkv_proj\.|attn\.)?(?P<which>[kv])_scale$"
+)
 # Tensors that older checkpoints carry and that runtimes compute themselves.
 # Source: vllm model_executor/models/utils.py, AutoWeightsLoader.REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER.
 _RECOMPUTED = re.compile(r"rotary_(?:emb|pos_emb)\.(?:inv_freq|cos_cached|sin_cached)$")

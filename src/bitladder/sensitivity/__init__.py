@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -28,15 +28,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from bitladder.calibration import Batch, DataSet
-from bitladder.errors import MeasurementError, ModelError, RecordError
+from bitladder.errors import MeasurementError, RecordError
 from bitladder.formats import Format, get_format
 from bitladder.kv_cache import cached_layers
 from bitladder.recipe import MeasureSpec, WorkersSpec
 from bitladder.records import Candidate, FileDigest, Measurement, ModelSource, Rounding, digest_of
 from bitladder.runinfo import Meter, Progress, no_progress
 from bitladder.storage import atomic_path, atomic_write, discard, sha256_of_file
-from bitladder.targets import Target, checkpoint_tensor_names
-from bitladder.weights import WeightFiles, all_finite
+from bitladder.targets import Target
 
 MEASUREMENT_FILE = "measurement.json"
 AMAX_FILE = "measurement.safetensors"
@@ -210,51 +209,6 @@ def score_weights(method: str, batches: tuple[Batch, ...]) -> tuple[str, tuple[f
     return "nats per token", tuple(1.0 / total for _ in tokens)
 
 
-def check_weights(model: torch.nn.Module, directory: Path, target: Target) -> None:
-    """Check that the loaded weights are finite, and that every searched one equals its tensor in the files.
-
-    Raises:
-        ModelError: NaN, Inf, or a tensor name that leads to another weight.
-    """
-    names = checkpoint_tensor_names(model, WeightFiles.open(directory).tensors)
-    tensor_of = {parameter: tensor for tensor, parameter in names.items()}
-    for name, parameter in model.named_parameters():
-        if not all_finite(parameter):
-            raise ModelError(f"{directory}: tensor {tensor_of.get(name, name)} holds NaN or Inf; fetch the model again")
-    files = WeightFiles.open(directory)
-    for group in target.groups:
-        for module in group.modules:
-            parameter = model.get_parameter(f"{module.name}.weight")
-            assert module.tensor is not None
-            stored = files.load(module.tensor)
-            if not torch.equal(stored.to(parameter.device, parameter.dtype), parameter.detach()):
-                raise ModelError(f"{directory}: {module.tensor} is not what transformers loads into {module.name}")
-
-
-def check_amax(amax: Amax, target: Target) -> None:
-    """Check that every searched module has finite, positive amax values.
-
-    Raises:
-        MeasurementError: the message names the module.
-    """
-    for group in target.groups:
-        for module in group.modules:
-            for kind, what in (("weight_amax", "weights"), ("input_amax", "activations")):
-                value = amax.get(f"{module.name}.{kind}")
-                if value is None:
-                    raise MeasurementError(f"{module.name}: calibration gave no {kind}; no sample reaches this module")
-                if not bool(torch.isfinite(value)):
-                    raise MeasurementError(
-                        f"{module.name}: its {what} hold NaN or Inf during calibration; check the model and the data, "
-                        "or measure in float32 (measurement.dtype)"
-                    )
-                if float(value) == 0:
-                    raise MeasurementError(
-                        f"{module.name}: its {what} are all zero, so they have no FP8 scale; "
-                        "check the model, or calibrate on data that reaches this module"
-                    )
-
-
 def measure(
     directory: Path,
     source: ModelSource,
@@ -278,10 +232,10 @@ def measure(
         workers: processes that share the work; None: this one does it alone. The result is the same.
 
     Raises:
-        ModelError: NaN or Inf in weights. MeasurementError: NaN or Inf in activations or scores; workers that don't
-            come up, or die again and again.
+        ModelError: NaN or Inf in weights. MeasurementError: NaN or Inf in activations or scores; no group that has a
+            scale; workers that don't come up, or die again and again.
     """
-    from bitladder.sensitivity import compensation, layers, modelopt, native, parallel
+    from bitladder.sensitivity import checks, compensation, layers, modelopt, native, parallel
 
     for name in spec.formats:
         get_format(name)
@@ -318,6 +272,8 @@ def measure(
             _free_memory()
         amax = partial.amax()
         assert amax is not None
+        target = checks.with_scales(target, amax)
+        job, amax = replace(job, target=target), checks.of_target(amax, target)
         rounding = None
         if spec.rounding == "compensated":
             if spec.engine != "native":  # which has made the codes already, and scored them
@@ -483,8 +439,9 @@ def kv_amax(measurement: Measurement, amax: Amax) -> dict[str, torch.Tensor]:
     missing = [name for layer in layers for name in layer.amax_names if name not in amax]
     if missing or not layers:
         raise MeasurementError(
-            "kv_cache: fp8 was asked for, but this measurement has no amax of keys and values (some layer's k_proj or "
-            "v_proj isn't searched, or the model doesn't use transformers' cache); set kv_cache: none"
+            "kv_cache: fp8 was asked for, but this measurement has no amax of keys and values of every attention layer "
+            "(some layer's k_proj or v_proj isn't searched or has no scale, or the model doesn't use transformers' "
+            "cache); set kv_cache: none"
         )
     return {
         scale: amax[name] for layer in layers for name, scale in zip(layer.amax_names, layer.scale_names, strict=True)

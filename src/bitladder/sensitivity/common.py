@@ -154,6 +154,16 @@ def image_positions(batch: Batch, image_tokens: Sequence[int]) -> torch.Tensor |
     return mask if bool(mask.any()) else None
 
 
+def shared(amax: Amax, groups: Iterable[QuantGroup]) -> Amax:
+    """Return the amax of each group's weights and inputs as its modules share them: the largest one."""
+    found: Amax = {}
+    for group in groups:
+        for kind in ("weight_amax", "input_amax"):
+            keys = [f"{module.name}.{kind}" for module in group.modules if f"{module.name}.{kind}" in amax]
+            found |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax()) if keys else {}
+    return found
+
+
 def kv_cache_amax(model: nn.Module, target: Target, cache: AmaxCache) -> Amax:
     """Return the amax of every layer's keys and values, or nothing where some layer's modules aren't searched."""
     layers, found = cached_layers(target.groups), cache.amax()

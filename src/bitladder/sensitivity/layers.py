@@ -24,7 +24,8 @@ from torch import nn
 
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError, ModelError
-from bitladder.sensitivity import Job, check_weights
+from bitladder.sensitivity import Job
+from bitladder.sensitivity.checks import check_weights
 from bitladder.sensitivity.common import LayerCall, LayerRecorder, by_layer, layers_path
 from bitladder.targets import Target, build_on_meta, checkpoint_tensor_names, load_config, load_model
 from bitladder.weights import WeightFiles, all_finite

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,18 +22,22 @@ from torch import nn
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import get_format
-from bitladder.kv_cache import AmaxCache
+from bitladder.kv_cache import AmaxCache, cache_inputs
 from bitladder.runinfo import Meter
-from bitladder.sensitivity import Amax, BatchScores, Job, Partial, RawScore, check_amax
+from bitladder.sensitivity import Amax, BatchScores, Job, Partial, RawScore
+from bitladder.sensitivity.checks import with_scales
 from bitladder.sensitivity.common import (
     OUT_OF_MEMORY,
+    deterministic,
     gradient_score,
     image_positions,
     kv_cache_amax,
+    shared,
     without_cudnn_attention,
 )
 from bitladder.targets import image_token_ids
 
+_ATTENTION_PLUGIN = "register_hf_attentions_on_the_fly"
 _KEEP_EVERYTHING_BITS = 16.0  # a budget that ModelOpt's own solver, whose result we don't use, always meets
 
 
@@ -48,10 +52,11 @@ class _Session:
         self.known_amax = partial.amax()
         self.iterations = 0
         self.calibrating = False
-        self.cache = AmaxCache()
+        self.cache = AmaxCache(model.config)
         self.image_tokens = image_token_ids(model.config)
         self.images: torch.Tensor | None = None  # of the batch being scored
         self.group_of = {module.name: group.name for group in job.target.groups for module in group.modules}
+        self.places: dict[nn.Module, int] = {}  # module -> its place in the model, once ModelOpt has converted it
 
     def __iter__(self) -> Iterator[Batch]:
         """Called once per format for calibration, then once for scoring."""
@@ -73,11 +78,18 @@ class _Session:
 
     def _scoring(self) -> Iterator[Batch]:
         groups = self.searched()
+        everything = dict(groups)
+        self.places = {module: place for place, module in enumerate(self.model.modules())}
+        amax = self._read_amax(groups) if self.known_amax is None else self.known_amax
+        sharing = self.job.spec.share_fused_scales
+        target = with_scales(self.job.target, shared(amax, self.job.target.groups) if sharing else amax)
+        for group in self.job.target.groups:
+            if group not in target.groups:
+                self._disable(groups.pop(group.name))
         if self.known_amax is None:
-            if self.job.spec.share_fused_scales:
+            if sharing:
                 self._share_fused_scales(groups)
-            amax = self._read_amax(groups)
-            check_amax(amax, self.job.target)
+            amax |= self._read_amax(groups)
             self.partial.keep_amax(amax | kv_cache_amax(self.model, self.job.target, self.cache))
         else:
             self._install_amax(groups, self.known_amax)
@@ -90,7 +102,7 @@ class _Session:
             self.images = image_positions(batch, self.image_tokens)
             yield batch
             self.partial.keep_scores(index, self._read_scores(groups))
-            self._forget(groups)
+            self._forget(everything)
         self.job.progress("score", total, total)
 
     def searched(self) -> dict[str, Any]:
@@ -139,11 +151,19 @@ class _Session:
                 with self._active(hparam, self.recipe(hparam, name)):
                     preprocess_linear_fusion(hparam.quant_modules)
 
+    def _disable(self, hparam: Any) -> None:
+        """Let a group that stays in 16 bits be what it is under every recipe."""
+        for name in self.job.spec.formats:
+            with self._active(hparam, self.recipe(hparam, name)):
+                for linear in hparam.quant_modules:
+                    linear.weight_quantizer.disable()
+                    linear.input_quantizer.disable()
+
     def _quantisers(self, groups: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         """Yield ("<module>.weight_amax" or "<module>.input_amax", quantiser) for every searched module."""
         for group in self.job.target.groups:
-            hparam = groups[group.name]
-            for name in self.job.spec.formats:
+            hparam = groups.get(group.name)
+            for name in self.job.spec.formats if hparam is not None else ():
                 with self._active(hparam, self.recipe(hparam, name)):
                     for module in group.modules:
                         linear: Any = self.model.get_submodule(module.name)
@@ -183,9 +203,12 @@ class _Session:
     def _read_score(self, hparam: Any, recipe: Any) -> RawScore:
         """Return a group's score of this batch: (total, image positions), or (total,) where those aren't known apart.
 
-        Source: QuantRecipeHparam.get_score, which adds up Python floats in the same order.
+        Source: QuantRecipeHparam.get_score, which adds up Python floats in the order of a set of modules: that of their
+        addresses, another one in every process. We add up in the order of the model.
         """
-        parts = [part.cpu().tolist() for part in hparam._importance_dict[recipe].values() if part is not None]
+        by_module = hparam._importance_dict[recipe]
+        in_order = sorted(by_module, key=self.places.__getitem__)
+        parts = [part.cpu().tolist() for module in in_order if (part := by_module[module]) is not None]
         if self.job.spec.method != "gradient":
             return (sum(parts),)
         return sum(total for total, _ in parts), sum(image for _, image in parts)
@@ -193,16 +216,28 @@ class _Session:
     def forward_step(self, model: nn.Module, batch: Batch) -> Any:
         """Return the model's output with the loss, or its logits [tokens that count, vocabulary] for `kl_div`."""
         if self.calibrating:
-            return model(**batch.inputs, past_key_values=self.cache, use_cache=True)
+            self.cache.forget()
+            return model(**batch.inputs, **cache_inputs(model, self.cache))
         if self.job.spec.method == "kl_div":
             return model(**batch.inputs).logits[:, :-1][batch.predicted]
         return model(**batch.inputs, labels=batch.labels)
 
+    def forward_backward_step(self, model: nn.Module, batch: Batch) -> None:
+        """Run the model and its backward pass, whose sums have a fixed order."""
+        loss = self.forward_step(model, batch).loss
+        with deterministic():
+            loss.backward()
+
 
 @contextlib.contextmanager
 def _changed(session: _Session) -> Iterator[None]:
-    """Let ModelOpt group the modules as we do and score in two parts, and silence its progress bars and chatter."""
+    """Let ModelOpt group the modules as we do and score in two parts, and silence its progress bars and chatter.
+
+    Attention is left as it is: to quantise keys and values, which we never ask for, ModelOpt would rewrite its source,
+    and fails at that of some models (Bloom, MPT).
+    """
     from modelopt.torch.quantization import algorithms
+    from modelopt.torch.quantization.plugins.custom import CUSTOM_MODEL_PLUGINS
 
     def add(gradient: torch.Tensor, difference: torch.Tensor, score: torch.Tensor) -> None:
         score += session.score(gradient, difference)
@@ -215,8 +250,11 @@ def _changed(session: _Session) -> Iterator[None]:
         (algorithms, "_get_auto_quantize_score", session.score),
         (algorithms, "_add_auto_quantize_score", add),
         (algorithms._AutoQuantizeBaseSearcher, "quant_grouping_rules", [group]),
+        (nn.Module, "register_full_backward_hook", _on_output_gradient),
     ]
     before = [(place, name, getattr(place, name)) for place, name, _ in changes]
+    rewriting = {plugin for plugin in CUSTOM_MODEL_PLUGINS if plugin.__name__ == _ATTENTION_PLUGIN}
+    CUSTOM_MODEL_PLUGINS.difference_update(rewriting)
     for place, name, value in changes:
         setattr(place, name, value)
     try:
@@ -226,6 +264,21 @@ def _changed(session: _Session) -> Iterator[None]:
     finally:
         for place, name, value in before:
             setattr(place, name, value)
+        CUSTOM_MODEL_PLUGINS.update(rewriting)
+
+
+def _on_output_gradient(module: nn.Module, hook: Callable[[nn.Module, Any, Any], None], prepend: bool = False) -> Any:
+    """Call `hook` with the gradient of the module's output, as torch's own hook does that this one stands in for.
+
+    Torch's makes a view of the output, which a model can't add to in place (Falcon's decoder layers do).
+    """
+
+    def watch(_: nn.Module, __: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: hook(module, (), (gradient,)))
+
+    return module.register_forward_hook(watch, prepend=prepend)
 
 
 def freeze_outside(model: nn.Module, language_model: str) -> None:
@@ -265,7 +318,7 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
                 quantization_formats=[getattr(mtq, get_format(name).modelopt_config) for name in job.spec.formats],
                 data_loader=session,
                 forward_step=session.forward_step,
-                loss_func=(lambda output, _: output.loss) if job.spec.method == "gradient" else None,
+                forward_backward_step=session.forward_backward_step if job.spec.method == "gradient" else None,
                 disabled_layers=[name for name, _ in model.named_modules() if name and name not in searched],
                 num_calib_steps=len(job.batches) + 1,  # one more than there are, so that the last one's end is seen
                 num_score_steps=job.score_batches + 1,

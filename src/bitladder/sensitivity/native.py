@@ -12,6 +12,7 @@ is loaded, and hidden states lie on the host. Its scores are the same, to the la
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -22,11 +23,12 @@ from torch import nn
 from bitladder.amax import RunningAmax, amax_of
 from bitladder.calibration import Batch
 from bitladder.errors import MeasurementError
-from bitladder.kv_cache import AmaxCache
+from bitladder.kv_cache import AmaxCache, cache_inputs
 from bitladder.records import QuantGroup
 from bitladder.runinfo import Meter
-from bitladder.sensitivity import Amax, BatchScores, Codes, Job, Partial, check_amax, compensation
-from bitladder.sensitivity.common import OUT_OF_MEMORY, kv_cache_amax, without_cudnn_attention
+from bitladder.sensitivity import Amax, BatchScores, Codes, Job, Partial, compensation
+from bitladder.sensitivity.checks import with_scales
+from bitladder.sensitivity.common import OUT_OF_MEMORY, kv_cache_amax, shared, without_cudnn_attention
 from bitladder.sensitivity.decoder import Decoder, Pass
 from bitladder.sensitivity.gradient import GradientScorer
 from bitladder.sensitivity.kl import KlScorer
@@ -50,7 +52,8 @@ def calibrate(layers: Layers, job: Job) -> Amax:
         return hook
 
     modules = [module.name for group in job.target.groups for module in group.modules]
-    cache, total = AmaxCache(), len(job.batches)
+    cache, total = AmaxCache(layers.model.config), len(job.batches)
+    through_cache = cache_inputs(layers.model, cache)
     with ExitStack() as stack:
         for name in modules:
             stack.callback(layers.model.get_submodule(name).register_forward_pre_hook(observe(name)).remove)
@@ -60,16 +63,14 @@ def calibrate(layers: Layers, job: Job) -> Amax:
         else:
             for index, batch in enumerate(job.batches):
                 job.progress("calibrate", index, total)
-                layers.model(**batch.to(job.device).inputs, past_key_values=cache, use_cache=True)
+                layers.model(**batch.to(job.device).inputs, **through_cache)
+                cache.forget()
                 last.clear()
             amax = _weight_amax(layers.model, job.target.groups)
     job.progress("calibrate", total, total)
     amax |= seen.values()
     if job.spec.share_fused_scales:
-        for group in job.target.groups:
-            for kind in ("weight_amax", "input_amax"):
-                keys = [f"{module.name}.{kind}" for module in group.modules if f"{module.name}.{kind}" in amax]
-                amax |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax()) if keys else {}
+        amax |= shared(amax, job.target.groups)
     amax = {key: value.reshape(()).cpu().clone() for key, value in amax.items()}
     return amax | kv_cache_amax(layers.model, job.target, cache)
 
@@ -88,12 +89,13 @@ def _calibrate_streamed(layers: Layers, job: Job, cache: AmaxCache) -> Amax:
         job.progress("calibrate", start, len(job.batches))
         passes = [Pass(job.batches[number].to(job.device)) for number in chunk]
         for current in passes:
-            decoder.begin(current, past_key_values=cache, use_cache=True)
+            decoder.begin(current, **cache_inputs(layers.model, cache))
         for index in range(len(layers)):
             with layers.loaded(index) as layer:
                 amax |= _weight_amax(layers.model, decoder.groups.get(index, ()))
                 for current in passes:
                     current.output = decoder.run(layer, current.output, current.calls[index])
+                    cache.forget()
     return amax
 
 
@@ -135,8 +137,9 @@ def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
             if amax is None:
                 with meter.phase("calibrate"):
                     amax = calibrate(layers, job)
-                    check_amax(amax, job.target)
+                    with_scales(job.target, amax)  # NaN is found before anything is kept
                 partial.keep_amax(amax)
+            job = dataclasses.replace(job, target=with_scales(job.target, amax))
             codes = None
             if job.spec.rounding == "compensated":
                 compensation.run(layers, job, partial, amax, meter)

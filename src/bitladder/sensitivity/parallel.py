@@ -41,10 +41,10 @@ from bitladder.sensitivity import (
     Codes,
     Job,
     Partial,
-    check_amax,
     compensation,
     native,
 )
+from bitladder.sensitivity.checks import with_scales
 from bitladder.sensitivity.common import OUT_OF_MEMORY, by_layer, without_cudnn_attention
 from bitladder.sensitivity.layers import DeviceMemory, Layers, open_layers
 from bitladder.weights import DigestCache, model_source
@@ -87,6 +87,7 @@ def run(
             with pool.phase(meter, "calibrate"):
                 amax = _calibrate(pool, job, workers.count)
             partial.keep_amax(amax)
+        job = dataclasses.replace(job, target=with_scales(job.target, amax))
         rounded: tuple[RoundedModule, ...] = ()
         if job.spec.rounding == "compensated":
             rounded = _round(pool, job, partial, amax, meter)
@@ -112,7 +113,7 @@ def _calibrate(pool: "_Pool", job: Job, count: int) -> Amax:
         done += len(call.args[0])
         job.progress("calibrate", done, total)
     largest = seen.values()
-    check_amax(largest, job.target)
+    with_scales(job.target, largest)  # NaN is found before anything is kept
     return largest
 
 
@@ -411,7 +412,8 @@ class _Worker:
         """
         if not partial.directory.is_dir():
             raise MeasurementError(_not_shared(partial.directory))
-        compensation.run(self.layers, dataclasses.replace(self.job, batches=batches), partial, amax, Meter())
+        job = dataclasses.replace(self.job, batches=batches, target=with_scales(self.job.target, amax))
+        compensation.run(self.layers, job, partial, amax, Meter())
 
     def prepare(self, amax: Amax, directory: Path, rounded: tuple[RoundedModule, ...]) -> None:
         """Be ready to score.
@@ -430,7 +432,8 @@ class _Worker:
             if tuple(module for path in files for module in compensation.read_modules(path)) != rounded:
                 raise MeasurementError(_not_shared(directory))
             codes = Codes.in_directory(directory)
-        self.scorer = native.scorer(self.layers, self.job, amax, codes).__enter__()  # for the rest of its life
+        job = dataclasses.replace(self.job, target=with_scales(self.job.target, amax))
+        self.scorer = native.scorer(self.layers, job, amax, codes).__enter__()  # for the rest of its life
 
     def score(self, batch: Batch) -> BatchScores:
         """Return a batch's scores."""
