@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from bitladder.calibration.processors import tokenizer_of
+from bitladder.calibration.special import begun_once
 from bitladder.calibration.text import jsonl_rows, read_text
 from bitladder.errors import DataError
 from bitladder.recipe import DataSpec
@@ -109,14 +111,16 @@ def _messages(sample: Sample, *, with_answer: bool) -> list[dict[str, Any]]:
 
 def encode(samples: Sequence[Sample], processor: Any, *, with_answer: bool, padding_side: str) -> dict[str, Any]:
     """Return the processor's tensors for `samples`, padded on one side."""
-    texts = [
+    rendered = [
         processor.apply_chat_template(
             _messages(sample, with_answer=with_answer), tokenize=False, add_generation_prompt=not with_answer
         )
         for sample in samples
     ]
+    texts = [begun_once(tokenizer_of(processor), text) for text in rendered]
     encoded = processor(
         text=texts,
+        add_special_tokens=False,  # BOS is there, once, whether the template writes it or not
         images=[sample.load_image() for sample in samples],
         padding=True,
         padding_side=padding_side,
