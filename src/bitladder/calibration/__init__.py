@@ -2,8 +2,8 @@
 
 Text is tokenised and cut into rows of `sequence_length` tokens: no padding, every position counts. A row begins with
 what the tokenizer puts before a text by itself (BOS), as in service. An image+text pair goes
-through the processor's chat template as a user's picture and prompt and the assistant's answer; only the answer's tokens
-carry a label. Labels follow the convention of transformers: `labels[b, t] = input_ids[b, t]` where the token
+through the processor's chat template as a user's picture and prompt and the assistant's answer; only the answer's
+tokens carry a label. Labels follow the convention of transformers: `labels[b, t] = input_ids[b, t]` where the token
 counts, -100 elsewhere; the model predicts it from position t - 1.
 
 Several sets become one (`interleaved`): every batch is of one set, and the first batches are a fair mixture of all.

@@ -15,7 +15,7 @@ from bitladder.recipe import DataSpec
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"  # first bytes of files that aren't text
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _ROWS_PER_SAMPLE = 8  # rows of a data set that one sample is chosen from; what lies beyond isn't read
-_CHATS = ("messages", "conversations")  # fields of conversations, which kind messages reads
+_CHATS = ("messages", "conversations")  # fields in which chat data holds its turns
 
 
 def _refuse_other_files(path: Path, content: bytes) -> None:
@@ -111,7 +111,10 @@ def _text_of(spec: DataSpec, row: dict[str, Any], where: str) -> str | None:
         return value
     found = next((name for name in _CHATS if isinstance(row.get(name), list)), None)
     if isinstance(value, list) or found is not None:
-        raise DataError(f"{where} holds a conversation ('{found or spec.text_field}'), not a text: use kind: messages")
+        raise DataError(
+            f"{where} holds a list ('{found or spec.text_field}'), not a text; render conversations beforehand "
+            "(tokenizer.apply_chat_template(messages, tokenize=False)) and name that field in data.text_field"
+        )
     if value is None and spec.text_field in row and spec.kind == "huggingface":
         return None
     has = "null" if value is None else type(value).__name__
