@@ -1,5 +1,6 @@
 """Tiny models, data and measurements that many tests share. Everything is made here, from seeds."""
 
+import json
 import os
 from pathlib import Path
 
@@ -11,8 +12,8 @@ if os.environ.get("BITLADDER_TEST_GPU") != "1":
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import broken_checkpoints
 from bitladder import calibration, sensitivity, targets, weights
@@ -41,6 +42,32 @@ def save_tokenizer(directory: Path, vocabulary: int = 384) -> None:
     )
     tokenizer.train_from_iterator(make_text(200).splitlines(), trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(directory)
+
+
+def put_first(directory: Path, tokens: tuple[str, ...] = ("<bos>",), template: str | None = None) -> None:
+    """Have the tokenizer in a directory put tokens before every text by itself, as Gemma's and Llama's put BOS.
+
+    They take the ids of words that it had, so that the model has embeddings for them.
+    """
+    content = json.loads((directory / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    for token in tokens:
+        last = max(vocabulary, key=vocabulary.get)
+        number = vocabulary.pop(last)
+        content["model"]["merges"].pop()
+        vocabulary[token] = number
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        content["added_tokens"].append({"id": number, "content": token, **flags})
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join([*tokens, "$A"]),
+        pair=" ".join([*tokens, "$A", "$B"]),
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in tokens],
+    )
+    tokenizer.bos_token = tokens[-1]
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
 
 
 def llama_config(**changes):

@@ -76,7 +76,8 @@ def test_jsonl_documents_are_separated(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("content", "kind", "words"),
     [
-        ("", "text", "holds 0 rows of 16 tokens; 4 were asked for"),
+        ("", "text", "holds no text: every text in it is empty"),
+        ("short", "text", "holds 0 rows of 16 tokens; 4 were asked for"),
         ("too short", "text", "ask for fewer samples"),
         ('{"text": "a"', "jsonl", "line 1 is not JSON"),
         ("[1]", "jsonl", "not a JSON object"),

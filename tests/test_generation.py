@@ -20,7 +20,15 @@ from conftest import source_of
 from test_calibration import DEMO
 
 WRITING = generation.Writing(
-    samples=6, sequence_length=16, seed=0, temperature=1.0, start=0, known_tokens=384, dtype="auto", device="cpu"
+    samples=6,
+    sequence_length=16,
+    seed=0,
+    temperature=1.0,
+    start=(0,),
+    kept=True,
+    known_tokens=384,
+    dtype="auto",
+    device="cpu",
 )
 
 
@@ -37,7 +45,7 @@ def test_rows_are_the_same_for_a_seed_and_more_keep_the_first(model):
     first = generation.rows(model, WRITING)
     assert first.shape == (6, 16)
     assert first.dtype == torch.int64
-    assert bool((first[:, 0] == WRITING.start).all())
+    assert bool((first[:, 0] == WRITING.start[0]).all())
     assert len({tuple(row) for row in first.tolist()}) == 6
     assert torch.equal(generation.rows(model, WRITING), first)
     assert torch.equal(generation.rows(model, changed(samples=4)), first[:4])
@@ -92,7 +100,12 @@ def test_a_vision_language_model_writes_text():
     model = targets.load_model(directory, torch.float32)
     tokenizer = load_processor(directory).tokenizer
     writing = changed(
-        samples=16, sequence_length=24, start=generation.start_token(tokenizer), known_tokens=10_000, temperature=50.0
+        samples=16,
+        sequence_length=24,
+        start=generation.start_of(tokenizer)[0],
+        kept=False,
+        known_tokens=10_000,
+        temperature=50.0,
     )
     rows = generation.rows(model, writing)
     assert not bool(torch.isin(rows, torch.tensor(targets.image_token_ids(model.config))).any())
@@ -100,23 +113,50 @@ def test_a_vision_language_model_writes_text():
     assert bool(torch.isfinite(model(input_ids=rows).logits).all())
 
 
+class Tokenizer(types.SimpleNamespace):
+    """Puts `prefix` before every text, and has these special tokens."""
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        return {"input_ids": [*(self.prefix if add_special_tokens else []), 99]}
+
+
 def tokenizer(**ids):
-    return types.SimpleNamespace(**{"bos_token_id": None, "eos_token_id": None, "all_special_ids": [], **ids})
+    return Tokenizer(**{"bos_token_id": None, "eos_token_id": None, "all_special_ids": [], "prefix": [], **ids})
 
 
 def test_what_a_row_begins_with():
-    assert generation.start_token(tokenizer(bos_token_id=0, eos_token_id=7, all_special_ids=[5])) == 0
-    assert generation.start_token(tokenizer(eos_token_id=7, all_special_ids=[5, 7])) == 7
-    assert generation.start_token(tokenizer(all_special_ids=[5, 6])) == 5
+    """With what the tokenizer puts first by itself; else with nothing, after a token that the model alone sees."""
+    assert generation.start_of(tokenizer(prefix=[3], bos_token_id=3, eos_token_id=7)) == ((3,), True)
+    assert generation.start_of(tokenizer(prefix=[4, 3], bos_token_id=3)) == ((4, 3), True)
+    assert generation.start_of(tokenizer(bos_token_id=0, eos_token_id=7, all_special_ids=[5])) == ((0,), False)
+    assert generation.start_of(tokenizer(eos_token_id=7, all_special_ids=[5, 7])) == ((7,), False)
+    assert generation.start_of(tokenizer(all_special_ids=[5, 6])) == ((5,), False)
     with pytest.raises(DataError, match="no special token"):
-        generation.start_token(tokenizer())
+        generation.start_of(tokenizer())
+
+
+def test_a_start_that_is_not_kept_leaves_whole_rows(model):
+    kept = generation.rows(model, changed(start=(3, 0), sequence_length=10))
+    assert kept.shape == (6, 10)
+    assert bool((kept[:, :2] == torch.tensor([3, 0])).all())
+    assert torch.equal(generation.rows(model, changed(start=(3, 0), sequence_length=8, kept=False)), kept[:, 2:])
 
 
 def test_the_key_follows_model_and_settings():
     keys = {WRITING.key("a"), WRITING.key("b")}
     for field in dataclasses.fields(WRITING):
         value = getattr(WRITING, field.name)
-        keys.add(changed(**{field.name: f"{value}x" if isinstance(value, str) else value + 1}).key("a"))
+        keys.add(
+            changed(
+                **{
+                    field.name: f"{value}x"
+                    if isinstance(value, str)
+                    else (1,)
+                    if isinstance(value, tuple)
+                    else value + 1
+                }
+            ).key("a")
+        )
     assert len(keys) == 2 + len(dataclasses.fields(WRITING))
 
 

@@ -1,8 +1,9 @@
 """Rows of tokens that a model writes itself, to calibrate on: `rows(...) -> [samples, sequence_length]`.
 
-Every row begins with the tokenizer's BOS token, or where it has none with its EOS token, or else with its first special
-token. What follows is drawn from the model's own distribution: no top-k, no penalty, and an EOS token doesn't end a
-row. Tokens that stand for pictures, and ids that the tokenizer doesn't know, are never drawn. Each row has random
+Every row begins with what the tokenizer puts before a text by itself (BOS). Where that is nothing, the model is given a
+token that ends or begins texts, which no row keeps: served text has none at its start. What follows is drawn from the
+model's own distribution: no top-k, no penalty, and an EOS token doesn't end a row. Tokens that stand for pictures, and
+ids that the tokenizer doesn't know, are never drawn. Each row has random
 numbers of its own, from the seed and its number, so that asking for more rows keeps the first ones.
 
 Rows are written once and kept, since a GPU needn't give the same ones again and a measurement belongs to its samples:
@@ -23,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from bitladder.calibration.special import prefix_of
 from bitladder.errors import DataError, ModelError, RecordError
 from bitladder.records import digest_of
 from bitladder.runinfo import Progress, no_progress
@@ -34,14 +36,15 @@ from bitladder.targets import image_token_ids, load_model
 DIRECTORY = "generated"
 PHASE = "write rows"
 _TOKENS_AT_ONCE = 16_384  # in the KV cache; an 8B model's take 2 GB
-_METHOD = "1"  # part of the key: raised when the same settings give other rows
+_METHOD = "2"  # part of the key: raised when the same settings give other rows
 
 
 @dataclass(frozen=True)
 class Writing:
     """What the model is asked to write; `dtype` and `device` as in the recipe, which a measurement is known by too.
 
-    samples, sequence_length: rows, and tokens a row. start: id of the first token. known_tokens: ids from this one on
+    samples, sequence_length: rows, and tokens a row. start: ids that the model is given first. kept: whether rows hold
+    them. known_tokens: ids from this one on
     are not the tokenizer's.
     """
 
@@ -49,7 +52,8 @@ class Writing:
     sequence_length: int
     seed: int
     temperature: float
-    start: int
+    start: tuple[int, ...]
+    kept: bool
     known_tokens: int
     dtype: str
     device: str
@@ -59,15 +63,18 @@ class Writing:
         return digest_of([_METHOD, model_sha256, repr(self)])
 
 
-def start_token(tokenizer: Any) -> int:
-    """Return the id of the token that rows begin with.
+def start_of(tokenizer: Any) -> tuple[tuple[int, ...], bool]:
+    """Return the ids that the model is given before it writes, and whether rows hold them, as served text would.
 
     Raises:
-        DataError: the tokenizer has no special token.
+        DataError: the tokenizer puts nothing before a text, and has no special token.
     """
+    prefix = prefix_of(tokenizer)
+    if prefix:
+        return prefix, True
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, *tokenizer.all_special_ids):
         if token is not None:
-            return int(token)
+            return (int(token),), False
     raise DataError("the tokenizer has no special token for a text to begin with; calibrate on text instead")
 
 
@@ -137,7 +144,7 @@ def rows(model: Any, writing: Writing, progress: Progress = no_progress) -> torc
     from transformers import GenerationConfig, LogitsProcessorList
 
     model.generation_config = GenerationConfig()  # a model's own has penalties and a token to stop at
-    steps = writing.sequence_length - 1
+    steps = writing.sequence_length - (len(writing.start) if writing.kept else 0)
     at_once = max(1, _TOKENS_AT_ONCE // writing.sequence_length)
     found = []
     for first in range(0, writing.samples, at_once):
@@ -147,7 +154,7 @@ def rows(model: Any, writing: Writing, progress: Progress = no_progress) -> torc
         def told(step: int, before: int = first, count: int = len(some)) -> None:
             progress(PHASE, before * steps + count * step, writing.samples * steps)
 
-        ids = torch.full((len(some), 1), writing.start, device=model.device)
+        ids = torch.tensor([writing.start] * len(some), device=model.device)
         draw = _Draw(numbers.to(model.device), writing, image_token_ids(model.config), told)
         with without_cudnn_attention():
             output = model.generate(
@@ -157,7 +164,7 @@ def rows(model: Any, writing: Writing, progress: Progress = no_progress) -> torc
                 do_sample=False,  # `_Draw` leaves one token to choose from
                 logits_processor=LogitsProcessorList([draw]),
             )
-        found.append(output.cpu())
+        found.append(output[:, -writing.sequence_length :].cpu())
     progress(PHASE, writing.samples * steps, writing.samples * steps)
     return torch.cat(found)
 
@@ -182,7 +189,7 @@ class _Draw:
             input_ids: what is written so far, [rows, tokens].
             scores: the model's logits, [rows, vocabulary].
         """
-        step = input_ids.shape[1] - 1
+        step = input_ids.shape[1] - len(self.writing.start)
         self.told(step)
         logits = scores.float() / self.writing.temperature
         logits[:, self.never] = -torch.inf

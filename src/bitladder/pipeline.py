@@ -352,6 +352,7 @@ def _load_set(
             batch_size=spec.batch_size,
             seed=spec.seed,
             avoid=avoid,
+            vocabulary=targets.embedding_rows(work.model_directory),
             written=_written_rows(work, spec, source, processor) if source.kind == GENERATED else None,
         )
     return work.loaded[key]
@@ -360,12 +361,14 @@ def _load_set(
 def _written_rows(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, processor: Any) -> torch.Tensor:
     """Return the rows [samples, sequence_length] that the model wrote, which it does once."""
     tokenizer = calibration.tokenizer_of(processor)
+    start, kept = generation.start_of(tokenizer)
     writing = generation.Writing(
         samples=spec.samples,
         sequence_length=spec.sequence_length,
         seed=spec.seed,
         temperature=1.0 if source.temperature is None else source.temperature,
-        start=generation.start_token(tokenizer),
+        start=start,
+        kept=kept,
         known_tokens=len(tokenizer),
         dtype=work.recipe.measurement.dtype,
         device=work.recipe.measurement.device,

@@ -121,6 +121,16 @@ def _unquantised(config: Any) -> Any:
     return config
 
 
+def embedding_rows(directory: Path) -> int | None:
+    """Return how many tokens a model has embeddings for; None: its configuration doesn't say.
+
+    Raises:
+        ModelError: see `load_config`.
+    """
+    size = getattr(load_config(directory).get_text_config(), "vocab_size", None)
+    return None if size is None else int(size)
+
+
 def build_on_meta(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Return the model without weights (meta device), for its structure; `dtype` is that of its parameters."""
     config = load_config(directory)

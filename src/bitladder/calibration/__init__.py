@@ -1,7 +1,8 @@
 """Text and image+text samples as batches, with a fingerprint, and a held-out split that is proved to be one.
 
-Text is tokenised and cut into rows of `sequence_length` tokens: no padding, every position counts. An image+text pair
-goes through the processor's chat template as a user's picture and prompt and the assistant's answer; only the answer's
+Text is tokenised and cut into rows of `sequence_length` tokens: no padding, every position counts. A row begins with
+what the tokenizer puts before a text by itself (BOS), as in service. An image+text pair goes
+through the processor's chat template as a user's picture and prompt and the assistant's answer; only the answer's
 tokens carry a label. Labels follow the convention of transformers: `labels[b, t] = input_ids[b, t]` where the token
 counts, -100 elsewhere; the model predicts it from position t - 1.
 
@@ -17,7 +18,8 @@ import torch
 from bitladder.calibration.batches import IGNORED_LABEL, MIXED, Batch, DataSet, fingerprint, interleaved
 from bitladder.calibration.pairs import Sample, check_samples, encode, prompt_inputs, samples_of
 from bitladder.calibration.processors import has_template, load_processor, tokenizer_of
-from bitladder.calibration.text import token_rows
+from bitladder.calibration.special import check_ids, prefix_of
+from bitladder.calibration.text import pool_size, token_rows
 from bitladder.errors import DataError
 from bitladder.recipe import GENERATED, PAIR_KINDS, DataSpec
 from bitladder.records import DataSummary
@@ -51,6 +53,7 @@ def load_data(
     seed: int,
     avoid: DataSummary | None = None,
     written: torch.Tensor | None = None,
+    vocabulary: int | None = None,
 ) -> DataSet:
     """Return `samples` samples of a source as batches, chosen by a shuffle with `seed`.
 
@@ -63,6 +66,7 @@ def load_data(
         seed: of the shuffle.
         avoid: samples of this data set are passed over, so that held-out data is what calibration never saw.
         written: the rows [samples, sequence_length] of a source of kind generated (`generation`).
+        vocabulary: rows of the model's embedding, which every token id must be among; None: not checked.
 
     Raises:
         DataError: missing, malformed, empty or too short data; the message says how much there is.
@@ -85,7 +89,8 @@ def load_data(
                 raise DataError("data of kind generated is written by the model: give its rows")
             rows = written
         else:
-            rows = token_rows(spec, tokenizer_of(processor), sequence_length)
+            most = pool_size(spec, samples, len(avoided))
+            rows = token_rows(spec, processor, sequence_length, most)
         ids = [sha256_of_bytes(row.numpy().tobytes()) for row in rows]
         unit = f"rows of {sequence_length} tokens"
     order = list(range(len(ids)))
@@ -110,9 +115,12 @@ def load_data(
         )
     else:
         picked = []
+        begin = len(prefix_of(tokenizer_of(processor)))
         batches = tuple(
-            _text_batch(rows[chosen[start : start + batch_size]]) for start in range(0, samples, batch_size)
+            _text_batch(rows[chosen[start : start + batch_size]], begin) for start in range(0, samples, batch_size)
         )
+    for batch in batches:
+        check_ids(batch.inputs["input_ids"], vocabulary, tokenizer_of(processor), spec.path or GENERATED_SOURCE)
     tokens = [batch.loss_tokens for batch in batches]
     if min(tokens) == 0:
         raise DataError(f"{spec.path}: a batch has no token that counts for the loss; its texts are empty")
@@ -156,5 +164,8 @@ def _pair_batch(samples: Sequence[Sample], processor: Any, length: int) -> Batch
     return Batch(inputs, labels)
 
 
-def _text_batch(rows: torch.Tensor) -> Batch:
-    return Batch({"input_ids": rows, "attention_mask": torch.ones_like(rows)}, rows.clone())
+def _text_batch(rows: torch.Tensor, begin: int) -> Batch:
+    """Return rows of text as a batch; of the `begin` tokens that the tokenizer puts first none counts."""
+    labels = rows.clone()
+    labels[:, 1:begin] = IGNORED_LABEL  # the first position never counts
+    return Batch({"input_ids": rows, "attention_mask": torch.ones_like(rows)}, labels)

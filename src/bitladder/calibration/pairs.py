@@ -11,6 +11,7 @@ from PIL import Image
 
 from bitladder.calibration import pictures
 from bitladder.calibration.processors import template_of, tokenizer_of
+from bitladder.calibration.special import begun_once
 from bitladder.calibration.text import jsonl_rows, read_text
 from bitladder.errors import DataError
 from bitladder.recipe import DataSpec
@@ -189,8 +190,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _encoded(samples: Sequence[Sample], processor: Any, *, with_answer: bool, padding_side: str) -> dict[str, Any]:
+    texts = [_rendered(sample, processor, with_answer=with_answer) for sample in samples]
     encoded = processor(
-        text=[_rendered(sample, processor, with_answer=with_answer) for sample in samples],
+        text=[begun_once(tokenizer_of(processor), text) for text in texts],
+        add_special_tokens=False,  # BOS is there, once, whether the template writes it or not
         # A list a text: Gemma 3 takes a flat list for the pictures of one text; every processor takes this.
         images=[[sample.load_image()] for sample in samples],
         padding=True,

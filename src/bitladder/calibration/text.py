@@ -7,77 +7,177 @@ from typing import Any
 
 import torch
 
+from bitladder.calibration.processors import tokenizer_of
+from bitladder.calibration.special import check_text, ids_of, placeholders, prefix_of, without_prefix
 from bitladder.errors import DataError
 from bitladder.recipe import DataSpec
 
+_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"  # first bytes of files that aren't text
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_ROWS_PER_SAMPLE = 8  # rows of a data set that one sample is chosen from; what lies beyond isn't read
+_CHATS = ("messages", "conversations")  # fields in which chat data holds its turns
+
+
+def _refuse_other_files(path: Path, content: bytes) -> None:
+    """Raise where the content is known not to be UTF-8 text; a byte pair in four that is NUL is UTF-16 without BOM."""
+    for head, words in (
+        (_GZIP, "is compressed (gzip); unpack it: gunzip"),
+        (_ZSTD, "is compressed (zstd); unpack it: unzstd"),
+        (_PARQUET, "is a Parquet file; put it into a directory of its own, and name that with kind: huggingface"),
+    ):
+        if content.startswith(head):
+            raise DataError(f"data file {path} {words}")
+    if content.startswith(_UTF16) or content[:4096].count(0) * 4 > len(content[:4096]):
+        raise DataError(f"data file {path} is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+
 
 def read_text(path: Path) -> str:
-    """Return the content of a UTF-8 file.
+    """Return the content of a UTF-8 file, without its byte order mark, every line ended by a newline alone.
 
     Raises:
-        DataError: it is missing, or isn't UTF-8.
+        DataError: it is missing, no file, or isn't UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        if path.is_dir():
+            raise DataError(f"data file {path} is a directory; name a file in it (kind huggingface reads directories)")
+        if path.exists() and not path.is_file():
+            raise DataError(f"data file {path} is no regular file, and data is read more than once; save it to a file")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"data file {path} does not exist; check the recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data file {path} can't be read as UTF-8 text ({error})") from error
+    except OSError as error:
+        raise DataError(f"data file {path} can't be read ({error.strerror})") from error
+    _refuse_other_files(path, content)
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"data file {path} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}); convert it, for example: "
+            "iconv -f LATIN1 -t UTF-8"
+        ) from error
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) of a JSONL file."""
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    """Yield (line number, object) of a JSONL file; only a newline ends a line."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {number} is not JSON ({error.msg}); one object a line is expected") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            if number == 1 and line.lstrip().startswith("["):
+                raise DataError(f"{path} is a JSON array; write one object a line: jq -c '.[]'") from None
+            reason = getattr(error, "msg", "nested too deeply")
+            raise DataError(f"{path} line {number} is not JSON ({reason}); one object a line is expected") from error
+        if isinstance(row, list) and row and isinstance(row[0], dict):
+            raise DataError(f"{path} line {number} is a JSON array; write one object a line: jq -c '.[]'")
         if not isinstance(row, dict):
             raise DataError(f"{path} line {number} is not a JSON object")
         yield number, row
 
 
-def _documents(spec: DataSpec) -> list[str]:
-    """Return the texts of a `text`, `jsonl` or `huggingface` source."""
-    if spec.kind == "text":
-        return [read_text(Path(spec.path))]
-    if spec.kind == "jsonl":
-        texts = []
-        for number, row in jsonl_rows(Path(spec.path)):
-            if not isinstance(row.get(spec.text_field), str):
-                raise DataError(
-                    f"{spec.path} line {number} has no text in '{spec.text_field}'; it has {', '.join(row)}; "
-                    "set data.text_field"
-                )
-            texts.append(row[spec.text_field])
-        return texts
+def data_set_rows(spec: DataSpec) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (row number from 1, row) of a data set of the Hub or a local one, in its order, reading as it goes.
+
+    Raises:
+        DataError: no package, no such data set, or it can't be read; the message says why.
+    """
     try:
         import datasets
     except ImportError:
-        raise DataError("data of kind huggingface needs 'datasets': pip install 'bitladder[data]'") from None
+        raise DataError(
+            f"data of kind {spec.kind} from {spec.path} needs 'datasets': pip install 'bitladder[data]'"
+        ) from None
+    split, local = spec.split or "train", Path(spec.path)
     try:
-        rows = datasets.load_dataset(spec.path, spec.subset, split=spec.split or "train")
+        if (local / "state.json").exists() or (local / "dataset_dict.json").exists():  # Dataset.save_to_disk
+            rows: Any = datasets.load_from_disk(str(local))
+            rows = rows[split] if isinstance(rows, dict) else rows
+        else:
+            # Offline a data set of the Hub is found in the cache, which isn't streamed.
+            streaming = local.exists() or not datasets.config.HF_HUB_OFFLINE
+            rows = datasets.load_dataset(spec.path, spec.subset, split=split, streaming=streaming)
+        yield from enumerate(map(dict, rows), start=1)
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"data set {spec.path} (split {spec.split or 'train'}) can't be loaded: {reason}") from error
-    if spec.text_field not in rows.column_names:
+        raise DataError(f"data set {spec.path} (split {split}) can't be loaded: {reason}") from error
+
+
+def _text_of(spec: DataSpec, row: dict[str, Any], where: str) -> str | None:
+    """Return a row's text; None where a data set has none (null)."""
+    value = row.get(spec.text_field)
+    if isinstance(value, str):
+        return value
+    found = next((name for name in _CHATS if isinstance(row.get(name), list)), None)
+    if isinstance(value, list) or found is not None:
         raise DataError(
-            f"data set {spec.path} has no column '{spec.text_field}'; it has {', '.join(rows.column_names)}; "
+            f"{where} holds a list ('{found or spec.text_field}'), not a text; render conversations beforehand "
+            "(tokenizer.apply_chat_template(messages, tokenize=False)) and name that field in data.text_field"
+        )
+    if value is None and spec.text_field in row and spec.kind == "huggingface":
+        return None
+    has = "null" if value is None else type(value).__name__
+    if spec.text_field in row:
+        raise DataError(f"{where} has {has} in '{spec.text_field}', not text; correct the row or set data.text_field")
+    if spec.kind == "huggingface":
+        raise DataError(
+            f"data set {spec.path} has no column '{spec.text_field}'; it has {', '.join(map(str, row))}; "
             "set data.text_field"
         )
-    return [str(text) for text in rows[spec.text_field]]
+    raise DataError(f"{where} has no text in '{spec.text_field}'; it has {', '.join(row)}; set data.text_field")
 
 
-def token_rows(spec: DataSpec, tokenizer: Any, length: int) -> torch.Tensor:
-    """Return all rows of `length` tokens in the source, [rows, length]; documents are separated by the EOS token."""
+def _documents(spec: DataSpec) -> Iterator[tuple[str, str]]:
+    """Yield (where, text) of a `text`, `jsonl` or `huggingface` source, as far as it is read, but no empty one."""
+    if spec.kind == "text":
+        found: Iterator[tuple[str, str | None]] = iter([(f"data file {spec.path}", read_text(Path(spec.path)))])
+    elif spec.kind == "jsonl":
+        named = ((f"{spec.path} line {number}", row) for number, row in jsonl_rows(Path(spec.path)))
+        found = ((where, _text_of(spec, row, where)) for where, row in named)
+    else:
+        named = ((f"data set {spec.path} row {number}", row) for number, row in data_set_rows(spec))
+        found = ((where, _text_of(spec, row, where)) for where, row in named)
+    yield from ((where, text) for where, text in found if text is not None and text.strip())
+
+
+def pool_size(spec: DataSpec, samples: int, avoided: int) -> int | None:
+    """Return from how many of a source's first rows samples are chosen; None: from all, a file is read whole."""
+    return _ROWS_PER_SAMPLE * samples + avoided if spec.kind == "huggingface" else None
+
+
+def token_rows(spec: DataSpec, processor: Any, length: int, most: int | None = None) -> torch.Tensor:
+    """Return the source's rows of `length` tokens, [rows, length]; documents are separated by the EOS token.
+
+    Every row begins with what the tokenizer puts before a text by itself (`special.prefix_of`), and goes on with the
+    next slice of the stream. Within a row it doesn't come again: one prompt holds it once, however many documents.
+
+    Args:
+        spec: where the texts come from.
+        processor: the model's processor or tokenizer.
+        length: tokens a row.
+        most: rows, after which reading ends; None: all.
+
+    Raises:
+        DataError: malformed data, no text at all, or rows that are too short to hold any.
+    """
+    tokenizer, forbidden = tokenizer_of(processor), placeholders(processor)
+    prefix = prefix_of(tokenizer)
+    taken = length - len(prefix)
+    if taken < 1:
+        raise DataError(f"sequence_length {length} holds only what the tokenizer puts first; use at least {length + 1}")
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
-    documents = _documents(spec)
-    for index, text in enumerate(documents):
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if index + 1 < len(documents):
-            stream += separator
-    rows = len(stream) // length
-    return torch.tensor(stream[: rows * length], dtype=torch.long).view(rows, length)
+    empty = True
+    for where, text in _documents(spec):
+        check_text(text, where, forbidden)
+        stream += [] if empty else separator
+        stream += without_prefix(ids_of(tokenizer, text), prefix)
+        empty = False
+        if most is not None and len(stream) >= most * taken:
+            break
+    if empty:
+        raise DataError(f"{spec.path} holds no text: every text in it is empty")
+    rows = len(stream) // taken if most is None else min(most, len(stream) // taken)
+    cut = torch.tensor(stream[: rows * taken], dtype=torch.long).view(rows, taken)
+    return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(rows, -1), cut], 1) if prefix else cut
