@@ -540,12 +540,14 @@ def inspect(
     from collections import Counter
 
     from bitladder.pipeline import fetch_model
+    from bitladder.sensitivity.layers import native_refuses
     from bitladder.targets import find_target
 
     _quiet_libraries()
     local = Path(model).expanduser()
     looks_local = local.exists() or model.startswith((".", "/", "~")) or "/" not in model
-    target = find_target(fetch_model(str(local.resolve()) if looks_local else model, revision))
+    directory = fetch_model(str(local.resolve()) if looks_local else model, revision)
+    target = find_target(directory)
     for group in target.groups:
         shapes = ", ".join(str(list(module.shape or ())) for module in group.modules)
         console.print(f"{group.name}  {group.weight_elements:,}  {shapes}", soft_wrap=True, highlight=False)
@@ -553,6 +555,9 @@ def inspect(
     console.print(f"{len(target.groups)} groups, {total:,} weights are searched", highlight=False)
     for reason, count in Counter(module.reason for module in target.untouched).items():
         console.print(f"{count} modules left alone: {reason}", soft_wrap=True, highlight=False)
+    problem = native_refuses(directory, target)
+    if problem is not None:
+        console.print(problem, soft_wrap=True, highlight=False)
 
 
 @app.command()
