@@ -9,9 +9,7 @@ Scoring layer by layer needs that a layer's output depends on earlier layers by 
 .problem`), and what hidden states stand for which token (`Anatomy.positions`).
 """
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +28,7 @@ ROWS, TOKENS = 11, 23  # primes that are seldom a number of heads
 class Anatomy:
     """What one pass showed.
 
-    extras: of each layer, what it gives beside hidden states: whether each is a tensor; None where it gives these alone.
+    extras: of what each layer gives beside hidden states, whether it is a tensor; None where it gives these alone.
     positions: of each linear module in the layers that ran, its dimensions; None where they can't be told.
     idle: linear modules that didn't run although their layer did: its code uses their weights by itself.
     changed: layers before which the model changes hidden states.

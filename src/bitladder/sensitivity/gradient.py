@@ -189,7 +189,12 @@ class GradientScorer(ExitStack):
 
         What decides is the batch and the job, not which batches came before: workers then score alike.
         """
-        if not self.tapped or not self.decoder.tail.plain or not self.layers.memory.is_gpu or self.job.score_batches < _GRAPHED_FROM:
+        if (
+            not self.tapped
+            or not self.decoder.tail.plain
+            or not self.layers.memory.is_gpu
+            or self.job.score_batches < _GRAPHED_FROM
+        ):
             return False
         if not is_whole(batch) or set(batch.inputs) != {"input_ids", "attention_mask"}:
             return False

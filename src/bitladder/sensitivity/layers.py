@@ -159,9 +159,7 @@ class Layers:
 
 
 @contextlib.contextmanager
-def passed_through(
-    layer: nn.Module, index: int, anatomy: Anatomy, given: torch.Tensor | None = None
-) -> Iterator[None]:
+def passed_through(layer: nn.Module, index: int, anatomy: Anatomy, given: torch.Tensor | None = None) -> Iterator[None]:
     """Let the layer with this number give back the hidden states that it is given, or `given`."""
 
     def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
