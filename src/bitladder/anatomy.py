@@ -62,7 +62,8 @@ def tokens_first(x: torch.Tensor, layout: Layout, shape: torch.Size) -> torch.Te
     if layout == PLAIN:
         return x
     if "both" in layout:
-        return x.movedim(layout.index("both"), 0).unflatten(0, shape)
+        x = x.movedim(layout.index("both"), 0)
+        return x.reshape(*shape, *x.shape[1:])
     return x.movedim((layout.index("rows"), layout.index("tokens")), (0, 1))
 
 
@@ -81,7 +82,7 @@ def look(model: Any, path: str) -> Anatomy:
     """Return what the decoder layers at `path` do, of a model on the meta device."""
     model.requires_grad_(False)
     layers: Any = model.get_submodule(path)
-    with torch.enable_grad(), torch.device("meta"), _Answers(), _Watch(layers, path) as watch:
+    with torch.enable_grad(), torch.device("meta"), _Answers(), _Watch(layers, path) as watch:  # type: ignore[no-untyped-call]
         ids = torch.zeros((ROWS, TOKENS), dtype=torch.long)
         try:
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -93,7 +94,7 @@ def look(model: Any, path: str) -> Anatomy:
     return watch.found
 
 
-class _Answers(TorchDispatchMode):
+class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answers what a model's code asks of values: masks hide nothing, so that checks of them are true."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
