@@ -257,7 +257,7 @@ def test_a_model_that_does_more_behind_its_layers_is_refused(tmp_path):
     decoder, current = decoder_of(transformers.LlamaForCausalLM, llama_config(), tmp_path)
     decoder.model.register_forward_hook(lambda _, __, output: dataclasses.replace(output, logits=output.logits.tanh()))
     for step in (decoder.record, decoder.begin):
-        with pytest.raises(EngineError, match="does more than norm and head behind its layers"):
+        with pytest.raises(EngineError, match="makes its logits from more than the last decoder layer's hidden"):
             step(current)
 
 

@@ -541,6 +541,7 @@ def inspect(
 
     from bitladder.calibration import load_processor
     from bitladder.pipeline import fetch_model
+    from bitladder.sensitivity.layers import native_refuses
     from bitladder.targets import find_target
 
     _quiet_libraries()
@@ -556,6 +557,9 @@ def inspect(
     console.print(f"{len(target.groups)} groups, {total:,} weights are searched", highlight=False)
     for reason, count in Counter(module.reason for module in target.untouched).items():
         console.print(f"{count} modules left alone: {reason}", soft_wrap=True, highlight=False)
+    problem = native_refuses(directory, target)
+    if problem is not None:
+        console.print(problem, soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bitladder import numerics
+from bitladder.anatomy import PLAIN, Layout, tokens_first
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import get_format
 from bitladder.records import QuantGroup, RoundedModule
@@ -80,7 +81,7 @@ def _round_layers(
         job.progress("round", index, last + 1)
         layer_groups = groups[index] if index in missing else []
         with layers.loaded(index) as layer:
-            with _Products(layers.model, layer_groups, amax) as inputs:
+            with _Products(layers, layer_groups, amax) as inputs:
                 for number, (found, mask) in enumerate(zip(calls, counted, strict=True)):
                     inputs.counted = mask
                     x = hidden[number].to(job.device)
@@ -94,25 +95,28 @@ def _round_layers(
 class _Products(ExitStack):
     """Adds up the products of inputs, group by group; a context manager, within which a layer runs on all batches."""
 
-    def __init__(self, model: nn.Module, groups: list[QuantGroup], amax: Amax) -> None:
+    def __init__(self, layers: Layers, groups: list[QuantGroup], amax: Amax) -> None:
         super().__init__()
         self.products: dict[str, torch.Tensor] = {}  # group -> [in_features, in_features] float32
         self.counted = torch.empty(0)  # mask [rows, tokens] of the batch at hand: all but padding
         for group in groups:
             name = group.modules[0].name  # all of a group have the same input, and its scale
-            linear: Any = model.get_submodule(name)
+            linear: Any = layers.model.get_submodule(name)
+            layout = layers.anatomy.positions.get(name, PLAIN)
             scale = numerics.scale_of(amax[f"{name}.input_amax"].to(linear.weight.device))
-            self.callback(linear.register_forward_pre_hook(self._hook(group.name, name, scale)).remove)
+            self.callback(linear.register_forward_pre_hook(self._hook(group.name, name, scale, layout)).remove)
 
-    def _hook(self, group: str, module: str, scale: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
+    def _hook(
+        self, group: str, module: str, scale: torch.Tensor, layout: Layout | None
+    ) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
         def add(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            x = inputs[0]
-            if x.shape[:2] != self.counted.shape:
+            x = inputs[0] if layout is None else tokens_first(inputs[0], layout, self.counted.shape)
+            if layout is None or x.shape[:2] != self.counted.shape:
                 raise EngineError(
                     f"{module}: its input has shape {list(x.shape)}, [rows, tokens, features] was expected; "
                     "use rounding: nearest"
                 )
-            rows = numerics.fake_quantise(x[self.counted].float(), scale)
+            rows = numerics.fake_quantise(x[self.counted].flatten(0, -2).float(), scale)
             rows = nn.functional.normalize(rows, dim=-1)
             if group not in self.products:
                 self.products[group] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)

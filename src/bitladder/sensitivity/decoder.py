@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import inspect
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from bitladder.errors import EngineError
 from bitladder.records import QuantGroup
 from bitladder.sensitivity import BatchScores, Job
 from bitladder.sensitivity.common import LayerCall, LayerRecorder, by_layer, hidden_of
-from bitladder.sensitivity.layers import Layers
+from bitladder.sensitivity.layers import Layers, last_position
+from bitladder.sensitivity.tail import Tail
 from bitladder.sensitivity.taps import FORMAT
 from bitladder.storage import sha256_of_bytes
 
@@ -93,12 +93,9 @@ class Decoder:
 
     def __init__(self, layers: Layers, job: Job, compiled: bool = False) -> None:
         self.layers, self.model, self.compiled = layers, layers.model, compiled
-        self.norm = getattr(self.model.get_submodule(layers.path.rpartition(".")[0]), "norm", None)
-        if self.norm is None or "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
-            raise EngineError(
-                f"{type(self.model).__name__} has no `norm` beside its layers or takes no `logits_to_keep`; "
-                "engine: native needs both, use engine: modelopt"
-            )
+        if layers.anatomy.problem is not None:
+            raise EngineError(f"{type(self.model).__name__} {layers.anatomy.problem}; use engine: modelopt")
+        self.tail = Tail(layers)
         self.groups = by_layer(job.target.groups)
         self.first = min(self.groups)  # layers before it need no gradient
         self.generator = torch.Generator(layers.device)  # of the signs
@@ -111,11 +108,11 @@ class Decoder:
         `before` is told the number of a layer whose graph will be kept, before it runs; without it none is kept.
 
         Raises:
-            EngineError: norm and head don't make the model's logits of the last layer's output.
+            EngineError: the model's logits depend on more than the last layer's output.
         """
-        with torch.enable_grad(), _CutRecorder(self.layers, self.first, before) as seen:
+        with torch.enable_grad(), last_position(self.model), _CutRecorder(self.layers, self.first, before) as seen:
             # No cache: it would be filled again when layers run again. One position: all logits are large.
-            logits = self.model(**current.batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1:].detach()
+            logits = self.model(**current.batch.inputs, use_cache=False).logits[:, -1:].detach()
         self._check_head(seen.output, logits)
         current.calls, current.output, current.kept = seen.calls, seen.output, seen.kept
 
@@ -141,8 +138,8 @@ class Decoder:
         ours = self.logits(hidden[:, -1:])
         if float((ours - logits).abs().max()) > _SAME_LOGITS * float(logits.abs().max()):
             raise EngineError(
-                f"{type(self.model).__name__} does more than norm and head behind its layers; engine: native can't "
-                "score it, use engine: modelopt"
+                f"{type(self.model).__name__} makes its logits from more than the last decoder layer's hidden "
+                "states; engine: native can't score it, use engine: modelopt"
             )
 
     @torch.no_grad()
@@ -152,9 +149,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., vocabulary] of what the last layer gives, [..., hidden]."""
-        assert self.norm is not None
-        logits: torch.Tensor = self.model.get_output_embeddings()(self.norm(hidden))
-        return logits
+        return self.tail.logits(hidden)
 
     def loss_gradient(self, current: Pass) -> torch.Tensor:
         """Return the gradient of the batch's mean loss by the last layer's output, [rows, tokens, hidden]."""

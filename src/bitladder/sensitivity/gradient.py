@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitladder.anatomy import PLAIN
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.records import QuantGroup
@@ -60,8 +61,9 @@ _COMPILED_FROM = 500_000  # tokens of a shape from which a dozen seconds of comp
 class _Taps:
     """The searched modules of layers that run with gradients, each of which gives its scores too."""
 
-    def __init__(self, model: nn.Module, job: Job, amax: Amax, codes: Codes | None) -> None:
-        self.model, self.amax, self.codes = model, amax, codes
+    def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
+        self.model, self.amax, self.codes = layers.model, amax, codes
+        self.anatomy = layers.anatomy
         self.shared = {"directional": job.spec.method != "gradient", "last_input": LastInput()}
 
     def on(self, groups: Iterable[QuantGroup]) -> ExitStack:
@@ -69,8 +71,11 @@ class _Taps:
         stack = ExitStack()
         for group in groups:
             for name, fp8 in fp8_of(self.model, group, self.amax, self.codes).items():
-                linear = self.model.get_submodule(name)
-                stack.enter_context(taken(linear, Tapped, name=name, fp8=fp8, sink=None, **self.shared))
+                linear, layout = self.model.get_submodule(name), self.anatomy.positions.get(name, PLAIN)
+                if layout is None:
+                    raise EngineError(f"{name}: its output doesn't say what belongs to which token; use method: kl_div")
+                own = {"layout": layout, "copied": name in self.anatomy.overwritten}
+                stack.enter_context(taken(linear, Tapped, name=name, fp8=fp8, sink=None, **own, **self.shared))
         return stack
 
     def give_sinks(self, current: Pass, groups: Iterable[QuantGroup]) -> None:
@@ -107,7 +112,7 @@ class GradientScorer(ExitStack):
         super().__init__()
         self.layers, self.job = layers, job
         self.decoder = Decoder(layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM))
-        self.taps = _Taps(layers.model, job, amax, codes)
+        self.taps = _Taps(layers, job, amax, codes)
         self.states = len(layers) + 1  # of each batch: every layer's input
         self.image_tokens = image_token_ids(layers.model.config)
         self.graphs: dict[torch.Size, _Graph] = {}  # by the shape of the batch; one at a time
@@ -184,7 +189,12 @@ class GradientScorer(ExitStack):
 
         What decides is the batch and the job, not which batches came before: workers then score alike.
         """
-        if not self.tapped or not self.layers.memory.is_gpu or self.job.score_batches < _GRAPHED_FROM:
+        if (
+            not self.tapped
+            or not self.decoder.tail.plain
+            or not self.layers.memory.is_gpu
+            or self.job.score_batches < _GRAPHED_FROM
+        ):
             return False
         if not is_whole(batch) or set(batch.inputs) != {"input_ids", "attention_mask"}:
             return False

@@ -11,7 +11,7 @@ running a layer.
 """
 
 import contextlib
-import inspect
+import functools
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +22,7 @@ import psutil
 import torch
 from torch import nn
 
+from bitladder.anatomy import Anatomy, look, twin_of
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError, ModelError
 from bitladder.sensitivity import Job
@@ -117,6 +118,11 @@ class Layers:
     def __len__(self) -> int:
         return len(self.layers)
 
+    @functools.cached_property
+    def anatomy(self) -> Anatomy:
+        """What the layers do with hidden states."""
+        return look(twin_of(self.model), self.path)
+
     @contextlib.contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
         """Give a layer with its weights."""
@@ -137,11 +143,10 @@ class Layers:
             EngineError: the model changes hidden states between two layers, or doesn't call all layers.
         """
         with contextlib.ExitStack() as stack:
-            for layer in self.layers:
-                stack.enter_context(_passed_through(layer))
+            for index, layer in enumerate(self.layers):
+                stack.enter_context(passed_through(layer, index, self.anatomy))
             seen = stack.enter_context(LayerRecorder(self.layers))
-            if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-                options["logits_to_keep"] = 1  # all logits are large
+            stack.enter_context(last_position(self.model))
             logits = self.model(**{"use_cache": False, **batch.inputs, **options}).logits[:, -1:]
         name = type(self.model).__name__
         if len(seen.calls) != len(self.layers):
@@ -155,11 +160,11 @@ class Layers:
 
 
 @contextlib.contextmanager
-def _passed_through(layer: nn.Module) -> Iterator[None]:
-    """Let the layer give back the hidden states that it is given."""
+def passed_through(layer: nn.Module, index: int, anatomy: Anatomy, given: torch.Tensor | None = None) -> Iterator[None]:
+    """Let the layer with this number give back the hidden states that it is given, or `given`."""
 
-    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return hidden_states
+    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return anatomy.give(index, hidden_states if given is None else given)
 
     known = layer.__dict__.get("forward")
     layer.forward = forward
@@ -172,6 +177,37 @@ def _passed_through(layer: nn.Module) -> Iterator[None]:
             layer.forward = known
 
 
+@contextlib.contextmanager
+def last_position(model: nn.Module) -> Iterator[None]:
+    """Let the head see the last position alone: all logits of a batch are large."""
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        return (hidden[:, -1:], *args[1:]) if hidden.dim() == 3 else args
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _problem(directory: Path, path: str) -> str | None:
+    """Return why a model can't be taken apart into its decoder layers, or None; nothing is computed."""
+    model = build_on_meta(directory)
+    problem = look(model, path).problem
+    return None if problem is None else f"{type(model).__name__} {problem}"
+
+
+def native_refuses(directory: Path, target: Target) -> str | None:
+    """Return what `inspect` says of a model that engine: native can't score, or None."""
+    try:
+        problem = _problem(directory, layers_path(target, "engine: native needs one"))
+    except EngineError as error:
+        problem = str(error)
+    return None if problem is None else f"engine: native can't score it ({problem}); use engine: modelopt"
+
+
 def open_layers(directory: Path, job: Job, dtype: torch.dtype, memory: DeviceMemory, remedy: str) -> Layers:
     """Return a model's layers on the memory's device, streamed where the model doesn't fit; its weights are checked.
 
@@ -180,6 +216,9 @@ def open_layers(directory: Path, job: Job, dtype: torch.dtype, memory: DeviceMem
             layers; the message ends with `remedy`.
     """
     path = layers_path(job.target, remedy)
+    problem = _problem(directory, path)
+    if problem is not None:
+        raise EngineError(f"{problem}; {remedy.rpartition(', ')[2]}")
     if not memory.fits(directory, job, dtype):
         with _loading():
             return StreamedLayers.open(directory, path, dtype, memory)

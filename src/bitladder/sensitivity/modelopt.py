@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from bitladder.calibration import Batch
-from bitladder.errors import EngineError, MeasurementError
+from bitladder.errors import BitladderError, EngineError, MeasurementError
 from bitladder.formats import get_format
 from bitladder.kv_cache import AmaxCache, cache_inputs
 from bitladder.runinfo import Meter
@@ -325,7 +325,9 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
                 method=job.spec.method,
                 verbose=False,
             )
-        except (AssertionError, RuntimeError, ValueError, TypeError, StopIteration) as error:
+        except BitladderError:
+            raise
+        except Exception as error:  # it and the model's own code raise whatever they like
             _explain(error)
     if session.iterations != len(job.spec.formats) + 1:
         raise EngineError(
@@ -343,4 +345,4 @@ def _explain(error: Exception) -> None:
         raise MeasurementError(
             f"NaN or Inf in activations during calibration ({text[:200]}); check the model and the data"
         ) from error
-    raise EngineError(f"ModelOpt failed: {type(error).__name__}: {text[:300]}") from error
+    raise EngineError(f"ModelOpt failed: {type(error).__name__}: {text[:300]}; use engine: native") from error

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from bitladder import numerics
+from bitladder.anatomy import PLAIN, Layout, tokens_first
 from bitladder.errors import EngineError
 from bitladder.formats import get_format
 from bitladder.records import QuantGroup
@@ -122,8 +123,9 @@ class LastInput:
 class Tapped(nn.Linear):
     """A linear module whose backward pass also gives what every token adds to the module's score.
 
-    It arrives as the gradient of the `sink` that the module was given before it ran: [rows, tokens], in float64. A
-    module that runs without gradients, since its layer will run again, takes no sink.
+    It arrives as the gradient of the `sink` that the module was given before it ran: [rows, tokens], in float64; what
+    several runs in one pass add is summed. `layout` says which dimensions of its output these are; `copied`, that the
+    layer changes the output in place.
     """
 
     name: str  # read for an error alone: torch would compile a layer for every name
@@ -131,23 +133,32 @@ class Tapped(nn.Linear):
     directional: bool
     last_input: LastInput
     sink: torch.Tensor | None = None
+    layout: Layout = PLAIN
+    copied: bool = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return [rows, tokens, out_features] from [rows, tokens, in_features]."""
         output = super().forward(x)
         if not output.requires_grad:
             return output
-        sink, self.sink = self.sink, None
+        sink = self.sink
         if sink is None:
-            raise EngineError(
-                f"{self.name} runs twice in one pass; engine: native can't score it, use engine: modelopt"
-            )
+            raise EngineError(f"{self.name} runs outside its own layer; use engine: modelopt")
         fp8 = self.fp8
         with torch.no_grad():
             # Where torch compiles, it finds equal inputs itself.
             seen = fp8.input_of(x) if torch.compiler.is_compiling() else self.last_input.of(fp8, x)
         tapped: torch.Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
-            output, sink, seen, fp8.weight, fp8.input_scale, fp8.weight_scale, self.bias, self.directional
+            output,
+            sink,
+            seen,
+            fp8.weight,
+            fp8.input_scale,
+            fp8.weight_scale,
+            self.bias,
+            self.directional,
+            self.layout,
+            self.copied,
         )
         return tapped
 
@@ -166,17 +177,22 @@ class _Tap(torch.autograd.Function):
         weight_scale: torch.Tensor,
         bias: torch.Tensor | None,
         directional: bool,
+        layout: Layout,
+        copied: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(output, seen, weight, input_scale, weight_scale, bias)
-        ctx.directional = directional
-        return output.view_as(output)
+        ctx.directional, ctx.layout, ctx.shape = directional, layout, sink.shape
+        return output.clone() if copied else output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         output, seen, weight, input_scale, weight_scale, bias = ctx.saved_tensors
         quantised = _product(seen, weight, input_scale, weight_scale, bias, output.dtype).view_as(output)
         by_token = token_directions if ctx.directional else token_scores
-        return gradient, by_token(gradient, quantised - output), None, None, None, None, None, None
+        scores = tokens_first(by_token(gradient, quantised - output), ctx.layout, ctx.shape)
+        if scores.dim() > len(ctx.shape):
+            scores = scores.flatten(len(ctx.shape)).sum(-1)
+        return gradient, scores, *(None,) * 8
 
 
 @contextlib.contextmanager

@@ -1,0 +1,138 @@
+"""Decoders of every shape of block and head, by the native engine: against ModelOpt, and against whole models."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+import transformers
+
+from bitladder import anatomy, sensitivity, targets
+from bitladder.recipe import MeasureSpec
+from bitladder.sensitivity import native
+from bitladder.sensitivity.layers import DeviceMemory, Layers
+from bitladder.sensitivity.tail import Tail
+from bitladder.sensitivity.taps import InFp8, fp8_of, taken
+from conftest import TEXT, load_text, save_model
+from test_native import ARITHMETIC, assert_same_scores, measured_by, measured_by_both
+
+LATENT = dict(
+    q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, num_key_value_heads=2
+)
+SHAPES = {
+    "Cohere": {"logit_scale": 0.25},
+    "Gemma2": {"head_dim": 32, "final_logit_softcapping": 1.0},
+    "Granite": {"logits_scaling": 4.0},
+    "GPTNeoX": {},
+    "GPTJ": {"rotary_dim": 8, "n_embd": 64, "n_layer": 2, "n_head": 2},
+    "OPT": {"ffn_dim": 128, "word_embed_proj_dim": 32, "max_position_embeddings": 256},
+    "Phi": {},
+    "DeepseekV3": {**LATENT, "first_k_dense_replace": 2, "n_routed_experts": 4},
+    "Falcon": {"new_decoder_architecture": True, "num_kv_heads": 1, "ffn_hidden_size": 128},
+    "Bloom": {"n_layer": 2, "n_head": 2},
+    "Mpt": {"d_model": 64, "n_layers": 2, "n_heads": 2, "max_seq_len": 256, "expansion_ratio": 2},
+    "Mamba": {},
+}
+BY_MODELOPT = sorted(set(SHAPES) - {"Falcon", "Bloom", "Mpt"})  # in which ModelOpt fails
+
+
+def model_of(name, directory):
+    config = getattr(transformers, f"{name}Config")(
+        **{**TEXT, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.1, **SHAPES[name]}
+    )
+    return save_model(getattr(transformers, f"{name}ForCausalLM"), config, directory)
+
+
+@pytest.mark.parametrize("name", BY_MODELOPT)
+def test_gradient_scores_equal_modelopts(name, text_file, tmp_path):
+    directory = model_of(name, tmp_path / "model")
+    ours, theirs = measured_by_both(directory, load_text(directory, text_file), tmp_path)
+    assert_same_scores(ours, theirs, 0.02)
+
+
+def opened(name, directory):
+    target = targets.find_target(directory)
+    job = sensitivity.Job(target, (), (), MeasureSpec(engine="native"), "cpu", lambda *_: None)
+    model = targets.load_model(directory, torch.float32, "cpu").requires_grad_(False)
+    return Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY), job
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_stands_behind_the_layers_is_the_models_own(name, tmp_path):
+    layers, _ = opened(name, model_of(name, tmp_path))
+    tail, ids = Tail(layers), torch.arange(10, 34).view(2, 12)
+    seen = []
+
+    def keep(_, __, output):
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = layers.layers[-1].register_forward_hook(keep)
+    logits = layers.model(input_ids=ids, use_cache=False).logits
+    handle.remove()
+    torch.testing.assert_close(tail.logits(seen[0]), logits, rtol=1e-5, atol=1e-6)
+    assert tail.plain == (name == "DeepseekV3")
+
+
+@pytest.mark.parametrize("name", ["Cohere", "Falcon", "OPT", "DeepseekV3"])
+def test_kl_is_that_of_whole_models(name, text_file, tmp_path):
+    directory = model_of(name, tmp_path / "model")
+    data = load_text(directory, text_file)
+    found = measured_by("native", directory, data, tmp_path / "out", method="kl_div", dtype="float32")
+    amax = sensitivity.read_amax(found, tmp_path / "out")
+    target, model = targets.find_target(directory), targets.load_model(directory, torch.float32, "cpu")
+    batch = data.batches[0]
+    with torch.no_grad():
+        own = model(**batch.inputs, use_cache=False).logits[:, :-1][batch.predicted].double().log_softmax(-1)
+        for group, candidate in zip(target.groups, found.candidates, strict=True):
+            with ExitStack() as stack:
+                for module, fp8 in fp8_of(model, group, amax, None).items():
+                    stack.enter_context(taken(model.get_submodule(module), InFp8, fp8=fp8))
+                other = model(**batch.inputs, use_cache=False).logits[:, :-1][batch.predicted].double().log_softmax(-1)
+            kl = float((own.exp() * (own - other)).sum())
+            assert candidate.scores[0] == pytest.approx(kl, rel=0.02), group.name
+
+
+@pytest.mark.parametrize("method", ["fisher", "kl_div"])
+@pytest.mark.parametrize("name", ["Falcon", "OPT", "DeepseekV3", "Cohere"])
+def test_streamed_scores_are_the_same(name, method, text_file, tmp_path):
+    directory = model_of(name, tmp_path / "model")
+    data = load_text(directory, text_file)
+    whole = measured_by("native", directory, data, tmp_path / "whole", method=method)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceMemory, "fits", lambda *_: False)
+        streamed = measured_by("native", directory, data, tmp_path / "streamed", method=method)
+    assert_same_scores(streamed, whole, ARITHMETIC)
+
+
+@pytest.mark.parametrize("name", ["OPT", "DeepseekV3", "Falcon", "Cohere"])
+def test_codes_are_compensated(name, text_file, tmp_path):
+    directory = model_of(name, tmp_path / "model")
+    data = load_text(directory, text_file, samples=16)
+    found = measured_by("native", directory, data, tmp_path / "out", rounding="compensated")
+    assert all(candidate.scores for candidate in found.candidates)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((11, 23), ("rows", "tokens")),
+        ((11, 1, 23), ("rows", "other", "tokens")),
+        ((253,), ("both",)),
+        ((23, 11), ("tokens", "rows")),
+        ((11, 23, 4), ("rows", "tokens", "other")),
+        ((44, 23), None),
+        ((11, 23, 23), None),
+    ],
+)
+def test_a_layout_is_told_by_its_shape(shape, layout):
+    assert anatomy._layout(torch.Size(shape)) == layout
+
+
+def test_tokens_come_first():
+    x, shape = torch.arange(6).view(2, 3), torch.Size((2, 3))
+    for layout, given in (
+        (("rows", "tokens"), x),
+        (("rows", "other", "tokens"), x[:, None]),
+        (("both",), x.flatten()),
+        (("tokens", "rows"), x.t()),
+    ):
+        assert torch.equal(anatomy.tokens_first(given, layout, shape).reshape(2, 3), x), layout
