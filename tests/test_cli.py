@@ -157,6 +157,7 @@ def test_inspect(llama):
     assert result.returncode == 0, result.stderr
     assert "12 groups, 110,592 weights are searched" in result.stdout
     assert "vocabulary head" in result.stdout
+    assert "no chat template: data of kind messages can't be used" in result.stdout
 
 
 def test_version_and_help():

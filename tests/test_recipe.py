@@ -104,7 +104,7 @@ def test_a_key_that_is_not_text(tmp_path: Path) -> None:
         (
             "calibration.data.kind",
             "csv",
-            "'text', 'jsonl', 'huggingface', 'image_text', 'coco' or 'generated' (got 'csv')",
+            "'text', 'jsonl', 'huggingface', 'image_text', 'coco', 'messages' or 'generated' (got 'csv')",
         ),
         ("calibration.data", None, "(got None)"),
         ("held_out.samples", 0, "(got 0)"),

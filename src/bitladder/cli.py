@@ -539,7 +539,7 @@ def inspect(
     """
     from collections import Counter
 
-    from bitladder.calibration import load_processor
+    from bitladder.calibration import chats_line, load_processor
     from bitladder.pipeline import fetch_model
     from bitladder.sensitivity.layers import native_refuses
     from bitladder.targets import find_target
@@ -549,7 +549,7 @@ def inspect(
     looks_local = local.exists() or model.startswith((".", "/", "~")) or "/" not in model
     directory = fetch_model(str(local.resolve()) if looks_local else model, revision)
     target = find_target(directory)
-    load_processor(directory)
+    processor = load_processor(directory)
     for group in target.groups:
         shapes = ", ".join(str(list(module.shape or ())) for module in group.modules)
         console.print(f"{group.name}  {group.weight_elements:,}  {shapes}", soft_wrap=True, highlight=False)
@@ -557,6 +557,7 @@ def inspect(
     console.print(f"{len(target.groups)} groups, {total:,} weights are searched", highlight=False)
     for reason, count in Counter(module.reason for module in target.untouched).items():
         console.print(f"{count} modules left alone: {reason}", soft_wrap=True, highlight=False)
+    console.print(chats_line(processor), soft_wrap=True, highlight=False)
     problem = native_refuses(directory, target)
     if problem is not None:
         console.print(problem, soft_wrap=True, highlight=False)

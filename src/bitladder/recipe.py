@@ -27,6 +27,7 @@ from bitladder.errors import RecipeError
 
 PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
 GENERATED = "generated"  # the kind of data that the model writes itself
+MESSAGES = "messages"  # the kind of data that is conversations
 PACKAGE_PREFIX = "package:"
 SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name goes
 DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
@@ -56,15 +57,17 @@ class DataSpec(Section):
     text. `huggingface`: a data set of the Hub or a local one, by `datasets.load_dataset`. `image_text`: JSONL with
     `image` (a path relative to the file, or a `data:` URI), `prompt` (optional) and `text`, the answer. `coco`: a COCO
     directory, `<split>/*.jpg` with `annotations/captions_<split>.json`; the first caption of each image is its text.
-    `generated`: rows of tokens that the model writes itself, drawn from its own distribution; it has no path.
+    `messages`: conversations (OpenAI's or ShareGPT's), one a line of a JSONL file or a row of a data set, through the
+    model's chat template. `generated`: rows of tokens that the model writes itself, drawn from its own distribution; it
+    has no path.
     """
 
-    kind: Literal["text", "jsonl", "huggingface", "image_text", "coco", "generated"]
+    kind: Literal["text", "jsonl", "huggingface", "image_text", "coco", "messages", "generated"]
     path: str = Field(default="", description="every kind but generated")
-    text_field: str = "text"
-    split: str | None = Field(default=None, description="huggingface: default train; coco: default train2017")
+    text_field: str = Field(default="text", description="kind messages: by default `messages`, else `conversations`")
+    split: str | None = Field(default=None, description="huggingface, messages: default train; coco: default train2017")
     annotations: str | None = Field(default=None, description="kind coco only: another annotations file, in `path`")
-    subset: str | None = Field(default=None, description="kind huggingface only: the configuration's name")
+    subset: str | None = Field(default=None, description="kinds huggingface, messages: the configuration's name")
     prompt: str = Field(default="Describe the image.", description="kinds coco and image_text: where a sample has none")
     temperature: float | None = Field(default=None, gt=0, description="kind generated only: default 1")
 
@@ -83,8 +86,10 @@ class SampleSpec(Section):
     """A data set and how much of it is used."""
 
     data: DataSpec
-    samples: int = Field(default=64, gt=0, description="rows of `sequence_length` tokens, or image+text pairs")
-    sequence_length: int = Field(default=512, gt=1, description="tokens; image+text pairs may be shorter, not longer")
+    samples: int = Field(default=64, gt=0, description="rows of tokens, image+text pairs, or conversations")
+    sequence_length: int = Field(
+        default=512, gt=1, description="tokens; image+text pairs may be shorter, not longer; conversations are cut"
+    )
     batch_size: int = Field(default=4, gt=0)
     seed: int = 0
 
@@ -411,6 +416,11 @@ def resolve_path(path: str, base: Path) -> str:
     return str((base / Path(path).expanduser()).resolve())
 
 
+def names_a_file(path: str) -> bool:
+    """Return whether a path that isn't there is meant as a file, not as a data set of the Hub."""
+    return path.startswith((".", "~", "/", PACKAGE_PREFIX)) or Path(path).suffix in (".jsonl", ".json")
+
+
 def _resolve_model(path: str, base: Path) -> str:
     """Return an absolute path where `path` is (or looks like) a directory, and a Hub id as it is."""
     looks_like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(".")
@@ -439,8 +449,11 @@ def read_recipe(path: Path) -> Recipe:
     base = path.resolve().parent
 
     def data(spec: DataSpec) -> DataSpec:
-        if spec.kind == GENERATED or (spec.kind == "huggingface" and not (base / spec.path).exists()):
-            return spec  # no path, or a Hub id
+        if spec.kind == GENERATED:
+            return spec
+        of_the_hub = spec.kind == "huggingface" or (spec.kind == MESSAGES and not names_a_file(spec.path))
+        if of_the_hub and not (base / spec.path).exists():
+            return spec
         return spec.model_copy(update={"path": resolve_path(spec.path, base)})
 
     held_out = tuple(

@@ -27,6 +27,9 @@ from bitladder.storage import atomic_write, sha256_of_bytes
 SCHEMA_VERSION = 1
 BF16 = "bf16"  # the format of a group that a scheme leaves alone, whatever 16-bit dtype the source has
 BF16_BITS = 16
+ASSISTANT_TURNS: Literal["assistant turns"] = "assistant turns"  # which tokens of conversations count
+ALL_TOKENS: Literal["all tokens"] = "all tokens"
+Counted = Literal["assistant turns", "all tokens"]
 
 
 def _refuse_constant(name: str) -> None:
@@ -129,12 +132,15 @@ class DataSummary(Part):
     seed: int
     sample_ids: tuple[str, ...] = Field(default=(), description="digest of each sample's source, to prove a split")
     parts: tuple["DataSummary", ...] = Field(default=(), description="the sets of a mixture, without sample_ids")
+    counted: Counted | None = Field(default=None, description="kind messages only: which tokens count for the loss")
 
     @model_serializer(mode="wrap")
     def _without_empty_parts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = handler(self)
         if not self.parts:  # a single set keeps its bytes and digests of before there were several
             content.pop("parts", None)
+        if self.counted is None:
+            content.pop("counted", None)
         return content
 
 

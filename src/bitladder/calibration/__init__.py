@@ -3,8 +3,9 @@
 Text is tokenised and cut into rows of `sequence_length` tokens: no padding, every position counts. A row begins with
 what the tokenizer puts before a text by itself (BOS), as in service. An image+text pair goes
 through the processor's chat template as a user's picture and prompt and the assistant's answer; only the answer's
-tokens carry a label. Labels follow the convention of transformers: `labels[b, t] = input_ids[b, t]` where the token
-counts, -100 elsewhere; the model predicts it from position t - 1.
+tokens carry a label. Conversations go through the template too (`messages`). Labels follow the convention of
+transformers: `labels[b, t] = input_ids[b, t]` where the token counts, -100 elsewhere; the model predicts it from
+position t - 1.
 
 Several sets become one (`interleaved`): every batch is of one set, and the first batches are a fair mixture of all.
 """
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 
 from bitladder.calibration.batches import IGNORED_LABEL, MIXED, Batch, DataSet, fingerprint, interleaved
+from bitladder.calibration.messages import chats_line, load_conversations
 from bitladder.calibration.pairs import Sample, check_samples, encode, prompt_inputs, samples_of
 from bitladder.calibration.processors import has_template, load_processor, tokenizer_of
 from bitladder.calibration.special import check_ids, prefix_of
 from bitladder.calibration.text import pool_size, token_rows
 from bitladder.errors import DataError
-from bitladder.recipe import GENERATED, PAIR_KINDS, DataSpec
+from bitladder.recipe import GENERATED, MESSAGES, PAIR_KINDS, DataSpec
 from bitladder.records import DataSummary
 from bitladder.storage import sha256_of_bytes
 
@@ -32,6 +34,7 @@ __all__ = [
     "Batch",
     "DataSet",
     "Sample",
+    "chats_line",
     "has_template",
     "interleaved",
     "load_data",
@@ -60,8 +63,8 @@ def load_data(
     Args:
         spec: where they come from.
         processor: the model's processor or tokenizer (`load_processor`).
-        samples: rows of tokens, or image+text pairs.
-        sequence_length: tokens a row; the most that a pair may have.
+        samples: rows of tokens, conversations, or image+text pairs.
+        sequence_length: tokens a row; the most that a pair may have; what a conversation is cut to.
         batch_size: rows a batch.
         seed: of the shuffle.
         avoid: samples of this data set are passed over, so that held-out data is what calibration never saw.
@@ -72,6 +75,17 @@ def load_data(
         DataError: missing, malformed, empty or too short data; the message says how much there is.
     """
     avoided = set(avoid.sample_ids) if avoid is not None else set()
+    if spec.kind == MESSAGES:
+        return load_conversations(
+            spec,
+            processor,
+            samples=samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            avoided=frozenset(avoided),
+            vocabulary=vocabulary,
+        )
     pairs: list[Sample] = []
     rows = torch.empty(0)
     if spec.kind in PAIR_KINDS:

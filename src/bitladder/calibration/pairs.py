@@ -11,7 +11,7 @@ from PIL import Image
 
 from bitladder.calibration import pictures
 from bitladder.calibration.processors import template_of, tokenizer_of
-from bitladder.calibration.special import begun_once
+from bitladder.calibration.special import begun_once, check_text, placeholders
 from bitladder.calibration.text import jsonl_rows, read_text
 from bitladder.errors import DataError
 from bitladder.recipe import DataSpec
@@ -125,29 +125,16 @@ def _rendered(sample: Sample, processor: Any, *, with_answer: bool, with_image: 
         ) from error
 
 
-def _image_tokens(processor: Any) -> set[str]:
-    """Return the words that stand for a picture or a video in a prompt."""
-    owners, names = (processor, tokenizer_of(processor)), ("image_token", "boi_token", "eoi_token", "video_token")
-    found = [getattr(owner, name, None) for owner in owners for name in names]
-    return {str(getattr(token, "content", token)) for token in found if token}
-
-
 def check_samples(samples: Sequence[Sample], processor: Any) -> None:
-    """Raise for pairs that can't be written: a template that passes pictures over, a prompt that names one itself.
+    """Raise for pairs that can't be written: a template that passes pictures over, a text that names one or is none.
 
     Raises:
         DataError: it names file and line.
     """
-    tokens = _image_tokens(processor)
+    forbidden = placeholders(processor)
     for sample in samples:
-        for token in sorted(tokens):
-            if token in sample.prompt or token in sample.text:
-                raise DataError(
-                    sample.located(
-                        f"prompt or answer holds {token}, which stands for a picture in this model; remove it, the "
-                        "chat template writes it"
-                    )
-                )
+        for name, text in (("prompt", sample.prompt), ("answer", sample.text)):
+            check_text(text, f"{sample.where}: the {name}", forbidden)
     written = _rendered(samples[0], processor, with_answer=False)
     without = _rendered(samples[0], processor, with_answer=False, with_image=False)
     if written == without or "'type': 'image'" in written:  # content passed over, or printed as a Python list

@@ -14,7 +14,7 @@ from bitladder.errors import DataError
 
 _PROBES = ("a", "the", "1", " a")  # texts that every tokenizer knows; one is enough
 # Attributes of processors and tokenizers that name the placeholder of a picture, a video or a sound.
-_PLACEHOLDERS = ("image_token", "video_token", "audio_token", "boi_token")
+_PLACEHOLDERS = ("image_token", "video_token", "audio_token", "boi_token", "eoi_token")
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -63,7 +63,7 @@ def placeholders(processor: Any) -> frozenset[str]:
         return frozenset()
     tokenizer = getattr(processor, "tokenizer", None)
     found = (getattr(owner, name, None) for owner in (processor, tokenizer) for name in _PLACEHOLDERS)
-    return frozenset(one for one in found if isinstance(one, str) and one)
+    return frozenset(str(getattr(one, "content", one)) for one in found if one)  # an AddedToken holds its word
 
 
 def check_text(text: str, where: str, forbidden: frozenset[str]) -> None:

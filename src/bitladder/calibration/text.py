@@ -10,7 +10,7 @@ import torch
 from bitladder.calibration.processors import tokenizer_of
 from bitladder.calibration.special import check_text, ids_of, placeholders, prefix_of, without_prefix
 from bitladder.errors import DataError
-from bitladder.recipe import DataSpec
+from bitladder.recipe import MESSAGES, DataSpec, names_a_file
 
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"  # first bytes of files that aren't text
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -104,16 +104,23 @@ def data_set_rows(spec: DataSpec) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"data set {spec.path} (split {split}) can't be loaded: {reason}") from error
 
 
+def is_conversation(value: Any) -> bool:
+    """Return whether a value is a list of turns, OpenAI's or ShareGPT's."""
+    turn = value[0] if isinstance(value, list) and value else None
+    return isinstance(turn, dict) and bool({"role", "from"} & set(turn))
+
+
 def _text_of(spec: DataSpec, row: dict[str, Any], where: str) -> str | None:
     """Return a row's text; None where a data set has none (null)."""
     value = row.get(spec.text_field)
     if isinstance(value, str):
         return value
-    found = next((name for name in _CHATS if isinstance(row.get(name), list)), None)
-    if isinstance(value, list) or found is not None:
+    chat = next((name for name in (spec.text_field, *_CHATS) if is_conversation(row.get(name))), None)
+    if chat is not None:
+        raise DataError(f"{where} holds a list of turns ('{chat}'), not a text; use kind: messages")
+    if isinstance(value, list):
         raise DataError(
-            f"{where} holds a list ('{found or spec.text_field}'), not a text; render conversations beforehand "
-            "(tokenizer.apply_chat_template(messages, tokenize=False)) and name that field in data.text_field"
+            f"{where} holds a list ('{spec.text_field}'), not a text; join its texts, or set data.text_field"
         )
     if value is None and spec.text_field in row and spec.kind == "huggingface":
         return None
@@ -141,9 +148,16 @@ def _documents(spec: DataSpec) -> Iterator[tuple[str, str]]:
     yield from ((where, text) for where, text in found if text is not None and text.strip())
 
 
+def of_a_file(spec: DataSpec) -> bool:
+    """Return whether conversations come from a JSONL file; else it is a data set, of the Hub or a local one."""
+    path = Path(spec.path)
+    return not path.is_dir() and (path.exists() or path.is_absolute() or names_a_file(spec.path))
+
+
 def pool_size(spec: DataSpec, samples: int, avoided: int) -> int | None:
     """Return from how many of a source's first rows samples are chosen; None: from all, a file is read whole."""
-    return _ROWS_PER_SAMPLE * samples + avoided if spec.kind == "huggingface" else None
+    streamed = spec.kind == "huggingface" or (spec.kind == MESSAGES and not of_a_file(spec))
+    return _ROWS_PER_SAMPLE * samples + avoided if streamed else None
 
 
 def token_rows(spec: DataSpec, processor: Any, length: int, most: int | None = None) -> torch.Tensor:

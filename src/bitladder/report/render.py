@@ -117,7 +117,12 @@ def exact(count: int | None) -> str:
 
 def data_names(data: DataSummary, quote: str = "") -> str:
     """Return the file name and kind of a data set, or those of all sets that it is made of."""
-    return " + ".join(f"{quote}{PurePath(one.source).name}{quote} ({one.kind})" for one in data.parts or (data,))
+    return " + ".join(f"{quote}{PurePath(one.source).name}{quote} ({data_kind(one)})" for one in data.parts or (data,))
+
+
+def data_kind(data: DataSummary) -> str:
+    """Return a data set's kind, and for conversations which tokens count."""
+    return data.kind if data.counted is None else f"{data.kind}, {data.counted} count"
 
 
 def rounding(report: Report) -> str:
@@ -735,7 +740,8 @@ def template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters.update(exact=exact, percent=percent, byte_size=byte_size, rounding=rounding, **filters)
+    own = {one.__name__: one for one in (exact, percent, byte_size, rounding, data_kind)}
+    environment.filters.update(own, **filters)
     return environment.get_template(name)
 
 

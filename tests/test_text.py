@@ -1,0 +1,149 @@
+"""Text as files hold it: every encoding and container is read right, or refused in one line that says what to do."""
+
+import codecs
+import gzip
+import json
+import os
+
+import datasets
+import pytest
+
+from bitladder.calibration import load_processor, text
+from bitladder.calibration.text import data_set_rows, jsonl_rows, read_text
+from bitladder.errors import DataError
+from bitladder.recipe import DataSpec
+from conftest import make_text, save_tokenizer
+from test_calibration import load, text_spec
+
+LINES = make_text(60).splitlines()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(directory)
+    return load_processor(directory)
+
+
+def put(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def jsonl(rows, **options):
+    return "".join(json.dumps(row, **options) + "\n" for row in rows)
+
+
+def test_a_byte_order_mark_and_line_ends_leave_no_trace(tokenizer, tmp_path):
+    plain = "\n".join(LINES)
+    expected = load(text_spec(put(tmp_path / "plain", plain)), tokenizer).summary.sha256
+    variants = (codecs.BOM_UTF8 + plain.encode(), plain.replace("\n", "\r\n"), plain.replace("\n", "\r"))
+    for index, content in enumerate(variants):
+        assert load(text_spec(put(tmp_path / str(index), content)), tokenizer).summary.sha256 == expected
+    rows = jsonl({"text": line} for line in LINES)
+    expected = load(text_spec(put(tmp_path / "rows", rows), kind="jsonl"), tokenizer).summary.sha256
+    for content in (codecs.BOM_UTF8 + rows.encode(), rows.replace("\n", "\r\n"), rows.replace("\n", "\n\n  \n")):
+        path = put(tmp_path / "other", content)
+        assert load(text_spec(path, kind="jsonl"), tokenizer).summary.sha256 == expected
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_a_newline_ends_a_line(character, tmp_path):
+    """JSON strings may hold U+2028 and NEL as they are; Python's splitlines would cut there."""
+    rows = [{"text": f"a{character}b"}, {"text": "c"}]
+    ascii_only = character < " "  # JSON escapes control characters
+    path = put(tmp_path / "d.jsonl", jsonl(rows, ensure_ascii=ascii_only))
+    assert list(jsonl_rows(path)) == [(1, rows[0]), (2, rows[1])]
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "messages"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("hello".encode("utf-16"), "is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8"),
+        ("hello there".encode("utf-16-le"), "is UTF-16"),
+        (gzip.compress(b"hello"), r"is compressed \(gzip\); unpack it: gunzip"),
+        (b"\x28\xb5\x2f\xfd\x04", r"is compressed \(zstd\); unpack it: unzstd"),
+        (b"PAR1\x00\x01", "is a Parquet file; .* kind: huggingface"),
+        ("ok\nok\ncaf\xe9".encode("latin-1"), r"line 3 is not UTF-8 \(byte 0xe9\); convert it"),
+    ],
+)
+def test_other_encodings_and_containers_are_named(kind, content, words, tokenizer, tmp_path):
+    tokenizer.chat_template = "x"
+    with pytest.raises(DataError, match=words):
+        load(text_spec(put(tmp_path / "d", content), kind=kind), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_what_is_no_file(kind, tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"is a directory; name a file in it \(kind huggingface reads directories\)"):
+        load(text_spec(tmp_path, kind=kind), tokenizer)
+    os.mkfifo(tmp_path / "pipe")  # nobody writes to it: to open it would wait for ever
+    with pytest.raises(DataError, match="is no regular file, and data is read more than once; save it to a file"):
+        load(text_spec(tmp_path / "pipe", kind=kind), tokenizer)
+    with pytest.raises(DataError, match="does not exist; check the recipe"):
+        read_text(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (jsonl([{"text": "a"}, {"text": "b \ud83d"}]), r"line 2 holds \\ud83d, half of a surrogate pair"),
+        (jsonl([{"text": "a"}, {"text": None}]), "line 2 has null in 'text', not text; correct the row"),
+        (jsonl([{"text": "a"}, {"text": 3}]), "line 2 has int in 'text'"),
+        (jsonl([{"text": ""}, {"text": " \n"}]), "holds no text: every text in it is empty"),
+        (jsonl([{"text": ["a", "b"]}]), r"line 1 holds a list \('text'\), not a text; join its texts"),
+        (jsonl([{"messages": [{"role": "user", "content": "a"}]}]), r"\('messages'\), not a text; use kind: messages"),
+        (jsonl([{"conversations": [{"from": "gpt", "value": "a"}]}]), r"\('conversations'\).*use kind: messages"),
+        (json.dumps([{"text": "a"}]), "line 1 is a JSON array; write one object a line: jq -c"),
+        (json.dumps([{"text": "a"}], indent=1), "is a JSON array; write one object a line: jq -c"),
+        ('{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        ("[" * 100000, "is a JSON array"),
+        (jsonl(["a"]), "line 1 is not a JSON object"),
+    ],
+)
+def test_rows_that_hold_no_text_are_refused_with_their_line(content, words, tokenizer, tmp_path):
+    with pytest.raises(DataError, match=words) as caught:
+        load(text_spec(put(tmp_path / "d.jsonl", content), kind="jsonl"), tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_nulls_and_empty_texts_of_a_data_set_are_left_out(tokenizer, tmp_path):
+    texts = [line for index, line in enumerate(LINES) for line in ((line, None) if index % 2 else (line, ""))]
+    for name, rows in (("holes", texts), ("whole", LINES)):
+        datasets.Dataset.from_dict({"text": rows}).save_to_disk(str(tmp_path / name))
+    holes, whole = (load(text_spec(tmp_path / name, kind="huggingface"), tokenizer) for name in ("holes", "whole"))
+    assert holes.summary.sha256 == whole.summary.sha256
+    datasets.Dataset.from_dict({"text": ["", None, " "]}).save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(DataError, match="holds no text: every text in it is empty"):
+        load(text_spec(tmp_path / "empty", kind="huggingface"), tokenizer)
+
+
+def test_splits_that_were_saved_to_disk(tokenizer, tmp_path):
+    first, second = (datasets.Dataset.from_dict({"text": rows}) for rows in (LINES[:30], LINES[30:]))
+    datasets.DatasetDict({"train": first, "test": second}).save_to_disk(str(tmp_path / "both"))
+    spec = DataSpec(kind="huggingface", path=str(tmp_path / "both"), split="test")
+    assert [row["text"] for _, row in data_set_rows(spec)] == LINES[30:]
+    with pytest.raises(DataError, match=r"\(split validation\) can't be loaded"):
+        load(text_spec(tmp_path / "both", kind="huggingface", split="validation"), tokenizer)
+
+
+def test_a_data_set_is_streamed_as_far_as_it_is_needed(tokenizer, tmp_path, monkeypatch):
+    """8 rows of tokens a sample, and those that calibration has; what lies beyond is never read."""
+    put(tmp_path / "train.jsonl", jsonl({"text": line} for line in make_text(4000).splitlines()))
+    read, rows = [], data_set_rows
+
+    def counted(spec):
+        for number, row in rows(spec):
+            read.append(number)
+            yield number, row
+
+    monkeypatch.setattr(text, "data_set_rows", counted)
+    calibration = load(text_spec(tmp_path, kind="huggingface"), tokenizer, samples=2).summary
+    few = len(read)
+    tokens = sum(len(tokenizer(line)["input_ids"]) + 1 for line in make_text(4000).splitlines()[: few - 1])
+    assert tokens <= 8 * 2 * 16 + 1
+    read.clear()
+    held_out = load(text_spec(tmp_path, kind="huggingface"), tokenizer, samples=2, avoid=calibration).summary
+    assert few <= len(read) < 100
+    assert not set(held_out.sample_ids) & set(calibration.sample_ids)
