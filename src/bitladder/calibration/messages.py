@@ -113,7 +113,8 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise DataError(f"{where}: 'tool_calls' is no list of objects; correct or remove it")
         turn["tool_calls"] = [_call(call, where) for call in turn["tool_calls"]]
-    return turn
+    made: dict[str, Any] = turn
+    return made
 
 
 def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
