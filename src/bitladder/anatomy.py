@@ -30,7 +30,8 @@ class Anatomy:
 
     extras: of what each layer gives beside hidden states, whether it is a tensor; None where it gives these alone.
     positions: of each linear module in the layers that ran, its dimensions; None where they can't be told.
-    idle: linear modules that didn't run although their layer did: its code uses their weights by itself.
+    idle: linear modules that didn't run although their layer did.
+    bypassed: those of them whose weights the layer's code uses by itself.
     changed: layers before which the model changes hidden states.
     overwritten: linear modules whose output the layer changes in place.
     problem: why layers can't be scored one by one; None: they can.
@@ -39,6 +40,7 @@ class Anatomy:
     extras: dict[int, tuple[bool, ...] | None] = field(default_factory=dict)
     positions: dict[str, Layout | None] = field(default_factory=dict)
     idle: frozenset[str] = frozenset()
+    bypassed: frozenset[str] = frozenset()
     changed: set[int] = field(default_factory=set)
     overwritten: set[str] = field(default_factory=set)
     problem: str | None = None
@@ -116,6 +118,8 @@ class _Watch(ExitStack):
         self.ran: Counter[str] = Counter()
         self.outputs: list[tuple[str, torch.Tensor, int]] = []  # of the layer that runs: with what was written to it
         self.linears: dict[str, int] = {}
+        self.weights: dict[torch.Tensor, str] = {}  # leaf -> linear module
+        self.used: set[str] = set()  # linear modules whose weights a layer's output was made from
         for index, layer in enumerate(layers):
             before, after = self._before(index), self._after(index)
             self.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -123,6 +127,7 @@ class _Watch(ExitStack):
             for name, module in layer.named_modules():
                 if isinstance(module, nn.Linear):
                     self.linears[f"{path}.{index}.{name}"] = index
+                    self.weights[module.weight.requires_grad_()] = f"{path}.{index}.{name}"
                     self.callback(module.register_forward_hook(self._linear(f"{path}.{index}.{name}")).remove)
 
     def _fail(self, problem: str) -> None:
@@ -135,13 +140,13 @@ class _Watch(ExitStack):
 
     def _before(self, index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs.get("hidden_states")
+            hidden, is_first = args[0] if args else kwargs.get("hidden_states"), not self.order
+            self.order.append(index)
             if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or hidden.shape[:2] != (ROWS, TOKENS):
                 self._fail(f"gives decoder layer {index} something else than hidden states [rows, tokens, features]")
                 return None
-            if self.order and hidden is not self.output:
+            if not is_first and hidden is not self.output:
                 self.found.changed.add(index)
-            self.order.append(index)
             leaf = self._leaf(hidden, index)
             return (leaf, *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": leaf}
 
@@ -188,7 +193,10 @@ class _Watch(ExitStack):
                 continue
             seen.add(node)
             if hasattr(node, "variable"):
-                owners |= {self.owners[node.variable]} & set(self.owners.values())
+                if node.variable in self.weights:
+                    self.used.add(self.weights[node.variable])
+                else:
+                    owners.add(self.owners[node.variable])
             pending += [following for following, _ in node.next_functions]
         return owners
 
@@ -201,6 +209,7 @@ class _Watch(ExitStack):
         if self.found.problem is None and self._leads_to(logits) != {len(self.layers)}:
             self._fail("makes its logits from more than the last decoder layer's hidden states")
         self.found.idle = frozenset(n for n, i in self.linears.items() if i in self.order and not self.ran[n])
+        self.found.bypassed = self.found.idle & self.used
 
 
 def _layout(shape: torch.Size) -> Layout | None:

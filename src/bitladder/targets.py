@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitladder.anatomy import look
 from bitladder.errors import ModelError, UnsupportedModel
 from bitladder.models.fusing import Fusing
 from bitladder.models.sources import as_loaded, check_fit, check_head, check_side_files
@@ -26,6 +27,8 @@ FP8_ALIGNMENT = 16  # FP8 matrix products need both dimensions divisible by 16 (
 # Modules whose weights a runtime might quantise; norms and the like are never touched.
 _MATRIX_MODULES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ZERO_WEIGHTS = "all zero in its weights: no FP8 scale"  # why a group isn't searched
+BYPASSED = "the model's code uses its weights without running it: nothing says what its input would be"
+UNREACHED = "text doesn't reach it (cross-attention, an adapter): not searched"
 _EXPERTS = re.compile(r"(^|\.)(experts|expert)(\.|$)")
 
 
@@ -290,10 +293,12 @@ def find_target(directory: Path) -> Target:
         else:
             reasons[name] = "outside the language model (vision tower, projector): not searched"
 
+    idle = _idle(model, layers)
     groups = []
     for layer in Fusing.of(read_config(directory)).layers(searched):
         members = layer.modules
-        problem = _why_not(members, linears, tensor_of, weights)
+        problem = next((idle[name] for name in members if name in idle), None)
+        problem = problem or _why_not(members, linears, tensor_of, weights)
         if problem is not None:
             reasons.update(dict.fromkeys(members, problem))
             continue
@@ -336,6 +341,16 @@ def find_target(directory: Path) -> Target:
             UntouchedModule(name=name, checkpoint_name=tensor.removesuffix(".weight"), reason=reasons[name])
         )
     return Target(path, tuple(groups), tuple(untouched))
+
+
+def _idle(model: nn.Module, layers: str) -> dict[str, str]:
+    """Return why linear modules in the decoder layers at `layers` would never see an input, for each that doesn't.
+
+    A model that sees may run them for pictures.
+    """
+    found = look(model, layers)
+    unreached = frozenset[str]() if image_token_ids(model.config) else found.idle
+    return dict.fromkeys(unreached, UNREACHED) | dict.fromkeys(found.bypassed, BYPASSED)
 
 
 def _is_wide(weights: WeightFiles, tensor: str) -> bool:

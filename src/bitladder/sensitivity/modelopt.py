@@ -233,6 +233,8 @@ class _Session:
 def _changed(session: _Session) -> Iterator[None]:
     """Let ModelOpt group the modules as we do and score in two parts, and silence its progress bars and chatter.
 
+    Nothing is dropped out: to run decoder layers again in the backward pass, ModelOpt has them in training mode.
+
     Attention is left as it is: to quantise keys and values, which we never ask for, ModelOpt would rewrite its source,
     and fails at that of some models (Bloom, MPT).
     """
@@ -251,6 +253,7 @@ def _changed(session: _Session) -> Iterator[None]:
         (algorithms, "_add_auto_quantize_score", add),
         (algorithms._AutoQuantizeBaseSearcher, "quant_grouping_rules", [group]),
         (nn.Module, "register_full_backward_hook", _on_output_gradient),
+        (nn.functional, "dropout", lambda x, *_, **__: x),
     ]
     before = [(place, name, getattr(place, name)) for place, name, _ in changes]
     rewriting = {plugin for plugin in CUSTOM_MODEL_PLUGINS if plugin.__name__ == _ATTENTION_PLUGIN}
@@ -309,6 +312,8 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     session = _Session(model, job, partial)
     searched = {module.name for group in job.target.groups for module in group.modules}
     model.config.use_cache = False  # type: ignore[union-attr]
+    for module in filter(lambda each: hasattr(each, "layerdrop"), model.modules()):
+        setattr(module, "layerdrop", 0.0)  # noqa: B010; see `_changed`
     freeze_outside(model, job.target.language_model)
     with meter.phase("calibrate and score"), without_cudnn_attention(), _changed(session):
         try:
