@@ -5,8 +5,12 @@ from contextlib import ExitStack
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
-from bitladder import anatomy, sensitivity, targets
+import tiny_architectures
+from bitladder import anatomy, pipeline, sensitivity, targets
+from bitladder.cli import app
+from bitladder.errors import EngineError, UnsupportedModel
 from bitladder.recipe import MeasureSpec
 from bitladder.sensitivity import native
 from bitladder.sensitivity.layers import DeviceMemory, Layers
@@ -108,6 +112,49 @@ def test_codes_are_compensated(name, text_file, tmp_path):
     data = load_text(directory, text_file, samples=16)
     found = measured_by("native", directory, data, tmp_path / "out", rounding="compensated")
     assert all(candidate.scores for candidate in found.candidates)
+
+
+def test_hidden_states_that_change_between_layers_are_noticed():
+    model = targets_on_meta("Phi")
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+    assert anatomy.look(model, "model.layers").problem == "changes the hidden states before decoder layer 1"
+
+
+def targets_on_meta(name):
+    with torch.device("meta"):
+        return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**TEXT)).eval()
+
+
+SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+def test_where_native_refuses_the_remedy_that_is_printed_works(tmp_path, monkeypatch, capsys):
+    """Gemma 4's last layers read the keys and values of others."""
+    monkeypatch.setitem(tiny_architectures.VARIANTS, "Gemma4ForCausalLM:shared", SHARED)
+    directory = tiny_architectures.build("Gemma4ForCausalLM:shared", tmp_path / "model")
+    shown = CliRunner().invoke(app, ["inspect", str(directory)])
+    assert shown.exit_code == 0
+    assert capsys.readouterr().out.strip().endswith("(shared keys and values?); use engine: modelopt")
+    with pytest.raises(EngineError, match="shared keys and values"):
+        pipeline.look(tiny_architectures.workspace(directory, tmp_path / "native", "native"))
+    work = tiny_architectures.workspace(directory, tmp_path / "modelopt", "modelopt")
+    pipeline.look(work)
+    assert pipeline.measure(work).groups
+
+
+@pytest.mark.parametrize("name", ["InstructBlipForConditionalGeneration", "VoxtralRealtimeForConditionalGeneration"])
+def test_a_model_that_needs_more_than_text_is_refused_by_inspect(name, tmp_path):
+    directory = tiny_architectures.build(name, tmp_path / "model")
+    refused = CliRunner().invoke(app, ["inspect", str(directory)])
+    assert isinstance(refused.exception, UnsupportedModel) or refused.exit_code == 2
+    assert f"{name} can't be run on text alone" in f"{refused.exception} {refused.output}".replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "name", ["ModernBertDecoderForCausalLM", "Llama4ForCausalLM:dense", "GraniteSWAForCausalLM", "Gemma3nForCausalLM"]
+)
+def test_decoder_and_layers_are_found(name, tmp_path):
+    assert targets.find_target(tiny_architectures.build(name, tmp_path)).groups
 
 
 BART = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 128}

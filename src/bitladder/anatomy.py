@@ -32,18 +32,18 @@ class Anatomy:
     positions: of each linear module in the layers that ran, its dimensions; None where they can't be told.
     idle: linear modules that didn't run although their layer did.
     bypassed: those of them whose weights the layer's code uses by itself.
-    changed: layers before which the model changes hidden states.
     overwritten: linear modules whose output the layer changes in place.
     problem: why layers can't be scored one by one; None: they can.
+    fails: what the model's own code says when it is run on text; None: it runs.
     """
 
     extras: dict[int, tuple[bool, ...] | None] = field(default_factory=dict)
     positions: dict[str, Layout | None] = field(default_factory=dict)
     idle: frozenset[str] = frozenset()
     bypassed: frozenset[str] = frozenset()
-    changed: set[int] = field(default_factory=set)
     overwritten: set[str] = field(default_factory=set)
     problem: str | None = None
+    fails: str | None = None
 
     def give(self, index: int, hidden: torch.Tensor) -> Any:
         """Return hidden states as what a layer gives, with nothing in the place of what it gives beside them."""
@@ -69,17 +69,6 @@ def tokens_first(x: torch.Tensor, layout: Layout, shape: torch.Size) -> torch.Te
     return x.movedim((layout.index("rows"), layout.index("tokens")), (0, 1))
 
 
-def twin_of(model: Any) -> Any:
-    """Return a loaded model's structure on the meta device."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(model.dtype)
-    try:
-        with torch.device("meta"):
-            return type(model)(model.config).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
 def look(model: Any, path: str) -> Anatomy:
     """Return what the decoder layers at `path` do, of a model on the meta device."""
     model.requires_grad_(False)
@@ -89,8 +78,8 @@ def look(model: Any, path: str) -> Anatomy:
         try:
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         except Exception as error:  # whatever a model's own code raises
-            text = " ".join(str(error).split())[:150]
-            watch.found.problem = watch.found.problem or f"can't be run on text ({type(error).__name__}: {text})"
+            watch.found.fails = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            watch.found.problem = f"can't be run on text ({watch.found.fails})"
             return watch.found
         watch.finish(getattr(output, "logits", None))
     return watch.found
@@ -112,6 +101,7 @@ class _Watch(ExitStack):
         super().__init__()
         self.layers, self.path, self.found = layers, path, Anatomy()
         self.order: list[int] = []
+        self.changed = 0  # the first layer that isn't given what the one before it gave; 0: there is none
         self.owners: dict[torch.Tensor, int] = {}  # leaf -> layer whose input it is, or that gave it
         self.output = torch.empty(0)  # of the layer that ran last, as the model got it
         self.final = torch.empty(0)  # the leaf that it was made from
@@ -146,7 +136,7 @@ class _Watch(ExitStack):
                 self._fail(f"gives decoder layer {index} something else than hidden states [rows, tokens, features]")
                 return None
             if not is_first and hidden is not self.output:
-                self.found.changed.add(index)
+                self.changed = self.changed or index
             leaf = self._leaf(hidden, index)
             return (leaf, *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": leaf}
 
@@ -204,6 +194,8 @@ class _Watch(ExitStack):
         """Judge the whole pass."""
         if self.order != sorted(set(self.order)):  # some may run after pictures only
             self._fail("runs its decoder layers more than once, or in another order than they are listed in")
+        if self.changed:
+            self._fail(f"changes the hidden states before decoder layer {self.changed}")
         if not isinstance(logits, torch.Tensor):
             return self._fail("gives no logits")
         if self.found.problem is None and self._leads_to(logits) != {len(self.layers)}:

@@ -273,13 +273,20 @@ def _changed(session: _Session) -> Iterator[None]:
 def _on_output_gradient(module: nn.Module, hook: Callable[[nn.Module, Any, Any], None], prepend: bool = False) -> Any:
     """Call `hook` with the gradient of the module's output, as torch's own hook does that this one stands in for.
 
-    Torch's makes a view of the output, which a model can't add to in place (Falcon's decoder layers do).
+    Torch's makes a view of the output, which a model can't add to in place (Falcon's decoder layers do). Of a module
+    that runs several times, ModelOpt knows the last run's error only: each run's gradient meets its own here.
     """
 
     def watch(_: nn.Module, __: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
+        errors: Any = getattr(module, "output_diff_dict", None)
+
+        def meet(gradient: torch.Tensor) -> None:
+            module.output_diff_dict = errors
+            hook(module, (), (gradient,))
+
         if tensor.requires_grad:
-            tensor.register_hook(lambda gradient: hook(module, (), (gradient,)))
+            tensor.register_hook(meet)
 
     return module.register_forward_hook(watch, prepend=prepend)
 
@@ -312,9 +319,11 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     session = _Session(model, job, partial)
     searched = {module.name for group in job.target.groups for module in group.modules}
     model.config.use_cache = False  # type: ignore[union-attr]
-    for module in filter(lambda each: hasattr(each, "layerdrop"), model.modules()):
-        setattr(module, "layerdrop", 0.0)  # noqa: B010; see `_changed`
-    freeze_outside(model, job.target.language_model)
+    dropped: list[Any] = [module for module in model.modules() if hasattr(module, "layerdrop")]
+    for module in dropped:
+        module.layerdrop = 0.0  # see `_changed`
+    if session.image_tokens:  # else what lies outside may be a part of the head (ModernBERT's)
+        freeze_outside(model, job.target.language_model)
     with meter.phase("calibrate and score"), without_cudnn_attention(), _changed(session):
         try:
             mtq.auto_quantize(
