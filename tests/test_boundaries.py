@@ -20,7 +20,7 @@ ALLOWED = {
     "weights": {"errors", "headers", "records", "storage"},
     "planning": {"errors", "formats", "models", "prediction", "recipe", "records"},
     "importing": {"errors", "formats", "models", "records", "storage"},
-    "models": set(),
+    "models": {"errors", "models", "records", "storage", "weights"},
     "prediction": set(),
     "uncertainty": {"records"},
     "controls": {"errors", "planning", "records"},

@@ -1,5 +1,6 @@
 """What the native engine compiles on a GPU, without one: by torch's own front end, and Triton's interpreter."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -142,23 +143,52 @@ def test_what_torch_cannot_compile_is_said_with_the_remedy(model, compiling, mon
             job.scores(monkeypatch, tokens=1, graphed=not padding)
 
 
+class Twice(nn.Module):
+    """A gated MLP that makes up_proj's output in two runs, each of them half of it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            inner.gate_proj,
+            inner.up_proj,
+            inner.down_proj,
+            inner.act_fn,
+        )
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) / 2 + self.up_proj(x) / 2))
+
+
+# A KL knows one error, that of both runs; ModelOpt's formula squares every gradient times error by itself.
+@pytest.mark.parametrize(("method", "share"), [("fisher", 1.0), ("gradient", 0.5)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_module_that_runs_twice_is_refused(tmp_path, compiled, compiling, monkeypatch):
+def test_what_two_runs_of_a_module_add_is_one_score(method, share, tmp_path, compiled, compiling, monkeypatch):
     directory = save_model(transformers.LlamaForCausalLM, llama_config(), tmp_path, tokenizer=False)
-    job = Job(directory, "gradient")
-
-    class Twice(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.gate_proj, self.up_proj, self.down_proj = inner.gate_proj, inner.up_proj, inner.down_proj
-
-        def forward(self, x):
-            return self.down_proj(self.gate_proj(x) * self.up_proj(x) + self.up_proj(x / 2))
-
+    job = Job(directory, method)
+    module = "model.layers.1.mlp.up_proj"
+    groups = tuple(
+        group.model_copy(update={"name": m.name, "modules": (m,)})
+        for group in job.job.target.groups
+        for m in group.modules
+    )
+    job.job = dataclasses.replace(job.job, target=dataclasses.replace(job.job.target, groups=groups))
+    once = job.scores(monkeypatch, tokens=10**9)
     layer = job.layers.layers[1]
     layer.mlp = Twice(layer.mlp)
-    with pytest.raises(EngineError, match=r"layers\.1\.mlp\.up_proj runs twice in one pass"):
-        job.scores(monkeypatch, tokens=1 if compiled else 10**9)
+    twice = job.scores(monkeypatch, tokens=1 if compiled else 10**9)
+    for one, other in zip(once, twice, strict=True):
+        for group, formats in one.items():
+            expected = formats["fp8"][0] * (share if group == module else 1)
+            assert other[group]["fp8"][0] == pytest.approx(expected, rel=1e-4), group
+
+
+def test_a_module_that_runs_in_another_layer_too_is_refused(tmp_path, monkeypatch):
+    job = Job(save_model(transformers.LlamaForCausalLM, llama_config(), tmp_path, tokenizer=False), "fisher")
+    first, second, *_ = (layer.mlp for layer in job.layers.layers)
+    own = second.forward
+    monkeypatch.setattr(second, "forward", lambda x: own(x) + first.up_proj(x).mean())
+    with pytest.raises(EngineError, match=r"layers\.0\.mlp\.up_proj runs outside its own layer"):
+        job.scores(monkeypatch, tokens=10**9, graphed=False)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch for GPUs")

@@ -79,6 +79,15 @@ def test_text_scores_and_amax_equal_modelopts(llama, text_file, tmp_path, shared
     assert_same_scores(ours, theirs, ARITHMETIC)
 
 
+def test_a_module_that_runs_twice_scores_as_by_modelopt(llama, text_file, tmp_path, monkeypatch):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + self.up_proj(x / 2)))
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", forward)
+    found = measured_by_both(llama, load_text(llama, text_file), tmp_path, dtype="float32")
+    assert_same_scores(*found, 0.001)
+
+
 @pytest.fixture
 def exact_modelopt(monkeypatch):
     """ModelOpt's KL with log-probabilities in float64: in float32 they round a small KL by several per cent."""

@@ -13,7 +13,6 @@ from bitladder.errors import EngineError, MeasurementError, ModelError
 from bitladder.recipe import MeasureSpec
 from bitladder.runinfo import no_progress
 from bitladder.sensitivity import Job, layers, native
-from bitladder.sensitivity.common import layers_path
 from bitladder.sensitivity.layers import DeviceMemory, StreamedLayers, open_without_layers
 from conftest import load_text, save_model, source_of
 from test_native import FAMILIES, measured_by, pairs
@@ -23,8 +22,7 @@ SMALL = 0.5  # GB: less than anything is measured in
 
 
 def stream(directory, dtype=torch.float32):
-    path = layers_path(targets.find_target(directory), native.REMEDY)
-    return StreamedLayers.open(directory, path, dtype, DeviceMemory("cpu", SMALL))
+    return StreamedLayers.open(directory, targets.find_target(directory), dtype, DeviceMemory("cpu", SMALL))
 
 
 @pytest.fixture

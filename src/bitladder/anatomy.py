@@ -30,18 +30,20 @@ class Anatomy:
 
     extras: of what each layer gives beside hidden states, whether it is a tensor; None where it gives these alone.
     positions: of each linear module in the layers that ran, its dimensions; None where they can't be told.
-    idle: linear modules that didn't run although their layer did: its code uses their weights by itself.
-    changed: layers before which the model changes hidden states.
+    idle: linear modules that didn't run although their layer did.
+    bypassed: those of them whose weights the layer's code uses by itself.
     overwritten: linear modules whose output the layer changes in place.
     problem: why layers can't be scored one by one; None: they can.
+    fails: what the model's own code says when it is run on text; None: it runs.
     """
 
     extras: dict[int, tuple[bool, ...] | None] = field(default_factory=dict)
     positions: dict[str, Layout | None] = field(default_factory=dict)
     idle: frozenset[str] = frozenset()
-    changed: set[int] = field(default_factory=set)
+    bypassed: frozenset[str] = frozenset()
     overwritten: set[str] = field(default_factory=set)
     problem: str | None = None
+    fails: str | None = None
 
     def give(self, index: int, hidden: torch.Tensor) -> Any:
         """Return hidden states as what a layer gives, with nothing in the place of what it gives beside them."""
@@ -67,17 +69,6 @@ def tokens_first(x: torch.Tensor, layout: Layout, shape: torch.Size) -> torch.Te
     return x.movedim((layout.index("rows"), layout.index("tokens")), (0, 1))
 
 
-def twin_of(model: Any) -> Any:
-    """Return a loaded model's structure on the meta device."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(model.dtype)
-    try:
-        with torch.device("meta"):
-            return type(model)(model.config).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
 def look(model: Any, path: str) -> Anatomy:
     """Return what the decoder layers at `path` do, of a model on the meta device."""
     model.requires_grad_(False)
@@ -87,8 +78,8 @@ def look(model: Any, path: str) -> Anatomy:
         try:
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         except Exception as error:  # whatever a model's own code raises
-            text = " ".join(str(error).split())[:150]
-            watch.found.problem = watch.found.problem or f"can't be run on text ({type(error).__name__}: {text})"
+            watch.found.fails = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            watch.found.problem = f"can't be run on text ({watch.found.fails})"
             return watch.found
         watch.finish(getattr(output, "logits", None))
     return watch.found
@@ -110,12 +101,15 @@ class _Watch(ExitStack):
         super().__init__()
         self.layers, self.path, self.found = layers, path, Anatomy()
         self.order: list[int] = []
+        self.changed = 0  # the first layer that isn't given what the one before it gave; 0: there is none
         self.owners: dict[torch.Tensor, int] = {}  # leaf -> layer whose input it is, or that gave it
         self.output = torch.empty(0)  # of the layer that ran last, as the model got it
         self.final = torch.empty(0)  # the leaf that it was made from
         self.ran: Counter[str] = Counter()
         self.outputs: list[tuple[str, torch.Tensor, int]] = []  # of the layer that runs: with what was written to it
         self.linears: dict[str, int] = {}
+        self.weights: dict[torch.Tensor, str] = {}  # leaf -> linear module
+        self.used: set[str] = set()  # linear modules whose weights a layer's output was made from
         for index, layer in enumerate(layers):
             before, after = self._before(index), self._after(index)
             self.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -123,6 +117,7 @@ class _Watch(ExitStack):
             for name, module in layer.named_modules():
                 if isinstance(module, nn.Linear):
                     self.linears[f"{path}.{index}.{name}"] = index
+                    self.weights[module.weight.requires_grad_()] = f"{path}.{index}.{name}"
                     self.callback(module.register_forward_hook(self._linear(f"{path}.{index}.{name}")).remove)
 
     def _fail(self, problem: str) -> None:
@@ -135,13 +130,13 @@ class _Watch(ExitStack):
 
     def _before(self, index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs.get("hidden_states")
+            hidden, is_first = args[0] if args else kwargs.get("hidden_states"), not self.order
+            self.order.append(index)
             if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or hidden.shape[:2] != (ROWS, TOKENS):
                 self._fail(f"gives decoder layer {index} something else than hidden states [rows, tokens, features]")
                 return None
-            if self.order and hidden is not self.output:
-                self.found.changed.add(index)
-            self.order.append(index)
+            if not is_first and hidden is not self.output:
+                self.changed = self.changed or index
             leaf = self._leaf(hidden, index)
             return (leaf, *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": leaf}
 
@@ -188,7 +183,10 @@ class _Watch(ExitStack):
                 continue
             seen.add(node)
             if hasattr(node, "variable"):
-                owners |= {self.owners[node.variable]} & set(self.owners.values())
+                if node.variable in self.weights:
+                    self.used.add(self.weights[node.variable])
+                else:
+                    owners.add(self.owners[node.variable])
             pending += [following for following, _ in node.next_functions]
         return owners
 
@@ -196,11 +194,14 @@ class _Watch(ExitStack):
         """Judge the whole pass."""
         if self.order != sorted(set(self.order)):  # some may run after pictures only
             self._fail("runs its decoder layers more than once, or in another order than they are listed in")
+        if self.changed:
+            self._fail(f"changes the hidden states before decoder layer {self.changed}")
         if not isinstance(logits, torch.Tensor):
             return self._fail("gives no logits")
         if self.found.problem is None and self._leads_to(logits) != {len(self.layers)}:
             self._fail("makes its logits from more than the last decoder layer's hidden states")
         self.found.idle = frozenset(n for n, i in self.linears.items() if i in self.order and not self.ran[n])
+        self.found.bypassed = self.found.idle & self.used
 
 
 def _layout(shape: torch.Size) -> Layout | None:

@@ -312,7 +312,7 @@ def look(work: Workspace) -> None:
     if recipe.runtimes.vllm is not None:
         vllm_version(Path(recipe.runtimes.vllm.python))
     if not (work.output / sensitivity.MEASUREMENT_FILE).exists():
-        targets.find_target(directory)
+        sensitivity.check_engine(recipe.measurement, targets.find_target(directory))
     processor, sets = calibration.load_processor(directory), list[calibration.DataSet]()
     for spec in recipe.calibration:
         if spec.data.kind != GENERATED:  # which the model has to write first

@@ -7,13 +7,14 @@ so that a model we can't handle is refused before anything is computed.
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from bitladder.anatomy import Anatomy, look
 from bitladder.errors import ModelError, UnsupportedModel
 from bitladder.models.fusing import Fusing
 from bitladder.models.sources import as_loaded, check_fit, check_head, check_side_files
@@ -26,6 +27,8 @@ FP8_ALIGNMENT = 16  # FP8 matrix products need both dimensions divisible by 16 (
 # Modules whose weights a runtime might quantise; norms and the like are never touched.
 _MATRIX_MODULES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ZERO_WEIGHTS = "all zero in its weights: no FP8 scale"  # why a group isn't searched
+BYPASSED = "the model's code uses its weights without running it: nothing says what its input would be"
+UNREACHED = "text doesn't reach it (cross-attention, an adapter): not searched"
 _EXPERTS = re.compile(r"(^|\.)(experts|expert)(\.|$)")
 
 
@@ -35,11 +38,14 @@ class Target:
 
     language_model: the language model's module path in the loaded model, "" where the model is nothing else.
     groups: the quant groups, in network order. untouched: every other linear, convolution or embedding, and why.
+    name: the model's class. anatomy: what its decoder layers do with hidden states.
     """
 
     language_model: str
     groups: tuple[QuantGroup, ...]
     untouched: tuple[UntouchedModule, ...]
+    name: str = ""
+    anatomy: Anatomy = field(default_factory=Anatomy, compare=False)
 
 
 def model_class(config: Any) -> Any:
@@ -226,8 +232,8 @@ def find_language_model(model: nn.Module) -> tuple[str, nn.Module]:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder; Bitladder searches decoder-only language models")
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
-    if output is None or decoder is None or decoder is model:
+    decoder = None if output is None else _decoder_of(model, output)
+    if decoder is None:
         raise UnsupportedModel(
             f"{name} has no language model (no decoder with a vocabulary head); "
             "name a causal language model or a vision-language model that contains one"
@@ -236,12 +242,26 @@ def find_language_model(model: nn.Module) -> tuple[str, nn.Module]:
     return paths[0], decoder
 
 
+def _decoder_of(model: Any, head: nn.Module) -> nn.Module | None:
+    """Return the decoder that `get_decoder` leads to, through a language model with a head of its own (BLIP-2).
+
+    Where it leads to the head (ModernBERT) or nowhere (Llama 4), it is the only model inside.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or decoder is model or decoder is head:
+        inside = [child for child in model.children() if hasattr(child, "get_decoder")]
+        decoder = inside[0] if len(inside) == 1 else None
+    if decoder is None or getattr(decoder, "get_output_embeddings", lambda: None)() is None:
+        return decoder
+    return _decoder_of(decoder, head)
+
+
 def _decoder_layers(path: str, decoder: nn.Module) -> str:
     """Return the module path of the decoder's list of layers."""
     candidates = [
         f"{path}.{name}" if path else name
         for name, module in decoder.named_children()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
+        if isinstance(module, nn.ModuleList) and any(map(_is_block, module))
     ]
     if len(candidates) != 1:
         raise UnsupportedModel(
@@ -249,6 +269,12 @@ def _decoder_layers(path: str, decoder: nn.Module) -> str:
             "Bitladder searches decoder-only language models"
         )
     return candidates[0]
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Return whether a module is made of linear modules, and none itself (Gemma 3n has lists of projections)."""
+    linears = [each for each in module.modules() if type(each).__name__ == "Conv1D" or isinstance(each, nn.Linear)]
+    return bool(linears) and module not in linears
 
 
 def find_target(directory: Path) -> Target:
@@ -290,10 +316,17 @@ def find_target(directory: Path) -> Target:
         else:
             reasons[name] = "outside the language model (vision tower, projector): not searched"
 
+    anatomy = look(model, layers)
+    if anatomy.fails is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} can't be run on text alone ({anatomy.fails}); name a model that continues text"
+        )
+    idle = _idle(model, anatomy)
     groups = []
     for layer in Fusing.of(read_config(directory)).layers(searched):
         members = layer.modules
-        problem = _why_not(members, linears, tensor_of, weights)
+        problem = next((idle[name] for name in members if name in idle), None)
+        problem = problem or _why_not(members, linears, tensor_of, weights)
         if problem is not None:
             reasons.update(dict.fromkeys(members, problem))
             continue
@@ -335,7 +368,16 @@ def find_target(directory: Path) -> Target:
         untouched.append(
             UntouchedModule(name=name, checkpoint_name=tensor.removesuffix(".weight"), reason=reasons[name])
         )
-    return Target(path, tuple(groups), tuple(untouched))
+    return Target(path, tuple(groups), tuple(untouched), type(model).__name__, anatomy)
+
+
+def _idle(model: nn.Module, found: Anatomy) -> dict[str, str]:
+    """Return why linear modules in decoder layers would never see an input, for each that doesn't.
+
+    A model that sees may run them for pictures.
+    """
+    unreached = frozenset[str]() if image_token_ids(model.config) else found.idle
+    return dict.fromkeys(unreached, UNREACHED) | dict.fromkeys(found.bypassed, BYPASSED)
 
 
 def _is_wide(weights: WeightFiles, tensor: str) -> bool:

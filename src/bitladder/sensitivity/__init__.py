@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from bitladder.calibration import Batch, DataSet
-from bitladder.errors import MeasurementError, RecordError
+from bitladder.errors import EngineError, MeasurementError, RecordError
 from bitladder.formats import Format, get_format
 from bitladder.kv_cache import cached_layers
 from bitladder.recipe import MeasureSpec, WorkersSpec
@@ -207,6 +207,21 @@ def score_weights(method: str, batches: tuple[Batch, ...]) -> tuple[str, tuple[f
     if method == "gradient":
         return "nats² per token", tuple(n * n / total for n in tokens)
     return "nats per token", tuple(1.0 / total for _ in tokens)
+
+
+def check_engine(spec: MeasureSpec, target: Target) -> None:
+    """Look whether a model can be measured as asked.
+
+    Raises:
+        EngineError: layers that have to run one by one, and can't.
+    """
+    from bitladder.sensitivity import compensation, layers, native
+
+    remedies = {native.REMEDY: spec.engine == "native", compensation.REMEDY: spec.rounding == "compensated"}
+    for remedy in (remedy for remedy, is_needed in remedies.items() if is_needed):
+        problem = layers.why_not_by_layers(target, remedy)
+        if problem is not None:
+            raise EngineError(problem)
 
 
 def measure(

@@ -6,6 +6,7 @@ models have such modules (pruned projections, cross-attention that text alone pa
 something is wrong with the model, the data or the arithmetic.
 """
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def with_scales(target: Target, amax: Amax) -> Target:
             f"no group is left to quantise: {left[0].name} is {left[0].reason}, and so for all {len(target.groups)} "
             "groups; check the model, or calibrate on data that reaches it"
         )
-    return Target(target.language_model, tuple(kept), (*target.untouched, *left))
+    return dataclasses.replace(target, groups=tuple(kept), untouched=(*target.untouched, *left))
 
 
 def _why_no_scale(module: str, amax: Amax) -> str | None:

@@ -65,6 +65,7 @@ class _Taps:
         self.model, self.amax, self.codes = layers.model, amax, codes
         self.anatomy = layers.anatomy
         self.shared = {"directional": job.spec.method != "gradient", "last_input": LastInput()}
+        self.given: list[Any] = []  # modules that have a sink now
 
     def on(self, groups: Iterable[QuantGroup]) -> ExitStack:
         """Tap the modules of these groups, whose weights must be at hand, until the context is left."""
@@ -79,7 +80,11 @@ class _Taps:
         return stack
 
     def give_sinks(self, current: Pass, groups: Iterable[QuantGroup]) -> None:
-        """Give every module of a layer's groups, before the layer runs with gradients, where its scores will arrive."""
+        """Give every module of a layer's groups, before the layer runs with gradients, where its scores will arrive.
+
+        Those of the layer before lose theirs: a module that runs in another layer than its own is noticed.
+        """
+        self.take_sinks()
         labels = current.batch.labels
         zeros = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
         for group in groups:
@@ -87,6 +92,13 @@ class _Taps:
                 current.sinks[module.name] = sink = zeros.detach().requires_grad_()
                 tapped: Any = self.model.get_submodule(module.name)
                 tapped.sink = sink
+                self.given.append(tapped)
+
+    def take_sinks(self) -> None:
+        """Leave no module a sink: its layer has run."""
+        for tapped in self.given:
+            tapped.sink = None
+        self.given.clear()
 
 
 def _read(current: Pass, groups: Sequence[QuantGroup], method: str) -> torch.Tensor:
@@ -239,6 +251,7 @@ class GradientScorer(ExitStack):
             self._give_sinks(index, current)
         with torch.enable_grad():
             output = run(self.layers.layers[index], leaf, call.args, call.kwargs)
+        self.taps.take_sinks()
         current.kept[index] = leaf, output
 
     def _backward(self, layer: nn.Module, index: int, current: Pass, gradient: torch.Tensor) -> torch.Tensor:
@@ -265,6 +278,7 @@ class GradientScorer(ExitStack):
         if not self.layers.streamed:
             for current in passes:
                 self.decoder.record(current, bound(self._give_sinks, current=current) if self.tapped else None)
+                self.taps.take_sinks()
             return
         for current in passes:
             self.decoder.begin(current)

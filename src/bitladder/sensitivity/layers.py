@@ -11,7 +11,6 @@ running a layer.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ import psutil
 import torch
 from torch import nn
 
-from bitladder.anatomy import Anatomy, look, twin_of
+from bitladder.anatomy import Anatomy
 from bitladder.calibration import Batch
 from bitladder.errors import EngineError, MeasurementError, ModelError
 from bitladder.sensitivity import Job
@@ -97,12 +96,13 @@ class Layers:
     """The decoder layers of a model whose weights are in memory.
 
     model: the whole model. layers: its one list of decoder layers. home: where hidden states are kept between layers.
+    anatomy: what the layers do with hidden states.
     """
 
     streamed = False
 
-    def __init__(self, model: Any, path: str, memory: DeviceMemory) -> None:
-        self.model, self.path, self.memory = model, path, memory
+    def __init__(self, model: Any, path: str, memory: DeviceMemory, anatomy: Anatomy) -> None:
+        self.model, self.path, self.memory, self.anatomy = model, path, memory, anatomy
         self.device = self.home = memory.device
         self.layers: Any = model.get_submodule(path)
 
@@ -113,15 +113,10 @@ class Layers:
         Raises:
             EngineError: its searched modules lie in several lists of layers, or none; the message ends with `remedy`.
         """
-        return cls(model, layers_path(target, remedy), memory)
+        return cls(model, layers_path(target, remedy), memory, target.anatomy)
 
     def __len__(self) -> int:
         return len(self.layers)
-
-    @functools.cached_property
-    def anatomy(self) -> Anatomy:
-        """What the layers do with hidden states."""
-        return look(twin_of(self.model), self.path)
 
     @contextlib.contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
@@ -192,20 +187,14 @@ def last_position(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _problem(directory: Path, path: str) -> str | None:
-    """Return why a model can't be taken apart into its decoder layers, or None; nothing is computed."""
-    model = build_on_meta(directory)
-    problem = look(model, path).problem
-    return None if problem is None else f"{type(model).__name__} {problem}"
-
-
-def native_refuses(directory: Path, target: Target) -> str | None:
-    """Return what `inspect` says of a model that engine: native can't score, or None."""
+def why_not_by_layers(target: Target, remedy: str) -> str | None:
+    """Return why a model can't be taken apart into its decoder layers, or None; the message ends with `remedy`."""
     try:
-        problem = _problem(directory, layers_path(target, "engine: native needs one"))
+        layers_path(target, remedy)
     except EngineError as error:
-        problem = str(error)
-    return None if problem is None else f"engine: native can't score it ({problem}); use engine: modelopt"
+        return str(error)
+    problem = target.anatomy.problem
+    return None if problem is None else f"{target.name} {problem}; {remedy.rpartition(', ')[2]}"
 
 
 def open_layers(directory: Path, job: Job, dtype: torch.dtype, memory: DeviceMemory, remedy: str) -> Layers:
@@ -215,14 +204,14 @@ def open_layers(directory: Path, job: Job, dtype: torch.dtype, memory: DeviceMem
         ModelError: NaN or Inf in weights. MeasurementError: out of memory. EngineError: a model without one list of
             layers; the message ends with `remedy`.
     """
-    path = layers_path(job.target, remedy)
-    problem = _problem(directory, path)
+    problem = why_not_by_layers(job.target, remedy)
     if problem is not None:
-        raise EngineError(f"{problem}; {remedy.rpartition(', ')[2]}")
+        raise EngineError(problem)
+    path = layers_path(job.target, remedy)
     if not memory.fits(directory, job, dtype):
         with _loading():
-            return StreamedLayers.open(directory, path, dtype, memory)
-    return Layers(load_whole(directory, job.target, dtype, memory.device), path, memory)
+            return StreamedLayers.open(directory, job.target, dtype, memory)
+    return Layers(load_whole(directory, job.target, dtype, memory.device), path, memory, job.target.anatomy)
 
 
 def load_whole(directory: Path, target: Target, dtype: torch.dtype, device: str) -> Any:
@@ -254,8 +243,10 @@ class StreamedLayers(Layers):
 
     streamed = True
 
-    def __init__(self, model: Any, path: str, memory: DeviceMemory, dtype: torch.dtype, directory: Path) -> None:
-        super().__init__(model, path, memory)
+    def __init__(
+        self, model: Any, path: str, memory: DeviceMemory, anatomy: Anatomy, dtype: torch.dtype, directory: Path
+    ) -> None:
+        super().__init__(model, path, memory, anatomy)
         self.home = "cpu"
         self.dtype, self.files = dtype, WeightFiles.open(directory)
         names = checkpoint_tensor_names(model, self.files.tensors)
@@ -270,14 +261,15 @@ class StreamedLayers(Layers):
         self._last = -1
 
     @classmethod
-    def open(cls, directory: Path, path: str, dtype: torch.dtype, memory: DeviceMemory) -> "StreamedLayers":
-        """Open a model without the weights of its decoder layers, which lie at `path`.
+    def open(cls, directory: Path, target: Target, dtype: torch.dtype, memory: DeviceMemory) -> "StreamedLayers":
+        """Open a model without the weights of its decoder layers.
 
         Raises:
             ModelError: a tensor is missing, or holds NaN or Inf. EngineError: a model that can't be streamed.
         """
+        path = layers_path(target, _REMEDY)
         model = open_without_layers(directory, path, dtype, memory.device)
-        return cls(model, path, memory, dtype, directory)
+        return cls(model, path, memory, target.anatomy, dtype, directory)
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
         found = {name: self.files.load(tensor).to(self.dtype) for name, tensor in self.tensors[index].items()}

@@ -233,6 +233,8 @@ class _Session:
 def _changed(session: _Session) -> Iterator[None]:
     """Let ModelOpt group the modules as we do and score in two parts, and silence its progress bars and chatter.
 
+    Nothing is dropped out: to run decoder layers again in the backward pass, ModelOpt has them in training mode.
+
     Attention is left as it is: to quantise keys and values, which we never ask for, ModelOpt would rewrite its source,
     and fails at that of some models (Bloom, MPT).
     """
@@ -251,6 +253,7 @@ def _changed(session: _Session) -> Iterator[None]:
         (algorithms, "_add_auto_quantize_score", add),
         (algorithms._AutoQuantizeBaseSearcher, "quant_grouping_rules", [group]),
         (nn.Module, "register_full_backward_hook", _on_output_gradient),
+        (nn.functional, "dropout", lambda x, *_, **__: x),
     ]
     before = [(place, name, getattr(place, name)) for place, name, _ in changes]
     rewriting = {plugin for plugin in CUSTOM_MODEL_PLUGINS if plugin.__name__ == _ATTENTION_PLUGIN}
@@ -270,13 +273,20 @@ def _changed(session: _Session) -> Iterator[None]:
 def _on_output_gradient(module: nn.Module, hook: Callable[[nn.Module, Any, Any], None], prepend: bool = False) -> Any:
     """Call `hook` with the gradient of the module's output, as torch's own hook does that this one stands in for.
 
-    Torch's makes a view of the output, which a model can't add to in place (Falcon's decoder layers do).
+    Torch's makes a view of the output, which a model can't add to in place (Falcon's decoder layers do). Of a module
+    that runs several times, ModelOpt knows the last run's error only: each run's gradient meets its own here.
     """
 
     def watch(_: nn.Module, __: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
+        errors: Any = getattr(module, "output_diff_dict", None)
+
+        def meet(gradient: torch.Tensor) -> None:
+            module.output_diff_dict = errors
+            hook(module, (), (gradient,))
+
         if tensor.requires_grad:
-            tensor.register_hook(lambda gradient: hook(module, (), (gradient,)))
+            tensor.register_hook(meet)
 
     return module.register_forward_hook(watch, prepend=prepend)
 
@@ -309,7 +319,11 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     session = _Session(model, job, partial)
     searched = {module.name for group in job.target.groups for module in group.modules}
     model.config.use_cache = False  # type: ignore[union-attr]
-    freeze_outside(model, job.target.language_model)
+    dropped: list[Any] = [module for module in model.modules() if hasattr(module, "layerdrop")]
+    for module in dropped:
+        module.layerdrop = 0.0  # see `_changed`
+    if session.image_tokens:  # else what lies outside may be a part of the head (ModernBERT's)
+        freeze_outside(model, job.target.language_model)
     with meter.phase("calibrate and score"), without_cudnn_attention(), _changed(session):
         try:
             mtq.auto_quantize(
