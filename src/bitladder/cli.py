@@ -558,12 +558,8 @@ def inspect(
     console.print(f"{len(target.groups)} groups, {total:,} weights are searched", highlight=False)
     for reason, count in Counter(module.reason for module in target.untouched).items():
         console.print(f"{count} modules left alone: {reason}", soft_wrap=True, highlight=False)
-<<<<<<< HEAD
     console.print(chats_line(processor), soft_wrap=True, highlight=False)
-    problem = native_refuses(directory, target)
-=======
     problem = why_not_by_layers(target, REMEDY)
->>>>>>> blocks2
     if problem is not None:
         console.print(f"engine: native can't score it: {problem}", soft_wrap=True, highlight=False)
 
