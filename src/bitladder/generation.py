@@ -44,8 +44,7 @@ class Writing:
     """What the model is asked to write; `dtype` and `device` as in the recipe, which a measurement is known by too.
 
     samples, sequence_length: rows, and tokens a row. start: ids that the model is given first. kept: whether rows hold
-    them. known_tokens: ids from this one on
-    are not the tokenizer's.
+    them. known_tokens: ids from this one on are not the tokenizer's.
     """
 
     samples: int
