@@ -42,7 +42,7 @@ VISION = dict(
 )
 LISTS = dict(image_size=[28, 28], patch_size=[14, 14])
 GEMMA = dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=16)
-GLM_ROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]))
+GLM_ROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6]))
 
 
 def vision(model_type, **more):
