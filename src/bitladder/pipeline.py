@@ -222,6 +222,11 @@ class Workspace:
         """Where the original model's files are."""
         return fetch_model(self.recipe.model.path, self.recipe.model.revision)
 
+    @cached_property
+    def target(self) -> targets.Target:
+        """What of the model is searched."""
+        return targets.find_target(self.model_directory)
+
     def source(self) -> ModelSource:
         """Return the identity of the model as it is now."""
         spec = self.recipe.model
@@ -298,8 +303,12 @@ class Workspace:
         }
 
 
-def look(work: Workspace) -> None:
+def look(work: Workspace, *, held_out: bool = False) -> None:
     """Look at everything that a user may have got wrong, before the model is hashed or anything is computed.
+
+    Args:
+        work: the recipe and its output directory.
+        held_out: whether held-out data will be needed.
 
     Raises:
         BitladderError: a format or device that isn't there, a model that can't be searched, data that can't be used, no
@@ -312,17 +321,17 @@ def look(work: Workspace) -> None:
     if recipe.runtimes.vllm is not None:
         vllm_version(Path(recipe.runtimes.vllm.python))
     if not (work.output / sensitivity.MEASUREMENT_FILE).exists():
-        sensitivity.check_engine(recipe.measurement, targets.find_target(directory))
+        sensitivity.check_engine(recipe.measurement, work.target)
     processor, sets = calibration.load_processor(directory), list[calibration.DataSet]()
     for spec in recipe.calibration:
         if spec.data.kind != GENERATED:  # which the model has to write first
             seen = calibration.interleaved(sets).summary if sets else None
             sets.append(_load_set(work, spec, spec.data, processor, seen))
-    for held_out in recipe.held_out:
-        source = held_out.data or recipe.calibration[0].data
+    for one in recipe.held_out if held_out else ():
+        source = one.data or recipe.calibration[0].data
         if source.kind != GENERATED:
             seen = calibration.interleaved(sets).summary if sets else None
-            _load_set(work, held_out, source, processor, seen)
+            _load_set(work, one, source, processor, seen)
 
 
 def calibration_data(work: Workspace) -> calibration.DataSet:
@@ -399,7 +408,7 @@ def measure(work: Workspace) -> Measurement:
         if known.settings_sha256 == key and has_amax and _codes_are_intact(work, known, work.output):
             sensitivity.forget_partial(work.output)  # of a run that was killed when it had measured
             return known
-    target = targets.find_target(directory)
+    target = work.target
     if any(spec.kv_cache == "fp8" for spec in work.recipe.scheme_specs()):
         kv_cache.check_layers(target.groups)
     measurement = sensitivity.measure(
@@ -1055,6 +1064,7 @@ def run(work: Workspace, measurement: Path | None = None) -> report.Report:
     for spec in work.recipe.schemes:
         work.check_place(work.checkpoint_directory(spec.name))
     with work.locked():
+        look(work, held_out=True)
         if measurement is None:
             measure(work)
         else:

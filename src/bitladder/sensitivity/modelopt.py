@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from bitladder.calibration import Batch
-from bitladder.errors import BitladderError, EngineError, MeasurementError
+from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import get_format
 from bitladder.kv_cache import AmaxCache, cache_inputs
 from bitladder.runinfo import Meter
@@ -38,6 +38,8 @@ from bitladder.sensitivity.common import (
 from bitladder.targets import image_token_ids
 
 _ATTENTION_PLUGIN = "register_hf_attentions_on_the_fly"
+# What ModelOpt and a model's own code raise; what stops a run from outside (a caller's progress) is none of these.
+_RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
 _KEEP_EVERYTHING_BITS = 16.0  # a budget that ModelOpt's own solver, whose result we don't use, always meets
 
 
@@ -339,9 +341,7 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
                 method=job.spec.method,
                 verbose=False,
             )
-        except BitladderError:
-            raise
-        except Exception as error:  # it and the model's own code raise whatever they like
+        except _RAISED as error:
             _explain(error)
     if session.iterations != len(job.spec.formats) + 1:
         raise EngineError(
