@@ -618,3 +618,8 @@ def test_each_set_is_read_once_by_a_run(files, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "load_data", lambda source, *a, **k: read.append(source) or load(source, *a, **k))
     pipeline.run(work_of(files, tmp_path / "out", controls={"kinds": []}))
     assert len(read) == 2
+
+
+def test_a_report_is_not_written_into_a_checkpoint(files, tmp_path):
+    with pytest.raises(OutputError, match="lies in the checkpoint"):
+        pipeline.run(work_of(files, tmp_path / "out", layout={"report": "checkpoints/full/README.md"}))

@@ -429,3 +429,17 @@ def test_what_modelopt_has_not_is_refused(tmp_path: Path, setting: dict, expecte
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "mps", ""])
 def test_an_unknown_device_is_refused(tmp_path: Path, device: str) -> None:
     assert "use auto, cpu, cuda or cuda:N" in error_of(write(tmp_path, changed("measurement.device", device)))
+
+
+@pytest.mark.parametrize("report", ["measurement.json", "report.json", ".", "checkpoints/full/config.json"])
+def test_a_report_is_a_markdown_file(tmp_path: Path, report: str) -> None:
+    assert "name a file that ends in .md" in error_of(write(tmp_path, changed("layout.report", report)))
+
+
+def test_formats_are_named_once(tmp_path: Path) -> None:
+    assert "fp8 is given twice" in error_of(write(tmp_path, changed("measurement.formats", ["fp8", "fp8"])))
+
+
+def test_a_key_is_written_once(tmp_path: Path) -> None:
+    text = yaml.safe_dump(GOOD) + "output: elsewhere\n"
+    assert "'output' is given twice" in error_of(write(tmp_path, text))

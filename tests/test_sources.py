@@ -14,11 +14,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bitladder import pipeline, verification
+from bitladder.calibration import load_processor
 from bitladder.errors import BitladderError, ModelError, UnsupportedModel
 from bitladder.models.sources import side_files
 from bitladder.targets import find_target, load_model
 from bitladder.weights import INDEX_FILE, SINGLE_FILE, WeightFiles
-from conftest import llama_config, llava_config, save_model
+from conftest import llama_config, llava_config, measure_text, save_model
 from test_pipeline import work_of
 
 
@@ -68,6 +69,8 @@ def test_an_index_needs_no_metadata(shards, sharded_llama):
     index = json.loads((shards / INDEX_FILE).read_text())
     (shards / INDEX_FILE).write_text(json.dumps({"weight_map": index["weight_map"]}))
     assert find_target(shards) == find_target(sharded_llama)
+    loaded, right = (load_model(directory, torch.bfloat16).state_dict() for directory in (shards, sharded_llama))
+    assert all(torch.equal(loaded[name], value) for name, value in right.items())
 
 
 def test_an_index_may_list_what_no_file_holds_and_the_model_does_not_need(shards, sharded_llama):
@@ -173,7 +176,7 @@ def test_an_odd_config_is_refused(model, content):
     refused(model, "config.json")
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["LlamaModel"], ["LlamaForSequenceClassification"], 7])
+@pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", ["LlamaModel"], 7])
 def test_odd_architectures_are_refused(model, architectures):
     edit(model, architectures=architectures)
     with pytest.raises(BitladderError) as caught:
@@ -260,3 +263,19 @@ def test_code_that_comes_with_a_model_is_never_run(model, known, monkeypatch):
 def test_verification_reads_the_originals_own_files(shards):
     save_file({"stray": torch.zeros(1)}, shards / "consolidated.safetensors")
     assert {path.name for path in verification._weight_files(shards)} == set(WeightFiles.open(shards).files)
+
+
+def test_a_projection_of_tiny_weights_stays_in_sixteen_bits(model, text_file, tmp_path):
+    tensors = load_file(model / SINGLE_FILE)
+    name = "model.layers.1.mlp.down_proj"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * 1e-36
+    save_file(tensors, model / SINGLE_FILE, metadata={"format": "pt"})
+    measured = measure_text(model, text_file, tmp_path / "out")
+    assert name not in {group.name for group in measured.groups}
+    assert "too small" in next(module.reason for module in measured.untouched if module.name == name)
+
+
+def test_a_tokenizer_that_is_not_there_is_said_so(model):
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="no tokenizer.json.*fetch the tokenizer's files"):
+        load_processor(model)

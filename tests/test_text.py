@@ -9,6 +9,7 @@ import datasets
 import pytest
 
 from bitladder.calibration import load_processor, text
+from bitladder.calibration.pairs import samples_of
 from bitladder.calibration.text import data_set_rows, jsonl_rows, read_text
 from bitladder.errors import DataError
 from bitladder.recipe import DataSpec
@@ -147,3 +148,12 @@ def test_a_data_set_is_streamed_as_far_as_it_is_needed(tokenizer, tmp_path, monk
     held_out = load(text_spec(tmp_path, kind="huggingface"), tokenizer, samples=2, avoid=calibration).summary
     assert few <= len(read) < 100
     assert not set(held_out.sample_ids) & set(calibration.sample_ids)
+
+
+@pytest.mark.parametrize("field", ["image", "prompt", "text"])
+def test_half_a_character_in_a_pair_is_refused(tmp_path, field):
+    path = tmp_path / "pairs.jsonl"
+    row = {"image": "a.png", "prompt": "Q", "text": "A"}
+    path.write_text(json.dumps({**row, field: "x\ud83d"}) + "\n")
+    with pytest.raises(DataError, match=r"line 1 holds \\ud83d, half of a surrogate pair"):
+        samples_of(DataSpec(kind="image_text", path=str(path)))

@@ -246,6 +246,9 @@ class Workspace:
         Raises:
             OutputError: there is something else in `directory`.
         """
+        report = self.recipe.layout.report
+        if report is not None and self._placed(report).is_relative_to(directory):
+            raise OutputError(f"layout.report {report!r} lies in the checkpoint {directory}; name another place")
         if directory.is_relative_to(self.output) or (directory / CheckpointManifest.FILE_NAME).exists():
             return
         if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):

@@ -147,6 +147,14 @@ class MeasureSpec(Section):
             return {"method": "gradient", **content}
         return content
 
+    @field_validator("formats")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in value if value.count(name) > 1})
+        if twice:
+            raise ValueError(f"format {twice[0]} is given twice; name each once")
+        return value
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
@@ -231,6 +239,8 @@ class LayoutSpec(Section):
     def _usable(self) -> Self:
         if self.checkpoints.count(SCHEME_PLACE) != 1 or SCHEME_PLACE not in Path(self.checkpoints).name:
             raise ValueError(f"checkpoints {self.checkpoints!r}: the last part of the path needs {SCHEME_PLACE}, once")
+        if self.report is not None and not self.report.endswith(".md"):
+            raise ValueError(f"report {self.report!r}: it is Markdown; name a file that ends in .md")
         return self
 
 
@@ -429,6 +439,18 @@ def _resolve_model(path: str, base: Path) -> str:
     return resolve_path(path, base)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML, and refuses a key that is written twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; YAML's own way takes the last of equal keys."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: Path) -> Recipe:
     """Return the recipe in the YAML file at `path`, with absolute paths.
 
@@ -436,7 +458,7 @@ def read_recipe(path: Path) -> Recipe:
         RecipeError: the file is missing, isn't YAML, or isn't a recipe.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist; see recipes/ for examples") from None
     except IsADirectoryError:

@@ -57,13 +57,18 @@ def model_class(config: Any) -> Any:
     import transformers
 
     names = getattr(config, "architectures", None) or []
-    names = [str(name) for name in names] if isinstance(names, list | tuple) else [str(names)]
+    if not names or not isinstance(names, list | tuple):
+        raise UnsupportedModel(
+            "config.json has no list of `architectures`; put the name of the model's transformers class there, "
+            '"architectures": ["LlamaForCausalLM"] for example'
+        )
+    names = [str(name) for name in names]
     for name in names:
         found = getattr(transformers, name, None)
         if found is not None:
             return found
     raise UnsupportedModel(
-        f"config.json names the architecture {', '.join(names) or '(none)'}, which transformers "
+        f"config.json names the architecture {', '.join(names)}, which transformers "
         f"{transformers.__version__} doesn't have; upgrade transformers or use a model without remote code"
     )
 

@@ -161,7 +161,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise ModelError(f"model directory {directory} does not exist; check model.path") from None
         raise ModelError(f"{directory} has no config.json; name a Hugging Face model directory") from None
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path} is damaged ({error}); fetch it again") from error
+        remedy = "save it as UTF-8 without a byte order mark" if "BOM" in str(error) else "fetch it again"
+        raise ModelError(f"{path} is damaged ({error}); {remedy}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds no JSON object; name a Hugging Face model directory, or fetch it again")
     return config

@@ -95,6 +95,8 @@ def samples_of(spec: DataSpec) -> list[Sample]:
         prompt = row.get("prompt", spec.prompt)
         if not isinstance(prompt, str):
             raise DataError(f"{where}: 'prompt' is {json.dumps(prompt)[:40]}; make it a string, or leave it out")
+        for text in (row["image"], prompt, row[spec.text_field]):
+            check_text(text, where, frozenset())
         try:
             image = pictures.resolved(row["image"], path.parent)
         except DataError as error:

@@ -44,6 +44,8 @@ def _reason(error: Exception) -> str:
     words = str(error)
     if "trust_remote_code" in words:
         return "it needs Python code of its own (auto_map), which is never run; use a model that transformers knows"
+    if "backend tokenizer" in words:
+        return "no tokenizer.json, and no vocabulary that transformers turns into one; fetch the tokenizer's files"
     if "orchvision" in words:
         return "it needs torchvision: pip install torchvision"
     return next((line.strip() for line in words.splitlines() if line.strip()), type(error).__name__)

@@ -108,11 +108,14 @@ def as_loaded(directory: Path) -> Iterator[Path]:
 
     transformers prefers `model.safetensors` to the shards of an index, and applies an adapter that lies beside them.
     """
-    wanted = [*WeightFiles.open(directory).files, INDEX_FILE, "config.json", _GENERATION_FILE]
+    weights = WeightFiles.open(directory)
     with scratch_directory() as scratch:
-        for name in wanted:
+        for name in (*weights.files, "config.json", _GENERATION_FILE):
             if (directory / name).exists():
                 (scratch / name).symlink_to((directory / name).resolve())
+        if (directory / INDEX_FILE).exists():  # of what the files hold, with the metadata that transformers insists on
+            table = {name: info.file for name, info in weights.tensors.items()}
+            (scratch / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": table}), encoding="utf-8")
         yield scratch
 
 

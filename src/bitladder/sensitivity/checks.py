@@ -17,6 +17,8 @@ from bitladder.sensitivity import Amax
 from bitladder.targets import ZERO_WEIGHTS, Target, checkpoint_tensor_names
 from bitladder.weights import WeightFiles, all_finite
 
+# Below it amax / 448 is no normal float32 number, or 448 / amax no finite one.
+_LEAST_AMAX = 448 * 2 * torch.finfo(torch.float32).tiny
 _KV_SUFFIXES = (".k_amax", ".v_amax")
 
 
@@ -82,7 +84,11 @@ def _why_no_scale(module: str, amax: Amax) -> str | None:
         return ZERO_WEIGHTS
     if weights is None or inputs is None:
         return "reached by no calibration sample: no FP8 scale"
-    return "all zero in its input during calibration: no FP8 scale" if float(inputs) == 0 else None
+    if float(inputs) == 0:
+        return "all zero in its input during calibration: no FP8 scale"
+    if min(float(weights), float(inputs)) < _LEAST_AMAX:
+        return f"too small (weights up to {float(weights):.1e}, inputs up to {float(inputs):.1e}): no FP8 scale"
+    return None
 
 
 def _left_alone(group: QuantGroup, reasons: dict[str, str]) -> list[UntouchedModule]:
