@@ -177,6 +177,12 @@ def summary(cells: dict[str, str]) -> str:
     return "; ".join(f"{step}: {cell[:150]}" for step, cell in bad.items()) or OK
 
 
+def counted(rows: int) -> str:
+    """Return how many rows the page has, and of how many where some are missing."""
+    every = len(list(tiny_architectures.architectures()))
+    return f"{rows} rows" if rows >= every else f"{rows} of {every} rows so far, in alphabetical order"
+
+
 def render(record: dict[str, Any]) -> str:
     """Return docs/architectures.md."""
     from bitladder.report.render import markdown_table
@@ -202,14 +208,18 @@ def render(record: dict[str, Any]) -> str:
     table = markdown_table(["architecture", "model type", *STEPS], rows, left=2 + len(STEPS))
     reasons = "\n".join(f"{number}. {reason}" for number, reason in listed.items())
     return PAGE_TEXT.format(
-        table=table.strip(), reasons=reasons, count=len(rows), totals=totals(record), where=environment_of(record)
+        table=table.strip(),
+        reasons=reasons,
+        count=counted(len(rows)),
+        totals=totals(record),
+        where=environment_of(record),
     )
 
 
 PAGE_TEXT = """\
 # Architectures
 
-What Bitladder makes of every decoder architecture that the installed transformers names: {count} rows, the model
+What Bitladder makes of every decoder architecture that the installed transformers names: {count}, the model
 classes of its auto mappings for causal, image-text and multimodal language models, some in several kinds (after the
 colon). Made by `python benchmarks/architectures.py` on tiny random models; a part of it runs in the tests
 (`tests/test_architectures.py`).

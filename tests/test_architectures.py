@@ -61,6 +61,8 @@ VERIFIED = (
     "Qwen3VLForConditionalGeneration",
     "Qwen3_5ForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
+    "ChameleonForConditionalGeneration",
+    "Emu3ForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
     "Mistral3ForConditionalGeneration",

@@ -1067,8 +1067,8 @@ def run(work: Workspace, measurement: Path | None = None) -> report.Report:
     for spec in work.recipe.schemes:
         work.check_place(work.checkpoint_directory(spec.name))
     with work.locked():
-        look(work, held_out=True)
         if measurement is None:
+            look(work, held_out=True)
             measure(work)
         else:
             take_over(work, measurement)

@@ -114,6 +114,13 @@ class ModelSource(Part):
     files: tuple[FileDigest, ...] = ()
     provenance: str | None = Field(default=None, description="where the weights come from, by its file PROVENANCE")
 
+    @model_serializer(mode="wrap")
+    def _without_unknown_provenance(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if self.provenance is None:  # digests stay what they were before there was such a file
+            content.pop("provenance", None)
+        return content
+
 
 class DataSummary(Part):
     """What a data set gave: enough to make it again and to see that it is the same.

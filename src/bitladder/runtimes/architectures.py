@@ -363,8 +363,10 @@ def _add_open(need: Architecture, stored: Mapping[str, tuple[int, ...]]) -> None
         if name.rpartition(".")[2] in (*SCALES, *_KV_SCALES):
             continue
         need.add(name, *shape)
-        if len(shape) == 2 and name.endswith(".weight") and "embed" not in name:
-            need.linears.append(name.removesuffix(".weight"))
+        module = name.removesuffix(".weight")
+        leaf = module.rpartition(".")[2]
+        if len(shape) == 2 and module != name and "embed" not in name and "norm" not in leaf:
+            need.linears.append(module)
 
 
 def uneven_layers(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:

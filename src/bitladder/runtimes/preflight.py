@@ -48,6 +48,7 @@ _KV_SCALE = re.compile(
 )
 # Tensors that older checkpoints carry and that runtimes compute themselves.
 # Source: vllm model_executor/models/utils.py, AutoWeightsLoader.REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER.
+_COUNTERS = ("I64", "I32", "BOOL")  # buffers that count or index; no runtime casts them
 _RECOMPUTED = re.compile(r"rotary_(?:emb|pos_emb)\.(?:inv_freq|cos_cached|sin_cached)$")
 
 
@@ -304,7 +305,7 @@ class _Check:
                     f"is stored as {tensor.dtype}; quant_algo FP8 is {E4M3}, other values would be cast",
                     EXPORT_AGAIN,
                 )
-            elif name not in linear and tensor.dtype not in SIXTEEN_BIT:
+            elif name not in linear and tensor.dtype not in (*SIXTEEN_BIT, *_COUNTERS):
                 self._wrong(name, tensor.dtype, "is no linear, so it runs in 16 bits")
         for layer in self.rules.layers if self.reproduced else ():
             self._format(layer)
