@@ -179,6 +179,8 @@ def summary(cells: dict[str, str]) -> str:
 
 def counted(rows: int) -> str:
     """Return how many rows the page has, and of how many where some are missing."""
+    import tiny_architectures
+
     every = len(list(tiny_architectures.architectures()))
     return f"{rows} rows" if rows >= every else f"{rows} of {every} rows so far, in alphabetical order"
 
