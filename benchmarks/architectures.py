@@ -196,6 +196,7 @@ def render(record: dict[str, Any]) -> str:
         if cell in (None, OK):
             return cell or ""
         reason = cell.removeprefix(REFUSED).removeprefix(NOT_BUILT).removeprefix(NOT_RUN)
+        reason = re.sub(r"/\S+/model\b", "MODEL", reason)  # no path of the machine that measured
         number = numbers.setdefault(generic(reason), len(numbers) + 1)
         listed.setdefault(number, reason)
         return f"{kind_of(cell)} [{number}](#reasons)"
