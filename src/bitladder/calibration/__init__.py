@@ -21,7 +21,7 @@ from bitladder.calibration.messages import chats_line, load_conversations
 from bitladder.calibration.pairs import Sample, check_samples, encode, prompt_inputs, samples_of
 from bitladder.calibration.processors import has_template, load_processor, tokenizer_of
 from bitladder.calibration.special import check_ids, prefix_of
-from bitladder.calibration.text import pool_size, token_rows
+from bitladder.calibration.text import token_rows
 from bitladder.errors import DataError
 from bitladder.recipe import GENERATED, MESSAGES, PAIR_KINDS, DataSpec
 from bitladder.records import DataSummary
@@ -103,8 +103,7 @@ def load_data(
                 raise DataError("data of kind generated is written by the model: give its rows")
             rows = written
         else:
-            most = pool_size(spec, samples, len(avoided))
-            rows = token_rows(spec, processor, sequence_length, most)
+            rows = token_rows(spec, processor, sequence_length, samples, len(avoided))
         ids = [sha256_of_bytes(row.numpy().tobytes()) for row in rows]
         unit = f"rows of {sequence_length} tokens"
     order = list(range(len(ids)))

@@ -160,7 +160,7 @@ def pool_size(spec: DataSpec, samples: int, avoided: int) -> int | None:
     return _ROWS_PER_SAMPLE * samples + avoided if streamed else None
 
 
-def token_rows(spec: DataSpec, processor: Any, length: int, most: int | None = None) -> torch.Tensor:
+def token_rows(spec: DataSpec, processor: Any, length: int, samples: int, avoided: int = 0) -> torch.Tensor:
     """Return the source's rows of `length` tokens, [rows, length]; documents are separated by the EOS token.
 
     Every row begins with what the tokenizer puts before a text by itself (`special.prefix_of`), and goes on with the
@@ -170,13 +170,14 @@ def token_rows(spec: DataSpec, processor: Any, length: int, most: int | None = N
         spec: where the texts come from.
         processor: the model's processor or tokenizer.
         length: tokens a row.
-        most: rows, after which reading ends; None: all.
+        samples: rows that are asked for.
+        avoided: rows at most that won't be taken.
 
     Raises:
         DataError: malformed data, no text at all, or rows that are too short to hold any.
     """
     tokenizer, forbidden = tokenizer_of(processor), placeholders(processor)
-    prefix = prefix_of(tokenizer)
+    prefix, most = prefix_of(tokenizer), pool_size(spec, samples, avoided)
     taken = length - len(prefix)
     if taken < 1:
         raise DataError(f"sequence_length {length} holds only what the tokenizer puts first; use at least {length + 1}")
@@ -191,7 +192,10 @@ def token_rows(spec: DataSpec, processor: Any, length: int, most: int | None = N
         if most is not None and len(stream) >= most * taken:
             break
     if empty:
-        raise DataError(f"{spec.path} holds no text: every text in it is empty")
+        raise DataError(
+            f"{spec.path} holds no text: every text in it is empty, so it holds 0 rows of {length} tokens; {samples} "
+            "were asked for: give data with text in it"
+        )
     rows = len(stream) // taken if most is None else min(most, len(stream) // taken)
     cut = torch.tensor(stream[: rows * taken], dtype=torch.long).view(rows, taken)
     return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(rows, -1), cut], 1) if prefix else cut
