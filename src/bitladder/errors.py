@@ -78,3 +78,8 @@ class ProbeFailed(BitladderError):
 
 class EngineError(BitladderError):
     """ModelOpt or transformers behaved otherwise than we rely on."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of somebody else's error that isn't blank, or the error's kind: for a line of ours."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -60,6 +60,7 @@ from bitladder.errors import (
     RecordError,
     StaleRecord,
     VerificationFailed,
+    reason_of,
 )
 from bitladder.formats import get_format
 from bitladder.prediction import KlMap
@@ -133,7 +134,7 @@ def fetch_model(path: str, revision: str | None) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(path, revision=revision))
     except Exception as error:  # the hub's client raises its own and the network's errors
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = reason_of(error)
         raise ModelError(f"model {path} can't be fetched from the Hub ({reason}); name a local directory") from error
 
 
@@ -325,11 +326,9 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
         vllm_version(Path(recipe.runtimes.vllm.python))
     if not (work.output / sensitivity.MEASUREMENT_FILE).exists():
         sensitivity.check_engine(recipe.measurement, work.target)
-    processor, sets = calibration.load_processor(directory), list[calibration.DataSet]()
-    for spec in recipe.calibration:
-        if spec.data.kind != GENERATED:  # which the model has to write first
-            seen = calibration.interleaved(sets).summary if sets else None
-            sets.append(_load_set(work, spec, spec.data, processor, seen))
+    processor = calibration.load_processor(directory)
+    readable = [spec for spec in recipe.calibration if spec.data.kind != GENERATED]  # others the model has to write
+    sets = _calibration_sets(work, readable, processor)
     for one in recipe.held_out if held_out else ():
         source = one.data or recipe.calibration[0].data
         if source.kind != GENERATED:
@@ -343,11 +342,17 @@ def calibration_data(work: Workspace) -> calibration.DataSet:
     Raises:
         BitladderError: see `calibration.load_data` and `generation`.
     """
-    processor, sets = calibration.load_processor(work.model_directory), list[calibration.DataSet]()
-    for spec in work.recipe.calibration:
+    processor = calibration.load_processor(work.model_directory)
+    return calibration.interleaved(_calibration_sets(work, work.recipe.calibration, processor))
+
+
+def _calibration_sets(work: Workspace, specs: Sequence[SampleSpec], processor: Any) -> list[calibration.DataSet]:
+    """Return the batches of calibration sets, none of which has a sample of one before."""
+    sets: list[calibration.DataSet] = []
+    for spec in specs:
         seen = calibration.interleaved(sets).summary if sets else None
         sets.append(_load_set(work, spec, spec.data, processor, seen))
-    return calibration.interleaved(sets)
+    return sets
 
 
 def _load_set(

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from bitladder.anatomy import Anatomy, look
-from bitladder.errors import ModelError, UnsupportedModel
+from bitladder.errors import ModelError, UnsupportedModel, reason_of
 from bitladder.models.fusing import Fusing
-from bitladder.models.sources import as_loaded, check_fit, check_head, check_side_files
+from bitladder.models.sources import as_loaded, check_fit, check_head, check_side_files, names_when_loaded
 from bitladder.records import QuantGroup, QuantModule, UntouchedModule
 from bitladder.weights import SIXTEEN_BIT_DTYPES, WeightFiles, read_config
 
@@ -95,12 +95,8 @@ def load_config(directory: Path) -> Any:
                 f"architectures of transformers {transformers.__version__} are taken: upgrade it, or convert the model "
                 "to one that it has"
             ) from error
-        raise UnsupportedModel(f"transformers can't read {directory / 'config.json'}: {_first_line(error)}") from error
+        raise UnsupportedModel(f"transformers can't read {directory / 'config.json'}: {reason_of(error)}") from error
     return _unquantised(config)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _quantised_by(config: Mapping[str, Any], directory: Path) -> str | None:
@@ -180,7 +176,7 @@ def load_model(
                 None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
             )
     except (RuntimeError, OSError, ValueError) as error:
-        raise ModelError(f"transformers can't load {directory}: {_first_line(error)}") from error
+        raise ModelError(f"transformers can't load {directory}: {reason_of(error)}") from error
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])]
     if wrong:
         raise ModelError(
@@ -204,20 +200,9 @@ def checkpoint_tensor_names(model: nn.Module, names: Iterable[str]) -> dict[str,
 
     Source: transformers.core_model_loading.convert_and_load_state_dict_in_model.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state = model.state_dict()
-    prefix = getattr(model, "base_model_prefix", "")
-    table = {}
-    for name in names:
-        renamed, converted_by = rename_source_key(name, renamings, converters, prefix, state)
-        if converted_by is None and renamed in state:
-            table[name] = renamed
-    return table
+    found = names_when_loaded(model, names).items()
+    return {name: made for name, (made, is_converted) in found if not is_converted and made in state}
 
 
 def image_token_ids(config: Any) -> list[int]:

@@ -21,7 +21,7 @@ from bitladder.calibration.batches import IGNORED_LABEL, Batch, DataSet, fingerp
 from bitladder.calibration.processors import has_template, template_of, tokenizer_of
 from bitladder.calibration.special import begun_once, check_ids, check_text, placeholders, prefix_of
 from bitladder.calibration.text import data_set_rows, is_conversation, jsonl_rows, of_a_file, pool_size
-from bitladder.errors import DataError
+from bitladder.errors import DataError, reason_of
 from bitladder.recipe import DataSpec
 from bitladder.records import ALL_TOKENS, ASSISTANT_TURNS, Counted, DataSummary, digest_of
 
@@ -281,7 +281,7 @@ class Writer:
                 add_generation_prompt=False,
             )
         except Exception as error:  # a template is a program: it raises what it likes
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = reason_of(error)
             raise DataError(
                 f"{conversation.where}: the model's chat template can't write this conversation "
                 f"({reason.rstrip('.')}); correct or remove it"

@@ -13,7 +13,7 @@ from bitladder.calibration import pictures
 from bitladder.calibration.processors import template_of, tokenizer_of
 from bitladder.calibration.special import begun_once, check_text, placeholders
 from bitladder.calibration.text import jsonl_rows, read_text
-from bitladder.errors import DataError
+from bitladder.errors import DataError, reason_of
 from bitladder.recipe import DataSpec
 from bitladder.records import digest_of
 
@@ -121,7 +121,7 @@ def _rendered(sample: Sample, processor: Any, *, with_answer: bool, with_image: 
     except Exception as error:  # a template is a program: it raises what it likes
         raise DataError(
             sample.located(
-                f"the model's chat template can't write a picture, a prompt and an answer ({_first_line(error)}); "
+                f"the model's chat template can't write a picture, a prompt and an answer ({_without_stop(error)}); "
                 "calibrate the model on text, or mend chat_template.jinja"
             )
         ) from error
@@ -162,20 +162,19 @@ def encode(samples: Sequence[Sample], processor: Any, *, with_answer: bool, padd
                 encode([sample], processor, with_answer=with_answer, padding_side=padding_side)
             raise DataError(
                 f"{samples[0].located('this pair')} and the next {len(samples) - 1} don't go into one batch "
-                f"({_first_line(error)}); set batch_size: 1"
+                f"({_without_stop(error)}); set batch_size: 1"
             ) from error
         picture = samples[0].load_image()
         raise DataError(
             samples[0].located(
                 f"the model's processor refuses picture {pictures.shown(samples[0].image)} of {picture.width} x "
-                f"{picture.height} pixels with its prompt ({_first_line(error)}); change or remove the sample"
+                f"{picture.height} pixels with its prompt ({_without_stop(error)}); change or remove the sample"
             )
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+def _without_stop(error: Exception) -> str:
+    return reason_of(error).rstrip(".")
 
 
 def _encoded(samples: Sequence[Sample], processor: Any, *, with_answer: bool, padding_side: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bitladder.errors import DataError, ModelError
+from bitladder.errors import DataError, ModelError, reason_of
 
 # What transformers says where the video half of a processor is what can't be built.
 _VIDEO_HALF = ("orchvision", "VIDEO_PROCESSOR", "video processor")
@@ -48,7 +48,7 @@ def _reason(error: Exception) -> str:
         return "no tokenizer.json, and no vocabulary that transformers turns into one; fetch the tokenizer's files"
     if "orchvision" in words:
         return "it needs torchvision: pip install torchvision"
-    return next((line.strip() for line in words.splitlines() if line.strip()), type(error).__name__)
+    return reason_of(error)
 
 
 def _image_processor_only(directory: Path) -> Any:

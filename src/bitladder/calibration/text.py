@@ -9,7 +9,7 @@ import torch
 
 from bitladder.calibration.processors import tokenizer_of
 from bitladder.calibration.special import check_text, ids_of, placeholders, prefix_of, without_prefix
-from bitladder.errors import DataError
+from bitladder.errors import DataError, reason_of
 from bitladder.recipe import MESSAGES, DataSpec, names_a_file
 
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"  # first bytes of files that aren't text
@@ -100,7 +100,7 @@ def data_set_rows(spec: DataSpec) -> Iterator[tuple[int, dict[str, Any]]]:
             rows = datasets.load_dataset(spec.path, spec.subset, split=split, streaming=streaming)
         yield from enumerate(map(dict, rows), start=1)
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise DataError(f"data set {spec.path} (split {split}) can't be loaded: {reason}") from error
 
 

@@ -8,7 +8,7 @@ damaged one is found before anything is computed.
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,8 +136,13 @@ def check_fit(model: Any, weights: WeightFiles, table: dict[str, str]) -> None:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     missing = {name for name, _ in model.named_parameters()} - set(table.values()) - set(tied)
     if left and missing:
-        missing -= _made_by_conversion(model, left, missing)
-        left -= _converted(model, left)
+        converted = {
+            name: made for name, (made, is_converted) in names_when_loaded(model, left).items() if is_converted
+        }
+        # What is merged or split becomes the parameters beside which it lies.
+        parents = tuple(f"{made.rpartition('.')[0].rpartition('.')[0]}." for made in converted.values())
+        missing = {name for name in missing if not name.startswith(parents)}
+        left -= set(converted)
     found = SimpleNamespace(missing_keys=missing, unexpected_keys=left)
     model._adjust_missing_and_unexpected_keys(found)  # what this class doesn't mind
     wrong = sorted({*odd, *found.missing_keys, *found.unexpected_keys})
@@ -148,8 +153,11 @@ def check_fit(model: Any, weights: WeightFiles, table: dict[str, str]) -> None:
         )
 
 
-def _conversions(model: Any, names: set[str]) -> dict[str, str]:
-    """Return of each tensor that transformers merges or splits on loading what it calls the result."""
+def names_when_loaded(model: Any, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Return what transformers calls each tensor of the files while it loads them, and whether it merges or splits it.
+
+    Source: transformers.core_model_loading.convert_and_load_state_dict_in_model.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -158,17 +166,7 @@ def _conversions(model: Any, names: set[str]) -> dict[str, str]:
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state, prefix = model.state_dict(), getattr(model, "base_model_prefix", "")
     found = {name: rename_source_key(name, renamings, converters, prefix, state) for name in names}
-    return {name: renamed for name, (renamed, by) in found.items() if by is not None}
-
-
-def _converted(model: Any, names: set[str]) -> set[str]:
-    return set(_conversions(model, names))
-
-
-def _made_by_conversion(model: Any, names: set[str], parameters: set[str]) -> set[str]:
-    """Return the parameters that are made of these tensors by merging or splitting: those beside which they lie."""
-    parents = {made.rpartition(".")[0].rpartition(".")[0] for made in _conversions(model, names).values()}
-    return {name for name in parameters if any(name.startswith(f"{parent}.") for parent in parents)}
+    return {name: (renamed, by is not None) for name, (renamed, by) in found.items()}
 
 
 def check_head(model: Any, weights: WeightFiles, tensor_of: dict[str, str]) -> None:
