@@ -103,9 +103,14 @@ def _workspace(recipe: Path, output: Path | None) -> Iterator["Workspace"]:
                 tasks[phase] = bars.add_task(phase, total=total)
             bars.update(tasks[phase], completed=done, total=total)  # type: ignore[arg-type]
 
+        def tell(line: str) -> None:
+            bars.console.print(line, soft_wrap=True, highlight=False, markup=False)
+
         before = signal.signal(signal.SIGINT, stop)
         try:
-            yield Workspace(parsed, (output or Path(parsed.output)).expanduser().resolve(), progress)
+            place = (output or Path(parsed.output)).expanduser().resolve()
+            console.print(f"Output: {place}", soft_wrap=True, highlight=False, markup=False)
+            yield Workspace(parsed, place, progress, tell)
         except KeyboardInterrupt as error:
             raise _Interrupted from error
         finally:

@@ -491,7 +491,6 @@ def read_recipe(path: Path) -> Recipe:
             "model": recipe.model.model_copy(update={"path": _resolve_model(recipe.model.path, base)}),
             "calibration": tuple(spec.model_copy(update={"data": data(spec.data)}) for spec in recipe.calibration),
             "held_out": held_out,
-            # Outputs land where the user stands, not beside the recipe.
-            "output": str(Path(recipe.output).expanduser().resolve()),
+            "output": str((base / Path(recipe.output).expanduser()).resolve()),
         }
     )

@@ -34,7 +34,7 @@ from bitladder.kv_cache import cached_layers
 from bitladder.recipe import MeasureSpec, WorkersSpec
 from bitladder.records import Candidate, FileDigest, Measurement, ModelSource, Rounding, digest_of
 from bitladder.runinfo import Meter, Progress, no_progress
-from bitladder.storage import atomic_path, atomic_write, discard, sha256_of_file
+from bitladder.storage import atomic_path, atomic_write, discard, seal, sha256_of_file, unseal, unsealed
 from bitladder.targets import Target
 
 MEASUREMENT_FILE = "measurement.json"
@@ -93,16 +93,19 @@ class Partial:
     def __init__(self, directory: Path, key: str) -> None:
         self.directory = directory.absolute()  # other processes may stand elsewhere
         path = directory / "key.json"
-        known = None
-        if path.exists():
-            try:
-                known = json.loads(path.read_text())
-            except ValueError:
-                known = None
-        if known != {"key": key}:
+        damaged = unsealed(directory)
+        if path in damaged or not path.exists() or path.read_text() != json.dumps({"key": key}):
             discard(directory)
             directory.mkdir(parents=True)
-            atomic_write(path, json.dumps({"key": key}))
+            self._keep_text(path, json.dumps({"key": key}))
+        else:
+            for one in damaged:  # what was in it is found again
+                discard(one)
+
+    @staticmethod
+    def _keep_text(path: Path, text: str) -> None:
+        atomic_write(path, text)
+        seal(path)
 
     def codes_file(self, layer: int) -> Path:
         """Return where the codes of a decoder layer's modules are kept, once they are made."""
@@ -119,8 +122,10 @@ class Partial:
 
     def keep_amax(self, amax: Amax) -> None:
         """Store the amax values."""
-        with atomic_path(self.directory / "amax.safetensors") as temporary:
+        path = self.directory / "amax.safetensors"
+        with atomic_path(path) as temporary:
             save_file(amax, temporary)
+        seal(path)
 
     def scores(self, batch: int) -> BatchScores | None:
         """Return the scores of a finished batch, or None."""
@@ -132,7 +137,7 @@ class Partial:
 
     def keep_scores(self, batch: int, scores: BatchScores) -> None:
         """Store the scores of one batch (floats survive JSON exactly)."""
-        atomic_write(self.directory / f"scores-{batch:05}.json", json.dumps(scores))
+        self._keep_text(self.directory / f"scores-{batch:05}.json", json.dumps(scores))
 
     def remove(self) -> None:
         """Remove everything, once the measurement is written."""
@@ -356,6 +361,7 @@ def _keep_codes(partial: Partial, output: Path, data: DataSet, spec: MeasureSpec
 
     made, kept = partial.directory / CODES, output / CODES
     if made.exists():
+        unseal(made)
         discard(kept)
         os.replace(made, kept)
     paths = sorted(kept.glob("*.safetensors"))
