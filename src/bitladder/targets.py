@@ -17,7 +17,14 @@ from torch import nn
 from bitladder.anatomy import Anatomy, look
 from bitladder.errors import ModelError, UnsupportedModel, reason_of
 from bitladder.models.fusing import Fusing
-from bitladder.models.sources import as_loaded, check_fit, check_head, check_side_files, names_when_loaded
+from bitladder.models.sources import (
+    as_loaded,
+    check_fit,
+    check_head,
+    check_side_files,
+    names_when_loaded,
+    split_when_loaded,
+)
 from bitladder.records import QuantGroup, QuantModule, UntouchedModule
 from bitladder.weights import SIXTEEN_BIT_DTYPES, WeightFiles, read_config
 
@@ -347,14 +354,15 @@ def find_target(directory: Path) -> Target:
         )
         raise UnsupportedModel(f"{type(model).__name__}: nothing to quantise in {layers}: {why}")
     untouched = []
+    whole = split_when_loaded(model, weights.tensors)
     for name in matrices:
         if name not in reasons:
             continue
         tensor = tensor_of.get(f"{name}.weight")
         if tensor is None and f"{name}.weight" in tied:
             tensor = f"{name}.weight"  # tied: not in the files, but the runtime builds the module
-        if tensor is None:
-            tensor = f"{name}.weight"  # merged or split on loading: the runtime knows the module's own name
+        if tensor is None:  # split on loading: the runtime knows it whole; merged: by the module's own name
+            tensor = whole.get(f"{name}.weight", f"{name}.weight")
         untouched.append(
             UntouchedModule(name=name, checkpoint_name=tensor.removesuffix(".weight"), reason=reasons[name])
         )

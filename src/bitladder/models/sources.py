@@ -169,6 +169,29 @@ def names_when_loaded(model: Any, names: Iterable[str]) -> dict[str, tuple[str, 
     return {name: (renamed, by is not None) for name, (renamed, by) in found.items()}
 
 
+def split_when_loaded(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the stored tensor that each parameter is a part of: transformers splits it, runtimes know it whole.
+
+    Source: transformers.core_model_loading.WeightConverter: one source pattern, several targets.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    state = model.state_dict()
+    several = [
+        [pattern.strip("^$") for pattern in transform.target_patterns]
+        for transform in get_model_conversion_mapping(model)
+        if len(transform.source_patterns) == 1 < len(transform.target_patterns)
+    ]
+    return {
+        part: name
+        for name, (made, is_converted) in names_when_loaded(model, names).items()
+        for targets in several
+        if is_converted and targets[0] in made
+        for target in targets
+        if (part := made.replace(targets[0], target)) in state
+    }
+
+
 def check_head(model: Any, weights: WeightFiles, tensor_of: dict[str, str]) -> None:
     """Check that a vocabulary head that is stored and a configuration that ties it to the embedding agree.
 
