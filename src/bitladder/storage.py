@@ -42,7 +42,7 @@ def sha256_of_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, a quota, a missing permission or a file in the way of `path` into one `OutputError`."""
+    """Turn what the system says against writing `path` into one `OutputError`: space, permission, a file in the way."""
     try:
         yield
     except OSError as error:
@@ -57,7 +57,11 @@ def explain_os_errors(path: Path) -> Iterator[None]:
             raise OutputError(
                 f"something is in the way of {path} ({error.strerror}); move it or choose another output directory"
             ) from error
-        raise
+        if error.errno == errno.ENAMETOOLONG:
+            raise OutputError(f"the name of {path} is too long for the disk; choose a shorter one") from error
+        where = "" if error.filename is None or str(error.filename) == str(path) else f", {error.filename}"
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path} can't be written ({reason}{where}); choose another output directory") from error
 
 
 def fsync_path(path: Path) -> None:
