@@ -250,3 +250,30 @@ def test_the_command_line_says_what_the_system_says_with_status_2(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: x.yaml: Input/output error")
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ("{report: report.md}", "its own report.md"),
+        ("{report: schemes/x.md}", "its own schemes"),
+        ("{checkpoints: 'probes/{scheme}.json'}", "its own probes"),
+        ("{checkpoints: 'x/../measuring/{scheme}'}", "its own measuring"),
+        ("{checkpoints: '../{scheme}', manifests: true}", None),
+        ("{checkpoints: 'elsewhere/{scheme}', report: elsewhere/page.md}", None),
+    ],
+)
+def test_a_layout_that_collides_with_our_own_files_is_refused_before_work(tmp_path, layout, words):
+    path = recipe_with(tmp_path, "output: runs", f"output: runs\nlayout: {layout}")
+    if words is None:
+        assert read_recipe(path).layout.checkpoints
+        return
+    with pytest.raises(RecipeError, match=words):
+        read_recipe(path)
+
+
+def test_a_scheme_whose_checkpoint_would_be_a_file_of_ours_is_refused(tmp_path):
+    path = recipe_with(tmp_path, "name: half", "name: evaluations")
+    path.write_text(path.read_text() + "layout: {checkpoints: '{scheme}'}\n")
+    with pytest.raises(RecipeError, match="its own evaluations"):
+        read_recipe(path)

@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, Self, get_args
 
 from pydantic import (
@@ -32,6 +32,29 @@ PACKAGE_PREFIX = "package:"
 SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name goes
 DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
 _MAX_SHOWN = 100  # characters of a wrong value that an error repeats
+# What lies in the output directory itself: a layout that names one of these would overwrite it.
+_OURS = frozenset(
+    [
+        "run.json",
+        "measurement.json",
+        "measurement.safetensors",
+        "kl_points.json",
+        "refinements.json",
+        "schemes",
+        "verification.json",
+        "evaluations",
+        "evidence.json",
+        "generated",
+        "probes",
+        "report.html",
+        "report.md",
+        "report.json",
+        "figures",
+        "measuring",
+        "codes",
+        ".lock",
+    ]
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_NAME = 100  # characters: it becomes a part of file names
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -263,6 +286,31 @@ class LayoutSpec(Section):
             raise ValueError(f"report {self.report!r}: it is Markdown; name a file that ends in .md")
         return self
 
+    def problem(self, output: str, names: Sequence[str]) -> str | None:
+        """Return which of the places collide with one another or with what lies in the output, or None."""
+        root = PurePath(os.path.normpath(output))
+        places: dict[PurePath, str] = {}
+        for name in names:
+            place = self.checkpoints.replace(SCHEME_PLACE, name)
+            wanted = [(place, f"checkpoints of {name}")]
+            wanted += [(f"{place}.manifest.json", f"manifests of {name}")] if self.manifests else []
+            for path, what in wanted:
+                whole = PurePath(os.path.normpath(root / path))
+                near = (known for known in places if whole.is_relative_to(known) or known.is_relative_to(whole))
+                inside = next(near, None)
+                if inside is not None:
+                    return f"layout puts {what} where {places[inside]} goes ({path}); name another place"
+                places[whole] = what
+        if self.report is not None:
+            places.setdefault(PurePath(os.path.normpath(root / self.report)), "report")
+        for whole, what in places.items():
+            if root.is_relative_to(whole):
+                return f"layout puts {what} where the output itself is ({whole}); name a directory in it"
+            first = whole.relative_to(root).parts[0] if whole.is_relative_to(root) else ""
+            if first in _OURS or first.startswith(".bitladder-tmp-"):
+                return f"layout puts {what} at {whole}, where Bitladder keeps its own {first}; name another place"
+        return None
+
 
 class ControlSpec(Section):
     """Other choices of groups at each scheme's bits, evaluated beside it to show what the search is worth."""
@@ -334,7 +382,7 @@ class Recipe(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two schemes are named {twice[0]}; rename one")
-        problem = self.workers.problem(self.measurement)
+        problem = self.layout.problem(self.output, names) or self.workers.problem(self.measurement)
         if problem is not None:
             raise ValueError(problem)
         sets = [held_out.name for held_out in self.held_out]
