@@ -155,9 +155,10 @@ def test_a_configuration_that_transformers_trips_over_is_refused_in_one_line(tin
 @pytest.mark.parametrize(
     "model", [None, {"type": "BPE", "vocab": {}, "merges": []}, {"type": "BPE", "vocab": {"a": -1}}]
 )
-def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tiny, tmp_path, model):
+def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tiny, tmp_path, change):
     directory = changed(tiny, tmp_path)
     content = json.loads((directory / "tokenizer.json").read_text())
+    model = change and {**content["model"], "vocab": {**content["model"]["vocab"], **change}}
     (directory / "tokenizer.json").write_text(json.dumps({**content, "model": model}))
     with pytest.raises(ModelError, match="no usable tokenizer") as caught:
         calibration.load_processor(directory)
