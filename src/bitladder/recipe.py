@@ -173,7 +173,7 @@ class MeasureSpec(Section):
         default="nearest", description="compensated: codes that make up for one another's errors (GPTQ)"
     )
     damping: float = Field(
-        default=0.1, gt=0, description="of compensated rounding; more of it trusts the calibration tokens less"
+        default=0.1, gt=0, le=1000, description="of compensated rounding; more of it trusts the calibration tokens less"
     )
     score_samples: int | None = Field(default=None, gt=0, description="samples scored; None: all calibration samples")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -246,7 +246,7 @@ class SchemeSpec(Section):
     coverage: float | None = Field(default=None, gt=0, le=1, description="share of the searched weights, at most")
     effective_bits: float | None = Field(default=None, gt=0, description="at most")
     max_predicted_score: float | None = Field(default=None, description="at most, in the measurement's unit")
-    max_kl: float | None = Field(default=None, gt=0, description="at most, as predicted, in nats per token")
+    max_kl: float | None = Field(default=None, gt=0, le=100, description="at most, as predicted, in nats per token")
     include: tuple[str, ...] | None = Field(default=None, description="glob patterns of groups or modules to quantise")
     exclude: tuple[str, ...] = Field(default=(), description="glob patterns of groups or modules never quantised")
     format: str | None = Field(default=None, description="with coverage or include, where the formats are several")
