@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from bitladder.errors import MeasurementError, RecordError
+from bitladder.reading import read_json
 from bitladder.storage import atomic_write, sha256_of_bytes
 
 SCHEMA_VERSION = 2
@@ -72,7 +73,7 @@ class Record(Part):
         """
         kind = cls.__name__
         try:
-            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            content = read_json(path, _refuse_constant)
         except FileNotFoundError:
             raise RecordError(f"{path} does not exist; run the step that writes this {kind} first") from None
         except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, NaN, nested without end

@@ -43,7 +43,7 @@ def sha256_of_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, a quota, a missing permission or a file in the way of `path` into one `OutputError`."""
+    """Turn what the system says against writing `path` into one `OutputError`: space, permission, a file in the way."""
     try:
         yield
     except OSError as error:
@@ -58,7 +58,11 @@ def explain_os_errors(path: Path) -> Iterator[None]:
             raise OutputError(
                 f"something is in the way of {path} ({error.strerror}); move it or choose another output directory"
             ) from error
-        raise
+        if error.errno == errno.ENAMETOOLONG:
+            raise OutputError(f"the name of {path} is too long for the disk; choose a shorter one") from error
+        where = "" if error.filename is None or str(error.filename) == str(path) else f", {error.filename}"
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path} can't be written ({reason}{where}); choose another output directory") from error
 
 
 def seal(path: Path) -> None:
@@ -67,7 +71,7 @@ def seal(path: Path) -> None:
 
 
 def unsealed(directory: Path) -> list[Path]:
-    """Return everything below `directory` but files with the SHA-256 that was written beside them, and what holds them."""
+    """Return all below `directory` but files with the SHA-256 that is written beside them, and what holds them."""
     everything = sorted(directory.rglob("*"))
     whole = {path for path in everything if path.suffix != _SEAL and _is_sealed(path)}
     kept = {kept for path in whole for kept in (path, _seal_of(path), *path.parents)}

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from bitladder.errors import ModelError, UnsupportedModel
+from bitladder.reading import check_regular, read_json
 from bitladder.records import CheckpointManifest
 from bitladder.storage import scratch_directory
 from bitladder.weights import INDEX_FILE, PROVENANCE_FILE, WeightFiles
@@ -42,6 +43,17 @@ _JSON_FILES = (
     "processor_config.json",
     "video_preprocessor_config.json",
     "chat_template.json",
+)
+_TEXT_FILES = (  # others that it opens by itself
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    PROVENANCE_FILE,
 )
 _GENERATION_FILE = "generation_config.json"
 _ADAPTER_FILE = "adapter_config.json"
@@ -90,12 +102,18 @@ def check_side_files(directory: Path) -> None:
             f"{directory} holds an adapter ({_ADAPTER_FILE}), not a model: merge it into its base model first "
             "(peft: model.merge_and_unload().save_pretrained(DIR)), and name that directory"
         )
+    for name in _TEXT_FILES:
+        try:
+            if (directory / name).exists():
+                check_regular(directory / name)
+        except OSError as error:
+            raise ModelError(f"{directory / name} can't be read ({error.strerror}); fetch it again") from error
     for name in _JSON_FILES:
         path = directory / name
         if not path.exists():
             continue
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} is damaged ({error}); fetch it again") from error
         if not isinstance(content, dict):
