@@ -447,6 +447,20 @@ class Verification(Record):
         """Whether no checkpoint and no pair has a finding."""
         return all(c.ok for c in self.checkpoints) and not any(p.findings for p in self.pairs)
 
+    def matches(self, scheme: str) -> bool | None:
+        """Return whether nothing speaks against a scheme's checkpoint; None: it wasn't checked.
+
+        What is wrong with a pair speaks against both, unless one of them has findings of its own.
+        """
+        own = {check.scheme: check.ok for check in self.checkpoints}
+        if not own.get(scheme, False):
+            return own.get(scheme)
+        return not any(
+            pair.findings and own.get(pair.first) and own.get(pair.second)
+            for pair in self.pairs
+            if scheme in (pair.first, pair.second)
+        )
+
 
 KL = "kl"  # the main metric: of the original's next-token distribution to the checkpoint's
 
