@@ -120,7 +120,11 @@ DAMAGE = {
     "weight_scale missing": (lambda t, n: t.pop(prefix(n) + "weight_scale"), ["weight_scale"], "missing"),
     "input_scale missing": (lambda t, n: t.pop(prefix(n) + "input_scale"), ["input_scale"], "missing"),
     "weight missing": (lambda t, n: t.pop(n), ["weight"], "missing"),
-    "weight_scale doubled": (lambda t, n: t[prefix(n) + "weight_scale"].mul_(2), ["weight_scale"], "the source's weights give"),
+    "weight_scale doubled": (
+        lambda t, n: t[prefix(n) + "weight_scale"].mul_(2),
+        ["weight_scale"],
+        "the source's weights give",
+    ),
     "input_scale zero": (lambda t, n: t[prefix(n) + "input_scale"].zero_(), ["input_scale"], "positive"),
     "scale in BF16": (
         lambda t, n: t.update({prefix(n) + "weight_scale": t[prefix(n) + "weight_scale"].bfloat16()}),
@@ -198,7 +202,11 @@ def edit_config(file, change):
     ("file", "change", "problem"),
     [
         ("config.json", lambda c: c["quantization_config"]["ignore"].pop(), "lacks"),
-        ("config.json", lambda c: c["quantization_config"]["ignore"].append("model.layers.1*"), "has 'model.layers.1*'"),
+        (
+            "config.json",
+            lambda c: c["quantization_config"]["ignore"].append("model.layers.1*"),
+            "has 'model.layers.1*'",
+        ),
         ("config.json", lambda c: c.pop("quantization_config"), "quantization_config is missing"),
         ("config.json", lambda c: c.update(hidden_size=63), "hidden_size is 63, it should be 64"),
         ("hf_quant_config.json", lambda c: c["quantization"]["exclude_modules"].pop(), "lacks"),
@@ -238,9 +246,9 @@ def test_only_the_damaged_one_of_a_pair_is_blamed(ladder, llama, tmp_path):
     edit(flip_embedding)(tmp_path / "high")
     edit(move_one_code)(tmp_path / "high")
     low = {m.name for g in measurement.groups if g.name in schemes[0].quantised_groups() for m in g.modules}
-    edit(lambda t, n: t.update({m.tensor: t[m.tensor].float().bfloat16() for m in modules_of(tmp_path) if m.name in low}))(
-        tmp_path / "high"
-    )
+    edit(
+        lambda t, n: t.update({m.tensor: t[m.tensor].float().bfloat16() for m in modules_of(tmp_path) if m.name in low})
+    )(tmp_path / "high")
     result = verify(schemes, measurement, amax, llama, {**directories, "high": tmp_path / "high"})
     (pair,) = result.pairs
     assert pair.modules_differing != pair.modules_expected  # the pair isn't what it should be
@@ -252,3 +260,38 @@ def test_only_the_damaged_one_of_a_pair_is_blamed(ladder, llama, tmp_path):
 
 def modules_of(directory):
     return CheckpointManifest.read(directory / "high" / CheckpointManifest.FILE_NAME).modules
+
+
+def side_file(directory):
+    path = directory / "tokenizer.json"
+    path.write_text(path.read_text() + " ")
+
+
+EXPORTER = {
+    "input_scale doubled": (edit(lambda t, n: t[prefix(n) + "input_scale"].mul_(2)), "what calibration saw gives"),
+    "weight_scale a bit off": (edit(lambda t, n: t[prefix(n) + "weight_scale"].mul_(1.000001)), "weights give"),
+    "tokenizer": (side_file, "byte for byte"),
+    "generation_config": (edit_config("generation_config.json", lambda c: c.update(do_sample=True)), "byte for byte"),
+    "num_bits": (
+        edit_config(
+            "config.json", lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(num_bits=4)
+        ),
+        "num_bits is 4",
+    ),
+    "true for 1": (edit_config("config.json", lambda c: c.update(num_key_value_heads=True)), "it should be 1"),
+    "producer": (
+        edit_config("config.json", lambda c: c["quantization_config"]["producer"].update(version="0.1")),
+        "producer.version",
+    ),
+    "legacy producer": (edit_config("hf_quant_config.json", lambda c: c.pop("producer")), "producer is missing"),
+    "metadata": (
+        lambda d: save_file(load_file(d / "model.safetensors"), d / "model.safetensors", metadata={"format": "np"}),
+        "not the format pt",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EXPORTER)
+def test_what_the_exporter_and_its_manifest_agree_about_is_not_believed(kind, broken):
+    damage, problem = EXPORTER[kind]
+    assert mentions(broken(damage), problem)

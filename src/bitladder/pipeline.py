@@ -717,9 +717,7 @@ def verify(work: Workspace, *, trust_times: bool = False) -> Verification:
         with meter.phase("verify"):
             directories = {scheme.name: work.checkpoint_directory(scheme.name) for scheme in schemes}
             amax = sensitivity.read_amax(measurement, work.output)
-            result = verification.verify(
-                schemes, measurement, amax, work.model_directory, directories, work.progress
-            )
+            result = verification.verify(schemes, measurement, amax, work.model_directory, directories, work.progress)
         result = result.model_copy(update={"times_trusted": trust_times})
         result.write(path)
         work.finished("verify", meter.phases)

@@ -577,7 +577,8 @@ class Evidence(Record):
 Stage = Literal["preflight", "load", "generate"]
 ErrorClass = Literal[
     "missing_tensor",  # a tensor that the runtime needs isn't there
-    "unexpected_tensor",  # a tensor that the runtime has no place for
+    "unexpected_tensor",  # a tensor that the runtime has no place for, or that is in two files
+    "unexpected_file",  # a file that the manifest doesn't list
     "shape",  # a tensor of another shape than the runtime's parameter
     "bad_scale",  # NaN, infinite, zero, negative, or not one number
     "bad_weight",  # NaN or infinite weights

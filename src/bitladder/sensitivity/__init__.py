@@ -119,11 +119,7 @@ class Partial:
 
     def codes(self) -> "Codes":
         """Return the codes that are made so far."""
-        return Codes.in_files(self.code_files())
-
-    def code_files(self) -> list[Path]:
-        """Return the files of the layers whose codes are made so far; others beside them aren't ours."""
-        return [path for path in sorted((self.directory / CODES).glob("*")) if _CODES_FILE.fullmatch(path.name)]
+        return Codes.in_files(codes_files(self.directory / CODES))
 
     def amax(self) -> Amax | None:
         """Return the amax values of a finished calibration, or None."""
@@ -150,6 +146,11 @@ class Partial:
     def remove(self) -> None:
         """Remove everything, once the measurement is written."""
         discard(self.directory)
+
+
+def codes_files(directory: Path) -> list[Path]:
+    """Return the files of layers' codes in a directory, by layer; what else lies there isn't ours."""
+    return [path for path in sorted(directory.glob("*")) if _CODES_FILE.fullmatch(path.name)]
 
 
 def resolve_device(device: str) -> str:
@@ -371,7 +372,7 @@ def _keep_codes(partial: Partial, output: Path, data: DataSet, spec: MeasureSpec
     if made.exists():
         discard(kept)
         os.replace(made, kept)
-    paths = [path for path in sorted(kept.glob("*")) if _CODES_FILE.fullmatch(path.name)]
+    paths = codes_files(kept)
     return Rounding(
         method="compensated",
         damping=spec.damping,

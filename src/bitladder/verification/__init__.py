@@ -1,19 +1,19 @@
 """Re-reads exported checkpoints against their schemes, and against each other: `verify(...) -> Verification`.
 
-A second opinion: it shares no code with `checkpoint`, and believes no manifest. What a checkpoint must hold is described
-from source, scheme and measurement alone (`expected`); then everything in its directory is compared with that (`checks`),
-tensor by tensor, every shard opened once:
+A second opinion: no code of `checkpoint` is shared, no manifest believed. What a checkpoint must hold is described
+from source, scheme and measurement alone (`expected`); then all of its directory is compared with that (`checks`), tensor
+by tensor, every shard opened once:
 
 - the files: those of the source's weights, its index and side files, the two configurations; none missing, none extra;
   each as the manifest says, side files byte for byte as in the source;
-- `config.json`: the source's and the `quantization_config` that the scheme implies, `hf_quant_config.json` and the index
-  likewise, key by key;
+- `config.json`: the source's and the `quantization_config` that the scheme implies, `hf_quant_config.json` and the
+  index likewise, key by key;
 - every tensor of the source under its name, in its file, with dtype and shape; outside the scheme with its bytes;
-- inside: every code · scale within half an E4M3 step of the source weight (a code at ±448 may stand for what lies beyond).
+- inside: every code · scale within half an E4M3 step of the source weight (a code at ±448 may stand for more).
   Compensated codes are not the nearest ones: they are the very codes that the measurement has, by their SHA-256, and
   no code · scale is farther from the source weight than it says;
-- every weight scale is what the largest weight of the source's fused group gives, every scale of inputs, keys and values
-  what the measurement's amax gives;
+- every weight scale is what the largest weight of the source's fused group gives, every scale of inputs, keys and
+  values what the measurement's amax gives;
 - the manifest says all that;
 - of every two schemes, exactly the modules with different formats have different tensors.
 """

@@ -1,7 +1,7 @@
 """What a checkpoint must hold, from source, scheme and measurement alone: `expect(...) -> Expected`.
 
-Nothing here has seen a checkpoint or its manifest, and nothing is taken from the exporter: what it writes is written out
-here a second time.
+Nothing here has seen a checkpoint or its manifest, and nothing is taken from the exporter: what it writes is
+written out here a second time.
 """
 
 import json
@@ -96,7 +96,7 @@ def _kv_scales(
     for name, (group, module) in modules.items():
         parent, _, leaf = name.rpartition(".")
         partner = {"k_proj": f"{parent}.v_proj", "v_proj": f"{parent}.k_proj"}.get(leaf)
-        if partner in modules and module.tensor is not None:
+        if partner is not None and partner in modules and module.tensor is not None:
             which, value = leaf[0], scale_of(_number(amax, f"{name}.{leaf[0]}_amax"))
             prefix = module.tensor.removesuffix(".weight")
             yield f"{prefix}.{which}_scale", Scale(files.file(module.tensor), group, name, value)
@@ -137,7 +137,8 @@ def check_scheme(scheme: Scheme, measurement: Measurement) -> None:
     elif scheme.kv_cache_format not in _KV_FORMATS:
         problem = f"has a KV cache in {scheme.kv_cache_format}"
     else:
-        left, quantised = {module.checkpoint_name for module in measurement.untouched}, set()
+        left = {module.checkpoint_name for module in measurement.untouched}
+        quantised: set[str] = set()
         for group in measurement.groups:
             own = {(module.tensor or module.name).removesuffix(".weight") for module in group.modules}
             own_list = left if scheme.formats[group.name] == BF16 else quantised
