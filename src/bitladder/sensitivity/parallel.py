@@ -41,6 +41,7 @@ from bitladder.sensitivity import (
     Codes,
     Job,
     Partial,
+    codes_files,
     compensation,
     native,
 )

@@ -1,8 +1,8 @@
 """Re-reads exported checkpoints against their schemes, and against each other: `verify(...) -> Verification`.
 
 A second opinion: no code of `checkpoint` is shared, no manifest believed. What a checkpoint must hold is described
-from source, scheme and measurement alone (`expected`); then all of its directory is compared with that (`checks`), tensor
-by tensor, every shard opened once:
+from source, scheme and measurement alone (`expected`); then all of its directory is compared with that (`checks`),
+tensor by tensor, every shard opened once:
 
 - the files: those of the source's weights, its index and side files, the two configurations; none missing, none extra;
   each as the manifest says, side files byte for byte as in the source;

@@ -67,7 +67,7 @@ class Expected:
     @property
     def placed(self) -> dict[str, str]:
         """Which file each tensor lies in."""
-        return {name: entry.file for name, entry in (*self.weights.items(), *self.all_scales.items())}
+        return {n: e.file for n, e in self.weights.items()} | {n: e.file for n, e in self.all_scales.items()}
 
     @property
     def files(self) -> frozenset[str]:
