@@ -813,7 +813,8 @@ def verify(work: Workspace, *, trust_times: bool = False) -> Verification:
         meter = Meter()
         with meter.phase("verify"):
             directories = {scheme.name: work.checkpoint_directory(scheme.name) for scheme in schemes}
-            result = verification.verify(schemes, measurement, work.model_directory, directories, work.progress)
+            amax = sensitivity.read_amax(measurement, work.output)
+            result = verification.verify(schemes, measurement, amax, work.model_directory, directories, work.progress)
         result = result.model_copy(update={"times_trusted": trust_times})
         result.write(path)
         work.finished("verify", meter.phases)

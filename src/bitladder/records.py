@@ -457,6 +457,20 @@ class Verification(Record):
         """Whether no checkpoint and no pair has a finding."""
         return all(c.ok for c in self.checkpoints) and not any(p.findings for p in self.pairs)
 
+    def matches(self, scheme: str) -> bool | None:
+        """Return whether nothing speaks against a scheme's checkpoint; None: it wasn't checked.
+
+        What is wrong with a pair speaks against both, unless one of them has findings of its own.
+        """
+        own = {check.scheme: check.ok for check in self.checkpoints}
+        if not own.get(scheme, False):
+            return own.get(scheme)
+        return not any(
+            pair.findings and own.get(pair.first) and own.get(pair.second)
+            for pair in self.pairs
+            if scheme in (pair.first, pair.second)
+        )
+
 
 KL = "kl"  # the main metric: of the original's next-token distribution to the checkpoint's
 
@@ -580,7 +594,8 @@ class Evidence(Record):
 Stage = Literal["preflight", "load", "generate"]
 ErrorClass = Literal[
     "missing_tensor",  # a tensor that the runtime needs isn't there
-    "unexpected_tensor",  # a tensor that the runtime has no place for
+    "unexpected_tensor",  # a tensor that the runtime has no place for, or that is in two files
+    "unexpected_file",  # a file that the manifest doesn't list
     "shape",  # a tensor of another shape than the runtime's parameter
     "bad_scale",  # NaN, infinite, zero, negative, or not one number
     "bad_weight",  # NaN or infinite weights

@@ -17,8 +17,9 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -41,6 +42,7 @@ MEASUREMENT_FILE = "measurement.json"
 AMAX_FILE = "measurement.safetensors"
 CODES = "codes"  # directory
 _PARTIAL = "measuring"
+_CODES_FILE = re.compile(r"layer-\d+\.safetensors")
 
 # Float32 scalars: "<module>.weight_amax" and "<module>.input_amax"; keys and values as `kv_cache` names them.
 Amax = dict[str, torch.Tensor]
@@ -72,12 +74,19 @@ class Codes:
         self.files = files
 
     @classmethod
-    def in_directory(cls, directory: Path) -> Self:
-        """Return the codes in the files of `directory`."""
-        found = {}
-        for path in sorted(directory.glob("*.safetensors")):
+    def in_files(cls, paths: Iterable[Path]) -> Self:
+        """Return the codes in these files, and in no other that may lie beside them.
+
+        Raises:
+            RecordError: a module is in two of them.
+        """
+        found: dict[str, Path] = {}
+        for path in paths:
             with safe_open(path, framework="pt") as file:
-                found.update(dict.fromkeys(file.keys(), path))
+                for module in file.keys():  # noqa: SIM118
+                    if module in found:
+                        raise RecordError(f"{path} and {found[module]} both have codes of {module}; measure again")
+                    found[module] = path
         return cls(found)
 
     def read(self, module: str) -> torch.Tensor:
@@ -113,7 +122,7 @@ class Partial:
 
     def codes(self) -> "Codes":
         """Return the codes that are made so far."""
-        return Codes.in_directory(self.directory / CODES)
+        return Codes.in_files(codes_files(self.directory / CODES))
 
     def amax(self) -> Amax | None:
         """Return the amax values of a finished calibration, or None."""
@@ -142,6 +151,11 @@ class Partial:
     def remove(self) -> None:
         """Remove everything, once the measurement is written."""
         discard(self.directory)
+
+
+def codes_files(directory: Path) -> list[Path]:
+    """Return the files of layers' codes in a directory, by layer; what else lies there isn't ours."""
+    return [path for path in sorted(directory.glob("*")) if _CODES_FILE.fullmatch(path.name)]
 
 
 def resolve_device(device: str) -> str:
@@ -364,7 +378,7 @@ def _keep_codes(partial: Partial, output: Path, data: DataSet, spec: MeasureSpec
         unseal(made)
         discard(kept)
         os.replace(made, kept)
-    paths = sorted(kept.glob("*.safetensors"))
+    paths = codes_files(kept)
     return Rounding(
         method="compensated",
         damping=spec.damping,
@@ -398,7 +412,7 @@ def read_codes(
             raise RecordError(f"{path} is missing; run `bitladder measure` again")
         if sha256(path) != entry.sha256:
             raise RecordError(f"{path} is not the file that {MEASUREMENT_FILE} was written with; measure again")
-    return Codes.in_directory(directory / CODES)
+    return Codes.in_files(directory / CODES / entry.name for entry in measurement.rounding.files)
 
 
 def codes_of(
