@@ -29,7 +29,7 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-gpu: $(VENV)/.installed
 	BITLADDER_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
