@@ -132,8 +132,5 @@ def failures(server: Server, world: World, every: int = 1, names: Sequence[str] 
         scenario = Scenario(server, world, name)
         for number, at in enumerate(range(every // 2, len(scenario.undisturbed[1]), every)):
             yield fail(scenario, at, KINDS[number % len(KINDS)], lasting=number // len(KINDS) % 2 == 1)
-        for limit in (0, 100, 1000, 5000, 20_000)[:: max(1, every // 4)]:
+        for limit in (3000, 5000, 10_000, 20_000)[:: max(1, every // 4)]:
             yield small_files(scenario, limit)
-
-
-

@@ -88,7 +88,10 @@ def _text(name: str, content: str | bytes, must_refuse: bool = False) -> Mutant:
 def _yaml(rng: random.Random, world: World) -> Mutant:
     base = _dump(_full(world))
     bomb = "\n".join(
-        ["a0: &a0 [x, x, x, x, x, x, x, x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
+        [
+            "a0: &a0 [x, x, x, x, x, x, x, x, x]",
+            *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)),
+        ]
     )
     seed = "seed: 0"
     texts: list[tuple[str, str | bytes, bool]] = [
@@ -135,11 +138,27 @@ def _layout(rng: random.Random, world: World) -> Mutant:
                      "schemes/half.json", "evaluations/half.json", str(world.around / "notes.txt"), str(world.model / "config.json"), "/dev/null",
                      str(world.around / "link"), str(world.around / "private"), "measurement.safetensors", "report.html")
     ]  # fmt: skip
-    kinds += [({"checkpoints": f"{around}/{{scheme}}"}, name, True) for name in ("another_model", "private", "notes.txt", "link")]
-    kinds += [({"checkpoints": place}, scheme, True) for place in ("/proc/{scheme}", "schemes/{scheme}.json", "../around", "x", "")]
-    kinds += [({"checkpoints": f"{place}/{{scheme}}"}, scheme, True) for place in ("measuring", "codes", "run.json", "schemes", "evaluations", "probes")]
-    kinds += [({"checkpoints": "{scheme}"}, name, True) for name in ("schemes", "evaluations", "probes", "run.json", "checkpoints", "codes")]
-    kinds += [({"checkpoints": "here/{scheme}"}, scheme, False), ({"report": "deep/er/report.md"}, scheme, False), ({"manifests": True}, scheme, False)]
+    kinds += [
+        ({"checkpoints": f"{around}/{{scheme}}"}, name, True)
+        for name in ("another_model", "private", "notes.txt", "link")
+    ]
+    kinds += [
+        ({"checkpoints": place}, scheme, True)
+        for place in ("/proc/{scheme}", "schemes/{scheme}.json", "../around", "x", "")
+    ]
+    kinds += [
+        ({"checkpoints": f"{place}/{{scheme}}"}, scheme, True)
+        for place in ("measuring", "codes", "run.json", "schemes", "evaluations", "probes")
+    ]
+    kinds += [
+        ({"checkpoints": "{scheme}"}, name, True)
+        for name in ("schemes", "evaluations", "probes", "run.json", "checkpoints", "codes")
+    ]
+    kinds += [
+        ({"checkpoints": "here/{scheme}"}, scheme, False),
+        ({"report": "deep/er/report.md"}, scheme, False),
+        ({"manifests": True}, scheme, False),
+    ]
     layout, name, refuse = rng.choice(kinds)
     content = _full(world) | {"layout": layout, "schemes": [{"name": name, "coverage": 0.5}]}
     return _text(f"layout {layout} of {name}", _dump(content), refuse and name != "checkpoints")

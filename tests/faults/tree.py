@@ -13,7 +13,12 @@ Tree = dict[str, str]
 # The only things in which two equal runs may differ: when they ran, how long, how much memory, and of which time and
 # inode a file was. By the records' field names; in the report's pages by their form.
 TIMES_IN_RECORDS = frozenset(("run", "phases", "digests", "content_sha256"))  # the last is over the others too
-_TIMES_IN_PAGES = re.compile(
+_TIMES_IN_PAGES = re.compile(  # rows of: step, seconds, memory, device's memory; and their total
+    r"^\| [^|]+ \| [\d.,]+ \| (?:[\d.,]+ [KMG]iB)? \| [^|]*\|\n"
+    r"|<tr>\s*<td>[^<]*</td>\s*<td class=n>[\d.,]+</td>\s*<td class=n>(?:[\d.,]+ [KMG]iB)?</td>.*?</tr>\s*",
+    re.MULTILINE | re.DOTALL,
+)
+_PAGES = re.compile(
     r"^\| [^|]+ \| [\d.,]+ \| [\d.,]+ [KMG]iB \| [^|]* \|$"  # step, seconds, memory, device's memory
     r"|<tr>\s*<td>[^<]*</td>\s*<td class=n>[\d.,]+</td>\s*<td class=n>[\d.,]+ [KMG]iB</td>.*?</tr>",
     re.MULTILINE | re.DOTALL,

@@ -1,9 +1,9 @@
 """The small world of the trials: a tiny Llama, its data, recipes, and everything around that no run may touch.
 
-    base/       the model, the same in several files, data; read only by agreement
-    around/     sentinels: another model, notes, links, a home and a directory for temporaries
-    trial/      what a trial changes: its recipe, its model, where it runs
-    out/        the output directory, always under this one path, for records name it
+base/       the model, the same in several files, data; read only by agreement
+around/     sentinels: another model, notes, links, a home and a directory for temporaries
+trial/      what a trial changes: its recipe, its model, where it runs
+out/        the output directory, always under this one path, for records name it
 """
 
 import os
