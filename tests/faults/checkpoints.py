@@ -1,7 +1,7 @@
 """Damaged checkpoints, and checkpoints of an exporter that errs.
 
-`verify` refuses every one. Of a damaged one the next run makes a right one, or refuses too. What an exporter writes wrongly
-it lists wrongly too: file, digest and module record agree with each other, and not with the source or the measurement.
+`verify` refuses every one. Of a damaged one the next run makes a right one, or refuses too. What an exporter
+writes wrongly it lists wrongly too: file, digest and module record agree with each other, and not with the source or the measurement.
 """
 
 import hashlib
@@ -76,8 +76,8 @@ def _whole_file(rng: random.Random, world: World) -> tuple[str, Damage]:
 
 
 def _extra(rng: random.Random, world: World) -> tuple[str, Damage]:
-    names = "zz.safetensors model.safetensors.index.json modeling.py chat_template.jinja .x sub/a a.bin special_tokens_map.json"
-    name = rng.choice(names.split())
+    names = "zz.safetensors model.safetensors.index.json modeling.py chat_template.jinja .x sub/a a.bin"
+    name = rng.choice([*names.split(), "special_tokens_map.json"])
 
     def apply(directory: Path) -> None:
         path = directory / name
@@ -99,9 +99,17 @@ def _linked(rng: random.Random, world: World) -> tuple[str, Damage]:
 
 
 _DAMAGES: tuple[Callable[[random.Random, World], tuple[str, Damage]], ...] = (
-    _flip_weight, _flip_weight, _flip_weight, _exchange_tensors, lambda rng, _: _edit(rng, _CONFIGS), _whole_file, _whole_file,
-    lambda rng, _: _edit(rng, (*_SIDES, _MANIFEST)), _extra, _linked,
-)  # fmt: skip
+    _flip_weight,
+    _flip_weight,
+    _flip_weight,
+    _exchange_tensors,
+    lambda rng, _: _edit(rng, _CONFIGS),
+    _whole_file,
+    _whole_file,
+    lambda rng, _: _edit(rng, (*_SIDES, _MANIFEST)),
+    _extra,
+    _linked,
+)
 
 
 def damaged(rng: random.Random, world: World, *, times_kept: bool) -> Mutant:
@@ -184,12 +192,21 @@ def _module(rng: random.Random, world: World) -> tuple[str, Callable[[Path, Any]
 
 def erring(rng: random.Random, world: World) -> Mutant:
     """Return one consistent error of an exporter."""
-    name, apply = rng.choice((
-        lambda: _scale(rng, world), lambda: _scale(rng, world), lambda: _scale(rng, world),
-        lambda: _listed(_flip_weight(rng, world)), lambda: _listed(_exchange_tensors(rng, world)),
-        lambda: _listed(_edit(rng, _CONFIGS)), lambda: _listed(_edit(rng, _CONFIGS)), lambda: _listed(_edit(rng, _SIDES)),
-        lambda: _unlisted(rng, world), lambda: _one_more(rng, world), lambda: _module(rng, world),
-    ))()  # fmt: skip
+    name, apply = rng.choice(
+        (
+            lambda: _scale(rng, world),
+            lambda: _scale(rng, world),
+            lambda: _scale(rng, world),
+            lambda: _listed(_flip_weight(rng, world)),
+            lambda: _listed(_exchange_tensors(rng, world)),
+            lambda: _listed(_edit(rng, _CONFIGS)),
+            lambda: _listed(_edit(rng, _CONFIGS)),
+            lambda: _listed(_edit(rng, _SIDES)),
+            lambda: _unlisted(rng, world),
+            lambda: _one_more(rng, world),
+            lambda: _module(rng, world),
+        )
+    )()
 
     def both(directory: Path) -> None:
         manifest = json.loads((directory / _MANIFEST).read_text())

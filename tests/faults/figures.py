@@ -33,7 +33,8 @@ def figures(results: Sequence[Result], seed: int, seconds: Mapping[str, float]) 
     return {
         "seed": seed,
         "commit": _commit(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} processors, {platform.system()}, Python {platform.python_version()}",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} processors, {platform.system()}",
+        "python": platform.python_version(),
         "seconds": {name: round(value) for name, value in seconds.items()},
         "tried": len(results),
         "held": sum(result.held for result in results),

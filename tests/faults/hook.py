@@ -18,7 +18,18 @@ from typing import Any, NoReturn
 KILL, MEMORY = "SIGKILL", "MemoryError"
 ERRORS = ("ENOSPC", "EROFS", "EIO", "EFBIG")  # names of `errno`
 _CHANGING = frozenset(
-    "os.chmod os.chown os.link os.mkdir os.remove os.rename os.rmdir os.symlink os.truncate os.utime".split()
+    [
+        "os.chmod",
+        "os.chown",
+        "os.link",
+        "os.mkdir",
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.symlink",
+        "os.truncate",
+        "os.utime",
+    ]
 )
 _DIRECTORY = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.chmod": 2}  # which argument is a directory's descriptor
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

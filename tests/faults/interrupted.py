@@ -1,7 +1,7 @@
 """Kills and failing disks: at every file operation of a run, then the run once more.
 
 A run after a kill, or after the fault is gone, ends with status 0, leaves no temporary, and its results are those of a
-run that nothing disturbed. With a fault the run itself is refused in one line, or gets over it and its results are right.
+run that nothing disturbed. With a fault the run itself is refused in one line, or gets over it and is right.
 """
 
 from collections.abc import Iterator, Sequence
@@ -86,9 +86,7 @@ def fail(scenario: Scenario, at: int, kind: str, *, lasting: bool) -> Result:
     with judged(results, f"fault {scenario.name}", name) as held:
         trial = Trial(scenario.server, scenario.world)
         outcome = trial.run("run", recipe, fault=Fault(kind, at, lasting))
-        if lasting and outcome.refused:  # nothing could be removed
-            held.append(REFUSED)
-        elif trial.refused(outcome):
+        if (lasting and outcome.refused) or trial.refused(outcome):  # nothing could be removed
             held.append(REFUSED)
         else:
             trial.same_results(expected)

@@ -59,9 +59,12 @@ def _header_entry(rng: random.Random, world: World) -> Mutant:
     key, value = rng.choice(
         [("dtype", v) for v in ("F16", "I16", "XX", ["BF16"], "F4", 3, None, "F32")]
         + [("shape", v) for v in ([-16, -16], [2**62, 2**62], [0], "64", [[64], 64], [256], [], None, [8, 32], [True])]
-        + [("data_offsets", v) for v in ([-64, 0], [64, 0], [2**60, 2**60 + 8], [0.0, 512.0], ["0", "512"], [0], [0, 1, 2])]
+        + [
+            ("data_offsets", v)
+            for v in ([-64, 0], [64, 0], [2**60, 2**60 + 8], [0.0, 512.0], ["0", "512"], [0], [0, 1, 2])
+        ]
         + [("data_offsets", [2, 514]), ("extra", 1), ("data_offsets", None)]
-    )  # fmt: skip
+    )
     name = _tensor_name(rng, world)
 
     def apply(where: Path) -> None:
@@ -73,10 +76,16 @@ def _header_entry(rng: random.Random, world: World) -> Mutant:
 
 
 def _header_whole(rng: random.Random, world: World) -> Mutant:
-    name, raw = rng.choice((
-        ("a list", b"[]"), ("nothing", b"{}"), ("deep", b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
-        ("metadata no text", None), ("the same key twice", None), ("not UTF-8", b'{"\xff": 1}'),
-    ))  # fmt: skip
+    name, raw = rng.choice(
+        (
+            ("a list", b"[]"),
+            ("nothing", b"{}"),
+            ("deep", b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+            ("metadata no text", None),
+            ("the same key twice", None),
+            ("not UTF-8", b'{"\xff": 1}'),
+        )
+    )
 
     def apply(where: Path) -> None:
         header, data = reading.split(where / _FILE)
@@ -117,7 +126,23 @@ def _special_value(rng: random.Random, world: World) -> Mutant:
 
 def _other_tensor(rng: random.Random, world: World) -> Mutant:
     name = _tensor_name(rng, world)
-    how = rng.choice("missing transposed half F32 F16 F64 I8 BOOL F8_E4M3 scalar 3d noise prefix".split())
+    how = rng.choice(
+        [
+            "missing",
+            "transposed",
+            "half",
+            "F32",
+            "F16",
+            "F64",
+            "I8",
+            "BOOL",
+            "F8_E4M3",
+            "scalar",
+            "3d",
+            "noise",
+            "prefix",
+        ]
+    )
     seed = rng.random()
 
     def apply(where: Path) -> None:
@@ -164,11 +189,26 @@ def _index(rng: random.Random, world: World) -> Mutant:
     table = json.loads((world.sharded / _INDEX).read_text())["weight_map"]
     name = rng.choice(sorted(table))
     other = rng.choice(sorted(set(table.values()) - {table[name]}))
-    value = rng.choice((
-        "absent.safetensors", "../base/llama/model.safetensors", "../../around/another_model/model.safetensors",
-        str(world.around / "another_model" / _FILE), str(world.around / "notes.safetensors"), "a/b.safetensors", 3, None,
-        "a\0b", "", ".", "..", other, "x" * 300, "config.json", [other],
-    ))  # fmt: skip
+    value = rng.choice(
+        (
+            "absent.safetensors",
+            "../base/llama/model.safetensors",
+            "../../around/another_model/model.safetensors",
+            str(world.around / "another_model" / _FILE),
+            str(world.around / "notes.safetensors"),
+            "a/b.safetensors",
+            3,
+            None,
+            "a\0b",
+            "",
+            ".",
+            "..",
+            other,
+            "x" * 300,
+            "config.json",
+            [other],
+        )
+    )
     how = rng.choice(("value", "value", "value", "no map", "list map", "empty", "lost key", "total", "list", "extra"))
 
     def apply(where: Path) -> None:
@@ -220,15 +260,31 @@ def _config(rng: random.Random, world: World) -> Mutant:
     key = rng.choice(sorted(config))
     how = rng.choice(("set", "set", "set", "delete", "special"))
     value = rng.choice(_VALUES)
-    special = rng.choice((
-        {"architectures": ["AutoModelForCausalLM"]}, {"architectures": ["pipeline"]}, {"architectures": "LlamaForCausalLM"},
-        {"architectures": ["BertForMaskedLM"]}, {"architectures": ["logging"]}, {"model_type": "qwen2"},
-        {"quantization_config": {"quant_method": "fp8"}}, {"quantization_config": "x"}, {"num_hidden_layers": 3},
-        {"num_hidden_layers": 1}, {"tie_word_embeddings": False}, {"rope_parameters": {"rope_type": "zzz"}},
-        {"attn_implementation": "evil/kernel"}, {"_attn_implementation": "evil/kernel"}, {"hidden_size": 32},
-        {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}, {"torch_dtype": "float7"},
-        {"vocab_size": 10}, {"max_position_embeddings": 4}, {"head_dim": 3}, {"num_key_value_heads": 7},
-    ))  # fmt: skip
+    special = rng.choice(
+        (
+            {"architectures": ["AutoModelForCausalLM"]},
+            {"architectures": ["pipeline"]},
+            {"architectures": "LlamaForCausalLM"},
+            {"architectures": ["BertForMaskedLM"]},
+            {"architectures": ["logging"]},
+            {"model_type": "qwen2"},
+            {"quantization_config": {"quant_method": "fp8"}},
+            {"quantization_config": "x"},
+            {"num_hidden_layers": 3},
+            {"num_hidden_layers": 1},
+            {"tie_word_embeddings": False},
+            {"rope_parameters": {"rope_type": "zzz"}},
+            {"attn_implementation": "evil/kernel"},
+            {"_attn_implementation": "evil/kernel"},
+            {"hidden_size": 32},
+            {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}},
+            {"torch_dtype": "float7"},
+            {"vocab_size": 10},
+            {"max_position_embeddings": 4},
+            {"head_dim": 3},
+            {"num_key_value_heads": 7},
+        )
+    )
 
     def apply(where: Path) -> None:
         content = json.loads((where / _CONFIG).read_text())
@@ -249,11 +305,24 @@ def _tokenizer(rng: random.Random, world: World) -> Mutant:
 
 
 def _side_file(rng: random.Random, world: World) -> Mutant:
-    name = rng.choice((
-        "LICENSE", "modeling_evil.py", "x.json", "a\nb.txt", "bitladder_manifest.json", "hf_quant_config.json",
-        "preprocessor_config.json", "adapter_config.json", "chat_template.jinja", "pytorch_model.bin", "a.pkl",
-        "special_tokens_map.json", "generation_config.json", "README.md",
-    ))  # fmt: skip
+    name = rng.choice(
+        (
+            "LICENSE",
+            "modeling_evil.py",
+            "x.json",
+            "a\nb.txt",
+            "bitladder_manifest.json",
+            "hf_quant_config.json",
+            "preprocessor_config.json",
+            "adapter_config.json",
+            "chat_template.jinja",
+            "pytorch_model.bin",
+            "a.pkl",
+            "special_tokens_map.json",
+            "generation_config.json",
+            "README.md",
+        )
+    )
     how = rng.choice(("text", "json", "link out", "dangling", "fifo", "directory", "large"))
 
     def apply(where: Path) -> None:
@@ -278,9 +347,23 @@ def _side_file(rng: random.Random, world: World) -> Mutant:
 
 
 _MAKERS: tuple[Make, ...] = (
-    _whole_file, _header_bit, _header_length, _header_entry, _header_whole, _special_value, _other_tensor,
-    _more_tensors, _index, _index, _shards, _config, _config, _config, _tokenizer, _side_file,
-)  # fmt: skip
+    _whole_file,
+    _header_bit,
+    _header_length,
+    _header_entry,
+    _header_whole,
+    _special_value,
+    _other_tensor,
+    _more_tensors,
+    _index,
+    _index,
+    _shards,
+    _config,
+    _config,
+    _config,
+    _tokenizer,
+    _side_file,
+)
 
 
 def trial(server: Server, world: World, mutant: Mutant) -> Result:

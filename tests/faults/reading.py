@@ -1,4 +1,4 @@
-"""A second reader of safetensors and of E4M3, which shares nothing with the project's: what is right is decided here."""
+"""A second reader of safetensors and of E4M3, sharing nothing with the project's: what is right is decided here."""
 
 import json
 import struct

@@ -22,10 +22,46 @@ from faults.world import Json, World
 
 KIND = "recipe mutant"
 _VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 10**30, 2**63, math.nan, math.inf, 5e-324, "zzz", "", [], [1, "a", None], {}, {"a": {"b": 1}},
-    "ä☃\u202e", "a\0b", "n" * 300, "../../../around/notes.txt", datetime.date(2020, 1, 1), b"\xff\xfe", "a/b", "<b>", "1e400",
-    "~nobody_zz/x", "/dev/null", "/dev/zero", "tpu", "cuda", "meta", "2", "1:30", "yes", 1e308, "[!", "{scheme}", ".", "..",
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    10**30,
+    2**63,
+    math.nan,
+    math.inf,
+    5e-324,
+    "zzz",
+    "",
+    [],
+    [1, "a", None],
+    {},
+    {"a": {"b": 1}},
+    "ä☃\u202e",
+    "a\0b",
+    "n" * 300,
+    "../../../around/notes.txt",
+    datetime.date(2020, 1, 1),
+    b"\xff\xfe",
+    "a/b",
+    "<b>",
+    "1e400",
+    "~nobody_zz/x",
+    "/dev/null",
+    "/dev/zero",
+    "tpu",
+    "cuda",
+    "meta",
+    "2",
+    "1:30",
+    "yes",
+    1e308,
+    "[!",
+    "{scheme}",
+    ".",
+    "..",
+)
 
 
 def _full(world: World) -> Json:
@@ -95,21 +131,36 @@ def _yaml(rng: random.Random, world: World) -> Mutant:
     )
     seed = "seed: 0"
     texts: list[tuple[str, str | bytes, bool]] = [
-        ("empty", "", True), ("scalar", "hello", True), ("list", "- 1\n- 2", True), ("two documents", base + "---\n" + base, True),
-        ("tab", "\tmodel: x", True), ("unclosed", "model: {path: x", True), ("key twice", base + f"output: {world.out}2\n", True),
+        ("empty", "", True),
+        ("scalar", "hello", True),
+        ("list", "- 1\n- 2", True),
+        ("two documents", base + "---\n" + base, True),
+        ("tab", "\tmodel: x", True),
+        ("unclosed", "model: {path: x", True),
+        ("key twice", base + f"output: {world.out}2\n", True),
         ("nested key twice", base.replace("coverage: 0.5", "coverage: 0.5\n  coverage: 0.9"), True),
         ("python tag", base.replace(seed, "seed: !!python/object/apply:os.system ['touch evil']", 1), True),
         ("impossible date", base.replace("name: half", "name: 2020-13-45"), True),
-        ("undefined alias", base.replace(seed, "seed: *nope", 1), True), ("recursive", base.replace("schemes:\n", "schemes: &s\n- *s\n"), True),
-        ("bomb in keys", bomb + "\n" + base, True), ("bomb in a value", bomb + "\n" + base.replace(seed, "seed: *a8", 1), True),
-        ("deep", "model: " + "[" * 5000 + "]" * 5000, True), ("deep maps", "model: " + "{a: " * 3000 + "1" + "}" * 3000, True),
-        ("5000 digits", base.replace("samples: 4", "samples: " + "9" * 5000, 1), True), ("UTF-16", base.encode("utf-16"), False),
-        ("BOM", "\ufeff" + base, False), ("Latin-1", base.encode("latin1") + b"# \xe4\n", True), ("CRLF", base.replace("\n", "\r\n"), False),
-        ("NUL", base + "\0", True), ("sexagesimal", base.replace("samples: 4", "samples: 1:30", 1), True),
-        ("yes for a number", base.replace("samples: 4", "samples: yes", 1), True), ("true seed", base.replace(seed, "seed: true", 1), True),
-        ("coverage yes", base.replace("coverage: 0.5", "coverage: yes", 1), True), ("bytes", base.replace(seed, "seed: !!binary aGk=", 1), True),
-        ("coverage off", base.replace("coverage: 0.5", "coverage: off", 1), True), ("merge key", base + "zz: {<<: {a: 1}}\n", True),
-    ]  # fmt: skip
+        ("undefined alias", base.replace(seed, "seed: *nope", 1), True),
+        ("recursive", base.replace("schemes:\n", "schemes: &s\n- *s\n"), True),
+        ("bomb in keys", bomb + "\n" + base, True),
+        ("bomb in a value", bomb + "\n" + base.replace(seed, "seed: *a8", 1), True),
+        ("deep", "model: " + "[" * 5000 + "]" * 5000, True),
+        ("deep maps", "model: " + "{a: " * 3000 + "1" + "}" * 3000, True),
+        ("5000 digits", base.replace("samples: 4", "samples: " + "9" * 5000, 1), True),
+        ("UTF-16", base.encode("utf-16"), False),
+        ("BOM", "\ufeff" + base, False),
+        ("Latin-1", base.encode("latin1") + b"# \xe4\n", True),
+        ("CRLF", base.replace("\n", "\r\n"), False),
+        ("NUL", base + "\0", True),
+        ("sexagesimal", base.replace("samples: 4", "samples: 1:30", 1), True),
+        ("yes for a number", base.replace("samples: 4", "samples: yes", 1), True),
+        ("true seed", base.replace(seed, "seed: true", 1), True),
+        ("coverage yes", base.replace("coverage: 0.5", "coverage: yes", 1), True),
+        ("bytes", base.replace(seed, "seed: !!binary aGk=", 1), True),
+        ("coverage off", base.replace("coverage: 0.5", "coverage: off", 1), True),
+        ("merge key", base + "zz: {<<: {a: 1}}\n", True),
+    ]
     name, content, refuse = rng.choice(texts)
     return _text(f"YAML: {name}", content, refuse)
 
@@ -117,15 +168,31 @@ def _yaml(rng: random.Random, world: World) -> Mutant:
 def _schemes(rng: random.Random, world: World) -> Mutant:
     half = {"name": "a", "coverage": 0.5}
     lists: list[tuple[list[Any], bool]] = [
-        ([], True), ([half, half], True), ([half, {"name": "b", "coverage": 0.5}], True), ([half, {"name": "A", "coverage": 1.0}], False),
-        ([{"name": "a", "coverage": 0.5, "effective_bits": 9}], True), ([{"name": "a", "coverage": 1e-300}], False),
-        ([{"name": "a", "effective_bits": 7.9}], True), ([{"name": "a", "effective_bits": 1e308}], False),
-        ([{"name": "a", "max_kl": 1e-300}], False), ([{"name": "a", "include": ["zzz*"]}], True), ([{"name": "a", "include": ["[!"]}], True),
-        ([{"name": "a", "include": ["*"], "exclude": ["*"]}], True), ([{"name": "a", "coverage": 0.5, "format": "int4"}], True),
-        ([{"name": "a", "coverage": -0.1}], True), ([{"name": "a", "coverage": 1.1}], True), ([{"name": "a", "coverage": math.nan}], True),
-        *[([{"name": n, "coverage": 0.5}], True) for n in ("..", "../x", "a/b", "", ".x", "a\nb", "x" * 256, "a\0b", "-x")],
-        *[([{"name": n, "coverage": 0.5}], False) for n in ("a b", "ü", "CON", "x" * 200, "run.json", "schemes", "<b>", "%s", "$(id)", "a;b")],
-    ]  # fmt: skip
+        ([], True),
+        ([half, half], True),
+        ([half, {"name": "b", "coverage": 0.5}], True),
+        ([half, {"name": "A", "coverage": 1.0}], False),
+        ([{"name": "a", "coverage": 0.5, "effective_bits": 9}], True),
+        ([{"name": "a", "coverage": 1e-300}], False),
+        ([{"name": "a", "effective_bits": 7.9}], True),
+        ([{"name": "a", "effective_bits": 1e308}], False),
+        ([{"name": "a", "max_kl": 1e-300}], False),
+        ([{"name": "a", "include": ["zzz*"]}], True),
+        ([{"name": "a", "include": ["[!"]}], True),
+        ([{"name": "a", "include": ["*"], "exclude": ["*"]}], True),
+        ([{"name": "a", "coverage": 0.5, "format": "int4"}], True),
+        ([{"name": "a", "coverage": -0.1}], True),
+        ([{"name": "a", "coverage": 1.1}], True),
+        ([{"name": "a", "coverage": math.nan}], True),
+        *[
+            ([{"name": n, "coverage": 0.5}], True)
+            for n in ("..", "../x", "a/b", "", ".x", "a\nb", "x" * 256, "a\0b", "-x")
+        ],
+        *[
+            ([{"name": n, "coverage": 0.5}], False)
+            for n in ("a b", "ü", "CON", "x" * 200, "run.json", "schemes", "<b>", "%s", "$(id)", "a;b")
+        ],
+    ]
     schemes, refuse = rng.choice(lists)
     return _text(f"schemes {str(schemes)[:70]}", _dump({**_full(world), "schemes": schemes}), refuse)
 
@@ -134,10 +201,25 @@ def _layout(rng: random.Random, world: World) -> Mutant:
     around, scheme = str(world.around), "half"
     kinds: list[tuple[Json, str, bool]] = [
         ({"report": name}, scheme, True)
-        for name in ("run.json", "measurement.json", ".lock", "checkpoints", "checkpoints/half/config.json", "checkpoints/half", "verification.json",
-                     "schemes/half.json", "evaluations/half.json", str(world.around / "notes.txt"), str(world.model / "config.json"), "/dev/null",
-                     str(world.around / "link"), str(world.around / "private"), "measurement.safetensors", "report.html")
-    ]  # fmt: skip
+        for name in (
+            "run.json",
+            "measurement.json",
+            ".lock",
+            "checkpoints",
+            "checkpoints/half/config.json",
+            "checkpoints/half",
+            "verification.json",
+            "schemes/half.json",
+            "evaluations/half.json",
+            str(world.around / "notes.txt"),
+            str(world.model / "config.json"),
+            "/dev/null",
+            str(world.around / "link"),
+            str(world.around / "private"),
+            "measurement.safetensors",
+            "report.html",
+        )
+    ]
     kinds += [
         ({"checkpoints": f"{around}/{{scheme}}"}, name, True)
         for name in ("another_model", "private", "notes.txt", "link")
@@ -166,13 +248,53 @@ def _layout(rng: random.Random, world: World) -> Mutant:
 
 def _paths(rng: random.Random, world: World) -> Mutant:
     content = _full(world)
-    place, value = rng.choice([
-        *[(("model", "path"), v) for v in ("", "/", "~nobody_zz/x", "absent/model", "../..", "a/b/c", "x" * 300, str(world.base), str(world.base / "calibration.txt"))],
-        *[(("calibration", "data", "path"), v) for v in ("/dev/zero", "/dev/null", "/proc/self/mem", str(world.base), "", "~", str(world.model / "model.safetensors"))],
-        *[(("output",), v) for v in ("", "/", "/dev/null", "/proc/x", str(world.base), str(world.around), str(world.around / "notes.txt"), str(world.around / "private"), "a" * 300, "\0")],
-        *[(("measurement", "device"), v) for v in ("cuda:0", "mps", "meta", "tpu", "cpu:99", " ")],
-        *[(("calibration", "data", "kind"), v) for v in ("jsonl", "coco", "image_text", "huggingface", "chat")],
-    ])  # fmt: skip
+    place, value = rng.choice(
+        [
+            *[
+                (("model", "path"), v)
+                for v in (
+                    "",
+                    "/",
+                    "~nobody_zz/x",
+                    "absent/model",
+                    "../..",
+                    "a/b/c",
+                    "x" * 300,
+                    str(world.base),
+                    str(world.base / "calibration.txt"),
+                )
+            ],
+            *[
+                (("calibration", "data", "path"), v)
+                for v in (
+                    "/dev/zero",
+                    "/dev/null",
+                    "/proc/self/mem",
+                    str(world.base),
+                    "",
+                    "~",
+                    str(world.model / "model.safetensors"),
+                )
+            ],
+            *[
+                (("output",), v)
+                for v in (
+                    "",
+                    "/",
+                    "/dev/null",
+                    "/proc/x",
+                    str(world.base),
+                    str(world.around),
+                    str(world.around / "notes.txt"),
+                    str(world.around / "private"),
+                    "a" * 300,
+                    "\0",
+                )
+            ],
+            *[(("measurement", "device"), v) for v in ("cuda:0", "mps", "meta", "tpu", "cpu:99", " ")],
+            *[(("calibration", "data", "kind"), v) for v in ("jsonl", "coco", "image_text", "huggingface", "chat")],
+        ]
+    )
     damage.holder(content, place)[place[-1]] = value
     return _text(f"{'.'.join(place)} = {str(value)[:60]!r}", _dump(content), place[-1] in ("output", "device", "kind"))
 

@@ -26,7 +26,11 @@ def recipe_of(world: World, **changes: Any) -> dict[str, Any]:
     """Return the recipe of the finished directory: it has every record that there is."""
     return world.recipe(
         measurement={"rounding": "compensated"},
-        schemes=[{"name": "half", "coverage": 0.5}, {"name": "full", "coverage": 1.0}, {"name": "near", "max_kl": 0.2}],
+        schemes=[
+            {"name": "half", "coverage": 0.5},
+            {"name": "full", "coverage": 1.0},
+            {"name": "near", "max_kl": 0.02},
+        ],
         controls={"kinds": ["random"], "seeds": 1},
         refine={"evaluations": 4, "marginal": 1},
         **changes,

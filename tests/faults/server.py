@@ -129,7 +129,9 @@ class Server:
 
     def run(self, *jobs: Job) -> list[Outcome]:
         """Return the outcomes of jobs that run beside each other."""
-        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self.runs += len(jobs)
         print(json.dumps([asdict(job) for job in jobs]), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
@@ -254,7 +256,7 @@ def _import_all() -> None:
                 __import__(module.name)
     import transformers.conversion_mapping
     import transformers.core_model_loading
-    import transformers.models.llama.modeling_llama
+    import transformers.models.llama.modeling_llama  # noqa: F401
     from plotly.offline import get_plotlyjs
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 

@@ -27,6 +27,7 @@ LAYERS = 2
 def make_model(directory: Path, layers: int = LAYERS, **options: Any) -> Path:
     """Write a random Llama of some thousand parameters, and its tokenizer, to `directory`."""
     import transformers
+
     from conftest import llama_config, save_model, save_tokenizer
 
     config = llama_config(
