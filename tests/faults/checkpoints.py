@@ -1,7 +1,8 @@
 """Damaged checkpoints, and checkpoints of an exporter that errs.
 
-`verify` refuses every one. Of a damaged one the next run makes a right one, or refuses too. What an exporter
-writes wrongly it lists wrongly too: file, digest and module record agree with each other, and not with the source or the measurement.
+`verify` refuses every one. Of a damaged one the next run makes a right one, or refuses too. What an exporter writes
+wrongly it lists wrongly too: file, digest and module record agree with each other, and not with the source or the
+measurement.
 """
 
 import hashlib

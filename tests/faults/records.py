@@ -28,8 +28,7 @@ def recipe_of(world: World, **changes: Any) -> dict[str, Any]:
         measurement={"rounding": "compensated"},
         schemes=[
             {"name": "half", "coverage": 0.5},
-            {"name": "full", "coverage": 1.0},
-            {"name": "near", "max_kl": 0.02},
+            {"name": "near", "max_kl": 0.2},
         ],
         controls={"kinds": ["random"], "seeds": 1},
         refine={"evaluations": 4, "marginal": 1},
