@@ -220,7 +220,7 @@ def compensate(model: Path, output: Path, sizes: dict, score_samples: int) -> di
     with meter.phase("export"):
         checkpoint.export(scheme, measurement, amax, model, output / "full", codes=codes)
     with meter.phase("verify"):
-        verified = verification.verify([scheme], measurement, model, {"full": output / "full"}).ok
+        verified = verification.verify([scheme], measurement, amax, model, {"full": output / "full"}).ok
     modules = measurement.rounding.modules
     return {
         "modules": len(modules),

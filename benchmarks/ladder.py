@@ -70,7 +70,7 @@ def run_bitladder(
     verified = None
     if verify:
         with meter.phase("verify"):
-            verified = verification.verify(schemes, measurement, model, directories).ok
+            verified = verification.verify(schemes, measurement, amax, model, directories).ok
     return {
         "seconds": seconds,
         "verified": verified,

@@ -39,6 +39,8 @@ VERIFIED = (
     "CohereForCausalLM",
     "Cohere2ForCausalLM",
     "PhiForCausalLM",
+    "ProphetNetForCausalLM",  # a linear called relative_pos_embeddings
+    "RwkvForCausalLM",  # key and value without a query
     "GPTNeoXForCausalLM",
     "GPTJForCausalLM",
     "OPTForCausalLM",
@@ -71,6 +73,7 @@ VERIFIED = (
     "PaliGemmaForConditionalGeneration",
     "AyaVisionForConditionalGeneration",
     "Glm4vForConditionalGeneration",
+    "Molmo2ForConditionalGeneration",  # q/k/v and gate/up fused on disk, split on loading
     "Lfm2VlForConditionalGeneration",
 )
 # Shapes of their own: carried, or refused by `inspect`.
@@ -85,6 +88,7 @@ EITHER = (
     "Qwen2AudioForConditionalGeneration",
     "RecurrentGemmaForCausalLM",
     "Zamba2ForCausalLM",
+    "xLSTMForCausalLM",  # a cache class of its own
 )
 EXPERTS, DECODERS_ONLY = "mixtures of experts are not supported", "decoder-only language models"
 REFUSED = {

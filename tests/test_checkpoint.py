@@ -217,7 +217,8 @@ def test_other_vision_language_models(kind, text_file, tmp_path):
     scheme, directory, _ = export(source, measurement, tmp_path)
     names = {name for name in tensors_of(directory) if not name.endswith("_scale")}
     assert names == set(tensors_of(source))
-    result = verify([scheme], measurement, source, {scheme.name: directory})
+    amax = sensitivity.read_amax(measurement, tmp_path)
+    result = verify([scheme], measurement, amax, source, {scheme.name: directory})
     assert result.ok, result
 
 

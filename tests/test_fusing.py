@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,13 @@ def test_a_multimodal_model_has_its_own_row_first():
 
 @pytest.mark.parametrize("config", [{}, {"architectures": []}, {"architectures": None}, {"architectures": [None]}])
 def test_a_configuration_that_names_nothing_gets_the_usual(config):
-    assert Fusing.of(config) == Fusing.usual()
+    assert Fusing.of(config) == replace(Fusing.usual(), guessed=True)
+
+
+def test_a_guess_needs_all_members():
+    rwkv = Fusing.of({"architectures": ["RwkvForCausalLM"]})
+    assert [layer.name for layer in rwkv.layers(["a.key", "a.value"])] == ["a.key", "a.value"]
+    assert [layer.name for layer in rwkv.layers(["a.query", "a.key", "a.value"])] == ["a.qkv_proj"]
 
 
 def test_no_usual_fusion_lies_within_another():

@@ -190,7 +190,7 @@ def test_a_hybrid_is_measured_exported_verified_and_evaluated(hybrid, engine, te
     (scheme,) = planning.plan_all(measurement, [spec("full", coverage=1.0, kv_cache="fp8")])
     directory = tmp_path / "checkpoint"
     checkpoint.export(scheme, measurement, amax, source, directory)
-    verdict = verify([scheme], measurement, source, {"full": directory})
+    verdict = verify([scheme], measurement, amax, source, {"full": directory})
     assert verdict.ok, [finding for one in verdict.checkpoints for finding in one.findings]
     manifest = CheckpointManifest.read(directory / CheckpointManifest.FILE_NAME)
     assert len(manifest.kv_scales) == 2 * len(attention)

@@ -154,8 +154,8 @@ def test_generating_step_by_step_reads_back_what_was_stored(exported):
 
 
 def test_verification_accepts_all_and_tells_them_apart(exported):
-    source, measurement, _, ladder = exported
-    result = verify([s for s, _ in ladder.values()], measurement, source, {n: d for n, (_, d) in ladder.items()})
+    source, measurement, amax, ladder = exported
+    result = verify([s for s, _ in ladder.values()], measurement, amax, source, {n: d for n, (_, d) in ladder.items()})
     assert result.ok, [f for c in result.checkpoints for f in c.findings] + [
         f for p in result.pairs for f in p.findings
     ]
@@ -195,14 +195,14 @@ def first_key_scale(tensors):
     [
         (lambda t: t.pop(first_key_scale(t)), "missing", "has no partner"),
         (lambda t: t[first_key_scale(t)].zero_(), "finite and positive", "not one positive float32"),
-        (lambda t: t[first_key_scale(t)].mul_(2), "manifest's scale is not", None),
+        (lambda t: t[first_key_scale(t)].mul_(2), "what calibration saw gives", None),
     ],
 )
 def test_damaged_scales_are_found(exported, tmp_path, edit, problem, refusal):
-    source, measurement, _, ladder = exported
+    source, measurement, amax, ladder = exported
     scheme, directory = ladder["full_kv"]
     damaged = change(directory, tmp_path / "damaged", edit)
-    result = verify([scheme], measurement, source, {"full_kv": damaged})
+    result = verify([scheme], measurement, amax, source, {"full_kv": damaged})
     assert any(problem in f.problem and (f.tensor or "").endswith("k_scale") for f in result.checkpoints[0].findings)
     if refusal:
         with pytest.raises(ModelError, match=refusal):
@@ -210,9 +210,9 @@ def test_damaged_scales_are_found(exported, tmp_path, edit, problem, refusal):
 
 
 def test_scales_that_no_scheme_asked_for_are_found(exported, tmp_path):
-    source, measurement, _, ladder = exported
+    source, measurement, amax, ladder = exported
     scheme, _ = ladder["full"]
-    result = verify([scheme], measurement, source, {"full": ladder["full_kv"][1]})
+    result = verify([scheme], measurement, amax, source, {"full": ladder["full_kv"][1]})
     problems = [f.problem for f in result.checkpoints[0].findings]
     assert any("kv_cache_quant_algo is 'FP8'" in problem for problem in problems)
     assert any("kv_cache_scheme is" in problem for problem in problems)

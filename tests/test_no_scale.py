@@ -80,7 +80,7 @@ def test_a_group_without_a_scale_stays_in_16_bits(zero, settings, llama, text_fi
     assert left < set(scheme.exclude_modules)
     directory = tmp_path / "checkpoint"
     checkpoint.export(scheme, measurement, amax, source, directory, codes=codes)
-    verdict = verify([scheme], measurement, source, {"full": directory})
+    verdict = verify([scheme], measurement, amax, source, {"full": directory})
     assert verdict.ok, [finding for one in verdict.checkpoints for finding in one.findings]
     ignored = json.loads((directory / "config.json").read_text())["quantization_config"]["ignore"]
     assert left < set(ignored)

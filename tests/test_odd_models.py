@@ -33,7 +33,7 @@ def test_modelopts_engine_takes_them(name, method, text_file, tmp_path):
     amax = sensitivity.read_amax(measurement, tmp_path)
     (scheme,) = planning.plan_all(measurement, [spec("full", coverage=1.0)])
     checkpoint.export(scheme, measurement, amax, source, tmp_path / "full")
-    assert verify([scheme], measurement, source, {"full": tmp_path / "full"}).ok
+    assert verify([scheme], measurement, amax, source, {"full": tmp_path / "full"}).ok
     with evaluation.Reference.compute(source, load_text(source, text_file, samples=2)) as reference:
         kl = evaluation.compare(reference, tmp_path / "full", "full")[0][0]
     assert kl.noise_floor < kl.value < 1

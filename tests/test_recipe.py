@@ -1,6 +1,7 @@
 """A wrong recipe is one line that names the key and the remedy; a right one has absolute paths."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*args: Any, **kwargs: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     assert "Permission denied" in error_of(path)
 
 

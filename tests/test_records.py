@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from bitladder.records import (
     Scheme,
     ServedAnswer,
     ServedMemory,
+    SimulatedKls,
     Throughput,
     UntouchedModule,
     Verification,
@@ -155,6 +157,7 @@ SAMPLES: list[Record] = [
         results=(RESULT,),
         run=RUN,
     ),
+    SimulatedKls(settings_sha256="s", kl={"f": 1e-3}),
     KlPoints(
         measurement_sha256="m",
         settings_sha256="s",
@@ -211,7 +214,7 @@ SAMPLES: list[Record] = [
         traceback="t",
         run=RUN,
     ),
-    RunState(recipe={"output": "o"}, phases={"measure": (PHASE,)}, digests={"f": (1, 2, "s")}),
+    RunState(recipe={"output": "o"}, phases={"measure": (PHASE,)}, measured_with={"a": 1}, digests={"f": (1, 2, "s")}),
     Measurement(**MEASUREMENT | {"rounding": ROUNDED}),
 ]
 each_record = pytest.mark.parametrize("record", SAMPLES, ids=lambda record: type(record).__name__)
@@ -241,9 +244,31 @@ def read_error(kind: type[Record], path: Path) -> str:
 
 
 def changed(record: Record, path: Path, **fields: Any) -> Path:
-    """Write the record with other raw fields to `path`."""
-    path.write_text(json.dumps(record.model_dump(mode="json") | fields))
+    """Write the record with other raw fields to `path`, and the digest that belongs to them."""
+    content = record.model_dump(mode="json") | fields
+    digest = sha256_of_bytes(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+    path.write_text(json.dumps(content | {"content_sha256": digest}))
     return path
+
+
+def edits_of(value: Any) -> Iterator[Any]:
+    """Give every way to edit one leaf of a JSON value: another number, another string, one entry less."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield {name: part for name, part in value.items() if name != key}
+            for edited in edits_of(part):
+                yield value | {key: edited}
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield value[:index] + value[index + 1 :]
+            for edited in edits_of(part):
+                yield [*value[:index], edited, *value[index + 1 :]]
+    elif isinstance(value, bool) or value is None:
+        yield not value
+    elif isinstance(value, int | float):
+        yield value * 300 + 1
+    else:
+        yield f"{value} "
 
 
 # --- the documentation -------------------------------------------------------------------------------------------
@@ -311,7 +336,7 @@ def test_round_trip(record: Record, tmp_path: Path) -> None:
 def test_files_say_their_schema_version_and_are_readable(record: Record, tmp_path: Path) -> None:
     record.write(tmp_path / "record.json")
     text = (tmp_path / "record.json").read_text(encoding="utf-8")
-    assert json.loads(text)["schema_version"] == 1
+    assert json.loads(text)["schema_version"] == 2
     assert text.endswith("}\n")
     assert text.count("\n") > 3
 
@@ -319,7 +344,7 @@ def test_files_say_their_schema_version_and_are_readable(record: Record, tmp_pat
 @each_record
 def test_records_are_frozen(record: Record) -> None:
     with pytest.raises(ValidationError):
-        record.schema_version = 2
+        record.schema_version = 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -390,14 +415,35 @@ def test_directories_are_refused(tmp_path: Path) -> None:
 def test_foreign_files_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "record.json"
     path.write_text(text)
-    assert "has schema_version None, this Bitladder reads 1" in read_error(Scheme, path)
+    assert "has schema_version None, this Bitladder reads 2" in read_error(Scheme, path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, 2.5])
 @each_record
 def test_other_schema_versions_are_refused(record: Record, version: Any, tmp_path: Path) -> None:
     path = changed(record, tmp_path / "record.json", schema_version=version)
     assert f"has schema_version {version!r}" in read_error(type(record), path)
+
+
+@each_record
+def test_no_edit_of_a_record_is_read(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    record.write(path)
+    written = json.loads(path.read_text(encoding="utf-8"))
+    edits = [edited for edited in edits_of(written) if edited.get("schema_version") == written["schema_version"]]
+    assert len(edits) > 2
+    for edited in edits:
+        path.write_text(json.dumps(edited))
+        assert "was changed since it was written" in read_error(type(record), path), edited
+        assert type(record).read_if_whole(path) is None
+    path.write_text(json.dumps(written))  # laid out otherwise: the same record
+    assert type(record).read(path) == record
+
+
+def test_a_record_nested_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text("[" * 100_000)
+    assert "can't be read as JSON" in read_error(Scheme, path)
 
 
 @each_record
@@ -417,9 +463,10 @@ def test_unknown_fields_are_refused(record: Record, tmp_path: Path) -> None:
 
 def test_a_wrong_field_deep_inside_is_named(tmp_path: Path) -> None:
     path = tmp_path / "measurement.json"
-    raw = Measurement(**MEASUREMENT).model_dump(mode="json")
+    measurement = Measurement(**MEASUREMENT)
+    raw = measurement.model_dump(mode="json")
     raw["candidates"][0]["scores"][1] = "high"
-    path.write_text(json.dumps(raw))
+    changed(measurement, path, candidates=raw["candidates"])
     assert "candidates.0.scores.1" in read_error(Measurement, path)
 
 

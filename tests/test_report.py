@@ -803,7 +803,7 @@ def test_json_is_a_record_with_numbers(tmp_path: Path) -> None:
     write_report(report, tmp_path)
     assert Report.read(tmp_path / "report.json") == report
     content = json.loads((tmp_path / "report.json").read_text())
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     scheme = content["schemes"][0]
     assert scheme["results"][0]["value"] == 2.8e-3
     assert scheme["weight_file_bytes"] == 5005

@@ -189,7 +189,7 @@ def test_checkpoints_hold_the_codes_and_verify(llama, compensated, exported):
         assert {module.rounding for module in manifest.modules} == {"compensated"}
         for module in manifest.modules:
             assert torch.equal(tensors[module.tensor].view(torch.uint8), codes.read(module.name).view(torch.uint8))
-    assert verify(schemes, measurement, llama, directories).ok
+    assert verify(schemes, measurement, sensitivity.read_amax(measurement, directory), llama, directories).ok
 
 
 def test_files_have_the_layout_of_nearest_codes(llama, text_file, exported, tmp_path):
@@ -211,7 +211,8 @@ def test_files_have_the_layout_of_nearest_codes(llama, text_file, exported, tmp_
 
 @pytest.mark.parametrize("how", ["nearest", "far"])
 def test_other_codes_are_found(llama, compensated, exported, tmp_path, how):
-    measurement, _ = compensated
+    measurement, directory = compensated
+    amax = sensitivity.read_amax(measurement, directory)
     schemes, directories = exported
     shutil.copytree(directories["all"], tmp_path / "all")
     path = tmp_path / "all/model.safetensors"
@@ -226,7 +227,7 @@ def test_other_codes_are_found(llama, compensated, exported, tmp_path, how):
     digests = {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
     files = tuple(f.model_copy(update=digests) if f.name == path.name else f for f in manifest.files)
     manifest.model_copy(update={"files": files}).write(tmp_path / "all" / CheckpointManifest.FILE_NAME)
-    result = verify(schemes[1:], measurement, llama, {"all": tmp_path / "all"})
+    result = verify(schemes[1:], measurement, amax, llama, {"all": tmp_path / "all"})
     problems = [(finding.tensor, finding.problem) for finding in result.checkpoints[0].findings]
     assert (module.tensor, "its codes are not the compensated ones of the measurement") in problems
     farther = [problem for _, problem in problems if "farther from the source than was recorded" in problem]
@@ -283,7 +284,7 @@ def test_a_killed_run_goes_on_with_the_same_codes(llama, text_file, tmp_path, co
     with pytest.raises(Killed):
         measure_text(llama, text_file, tmp_path, progress=progress, **settings)
     assert (
-        len(list((tmp_path / "measuring/codes").glob("*")))
+        len(list((tmp_path / "measuring/codes").glob("*.safetensors")))
         == {("round", "native"): 1, ("round", "modelopt"): 1, ("score", "native"): 3, ("score", "modelopt"): 0}[
             phase, engine
         ]

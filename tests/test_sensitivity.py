@@ -214,6 +214,36 @@ def test_leftovers_of_other_settings_are_not_reused(llama, text_file, tmp_path):
     assert all(score > 0 for candidate in measured.candidates for score in candidate.scores)
 
 
+@pytest.mark.parametrize("how", ["cut", "a flipped bit", "a directory", "a link", "no seal", "a stray"])
+@pytest.mark.parametrize("name", ["key.json", "amax.safetensors", "scores-00001.json", "codes/layer-00000.safetensors"])
+def test_what_is_damaged_of_an_unfinished_measurement_is_made_again(name, how, llama, text_file, tmp_path):
+    settings = {"engine": "native", "method": "gradient", "rounding": "compensated"}
+    whole = measure_text(llama, text_file, tmp_path / "whole", **settings)
+
+    def kill(phase, done, total):
+        if (phase, done) == ("score", 2):
+            raise Killed
+
+    with pytest.raises(Killed):
+        measure_text(llama, text_file, tmp_path / "killed", progress=kill, **settings)
+    path = tmp_path / "killed" / "measuring" / name
+    content = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "a flipped bit":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif how == "no seal":
+        path.with_name(f"{path.name}.sha256").unlink()
+    elif how == "a stray":
+        path.with_name(f"0-{path.name}").write_bytes(content)
+    else:
+        path.unlink()
+        path.mkdir() if how == "a directory" else path.symlink_to(tmp_path / "whole" / "measurement.json")
+    again = measure_text(llama, text_file, tmp_path / "killed", **settings)
+    assert again.fingerprint() == whole.fingerprint()
+    assert {p.name for p in (tmp_path / "killed").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
 def with_poison(llama, directory, tensor, value):
     for path in llama.iterdir():
         (directory / path.name).write_bytes(path.read_bytes())
@@ -308,7 +338,7 @@ def test_amax_must_belong_to_the_measurement(measured, tmp_path):
 def test_measurement_file_is_plain_json(measured):
     measurement, directory = measured
     content = json.loads((directory / "measurement.json").read_text())
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert Measurement.read(directory / "measurement.json") == measurement
 
 

@@ -262,7 +262,7 @@ def test_code_that_comes_with_a_model_is_never_run(model, known, monkeypatch):
 
 def test_verification_reads_the_originals_own_files(shards):
     save_file({"stray": torch.zeros(1)}, shards / "consolidated.safetensors")
-    assert {path.name for path in verification._weight_files(shards)} == set(WeightFiles.open(shards).files)
+    assert {path.name for path in verification.weight_files(shards)} == set(WeightFiles.open(shards).files)
 
 
 def test_a_projection_of_tiny_weights_stays_in_sixteen_bits(model, text_file, tmp_path):

@@ -120,9 +120,9 @@ def test_a_directory_where_a_file_is_needed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["record.json"]
 
 
-def test_other_errors_of_the_system_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_the_system_are_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "replace", failing(errno.EIO))
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(OutputError, match="Input/output"):
         atomic_write(tmp_path / "file", "new")
     assert names(tmp_path) == []
 

@@ -145,7 +145,7 @@ def exported(source, directory):
     places = {scheme.name: directory / scheme.name for scheme in schemes}
     for scheme in schemes:
         checkpoint.export(scheme, measurement, amax, source, places[scheme.name])
-    found = verification.verify(schemes, measurement, source, places)
+    found = verification.verify(schemes, measurement, amax, source, places)
     assert [finding for result in found.checkpoints for finding in result.findings] == []
     return measurement, places
 
@@ -200,7 +200,7 @@ def test_what_is_fused_on_disk_goes_all_the_way(name, text_file, tmp_path):
     scheme = plan(measurement, spec("half", coverage=0.5))
     amax = sensitivity.read_amax(measurement, tmp_path / "m")
     checkpoint.export(scheme, measurement, amax, source, tmp_path / "half")
-    (result,) = verification.verify([scheme], measurement, source, {"half": tmp_path / "half"}).checkpoints
+    (result,) = verification.verify([scheme], measurement, amax, source, {"half": tmp_path / "half"}).checkpoints
     assert result.findings == ()
     assert [errors(tmp_path / "half", runtime)[0] for runtime in RUNTIMES] == [[], [], []]
     held_out = load_text(source, text_file, samples=4)

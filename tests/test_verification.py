@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from bitladder import checkpoint, planning, sensitivity
 from bitladder.records import CheckpointManifest
 from bitladder.storage import sha256_of_file
-from bitladder.verification import verify
+from bitladder.verification import compare, examine, verify
 from conftest import spec
 
 
 @pytest.fixture(scope="module")
 def ladder(llama, measured, tmp_path_factory):
-    """(measurement, schemes, {name: directory}) with two intact checkpoints."""
+    """(measurement, amax, schemes, {name: directory}) with two intact checkpoints."""
     measurement, directory = measured
     amax = sensitivity.read_amax(measurement, directory)
     output = tmp_path_factory.mktemp("ladder")
@@ -24,12 +24,12 @@ def ladder(llama, measured, tmp_path_factory):
     directories = {scheme.name: output / scheme.name for scheme in schemes}
     for scheme in schemes:
         checkpoint.export(scheme, measurement, amax, llama, directories[scheme.name])
-    return measurement, schemes, directories
+    return measurement, amax, schemes, directories
 
 
 def test_intact_checkpoints_pass(ladder, llama):
-    measurement, schemes, directories = ladder
-    result = verify(schemes, measurement, llama, directories)
+    measurement, amax, schemes, directories = ladder
+    result = verify(schemes, measurement, amax, llama, directories)
     assert result.ok
     for scheme, check in zip(schemes, result.checkpoints, strict=True):
         quantised = [g for g in measurement.groups if g.name in scheme.quantised_groups()]
@@ -44,7 +44,7 @@ def test_intact_checkpoints_pass(ladder, llama):
 @pytest.fixture
 def broken(ladder, llama, tmp_path):
     """A function that damages a copy of the `high` checkpoint and returns the findings."""
-    measurement, schemes, directories = ladder
+    measurement, amax, schemes, directories = ladder
     directory = tmp_path / "high"
     shutil.copytree(directories["high"], directory)
 
@@ -65,7 +65,7 @@ def broken(ladder, llama, tmp_path):
                 if (directory / entry.name).exists()
             )
             manifest.model_copy(update={"files": files}).write(path)
-        result = verify(schemes[1:], measurement, llama, {"high": directory})
+        result = verify(schemes[1:], measurement, amax, llama, {"high": directory})
         assert result.ok == (not result.checkpoints[0].findings)
         return result.checkpoints[0].findings
 
@@ -120,7 +120,11 @@ DAMAGE = {
     "weight_scale missing": (lambda t, n: t.pop(prefix(n) + "weight_scale"), ["weight_scale"], "missing"),
     "input_scale missing": (lambda t, n: t.pop(prefix(n) + "input_scale"), ["input_scale"], "missing"),
     "weight missing": (lambda t, n: t.pop(n), ["weight"], "missing"),
-    "weight_scale doubled": (lambda t, n: t[prefix(n) + "weight_scale"].mul_(2), ["weight"], "scales"),
+    "weight_scale doubled": (
+        lambda t, n: t[prefix(n) + "weight_scale"].mul_(2),
+        ["weight_scale"],
+        "the source's weights give",
+    ),
     "input_scale zero": (lambda t, n: t[prefix(n) + "input_scale"].zero_(), ["input_scale"], "positive"),
     "scale in BF16": (
         lambda t, n: t.update({prefix(n) + "weight_scale": t[prefix(n) + "weight_scale"].bfloat16()}),
@@ -152,7 +156,7 @@ def test_damaged_tensors(kind, broken):
 
 
 def test_bf16_weight_inside_the_scheme_and_fp8_outside(broken, ladder):
-    measurement, schemes, _ = ladder
+    measurement, _, schemes, _ = ladder
     left = next(g for g in measurement.groups if g.name not in schemes[1].quantised_groups())
     name = left.modules[0].tensor
 
@@ -197,11 +201,15 @@ def edit_config(file, change):
 @pytest.mark.parametrize(
     ("file", "change", "problem"),
     [
-        ("config.json", lambda c: c["quantization_config"]["ignore"].pop(), "not the scheme's"),
-        ("config.json", lambda c: c["quantization_config"]["ignore"].append("model.layers.1*"), "wildcard"),
-        ("config.json", lambda c: c.pop("quantization_config"), "quant_algo"),
-        ("config.json", lambda c: c.update(hidden_size=63), "beyond quantization_config"),
-        ("hf_quant_config.json", lambda c: c["quantization"]["exclude_modules"].pop(), "not the scheme's"),
+        ("config.json", lambda c: c["quantization_config"]["ignore"].pop(), "lacks"),
+        (
+            "config.json",
+            lambda c: c["quantization_config"]["ignore"].append("model.layers.1*"),
+            "has 'model.layers.1*'",
+        ),
+        ("config.json", lambda c: c.pop("quantization_config"), "quantization_config is missing"),
+        ("config.json", lambda c: c.update(hidden_size=63), "hidden_size is 63, it should be 64"),
+        ("hf_quant_config.json", lambda c: c["quantization"]["exclude_modules"].pop(), "lacks"),
         ("hf_quant_config.json", lambda c: c["quantization"].update(quant_algo="INT8"), "INT8"),
     ],
 )
@@ -215,15 +223,75 @@ def test_missing_manifest(broken):
 
 
 def test_another_schemes_checkpoint(ladder, llama):
-    measurement, schemes, directories = ladder
+    measurement, amax, schemes, directories = ladder
     swapped = {"low": directories["high"], "high": directories["low"]}
-    result = verify(schemes, measurement, llama, swapped)
+    result = verify(schemes, measurement, amax, llama, swapped)
     assert not result.ok
     assert mentions(result.checkpoints[0].findings, "written for another scheme")
 
 
 def test_two_schemes_with_the_same_tensors_are_named(ladder, llama):
-    measurement, schemes, directories = ladder
-    result = verify(schemes, measurement, llama, {"low": directories["high"], "high": directories["high"]})
-    (pair,) = result.pairs
+    measurement, amax, schemes, directories = ladder
+    _, digests = examine(schemes[1], measurement, amax, llama, directories["high"])
+    pair = compare(*schemes, measurement, {"low": digests, "high": digests})
     assert mentions(pair.findings, "low", "high", "hold the same weights")
+    intact = verify(schemes, measurement, amax, llama, directories)
+    result = intact.model_copy(update={"pairs": (pair,)})  # neither has findings of its own: both are to blame
+    assert [result.matches(name) for name in ("low", "high", "other")] == [False, False, None]
+
+
+def test_only_the_damaged_one_of_a_pair_is_blamed(ladder, llama, tmp_path):
+    measurement, amax, schemes, directories = ladder
+    shutil.copytree(directories["high"], tmp_path / "high")
+    edit(flip_embedding)(tmp_path / "high")
+    edit(move_one_code)(tmp_path / "high")
+    low = {m.name for g in measurement.groups if g.name in schemes[0].quantised_groups() for m in g.modules}
+    edit(
+        lambda t, n: t.update({m.tensor: t[m.tensor].float().bfloat16() for m in modules_of(tmp_path) if m.name in low})
+    )(tmp_path / "high")
+    result = verify(schemes, measurement, amax, llama, {**directories, "high": tmp_path / "high"})
+    (pair,) = result.pairs
+    assert pair.modules_differing != pair.modules_expected  # the pair isn't what it should be
+    assert pair.findings == ()
+    assert [(c.scheme, c.ok) for c in result.checkpoints] == [("low", True), ("high", False)]
+    assert [result.matches(name) for name in ("low", "high")] == [True, False]
+    assert not result.ok
+
+
+def modules_of(directory):
+    return CheckpointManifest.read(directory / "high" / CheckpointManifest.FILE_NAME).modules
+
+
+def side_file(directory):
+    path = directory / "tokenizer.json"
+    path.write_text(path.read_text() + " ")
+
+
+EXPORTER = {
+    "input_scale doubled": (edit(lambda t, n: t[prefix(n) + "input_scale"].mul_(2)), "what calibration saw gives"),
+    "weight_scale a bit off": (edit(lambda t, n: t[prefix(n) + "weight_scale"].mul_(1.000001)), "weights give"),
+    "tokenizer": (side_file, "byte for byte"),
+    "generation_config": (edit_config("generation_config.json", lambda c: c.update(do_sample=True)), "byte for byte"),
+    "num_bits": (
+        edit_config(
+            "config.json", lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(num_bits=4)
+        ),
+        "num_bits is 4",
+    ),
+    "true for 1": (edit_config("config.json", lambda c: c.update(num_key_value_heads=True)), "it should be 1"),
+    "producer": (
+        edit_config("config.json", lambda c: c["quantization_config"]["producer"].update(version="0.1")),
+        "producer.version",
+    ),
+    "legacy producer": (edit_config("hf_quant_config.json", lambda c: c.pop("producer")), "producer is missing"),
+    "metadata": (
+        lambda d: save_file(load_file(d / "model.safetensors"), d / "model.safetensors", metadata={"format": "np"}),
+        "not the format pt",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EXPORTER)
+def test_what_the_exporter_and_its_manifest_agree_about_is_not_believed(kind, broken):
+    damage, problem = EXPORTER[kind]
+    assert mentions(broken(damage), problem)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bitladder import __version__
-from bitladder.errors import BitladderError, ProbeFailed, RecipeError
+from bitladder.errors import BitladderError, ProbeFailed, RecipeError, reason_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,7 +76,7 @@ def _options(
 def _workspace(recipe: Path, output: Path | None) -> Iterator["Workspace"]:
     """Yield the recipe's workspace, with progress bars."""
     from bitladder.pipeline import Workspace
-    from bitladder.recipe import read_recipe
+    from bitladder.recipe import read_recipe, resolve_path
 
     parsed = read_recipe(recipe)
     _quiet_libraries()
@@ -103,9 +103,14 @@ def _workspace(recipe: Path, output: Path | None) -> Iterator["Workspace"]:
                 tasks[phase] = bars.add_task(phase, total=total)
             bars.update(tasks[phase], completed=done, total=total)  # type: ignore[arg-type]
 
+        def tell(line: str) -> None:
+            bars.console.print(line, soft_wrap=True, highlight=False, markup=False)
+
         before = signal.signal(signal.SIGINT, stop)
         try:
-            yield Workspace(parsed, (output or Path(parsed.output)).expanduser().resolve(), progress)
+            place = Path(parsed.output if output is None else resolve_path(str(output), Path.cwd()))
+            console.print(f"Output: {place}", soft_wrap=True, highlight=False, markup=False)
+            yield Workspace(parsed, place, progress, tell)
         except KeyboardInterrupt as error:
             raise _Interrupted from error
         finally:
@@ -279,10 +284,11 @@ def verify(recipe: RecipePath, output: Output = None) -> None:
         result = pipeline.verify(work)
     for check in result.checkpoints:
         console.print(
-            f"{check.scheme}: {check.tensors_checked} tensors, {check.codes_checked:,} codes within half a step, "
+            f"{check.scheme}: {check.tensors_checked} tensors, {check.codes_checked:,} codes compared, "
             f"{check.bytes_identical:,} bytes identical to the source"
         )
     console.print(f"{len(result.pairs)} pairs of schemes differ exactly where their assignments do")
+    console.print("Every byte of the original and of the checkpoints was read; no size or time was trusted.")
 
 
 @app.command()
@@ -546,7 +552,7 @@ def inspect(
     from bitladder.targets import find_target
 
     _quiet_libraries()
-    local = Path(model).expanduser()
+    local = Path(os.path.expanduser(model))
     looks_local = local.exists() or model.startswith((".", "/", "~")) or "/" not in model
     directory = fetch_model(str(local.resolve()) if looks_local else model, revision)
     target = find_target(directory)
@@ -607,6 +613,11 @@ def main() -> None:
         _complain(error, f"error: {error}", 2)
     except _Interrupted as error:
         _complain(error, "interrupted; run the same command again to go on where it stopped", 130)
+    except MemoryError as error:
+        _complain(error, "error: out of memory; close other programs, or lower batch_size and sequence_length", 2)
+    except OSError as error:  # what the system says of a file or the disk is no bug of ours
+        where = "" if error.filename is None else f"{error.filename}: "
+        _complain(error, f"error: {where}{error.strerror or reason_of(error)}; see that it can be read and written", 2)
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         kind = type(error).__name__

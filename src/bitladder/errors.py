@@ -19,6 +19,9 @@
 Only the command line catches these.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class BitladderError(Exception):
     """Base of all errors with a remedy; `str(error)` is one line for the user."""
@@ -81,5 +84,29 @@ class EngineError(BitladderError):
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of somebody else's error that isn't blank, or the error's kind: for a line of ours."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line of somebody else's error that isn't blank, or the error's kind: for a line of ours.
+
+    A line that ends in a colon goes on in the next one.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+@contextlib.contextmanager
+def foreign(kind: type[BitladderError], what: str, remedy: str = "") -> Iterator[None]:
+    """Turn whatever a library raises in the body into one line of ours: `what: reason; remedy`.
+
+    For calls into transformers and the like, which raise whatever a damaged file leads them to. Our own errors, and a
+    lack of memory, pass.
+    """
+    try:
+        yield
+    except (BitladderError, MemoryError):
+        raise
+    except Exception as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):  # torch's are RuntimeErrors
+            raise
+        reason = reason_of(error) if str(error).strip("' \"") and not isinstance(error, KeyError) else repr(error)
+        raise kind(f"{what}: {reason}{f'; {remedy}' if remedy else ''}") from error

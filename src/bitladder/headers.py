@@ -6,15 +6,25 @@ by huggingface/safetensors.
 
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitladder.errors import ModelError
+from bitladder.reading import open_file
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+# Bits of a value. Source: safetensors' Dtype; its readers refuse a file with any other.
+_BITS = {
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -32,31 +42,53 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of one safetensors file, in the order of their data.
 
+    What safetensors' own reader would refuse is refused here.
+
     Raises:
         ModelError: not a safetensors file, or truncated; the message says what is wrong, and names no file.
     """
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_MAX_HEADER_BYTES, size):
                 raise ValueError("header longer than the file")
-            header: dict[str, Any] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_each_once)
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata isn't text")
         start = 8 + length
-        tensors = [
-            TensorInfo(
-                name, path.name, entry["dtype"], tuple(entry["shape"]), *(start + o for o in entry["data_offsets"])
-            )
-            for name, entry in header.items()
-        ]
-        for tensor in tensors:
-            if tensor.dtype in _BYTES and tensor.end - tensor.begin != math.prod(tensor.shape) * _BYTES[tensor.dtype]:
-                raise ValueError(f"{tensor.name} has another size than its shape")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"is not a readable safetensors file ({error})") from error
-    tensors.sort(key=lambda tensor: tensor.begin)
+        tensors = [_tensor(name, path.name, entry, start) for name, entry in header.items()]
+    except OSError as error:
+        raise ModelError(f"can't be read ({error.strerror})") from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ModelError(f"is not a readable safetensors file ({reason})") from error
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     end = max((tensor.end for tensor in tensors), default=start)
     if end != size:
         raise ModelError(f"has {size:,} bytes, its header describes {end:,}")
+    for before, tensor in zip((None, *tensors), tensors, strict=False):
+        if tensor.begin != (start if before is None else before.end):
+            raise ModelError(f"is not a readable safetensors file ({tensor.name} doesn't begin where another ends)")
     return {tensor.name: tensor for tensor in tensors}
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1)
+        raise ValueError(f"{twice} is described twice")
+    return found
+
+
+def _tensor(name: str, file: str, entry: dict[str, Any], start: int) -> TensorInfo:
+    """Return what a header says of a tensor; raises ValueError, KeyError or TypeError."""
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+        raise ValueError(f"{name} has a size or place that is no whole number")
+    if dtype not in _BITS:
+        raise ValueError(f"{name} has the unknown dtype {dtype!r}")
+    if 8 * (end - begin) != math.prod(shape) * _BITS[dtype]:
+        raise ValueError(f"{name} has another size than its shape")
+    return TensorInfo(name, file, dtype, shape, start + begin, start + end)

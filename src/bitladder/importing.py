@@ -8,7 +8,6 @@ Source: ModelOpt's `candidate_stats` and `QuantRecipe` (modelopt/torch/quantizat
 CodeGandee/auto-quantize-model, qwen2_5_vl_3b_autoquant_fp8_schemes.py.
 """
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import ValidationError
 from bitladder.errors import RecordError
 from bitladder.formats import bits_of
 from bitladder.models.fusing import Fusing, Layer
+from bitladder.reading import read_json
 from bitladder.records import (
     BF16,
     BF16_BITS,
@@ -189,7 +189,7 @@ def import_manifest(path: Path) -> Measurement:
         RecordError: the file is missing, isn't such a manifest, or names a format that Bitladder doesn't know.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise RecordError(f"{path} does not exist; name a ModelOpt AutoQuantize manifest") from None
     except (OSError, ValueError) as error:  # a directory, not UTF-8, not JSON

@@ -13,7 +13,7 @@ import copy
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -100,9 +100,19 @@ def cache_inputs(model: nn.Module, cache: DynamicCache | None) -> dict[str, Any]
     """
     taken = inspect.signature(model.forward).parameters
     keyword = next((name for name in ("cache", "past_key_values") if name in taken), None)
-    if cache is None or keyword is None:
+    if cache is None or keyword is None or not _may_be(taken[keyword].annotation, cache):
         return {"use_cache": False} if "use_cache" in taken else {}
     return {keyword: cache, "use_cache": True}
+
+
+def _may_be(annotation: object, cache: DynamicCache) -> bool:
+    """Return whether a parameter can be our cache: not where only a class of the model's own is asked for (xLSTM's).
+
+    Models that take transformers' caches are annotated with `Cache`, with lists of tensors, or not at all.
+    """
+    classes = [kind for kind in (*get_args(annotation), annotation) if inspect.isclass(kind) and not get_args(kind)]
+    own = [kind for kind in classes if kind.__name__.endswith("Cache")]
+    return not own or any(isinstance(cache, kind) for kind in own)
 
 
 class AmaxCache(DynamicCache):  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
     run.json                    marks the directory as ours; the resolved recipe; what each step took
     measurement.json            + measurement.safetensors
+    simulated.json              where schemes are simulated to be planned: what is known of them
     kl_points.json              where a scheme is asked for by its KL
     refinements.json            where schemes are refined
     schemes/<name>.json
@@ -32,7 +33,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -87,10 +88,12 @@ from bitladder.records import (
     ModelSource,
     PhaseCost,
     ProbeResult,
+    Record,
     Refinement,
     Refinements,
     RunState,
     Scheme,
+    SimulatedKls,
     Verification,
     digest_of,
 )
@@ -113,9 +116,12 @@ LOCK_FILE = ".lock"
 _KEY_CHARACTERS = 12  # of the digest that tells one output's temporaries from another's
 EVIDENCE_FILE = "evidence.json"
 KL_POINTS_FILE = "kl_points.json"
+SIMULATED_FILE = "simulated.json"
 REFINEMENTS_FILE = "refinements.json"
 _KL_POINT_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the searched weights; schemes between which KL is interpolated
 PROBES = "probes"  # directory
+
+RecordT = TypeVar("RecordT", bound=Record)
 
 
 def fetch_model(path: str, revision: str | None) -> Path:
@@ -145,6 +151,7 @@ class Workspace:
     recipe: Recipe
     output: Path
     progress: Progress = no_progress
+    tell: Callable[[str], None] = lambda line: None  # takes a line for the user
     state: RunState = field(init=False)
     cache: DigestCache = field(init=False)
     done: list[str] = field(default_factory=list)  # the steps that this process had to do
@@ -162,24 +169,32 @@ class Workspace:
         path = self.output / RunState.FILE_NAME
         if self.output.exists() and not self.output.is_dir():
             raise OutputError(f"output {self.output} is a file; choose another output directory")
-        if path.exists():
-            self.state = RunState.read(path)
-        else:
+        known = self.known(RunState, path)
+        self.state = known or RunState(recipe={})
+        if known is None and not path.exists() and self.output.is_dir():
             ours = (LOCK_FILE, TEMPORARY_PREFIX)  # all that a run that was killed at its start leaves
-            if self.output.is_dir() and any(not entry.name.startswith(ours) for entry in self.output.iterdir()):
+            foreign = any(not entry.name.startswith(ours) for entry in self.output.iterdir())
+            if foreign and Measurement.read_if_whole(self.output / sensitivity.MEASUREMENT_FILE) is None:
                 raise OutputError(
                     f"output {self.output} holds something that Bitladder didn't write; choose another directory"
                 )
-            self.state = RunState(recipe={})
         self.cache = DigestCache(self.state.digests)
         self.state = self.state.model_copy(update={"recipe": self.recipe.model_dump(mode="json")})
+
+    def known(self, kind: type[RecordT], path: Path) -> RecordT | None:
+        """Return what an earlier run wrote to `path`; None: nothing, or something damaged, which is told."""
+        try:
+            return kind.read(path) if path.exists() else None
+        except RecordError as error:
+            self.tell(f"made again: {str(error).partition(';')[0]}")
+            return None
 
     def save(self) -> None:
         """Write `run.json`, where it changed."""
         known = {path: entry for path, entry in self.cache.known.items() if Path(path).exists()}
         self.state = self.state.model_copy(update={"digests": known})
         path = self.output / RunState.FILE_NAME
-        if not path.exists() or RunState.read(path) != self.state:
+        if RunState.read_if_whole(path) != self.state:
             self.state.write(path)
 
     def finished(self, step: str, phases: Sequence[PhaseCost]) -> None:
@@ -294,6 +309,20 @@ class Workspace:
             RecordError: one isn't planned yet.
         """
         return tuple(Scheme.read(self.output / "schemes" / f"{spec.name}.json") for spec in self.recipe.schemes)
+
+    def orphans(self) -> list[Path]:
+        """Return what lies in the output of schemes that the recipe doesn't have any more; nobody removes it."""
+        names = {spec.name for spec in self.recipe.schemes}
+        gone = sorted(path.stem for path in (self.output / "schemes").glob("*.json") if path.stem not in names)
+        places = [
+            (self.output / "schemes" / f"{name}.json", self.checkpoint_directory(name), self.evaluation_file(name))
+            for name in gone
+        ]
+        return [path for paths in places for path in paths if path.exists()]
+
+    def evaluation_file(self, scheme: str) -> Path:
+        """Return where a checkpoint's evaluation lies."""
+        return self.output / "evaluations" / f"{scheme}.json"
 
     def manifests(self) -> dict[str, CheckpointManifest]:
         """Return the manifests of all checkpoints.
@@ -413,17 +442,65 @@ def measure(work: Workspace) -> Measurement:
         known = Measurement.read(path)
         amax = work.output / sensitivity.AMAX_FILE
         has_amax = amax.exists() and work.cache.sha256(amax) == known.amax_sha256
-        if known.settings_sha256 == key and has_amax and _codes_are_intact(work, known, work.output):
+        has_codes = _codes_are_intact(work, known, work.output)
+        if known.settings_sha256 == key and has_amax and has_codes:
             sensitivity.forget_partial(work.output)  # of a run that was killed when it had measured
             return known
+        work.tell(f"measuring again: {why_again(work, known, source, data, has_amax=has_amax, has_codes=has_codes)}")
     target = work.target
     if any(spec.kv_cache == "fp8" for spec in work.recipe.scheme_specs()):
         kv_cache.check_layers(target.groups)
     measurement = sensitivity.measure(
         directory, source, target, data, work.recipe.measurement, work.output, work.progress, work.recipe.workers
     )
+    work.state = work.state.model_copy(update={"measured_with": deciding(work.recipe)})
     work.finished("measure", measurement.run.phases if measurement.run else ())
     return measurement
+
+
+def deciding(recipe: Recipe) -> dict[str, Any]:
+    """Return the sections of a recipe that decide its measurement."""
+    return recipe.model_dump(mode="json", include={"model", "calibration", "measurement"})
+
+
+def why_again(
+    work: Workspace,
+    known: Measurement,
+    source: ModelSource,
+    data: calibration.DataSet,
+    *,
+    has_amax: bool,
+    has_codes: bool,
+) -> str:
+    """Say in a line what is not as it was when the measurement that is there was made."""
+    before = work.state.measured_with
+    changes = _changes(before, deciding(work.recipe)) if before else []
+    if known.model.sha256 != source.sha256:
+        changes.append("the model's files are others")
+    if known.calibration.sha256 != data.summary.sha256 and not any(line.startswith("calibration") for line in changes):
+        changes.append("the calibration samples are others")
+    if not has_amax:
+        changes.append(f"{sensitivity.AMAX_FILE} is missing or damaged")
+    if not has_codes:
+        changes.append(f"{sensitivity.CODES} is missing or damaged")
+    return ", ".join(changes) or "the settings are others than those that it was made with"
+
+
+def _changes(before: Any, after: Any, name: str = "") -> list[str]:
+    """Return what differs between two parts of a recipe, as lines like "calibration.samples 48 → 40"."""
+    if before == after:
+        return []
+    if isinstance(before, list) and isinstance(after, list):
+        if len(before) != len(after):
+            return [f"{name}: {len(before)} → {len(after)} entries"]
+        names = [f"{name}[{index}]" for index in range(len(after))] if len(after) > 1 else [name]
+        pairs = list(zip(names, before, after, strict=True))
+    elif isinstance(before, dict) and isinstance(after, dict):
+        keys = dict.fromkeys((*before, *after))
+        pairs = [(f"{name}.{key}" if name else key, before.get(key), after.get(key)) for key in keys]
+    else:
+        return [f"{name} {before} → {after}"]
+    return [line for part, old, new in pairs for line in _changes(old, new, part)]
 
 
 def _codes_are_intact(work: Workspace, measurement: Measurement, directory: Path) -> bool:
@@ -483,14 +560,34 @@ def _scored_calibration_data(work: Workspace, measurement: Measurement) -> calib
 def kl_on(work: Workspace, measurement: Measurement, data: calibration.DataSet) -> Iterator[Callable[[Scheme], float]]:
     """Give the KL of any scheme of the measurement on `data`, in nats per token, simulated in memory.
 
+    Each is kept as soon as it is known, so that a killed run doesn't simulate it again. The original runs on the data
+    only where something has to be simulated.
+
     Raises:
         BitladderError: see `simulation`.
     """
-    directory, device = work.model_directory, sensitivity.resolve_device(work.recipe.measurement.device)
-    reference = evaluation.Reference.compute(directory, data, split="calibration", device=device)
-    with reference:
-        simulation = simulation_of(work, measurement, device)
-        yield lambda scheme: simulation.results([reference], scheme)[0].value
+    path = work.output / SIMULATED_FILE
+    key = digest_of([measurement.fingerprint(), data.summary.sha256, str(len(data.batches)), evaluation.ARITHMETIC])
+    known = work.known(SimulatedKls, path)
+    kls = dict(known.kl) if known is not None and known.settings_sha256 == key else {}
+    device = sensitivity.resolve_device(work.recipe.measurement.device)
+    with ExitStack() as stack:
+        prepared: list[tuple[evaluation.Reference, Simulation]] = []
+
+        def kl(scheme: Scheme) -> float:
+            name = digest_of([*(f"{group} {format_}" for group, format_ in sorted(scheme.formats.items()))])
+            if name not in kls:
+                if not prepared:
+                    reference = evaluation.Reference.compute(
+                        work.model_directory, data, split="calibration", device=device
+                    )
+                    prepared.append((stack.enter_context(reference), simulation_of(work, measurement, device)))
+                reference, simulation = prepared[0]
+                kls[name] = simulation.results([reference], scheme)[0].value
+                SimulatedKls(settings_sha256=key, kl=kls).write(path)
+            return kls[name]
+
+        yield kl
 
 
 def simulation_of(work: Workspace, measurement: Measurement, device: str) -> Simulation:
@@ -510,7 +607,7 @@ def measure_kl_points(work: Workspace) -> KlPoints:
     data, schemes = _scored_calibration_data(work, measurement), kl_point_schemes(measurement)
     key = digest_of([evaluation.ARITHMETIC, str(len(data.batches)), *(scheme.fingerprint() for scheme in schemes)])
     path = work.output / KL_POINTS_FILE
-    known = KlPoints.read_if_whole(path)
+    known = work.known(KlPoints, path)
     if known is not None and known.settings_sha256 == key:
         return known
     meter, points = Meter(), []
@@ -582,7 +679,7 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
     changed = []
     for scheme in schemes:
         path = work.output / "schemes" / f"{scheme.name}.json"
-        if Scheme.read_if_whole(path) != scheme:
+        if work.known(Scheme, path) != scheme:
             changed.append((path, scheme))
     for path, scheme in changed:
         scheme.write(path)
@@ -602,7 +699,7 @@ def refine_schemes(work: Workspace, schemes: Sequence[Scheme]) -> tuple[Scheme, 
     measurement, spec, path = work.measurement(), work.recipe.refine, work.output / REFINEMENTS_FILE
     data = _scored_calibration_data(work, measurement)
     key = digest_of([evaluation.ARITHMETIC, str(len(data.batches)), spec.model_dump_json()])
-    known = Refinements.read_if_whole(path)
+    known = work.known(Refinements, path)
     done = {} if known is None or known.settings_sha256 != key else {r.planned_sha256: r for r in known.refinements}
     open_ = [scheme for scheme in schemes if BF16 in scheme.formats.values() and "include" not in scheme.asked]
     missing = [scheme for scheme in open_ if scheme.fingerprint() not in done]
@@ -653,7 +750,7 @@ def _is_intact(work: Workspace, scheme: Scheme, directory: Path) -> bool:
 
     Files whose size and modification time are known are not read again.
     """
-    manifest = CheckpointManifest.read_if_whole(directory / CheckpointManifest.FILE_NAME)
+    manifest = work.known(CheckpointManifest, directory / CheckpointManifest.FILE_NAME)
     if manifest is None or manifest.scheme_sha256 != scheme.fingerprint():
         return False
     present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
@@ -709,14 +806,15 @@ def verify(work: Workspace, *, trust_times: bool = False) -> Verification:
     wanted = {name: manifest.fingerprint() for name, manifest in manifests.items()}
     result = None
     if trust_times and path.exists() and all(_is_intact(work, s, work.checkpoint_directory(s.name)) for s in schemes):
-        known = Verification.read_if_whole(path)
+        known = work.known(Verification, path)
         if known is not None and {c.scheme: c.manifest_sha256 for c in known.checkpoints} == wanted and known.ok:
             result = known
     if result is None:
         meter = Meter()
         with meter.phase("verify"):
             directories = {scheme.name: work.checkpoint_directory(scheme.name) for scheme in schemes}
-            result = verification.verify(schemes, measurement, work.model_directory, directories, work.progress)
+            amax = sensitivity.read_amax(measurement, work.output)
+            result = verification.verify(schemes, measurement, amax, work.model_directory, directories, work.progress)
         result = result.model_copy(update={"times_trusted": trust_times})
         result.write(path)
         work.finished("verify", meter.phases)
@@ -805,8 +903,8 @@ def evaluate(work: Workspace, originals: Originals | None = None) -> dict[str, E
     manifests, key = work.manifests(), digest_of(originals.settings())
     results: dict[str, Evaluation] = {}
     for name, manifest in manifests.items():
-        path = work.output / "evaluations" / f"{name}.json"
-        known = Evaluation.read_if_whole(path)
+        path = work.evaluation_file(name)
+        known = work.known(Evaluation, path)
         if known and known.settings_sha256 == key and known.manifest_sha256 == manifest.fingerprint():
             results[name] = known
     missing = [name for name in manifests if name not in results]
@@ -819,7 +917,7 @@ def evaluate(work: Workspace, originals: Originals | None = None) -> dict[str, E
                     references, work.checkpoint_directory(name), progress=work.progress
                 )
             results[name] = result.model_copy(update={"settings_sha256": key})
-            results[name].write(work.output / "evaluations" / f"{name}.json")
+            results[name].write(work.evaluation_file(name))
         work.finished("evaluate", meter.phases)
     return {name: results[name] for name in manifests}
 
@@ -846,28 +944,30 @@ def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Ev
         with Originals(work) as originals:
             return evaluate_controls(work, originals)
     key = digest_of([*originals.settings(), spec.model_dump_json(), *(arm.fingerprint() for arm in arms)])
-    known = Evidence.read_if_whole(path)
-    if known is not None and known.settings_sha256 == key:
+    known = work.known(Evidence, path)
+    found = list(known.arms) if known is not None and known.settings_sha256 == key else []
+    if known is not None and len(found) + len(known.left_out) == len(arms):
         return known
-    meter, start, found = Meter(), time.monotonic(), []
-    references = originals.references(meter)
-    with meter.phase("control arms"):
-        simulation = simulation_of(work, measurement, references[0].device)
-        for index, arm in enumerate(arms):
-            work.progress("control arms", index, len(arms))
-            if time.monotonic() - start > spec.max_seconds:
-                break
-            found.append(ControlArm(scheme=arm, results=simulation.results(references, arm)))
-        work.progress("control arms", len(arms), len(arms))
     evidence = Evidence(
         measurement_sha256=measurement.fingerprint(),
         settings_sha256=key,
         data={split: data.summary for split, data in originals.data.items()},
         arithmetic=evaluation.ARITHMETIC,
-        arms=tuple(found),
-        left_out=tuple(arm.name for arm in arms[len(found) :]),
-        run=meter.info(),
+        arms=(),
     )
+    meter, start = Meter(), time.monotonic()
+    references = originals.references(meter)
+    with meter.phase("control arms"):
+        simulation = simulation_of(work, measurement, references[0].device)
+        for index, arm in enumerate(arms[len(found) :], start=len(found)):
+            work.progress("control arms", index, len(arms))
+            if time.monotonic() - start > spec.max_seconds:
+                break
+            found.append(ControlArm(scheme=arm, results=simulation.results(references, arm)))
+            evidence.model_copy(update={"arms": tuple(found)}).write(path)  # a killed run goes on after it
+        work.progress("control arms", len(arms), len(arms))
+    left_out = tuple(arm.name for arm in arms[len(found) :])
+    evidence = evidence.model_copy(update={"arms": tuple(found), "left_out": left_out, "run": meter.info()})
     evidence.write(path)
     work.finished("controls", meter.phases)
     return evidence
@@ -889,7 +989,7 @@ def probes(work: Workspace, manifests: Mapping[str, CheckpointManifest]) -> tupl
     digests = {name: manifest.fingerprint() for name, manifest in manifests.items()}
     found = []
     for path in sorted((work.output / PROBES).glob("*.json")):
-        result = ProbeResult.read_if_whole(path)
+        result = work.known(ProbeResult, path)
         if result is not None and result.scheme in digests and digests[result.scheme] == result.manifest_sha256:
             found.append(result)
         else:
@@ -982,7 +1082,7 @@ def make_report(work: Workspace) -> report.Report:
             if manifest.scheme_sha256 != scheme.fingerprint():
                 continue  # of an earlier plan: not exported yet
             manifests[scheme.name] = manifest
-            evaluation_path = work.output / "evaluations" / f"{scheme.name}.json"
+            evaluation_path = work.evaluation_file(scheme.name)
             if evaluation_path.exists():
                 known = Evaluation.read(evaluation_path)
                 if known.manifest_sha256 == manifest.fingerprint():
@@ -1086,4 +1186,9 @@ def run(work: Workspace, measurement: Path | None = None) -> report.Report:
         with Originals(work) as originals:
             evaluate(work, originals)
             evaluate_controls(work, originals)
-        return make_report(work)
+        result = make_report(work)
+        orphans = work.orphans()
+        if orphans:
+            names = ", ".join(os.path.relpath(path, work.output) for path in orphans)
+            work.tell(f"of schemes that the recipe doesn't have any more, to be removed by you: {names}")
+        return result

@@ -8,10 +8,9 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Self
+from pathlib import Path, PurePath
+from typing import Any, Literal, Self, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from bitladder.errors import RecipeError
+from bitladder.reading import read_yaml
 
 PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
 GENERATED = "generated"  # the kind of data that the model writes itself
@@ -32,14 +32,59 @@ PACKAGE_PREFIX = "package:"
 SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name goes
 DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
 _MAX_SHOWN = 100  # characters of a wrong value that an error repeats
+# What lies in the output directory itself: a layout that names one of these would overwrite it.
+_OURS = frozenset(
+    [
+        "run.json",
+        "measurement.json",
+        "measurement.safetensors",
+        "kl_points.json",
+        "refinements.json",
+        "schemes",
+        "verification.json",
+        "evaluations",
+        "evidence.json",
+        "generated",
+        "probes",
+        "report.html",
+        "report.md",
+        "report.json",
+        "figures",
+        "measuring",
+        "codes",
+        ".lock",
+    ]
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MOST_NAME = 100  # characters: it becomes a part of file names
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_MOST_PART = 255  # bytes of one part of a path. Source: NAME_MAX of Linux
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def _check_name(of: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{of} name {_shortened(name)}: use letters, digits, '.', '_' and '-'")
+    if len(name) > _MOST_NAME:
+        raise ValueError(f"{of} name {_shortened(name)} has {len(name)} characters; use at most {_MOST_NAME}")
 
 
 class Section(BaseModel):
     """A frozen part of the recipe that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is wanted, which Python takes for 1 and 0, and text that isn't any."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError(f"give a value, not {str(value).lower()}")
+        for text in (value, *value) if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and _NO_TEXT.search(text):
+                raise ValueError(f"{_shortened(text)} holds a character that no name can have")
+        return value
 
 
 class ModelSpec(Section):
@@ -109,8 +154,7 @@ class HeldOutSpec(Section):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
-        if not _NAME.fullmatch(self.name):
-            raise ValueError(f"held-out set name {self.name!r}: use letters, digits, '.', '_' and '-'")
+        _check_name("held-out set", self.name)
         return self
 
 
@@ -129,7 +173,7 @@ class MeasureSpec(Section):
         default="nearest", description="compensated: codes that make up for one another's errors (GPTQ)"
     )
     damping: float = Field(
-        default=0.1, gt=0, description="of compensated rounding; more of it trusts the calibration tokens less"
+        default=0.1, gt=0, le=1000, description="of compensated rounding; more of it trusts the calibration tokens less"
     )
     score_samples: int | None = Field(default=None, gt=0, description="samples scored; None: all calibration samples")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -202,7 +246,7 @@ class SchemeSpec(Section):
     coverage: float | None = Field(default=None, gt=0, le=1, description="share of the searched weights, at most")
     effective_bits: float | None = Field(default=None, gt=0, description="at most")
     max_predicted_score: float | None = Field(default=None, description="at most, in the measurement's unit")
-    max_kl: float | None = Field(default=None, gt=0, description="at most, as predicted, in nats per token")
+    max_kl: float | None = Field(default=None, gt=0, le=100, description="at most, as predicted, in nats per token")
     include: tuple[str, ...] | None = Field(default=None, description="glob patterns of groups or modules to quantise")
     exclude: tuple[str, ...] = Field(default=(), description="glob patterns of groups or modules never quantised")
     format: str | None = Field(default=None, description="with coverage or include, where the formats are several")
@@ -213,8 +257,7 @@ class SchemeSpec(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if not _NAME.fullmatch(self.name):
-            raise ValueError(f"scheme name {self.name!r}: use letters, digits, '.', '_' and '-'")
+        _check_name("scheme", self.name)
         ways = ("coverage", "effective_bits", "max_predicted_score", "max_kl", "include")
         given = [way for way in ways if getattr(self, way) is not None]
         if len(given) != 1:
@@ -242,6 +285,31 @@ class LayoutSpec(Section):
         if self.report is not None and not self.report.endswith(".md"):
             raise ValueError(f"report {self.report!r}: it is Markdown; name a file that ends in .md")
         return self
+
+    def problem(self, output: str, names: Sequence[str]) -> str | None:
+        """Return which of the places collide with one another or with what lies in the output, or None."""
+        root = PurePath(os.path.normpath(output))
+        places: dict[PurePath, str] = {}
+        for name in names:
+            place = self.checkpoints.replace(SCHEME_PLACE, name)
+            wanted = [(place, f"checkpoints of {name}")]
+            wanted += [(f"{place}.manifest.json", f"manifests of {name}")] if self.manifests else []
+            for path, what in wanted:
+                whole = PurePath(os.path.normpath(root / path))
+                near = (known for known in places if whole.is_relative_to(known) or known.is_relative_to(whole))
+                inside = next(near, None)
+                if inside is not None:
+                    return f"layout puts {what} where {places[inside]} goes ({path}); name another place"
+                places[whole] = what
+        if self.report is not None:
+            places.setdefault(PurePath(os.path.normpath(root / self.report)), "report")
+        for whole, what in places.items():
+            if root.is_relative_to(whole):
+                return f"layout puts {what} where the output itself is ({whole}); name a directory in it"
+            first = whole.relative_to(root).parts[0] if whole.is_relative_to(root) else ""
+            if first in _OURS or first.startswith(".bitladder-tmp-"):
+                return f"layout puts {what} at {whole}, where Bitladder keeps its own {first}; name another place"
+        return None
 
 
 class ControlSpec(Section):
@@ -314,7 +382,7 @@ class Recipe(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two schemes are named {twice[0]}; rename one")
-        problem = self.workers.problem(self.measurement)
+        problem = self.layout.problem(self.output, names) or self.workers.problem(self.measurement)
         if problem is not None:
             raise ValueError(problem)
         sets = [held_out.name for held_out in self.held_out]
@@ -420,10 +488,25 @@ def parse_schemes(entries: Sequence[dict[str, Any]]) -> tuple[SchemeSpec, ...]:
 
 
 def resolve_path(path: str, base: Path) -> str:
-    """Return `path` as absolute: `package:...` inside the installed package, anything else relative to `base`."""
+    """Return `path` as absolute: `package:...` inside the installed package, anything else relative to `base`.
+
+    Raises:
+        RecipeError: no path of this system.
+    """
+    path = _usable(path)
     if path.startswith(PACKAGE_PREFIX):
         return str(Path(__file__).parent / path.removeprefix(PACKAGE_PREFIX))
-    return str((base / Path(path).expanduser()).resolve())
+    try:
+        return str((base / Path(path).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # no such user; links in a circle
+        raise RecipeError(f"the path {_shortened(path)} can't be used: {error}") from error
+
+
+def _usable(path: str) -> str:
+    """Return a path as it is; raises RecipeError where the system would refuse to look for it."""
+    if any(len(os.fsencode(part)) > _MOST_PART for part in path.split("/")):
+        raise RecipeError(f"the path {_shortened(path)} has a part of more than {_MOST_PART} bytes; shorten it")
+    return path
 
 
 def names_a_file(path: str) -> bool:
@@ -433,22 +516,10 @@ def names_a_file(path: str) -> bool:
 
 def _resolve_model(path: str, base: Path) -> str:
     """Return an absolute path where `path` is (or looks like) a directory, and a Hub id as it is."""
-    looks_like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(".")
+    looks_like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", _usable(path)) and not path.startswith(".")
     if looks_like_hub_id and not (base / path).exists():
         return path
     return resolve_path(path, base)
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads YAML, and refuses a key that is written twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Return a mapping; YAML's own way takes the last of equal keys."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -458,15 +529,15 @@ def read_recipe(path: Path) -> Recipe:
         RecipeError: the file is missing, isn't YAML, or isn't a recipe.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = read_yaml(path)
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist; see recipes/ for examples") from None
     except IsADirectoryError:
         raise RecipeError(f"recipe {path} is a directory; name a YAML file") from None
     except OSError as error:
         raise RecipeError(f"recipe {path} can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise RecipeError(f"{path} is not YAML that can be read: {error}") from error
     recipe = parse_recipe(content, str(path))
     base = path.resolve().parent
 
@@ -474,7 +545,7 @@ def read_recipe(path: Path) -> Recipe:
         if spec.kind == GENERATED:
             return spec
         of_the_hub = spec.kind == "huggingface" or (spec.kind == MESSAGES and not names_a_file(spec.path))
-        if of_the_hub and not (base / spec.path).exists():
+        if of_the_hub and not (base / _usable(spec.path)).exists():
             return spec
         return spec.model_copy(update={"path": resolve_path(spec.path, base)})
 
@@ -484,14 +555,13 @@ def read_recipe(path: Path) -> Recipe:
     vllm = recipe.runtimes.vllm
     if vllm is not None:
         # Not resolved: the interpreter of a virtual environment is a link, and is known by the link's place.
-        python = os.path.normpath(base / Path(vllm.python).expanduser())
+        python = os.path.normpath(base / os.path.expanduser(_usable(vllm.python)))
         recipe = recipe.model_copy(update={"runtimes": RuntimesSpec(vllm=vllm.model_copy(update={"python": python}))})
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"path": _resolve_model(recipe.model.path, base)}),
             "calibration": tuple(spec.model_copy(update={"data": data(spec.data)}) for spec in recipe.calibration),
             "held_out": held_out,
-            # Outputs land where the user stands, not beside the recipe.
-            "output": str(Path(recipe.output).expanduser().resolve()),
+            "output": resolve_path(recipe.output, base),
         }
     )

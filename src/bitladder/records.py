@@ -2,12 +2,13 @@
 
 Every record is JSON with a `schema_version`; tensors lie beside it in safetensors; nothing is pickled. A record is
 identified by its `fingerprint`: the SHA-256 of its content without the fields that two equal runs may differ in
-(times, memory, hardware). `docs/records.md` describes every field.
+(times, memory, hardware). Its file ends with the SHA-256 of all of it, so that an edit or a flipped bit is found.
+`docs/records.md` describes every field.
 """
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -22,9 +23,11 @@ from pydantic import (
 )
 
 from bitladder.errors import MeasurementError, RecordError
+from bitladder.reading import read_json
 from bitladder.storage import atomic_write, sha256_of_bytes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+CONTENT_DIGEST = "content_sha256"  # key of a record's file: the digest of everything else in it
 BF16 = "bf16"  # the format of a group that a scheme leaves alone, whatever 16-bit dtype the source has
 BF16_BITS = 16
 ASSISTANT_TURNS: Literal["assistant turns"] = "assistant turns"  # which tokens of conversations count
@@ -52,32 +55,39 @@ class Record(Part):
 
     def fingerprint(self) -> str:
         """Return the hex SHA-256 of the record's content without its volatile fields."""
-        content = self.model_dump(mode="json", exclude=set(self.volatile))
-        return sha256_of_bytes(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+        return _digest_of_json(self.model_dump(mode="json", exclude=set(self.volatile)))
 
     def write(self, path: Path) -> None:
-        """Write the record to `path` as indented JSON, atomically."""
-        atomic_write(path, self.model_dump_json(indent=1) + "\n")
+        """Write the record to `path` as indented JSON that ends with the digest of its content, atomically."""
+        content = self.model_dump(mode="json")
+        content[CONTENT_DIGEST] = _digest_of_json(content)
+        atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Return the record at `path`.
 
         Raises:
-            RecordError: the file is missing, isn't JSON, or isn't such a record; the message names the remedy.
+            RecordError: the file is missing, isn't JSON, isn't such a record, or isn't what was written; the message
+                names the remedy.
         """
         kind = cls.__name__
         try:
-            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            content = read_json(path, _refuse_constant)
         except FileNotFoundError:
             raise RecordError(f"{path} does not exist; run the step that writes this {kind} first") from None
-        except (OSError, ValueError) as error:  # not UTF-8, not JSON, NaN
+        except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, NaN, nested without end
             raise RecordError(f"{path} can't be read as JSON ({error}); delete it and run the step again") from error
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise RecordError(
                 f"{path} has schema_version {version!r}, this Bitladder reads {SCHEMA_VERSION}; "
                 f"if it is a {kind}, delete it and run the step again"
+            )
+        if content.pop(CONTENT_DIGEST, None) != _digest_of_json(content):
+            raise RecordError(
+                f"{path} was changed since it was written: its content is not what its {CONTENT_DIGEST} says; "
+                "delete it and run the step again"
             )
         try:
             return cls.model_validate(content)
@@ -447,6 +457,20 @@ class Verification(Record):
         """Whether no checkpoint and no pair has a finding."""
         return all(c.ok for c in self.checkpoints) and not any(p.findings for p in self.pairs)
 
+    def matches(self, scheme: str) -> bool | None:
+        """Return whether nothing speaks against a scheme's checkpoint; None: it wasn't checked.
+
+        What is wrong with a pair speaks against both, unless one of them has findings of its own.
+        """
+        own = {check.scheme: check.ok for check in self.checkpoints}
+        if not own.get(scheme, False):
+            return own.get(scheme)
+        return not any(
+            pair.findings and own.get(pair.first) and own.get(pair.second)
+            for pair in self.pairs
+            if scheme in (pair.first, pair.second)
+        )
+
 
 KL = "kl"  # the main metric: of the original's next-token distribution to the checkpoint's
 
@@ -499,6 +523,13 @@ class ControlArm(Part):
 
     scheme: Scheme = Field(description="`asked` says which control it is, and beside which scheme it stands")
     results: tuple[EvalResult, ...]
+
+
+class SimulatedKls(Record):
+    """KLs of simulated schemes on the scored calibration samples, each kept as soon as it is known."""
+
+    settings_sha256: str = Field(description="digest of the measurement, the samples and the arithmetic")
+    kl: dict[str, float] = Field(description="digest of a scheme's formats -> nats per token")
 
 
 class KlPoint(Part):
@@ -563,7 +594,8 @@ class Evidence(Record):
 Stage = Literal["preflight", "load", "generate"]
 ErrorClass = Literal[
     "missing_tensor",  # a tensor that the runtime needs isn't there
-    "unexpected_tensor",  # a tensor that the runtime has no place for
+    "unexpected_tensor",  # a tensor that the runtime has no place for, or that is in two files
+    "unexpected_file",  # a file that the manifest doesn't list
     "shape",  # a tensor of another shape than the runtime's parameter
     "bad_scale",  # NaN, infinite, zero, negative, or not one number
     "bad_weight",  # NaN or infinite weights
@@ -687,9 +719,15 @@ class RunState(Record):
 
     recipe: dict[str, Any] = Field(description="the recipe with every default filled in")
     phases: dict[str, tuple[PhaseCost, ...]] = Field(default={}, description="step -> what its phases took")
+    measured_with: dict[str, Any] = Field(default={}, description="those of its sections that decide the measurement")
     digests: dict[str, tuple[int, int, str]] = Field(
         default={}, description="file -> size, modification time (ns), SHA-256: spares hashing it again"
     )
+
+
+def _digest_of_json(content: Mapping[str, Any]) -> str:
+    """Return the hex SHA-256 of a JSON object, however it is laid out."""
+    return sha256_of_bytes(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def digest_of(parts: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from bitladder.errors import OutputError
 
 TEMPORARY_PREFIX = ".bitladder-tmp-"
+_SEAL = ".sha256"  # of the files that say what another file's digest is
 _HASH_BLOCK_BYTES = 1 << 22
 _FROM_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2(2), from Linux's headers
 _KEPT_NAME = 100  # characters of a file's name that its temporary has too
@@ -42,7 +43,7 @@ def sha256_of_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, a quota, a missing permission or a file in the way of `path` into one `OutputError`."""
+    """Turn what the system says against writing `path` into one `OutputError`: space, permission, a file in the way."""
     try:
         yield
     except OSError as error:
@@ -57,7 +58,41 @@ def explain_os_errors(path: Path) -> Iterator[None]:
             raise OutputError(
                 f"something is in the way of {path} ({error.strerror}); move it or choose another output directory"
             ) from error
-        raise
+        if error.errno == errno.ENAMETOOLONG:
+            raise OutputError(f"the name of {path} is too long for the disk; choose a shorter one") from error
+        where = "" if error.filename is None or str(error.filename) == str(path) else f", {error.filename}"
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path} can't be written ({reason}{where}); choose another output directory") from error
+
+
+def seal(path: Path) -> None:
+    """Write beside a finished file what its SHA-256 is; see `unsealed`."""
+    atomic_write(_seal_of(path), sha256_of_file(path))
+
+
+def unsealed(directory: Path) -> list[Path]:
+    """Return all below `directory` but files with the SHA-256 that is written beside them, and what holds them."""
+    everything = sorted(directory.rglob("*"))
+    whole = {path for path in everything if path.suffix != _SEAL and _is_sealed(path)}
+    kept = {kept for path in whole for kept in (path, _seal_of(path), *path.parents)}
+    return [path for path in everything if path not in kept]
+
+
+def unseal(directory: Path) -> None:
+    """Remove what `seal` wrote in `directory`."""
+    for path in directory.glob(f"*{_SEAL}"):
+        path.unlink()
+
+
+def _seal_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_SEAL}")
+
+
+def _is_sealed(path: Path) -> bool:
+    known = _seal_of(path)
+    if any(one.is_symlink() or not one.is_file() for one in (path, known)):
+        return False
+    return known.read_bytes() == sha256_of_file(path).encode()
 
 
 def fsync_path(path: Path) -> None:

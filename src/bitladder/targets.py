@@ -15,9 +15,16 @@ import torch
 from torch import nn
 
 from bitladder.anatomy import Anatomy, look
-from bitladder.errors import ModelError, UnsupportedModel, reason_of
+from bitladder.errors import ModelError, UnsupportedModel, foreign
 from bitladder.models.fusing import Fusing
-from bitladder.models.sources import as_loaded, check_fit, check_head, check_side_files, names_when_loaded
+from bitladder.models.sources import (
+    as_loaded,
+    check_fit,
+    check_head,
+    check_side_files,
+    names_when_loaded,
+    split_when_loaded,
+)
 from bitladder.records import QuantGroup, QuantModule, UntouchedModule
 from bitladder.weights import SIXTEEN_BIT_DTYPES, WeightFiles, read_config
 
@@ -65,11 +72,11 @@ def model_class(config: Any) -> Any:
     names = [str(name) for name in names]
     for name in names:
         found = getattr(transformers, name, None)
-        if found is not None:
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     raise UnsupportedModel(
         f"config.json names the architecture {', '.join(names)}, which transformers "
-        f"{transformers.__version__} doesn't have; upgrade transformers or use a model without remote code"
+        f"{transformers.__version__} doesn't have as a model; upgrade transformers or use a model without remote code"
     )
 
 
@@ -87,15 +94,16 @@ def load_config(directory: Path) -> Any:
     if method is not None:
         raise UnsupportedModel(f"{directory} is already quantised ({method}); start from the original checkpoint")
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        with foreign(UnsupportedModel, f"transformers can't read {directory / 'config.json'}", "correct it"):
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except UnsupportedModel as error:
         if "auto_map" in raw:
             raise UnsupportedModel(
                 f"{directory} brings code of its own (model_type {raw.get('model_type')!r}), which isn't run; "
                 f"architectures of transformers {transformers.__version__} are taken: upgrade it, or convert the model "
                 "to one that it has"
             ) from error
-        raise UnsupportedModel(f"transformers can't read {directory / 'config.json'}: {reason_of(error)}") from error
+        raise
     return _unquantised(config)
 
 
@@ -144,8 +152,12 @@ def build_on_meta(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     cls = model_class(config)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
+    remedy = "correct its architectures, model_type or sizes"
     try:
-        with torch.device("meta"):
+        with (
+            foreign(UnsupportedModel, f"transformers can't build {cls.__name__} from {directory}/config.json", remedy),
+            torch.device("meta"),
+        ):
             return cls(config).eval()
     finally:
         torch.set_default_dtype(before)
@@ -165,9 +177,10 @@ def load_model(
     if state_dict is None:
         config = load_config(directory)
     else:
-        config = _unquantised(AutoConfig.from_pretrained(directory, trust_remote_code=False))
+        with foreign(ModelError, f"transformers can't read {directory / 'config.json'}"):
+            config = _unquantised(AutoConfig.from_pretrained(directory, trust_remote_code=False))
     cls = model_class(config)
-    try:
+    with foreign(ModelError, f"transformers can't load {directory}"):
         if state_dict is None:
             with as_loaded(directory) as files:
                 model, info = cls.from_pretrained(files, config=config, dtype=dtype, output_loading_info=True)
@@ -175,8 +188,6 @@ def load_model(
             model, info = cls.from_pretrained(
                 None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
             )
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ModelError(f"transformers can't load {directory}: {reason_of(error)}") from error
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])]
     if wrong:
         raise ModelError(
@@ -347,14 +358,15 @@ def find_target(directory: Path) -> Target:
         )
         raise UnsupportedModel(f"{type(model).__name__}: nothing to quantise in {layers}: {why}")
     untouched = []
+    whole = split_when_loaded(model, weights.tensors)
     for name in matrices:
         if name not in reasons:
             continue
         tensor = tensor_of.get(f"{name}.weight")
         if tensor is None and f"{name}.weight" in tied:
             tensor = f"{name}.weight"  # tied: not in the files, but the runtime builds the module
-        if tensor is None:
-            tensor = f"{name}.weight"  # merged or split on loading: the runtime knows the module's own name
+        if tensor is None:  # split on loading: the runtime knows it whole; merged: by the module's own name
+            tensor = whole.get(f"{name}.weight", f"{name}.weight")
         untouched.append(
             UntouchedModule(name=name, checkpoint_name=tensor.removesuffix(".weight"), reason=reasons[name])
         )

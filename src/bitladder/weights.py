@@ -1,17 +1,17 @@
 """A model directory's safetensors files: which tensors lie where, and what model this is, down to its bytes."""
 
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
 
 from bitladder.errors import ModelError
 from bitladder.headers import TensorInfo, read_header
+from bitladder.reading import open_file, read_json, read_text
 from bitladder.records import FileDigest, ModelSource, digest_of
 from bitladder.storage import sha256_of_file
 
@@ -22,6 +22,28 @@ _SHARD_NAME = re.compile(r"[^/\\\0.][^/\\\0]*\.safetensors")  # a plain file nam
 _HASHED_AT_ONCE = 4
 _BLOCK = 2**26  # values
 _ROWS = 16  # of a tensor, looked at together
+# Source: safetensors' own table of torch's dtypes (safetensors/torch.py).
+_DTYPES = {
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 SIXTEEN_BIT_DTYPES = ("BF16", "F16")
 
 
@@ -87,17 +109,30 @@ class WeightFiles:
         return (directory / INDEX_FILE).exists() or (directory / SINGLE_FILE).exists()
 
     def load(self, name: str) -> torch.Tensor:
-        """Return one tensor, on the CPU."""
-        with safe_open(self.directory / self.tensors[name].file, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+        """Return one tensor, on the CPU: read from the disk where it is used, and private where it is written to.
+
+        Only the tensor's own bytes are mapped. safetensors' reader parses the header of the whole file again.
+
+        Raises:
+            ModelError: the file is gone or changed, or torch has no such dtype.
+        """
+        info = self.tensors[name]
+        dtype = _DTYPES.get(info.dtype)
+        if dtype is None:
+            raise ModelError(f"{self.directory / info.file}: {name} is stored as {info.dtype}, which torch can't read")
+        if info.begin == info.end:
+            return torch.empty(info.shape, dtype=dtype)
+        try:
+            with open_file(self.directory / info.file) as file:
+                values = np.memmap(file, np.uint8, "c", info.begin, (info.end - info.begin,))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.directory / info.file} can't be read ({error}); fetch it again") from error
+        return torch.from_numpy(values).view(dtype).view(info.shape)
 
     def is_zero(self, name: str) -> bool:
         """Return whether a tensor [rows, ...] is zero everywhere; reading stops at the first rows that aren't."""
-        with safe_open(self.directory / self.tensors[name].file, framework="pt") as file:
-            rows = file.get_slice(name)
-            starts = range(0, self.tensors[name].shape[0], _ROWS)
-            return not any(bool(rows[start : start + _ROWS].any()) for start in starts)
+        rows = self.load(name)
+        return not any(bool(rows[start : start + _ROWS].any()) for start in range(0, rows.shape[0], _ROWS))
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -107,7 +142,7 @@ def _read_index(path: Path) -> dict[str, str]:
         ModelError: damaged, or a file that doesn't lie in the index's own directory.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is damaged ({error}); fetch it again") from error
     table = content.get("weight_map") if isinstance(content, dict) else None
@@ -155,7 +190,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = read_json(path)
     except FileNotFoundError:
         if not directory.is_dir():
             raise ModelError(f"model directory {directory} does not exist; check model.path") from None
@@ -176,7 +211,7 @@ def read_provenance(directory: Path) -> str | None:
     """
     path = directory / PROVENANCE_FILE
     try:
-        return " ".join(path.read_text(encoding="utf-8").split()) or None
+        return " ".join(read_text(path).split()) or None
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

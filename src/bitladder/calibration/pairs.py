@@ -14,6 +14,7 @@ from bitladder.calibration.processors import template_of, tokenizer_of
 from bitladder.calibration.special import begun_once, check_text, placeholders
 from bitladder.calibration.text import jsonl_rows, read_text
 from bitladder.errors import DataError, reason_of
+from bitladder.reading import parse_json
 from bitladder.recipe import DataSpec
 from bitladder.records import digest_of
 
@@ -60,7 +61,7 @@ def _coco_samples(spec: DataSpec) -> list[Sample]:
         )
     path = root / (spec.annotations or f"annotations/captions_{split}.json")
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(read_text(path))
         names = {entry["id"]: str(entry["file_name"]) for entry in content["images"]}
         captions: dict[Any, str] = {}
         for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):

@@ -19,6 +19,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bitladder.errors import DataError
+from bitladder.reading import read_bytes
 
 _WHITE = (255, 255, 255)
 # Formats that vLLM's allowlist leaves out: they start other programs, or only name what they hold.
@@ -101,7 +102,7 @@ def _from_file(image: str) -> bytes:
         if not stat.S_ISREG(mode):  # a pipe would be waited for, a device read for ever
             what = "is a directory" if stat.S_ISDIR(mode) else "is no regular file"
             raise _error(image, f"can't be read: it {what}", "give the path of a picture")
-        raw = Path(image).read_bytes()
+        raw = read_bytes(Path(image))
     except FileNotFoundError:
         raise _error(image, "can't be read: it does not exist", "paths are relative to the data file") from None
     except (OSError, ValueError) as error:

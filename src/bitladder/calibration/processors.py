@@ -1,11 +1,12 @@
 """A model's tokenizer or processor, as its files describe it, and the chat template that it is served with."""
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
 from bitladder.errors import DataError, ModelError, reason_of
+from bitladder.models.sources import check_side_files
+from bitladder.reading import read_json
 
 # What transformers says where the video half of a processor is what can't be built.
 _VIDEO_HALF = ("orchvision", "VIDEO_PROCESSOR", "video processor")
@@ -23,6 +24,7 @@ def load_processor(directory: Path) -> Any:
     """
     from transformers import AutoProcessor, AutoTokenizer
 
+    check_side_files(directory)
     try:
         if not any((directory / name).exists() for name in _CONFIGS):
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -32,7 +34,9 @@ def load_processor(directory: Path) -> Any:
             if not any(words in str(error) for words in _VIDEO_HALF):
                 raise
             processor = _image_processor_only(directory)
-    except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what the readers of tokenizers and processors raise has no common class
         raise ModelError(f"{directory} has no usable tokenizer or processor: {_reason(error)}") from error
     tokenizer = tokenizer_of(processor)
     if getattr(tokenizer, "pad_token", "") is None:
@@ -75,7 +79,7 @@ def _image_processor_only(directory: Path) -> Any:
 def _configs(directory: Path) -> list[dict[str, Any]]:
     """Return what the processor's files hold, in the order in which transformers asks them."""
     paths = [directory / name for name in (*_CONFIGS, "tokenizer_config.json")]
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    contents = [read_json(path) for path in paths if path.exists()]
     return [content for content in contents if isinstance(content, dict)]
 
 
@@ -87,7 +91,7 @@ def _processor_class(directory: Path) -> Any:
     named = [content["processor_class"] for content in _configs(directory) if content.get("processor_class")]
     config = directory / "config.json"
     if not named and config.exists():
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        model_type = read_json(config).get("model_type")
         named = [name for name in [PROCESSOR_MAPPING_NAMES.get(model_type)] if name]
     cls = getattr(transformers, named[0], None) if named else None
     if cls is None:

@@ -1,6 +1,6 @@
 """Text sources as rows of tokens: files, JSONL, data sets of the Hub."""
 
-import json
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from bitladder.calibration.processors import tokenizer_of
 from bitladder.calibration.special import check_text, ids_of, placeholders, prefix_of, without_prefix
 from bitladder.errors import DataError, reason_of
+from bitladder.reading import parse_json, read_bytes
 from bitladder.recipe import MESSAGES, DataSpec, names_a_file
 
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"  # first bytes of files that aren't text
@@ -40,12 +41,14 @@ def read_text(path: Path) -> str:
     try:
         if path.is_dir():
             raise DataError(f"data file {path} is a directory; name a file in it (kind huggingface reads directories)")
-        if path.exists() and not path.is_file():
-            raise DataError(f"data file {path} is no regular file, and data is read more than once; save it to a file")
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise DataError(f"data file {path} does not exist; check the recipe") from None
     except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise DataError(
+                f"data file {path} is no regular file, and data is read more than once; save it to a file"
+            ) from error
         raise DataError(f"data file {path} can't be read ({error.strerror})") from error
     _refuse_other_files(path, content)
     try:
@@ -64,11 +67,11 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             if number == 1 and line.lstrip().startswith("["):
                 raise DataError(f"{path} is a JSON array; write one object a line: jq -c '.[]'") from None
-            reason = getattr(error, "msg", "nested too deeply")
+            reason = getattr(error, "msg", str(error))
             raise DataError(f"{path} line {number} is not JSON ({reason}); one object a line is expected") from error
         if isinstance(row, list) and row and isinstance(row[0], dict):
             raise DataError(f"{path} line {number} is a JSON array; write one object a line: jq -c '.[]'")

@@ -8,7 +8,7 @@ The one table is `fusing.json`: what vLLM fuses in every architecture that it ha
 - A multimodal model holds a language model of another architecture; that one's row counts too, found by the model_type
   in `text_config`, then the usual fusions.
 - Any other architecture gets the usual fusions: from the commonest on, without those that are a part of one before, or
-  hold one before.
+  hold one before. That is a guess, so it needs all members: RWKV's key and value, without a query, are no fused layer.
 
 Source: vllm, `packed_modules_mapping`, `stacked_params_mapping` and `orig_to_new_stacked` of its models.
 """
@@ -127,10 +127,12 @@ class Fusing:
     Attributes:
         fusions: its layers that hold several modules.
         asked: (a module's own name, the name by which its layers ask vLLM's quantisation), where these differ.
+        guessed: whether no runtime is known to have the architecture: what is fused in it is then the usual.
     """
 
     fusions: tuple[Fusion, ...]
     asked: tuple[tuple[str, str], ...] = ()
+    guessed: bool = False
 
     @classmethod
     def usual(cls) -> "Fusing":
@@ -149,7 +151,8 @@ class Fusing:
         own = row.fusions if row is not None else ()
         known = {fusion.members for fusion in own}
         own += tuple(fusion for fusion in (inner.fusions if inner else ()) if fusion.members not in known)
-        return cls(_with(own, usual()), tuple(inner.asked.items()) if inner else ())
+        asked = tuple(inner.asked.items()) if inner else ()
+        return cls(_with(own, usual()), asked, guessed=row is None and inner is None)
 
     def asked_as(self, name: str) -> str:
         """Return the path by which vLLM's quantisation is asked for a layer: `0.mamba.in_proj` -> `0.mixer.in_proj`."""
@@ -160,12 +163,14 @@ class Fusing:
         """Return the runtime's layers that hold these modules, in the order of their first modules.
 
         A fused layer is one as soon as two of its members are there below one parent: q and k without v still are one,
-        up without gate is a layer of its own. A module that is fused on disk already is one too, under its own name.
+        up without gate is a layer of its own; a guess needs all members.
+        A module that is fused on disk already is one too, under its own name.
         """
         listed = list(dict.fromkeys(modules))
         layer_of: dict[str, Layer] = {}
         for fusion, parent, present in self._candidates(listed):
-            if len(present) > 1 and not any(module in layer_of for module in present.values()):
+            enough = len(fusion.members) if self.guessed else 2
+            if len(present) >= enough and not any(module in layer_of for module in present.values()):
                 layer = Layer(
                     _below(parent, fusion.name),
                     tuple(present[member] for member in fusion.members if member in present),

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from bitladder.errors import ModelError, UnsupportedModel
+from bitladder.reading import check_regular, read_json
 from bitladder.records import CheckpointManifest
 from bitladder.storage import scratch_directory
 from bitladder.weights import INDEX_FILE, PROVENANCE_FILE, WeightFiles
@@ -42,6 +43,17 @@ _JSON_FILES = (
     "processor_config.json",
     "video_preprocessor_config.json",
     "chat_template.json",
+)
+_TEXT_FILES = (  # others that it opens by itself
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    PROVENANCE_FILE,
 )
 _GENERATION_FILE = "generation_config.json"
 _ADAPTER_FILE = "adapter_config.json"
@@ -90,12 +102,18 @@ def check_side_files(directory: Path) -> None:
             f"{directory} holds an adapter ({_ADAPTER_FILE}), not a model: merge it into its base model first "
             "(peft: model.merge_and_unload().save_pretrained(DIR)), and name that directory"
         )
+    for name in _TEXT_FILES:
+        try:
+            if (directory / name).exists():
+                check_regular(directory / name)
+        except OSError as error:
+            raise ModelError(f"{directory / name} can't be read ({error.strerror}); fetch it again") from error
     for name in _JSON_FILES:
         path = directory / name
         if not path.exists():
             continue
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} is damaged ({error}); fetch it again") from error
         if not isinstance(content, dict):
@@ -167,6 +185,29 @@ def names_when_loaded(model: Any, names: Iterable[str]) -> dict[str, tuple[str, 
     state, prefix = model.state_dict(), getattr(model, "base_model_prefix", "")
     found = {name: rename_source_key(name, renamings, converters, prefix, state) for name in names}
     return {name: (renamed, by is not None) for name, (renamed, by) in found.items()}
+
+
+def split_when_loaded(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the stored tensor that each parameter is a part of: transformers splits it, runtimes know it whole.
+
+    Source: transformers.core_model_loading.WeightConverter: one source pattern, several targets.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    state = model.state_dict()
+    several = [
+        [pattern.strip("^$") for pattern in transform.target_patterns]
+        for transform in get_model_conversion_mapping(model)
+        if len(transform.source_patterns) == 1 < len(transform.target_patterns)
+    ]
+    return {
+        part: name
+        for name, (made, is_converted) in names_when_loaded(model, names).items()
+        for targets in several
+        if is_converted and targets[0] in made
+        for target in targets
+        if (part := made.replace(targets[0], target)) in state
+    }
 
 
 def check_head(model: Any, weights: WeightFiles, tensor_of: dict[str, str]) -> None:

@@ -485,7 +485,7 @@ def _reported_scheme(
         predicted_score=scheme.predicted_score,
         predicted_standard_error=standard_errors.get(scheme.name),
         results=evaluation.results if evaluation else None,
-        verified=_verdict(scheme.name, verification),
+        verified=None if verification is None else verification.matches(scheme.name),
         format_counts=_format_counts(scheme, measurement),
         nested_in=nested_in,
         unsettled=_unsettled(scheme, measurement),
@@ -501,14 +501,6 @@ def _unsettled(scheme: Scheme, measurement: Measurement) -> Unsettled | None:
 
 def _weight_file_bytes(manifest: CheckpointManifest) -> int:
     return sum(file.bytes for file in manifest.files if file.name.endswith(_WEIGHT_SUFFIX))
-
-
-def _verdict(name: str, verification: Verification | None) -> bool | None:
-    """Return whether nothing was found in the checkpoint or in a pair that it is part of; None: not checked."""
-    check = next((c for c in verification.checkpoints if c.scheme == name), None) if verification else None
-    if verification is None or check is None:
-        return None
-    return check.ok and not any(pair.findings for pair in verification.pairs if name in (pair.first, pair.second))
 
 
 def _kind(group: QuantGroup) -> str:

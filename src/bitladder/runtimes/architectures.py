@@ -356,6 +356,7 @@ def architecture(config: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]
 
 def _add_open(need: Architecture, stored: Mapping[str, tuple[int, ...]]) -> None:
     """Take what lies below the open prefixes as it is stored: nothing of it is missing, nor of another shape."""
+    scaled = {name for stored_name in stored if (name := need.rename(stored_name)).endswith(".input_scale")}
     for stored_name, shape in stored.items():
         name = need.rename(stored_name)
         if not need.open_prefixes or not name.startswith(need.open_prefixes):
@@ -365,7 +366,9 @@ def _add_open(need: Architecture, stored: Mapping[str, tuple[int, ...]]) -> None
         need.add(name, *shape)
         module = name.removesuffix(".weight")
         leaf = module.rpartition(".")[2]
-        if len(shape) == 2 and module != name and "embed" not in name and "norm" not in leaf:
+        # Only a linear rounds what it is given, so a scale for its input tells one whatever it is called.
+        named = "embed" not in name and "norm" not in leaf
+        if len(shape) == 2 and module != name and (named or f"{module}.input_scale" in scaled):
             need.linears.append(module)
 
 

@@ -21,6 +21,7 @@ INDEX_FILE = "model.safetensors.index.json"
 EXPORT_AGAIN = "export the scheme again"
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("tekken.json",), ("vocab.json", "merges.txt"))
 _PROCESSOR_FILES = (("preprocessor_config.json",), ("processor_config.json",))
+_HUB_FILES = (".cache/huggingface/", ".git/", ".gitattributes")  # what a hub's clients leave; no runtime reads it
 _SCAN_BYTES = 1 << 20  # what a cache holds, and a multiple of every dtype's bytes
 
 E4M3 = "F8_E4M3"
@@ -189,10 +190,16 @@ def read_manifest(directory: Path, findings: Findings) -> CheckpointManifest | N
     if not path.exists():
         return None
     try:
-        return CheckpointManifest.read(path)
+        manifest = CheckpointManifest.read(path)
     except RecordError as error:
         findings.error("missing_file", path.name, f"can't be read: {error}", EXPORT_AGAIN)
         return None
+    listed = {entry.name for entry in manifest.files} | {path.name, CheckpointManifest.CARD_NAME}
+    present = {entry.relative_to(directory).as_posix() for entry in directory.rglob("*") if not entry.is_dir()}
+    for name in sorted(present - listed):
+        if not name.startswith(_HUB_FILES):
+            findings.error("unexpected_file", name, "isn't listed in the manifest; a runtime may read it", "remove it")
+    return manifest
 
 
 def _read_tensors(directory: Path, findings: Findings) -> list[Tensor]:
@@ -217,9 +224,40 @@ def _read_tensors(directory: Path, findings: Findings) -> list[Tensor]:
             tensors += _tensors_in(directory / name)
         except ModelError as error:
             findings.error("missing_file", name, str(error), "it is truncated or damaged: fetch it again")
+    _check_twice(directory, tensors, names, indexed=index is not None, findings=findings)
     if index is not None and not findings.failed:
         _check_index(placed, tensors, findings)
     return tensors
+
+
+def _check_twice(
+    directory: Path, tensors: Iterable[Tensor], names: Sequence[str], *, indexed: bool, findings: Findings
+) -> None:
+    """Check that no tensor is in two files, those that the index doesn't name included.
+
+    Source: TensorRT-LLM reads every *.safetensors but `consolidated*`, whatever the index names.
+    """
+    strays = (
+        [p for p in sorted(directory.glob("*.safetensors")) if p.name not in names and p.is_file()] if indexed else []
+    )
+    found = list(tensors)
+    for path in strays:
+        if "consolidated" in path.name:
+            continue
+        try:
+            found += _tensors_in(path)
+        except ModelError as error:
+            findings.warn("missing_file", path.name, f"{INDEX_FILE} doesn't name it, and it {error}", "remove it")
+    first: dict[str, str] = {}
+    for tensor in found:
+        before = first.setdefault(tensor.name, tensor.path.name)
+        if before != tensor.path.name:
+            findings.error(
+                "unexpected_tensor",
+                tensor.name,
+                f"is in {before} and in {tensor.path.name}; which one counts depends on who reads it",
+                "remove one of the two files, or the tensor from one",
+            )
 
 
 def _check_index(placed: Mapping[str, str], tensors: Iterable[Tensor], findings: Findings) -> None:

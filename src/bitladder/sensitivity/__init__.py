@@ -17,8 +17,9 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -34,13 +35,14 @@ from bitladder.kv_cache import cached_layers
 from bitladder.recipe import MeasureSpec, WorkersSpec
 from bitladder.records import Candidate, FileDigest, Measurement, ModelSource, Rounding, digest_of
 from bitladder.runinfo import Meter, Progress, no_progress
-from bitladder.storage import atomic_path, atomic_write, discard, sha256_of_file
+from bitladder.storage import atomic_path, atomic_write, discard, seal, sha256_of_file, unseal, unsealed
 from bitladder.targets import Target
 
 MEASUREMENT_FILE = "measurement.json"
 AMAX_FILE = "measurement.safetensors"
 CODES = "codes"  # directory
 _PARTIAL = "measuring"
+_CODES_FILE = re.compile(r"layer-\d+\.safetensors")
 
 # Float32 scalars: "<module>.weight_amax" and "<module>.input_amax"; keys and values as `kv_cache` names them.
 Amax = dict[str, torch.Tensor]
@@ -72,12 +74,19 @@ class Codes:
         self.files = files
 
     @classmethod
-    def in_directory(cls, directory: Path) -> Self:
-        """Return the codes in the files of `directory`."""
-        found = {}
-        for path in sorted(directory.glob("*.safetensors")):
+    def in_files(cls, paths: Iterable[Path]) -> Self:
+        """Return the codes in these files, and in no other that may lie beside them.
+
+        Raises:
+            RecordError: a module is in two of them.
+        """
+        found: dict[str, Path] = {}
+        for path in paths:
             with safe_open(path, framework="pt") as file:
-                found.update(dict.fromkeys(file.keys(), path))
+                for module in file.keys():  # noqa: SIM118
+                    if module in found:
+                        raise RecordError(f"{path} and {found[module]} both have codes of {module}; measure again")
+                    found[module] = path
         return cls(found)
 
     def read(self, module: str) -> torch.Tensor:
@@ -93,16 +102,19 @@ class Partial:
     def __init__(self, directory: Path, key: str) -> None:
         self.directory = directory.absolute()  # other processes may stand elsewhere
         path = directory / "key.json"
-        known = None
-        if path.exists():
-            try:
-                known = json.loads(path.read_text())
-            except ValueError:
-                known = None
-        if known != {"key": key}:
+        damaged = unsealed(directory)
+        if path in damaged or not path.exists() or path.read_text() != json.dumps({"key": key}):
             discard(directory)
             directory.mkdir(parents=True)
-            atomic_write(path, json.dumps({"key": key}))
+            self._keep_text(path, json.dumps({"key": key}))
+        else:
+            for one in damaged:  # what was in it is found again
+                discard(one)
+
+    @staticmethod
+    def _keep_text(path: Path, text: str) -> None:
+        atomic_write(path, text)
+        seal(path)
 
     def codes_file(self, layer: int) -> Path:
         """Return where the codes of a decoder layer's modules are kept, once they are made."""
@@ -110,7 +122,7 @@ class Partial:
 
     def codes(self) -> "Codes":
         """Return the codes that are made so far."""
-        return Codes.in_directory(self.directory / CODES)
+        return Codes.in_files(codes_files(self.directory / CODES))
 
     def amax(self) -> Amax | None:
         """Return the amax values of a finished calibration, or None."""
@@ -119,8 +131,10 @@ class Partial:
 
     def keep_amax(self, amax: Amax) -> None:
         """Store the amax values."""
-        with atomic_path(self.directory / "amax.safetensors") as temporary:
+        path = self.directory / "amax.safetensors"
+        with atomic_path(path) as temporary:
             save_file(amax, temporary)
+        seal(path)
 
     def scores(self, batch: int) -> BatchScores | None:
         """Return the scores of a finished batch, or None."""
@@ -132,11 +146,16 @@ class Partial:
 
     def keep_scores(self, batch: int, scores: BatchScores) -> None:
         """Store the scores of one batch (floats survive JSON exactly)."""
-        atomic_write(self.directory / f"scores-{batch:05}.json", json.dumps(scores))
+        self._keep_text(self.directory / f"scores-{batch:05}.json", json.dumps(scores))
 
     def remove(self) -> None:
         """Remove everything, once the measurement is written."""
         discard(self.directory)
+
+
+def codes_files(directory: Path) -> list[Path]:
+    """Return the files of layers' codes in a directory, by layer; what else lies there isn't ours."""
+    return [path for path in sorted(directory.glob("*")) if _CODES_FILE.fullmatch(path.name)]
 
 
 def resolve_device(device: str) -> str:
@@ -356,9 +375,10 @@ def _keep_codes(partial: Partial, output: Path, data: DataSet, spec: MeasureSpec
 
     made, kept = partial.directory / CODES, output / CODES
     if made.exists():
+        unseal(made)
         discard(kept)
         os.replace(made, kept)
-    paths = sorted(kept.glob("*.safetensors"))
+    paths = codes_files(kept)
     return Rounding(
         method="compensated",
         damping=spec.damping,
@@ -392,7 +412,7 @@ def read_codes(
             raise RecordError(f"{path} is missing; run `bitladder measure` again")
         if sha256(path) != entry.sha256:
             raise RecordError(f"{path} is not the file that {MEASUREMENT_FILE} was written with; measure again")
-    return Codes.in_directory(directory / CODES)
+    return Codes.in_files(directory / CODES / entry.name for entry in measurement.rounding.files)
 
 
 def codes_of(

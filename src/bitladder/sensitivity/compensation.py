@@ -33,7 +33,7 @@ from bitladder.runinfo import Meter
 from bitladder.sensitivity import Amax, Job, Partial
 from bitladder.sensitivity.common import OUT_OF_MEMORY, by_layer, hidden_of, without_cudnn_attention
 from bitladder.sensitivity.layers import Layers
-from bitladder.storage import atomic_path, sha256_of_bytes
+from bitladder.storage import atomic_path, seal, sha256_of_bytes
 
 _NEAREST = "rounding: nearest"
 REMEDY = f"rounding: compensated goes layer by layer and needs one list, use {_NEAREST}"
@@ -166,6 +166,7 @@ def _write(
     with atomic_path(path) as temporary:
         metadata = {"modules": json.dumps([module.model_dump(mode="json") for module in modules])}
         save_file(tensors, temporary, metadata=metadata)
+    seal(path)
 
 
 def codes_sha256(codes: torch.Tensor) -> str:

@@ -41,6 +41,7 @@ from bitladder.sensitivity import (
     Codes,
     Job,
     Partial,
+    codes_files,
     compensation,
     native,
 )
@@ -428,10 +429,10 @@ class _Worker:
         """
         codes = None
         if rounded:
-            files = sorted(directory.glob("*.safetensors"))
+            files = codes_files(directory)
             if tuple(module for path in files for module in compensation.read_modules(path)) != rounded:
                 raise MeasurementError(_not_shared(directory))
-            codes = Codes.in_directory(directory)
+            codes = Codes.in_files(files)
         job = dataclasses.replace(self.job, target=with_scales(self.job.target, amax))
         self.scorer = native.scorer(self.layers, job, amax, codes).__enter__()  # for the rest of its life
 

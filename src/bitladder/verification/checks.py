@@ -1,0 +1,298 @@
+"""Compares one checkpoint with what it must hold, `Expected`: every file, every key, every tensor, every scale."""
+
+import filecmp
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitladder import numerics
+from bitladder.errors import RecordError
+from bitladder.records import CheckpointManifest, Finding, Measurement, Scheme
+from bitladder.runinfo import one_core_each
+from bitladder.storage import sha256_of_file
+from bitladder.verification.expected import CONFIG, LEGACY, Expected, Scale, Weight, scale_of
+from bitladder.verification.reading import INDEX, Tensors, bytes_of, differences, read_json
+
+EXPORT_AGAIN = "remove its directory and export this scheme again"
+MANIFEST = CheckpointManifest.FILE_NAME
+# float32 rounding of code · scale and of the division that made the code, relative to the half step
+_STEP_TOLERANCE = 1 + 1e-5
+_BLOCK = 1 << 18  # codes compared at a time: what a cache holds
+_THREADS = min(8, os.cpu_count() or 1)
+_SHOWN = 3  # differences of one JSON file
+
+
+@dataclass
+class Examination:
+    """What is known of one checkpoint while it is read."""
+
+    directory: Path
+    scheme: Scheme
+    findings: list[Finding] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)  # module -> SHA-256 of its weight's bytes and dtype
+    tensors: int = 0
+    codes: int = 0
+    bytes_identical: int = 0
+    stored_bytes: int = 0  # of all tensors, as they must be stored
+    weight_amax: dict[str, float] = field(default_factory=dict)  # group -> of the source's weights
+
+    def part(self) -> "Examination":
+        """Return an empty examination of the same checkpoint, to be merged."""
+        return Examination(self.directory, self.scheme)
+
+    def merge(self, part: "Examination") -> None:
+        """Add what a part has found."""
+        self.findings += part.findings
+        self.digests |= part.digests
+        self.tensors += part.tensors
+        self.codes += part.codes
+        self.bytes_identical += part.bytes_identical
+        self.stored_bytes += part.stored_bytes
+        for group, amax in part.weight_amax.items():
+            self.weight_amax[group] = max(amax, self.weight_amax.get(group, 0.0))
+
+    def find(self, file: str, tensor: str | None, problem: str, remedy: str = EXPORT_AGAIN) -> None:
+        """Note that something is wrong."""
+        self.findings.append(Finding(file=file, tensor=tensor, problem=problem, remedy=remedy))
+
+
+def check(
+    exam: Examination,
+    expected: Expected,
+    manifest: CheckpointManifest | None,
+    measurement: Measurement,
+    source: Path,
+    originals: Tensors,
+) -> None:
+    """Compare everything in a checkpoint's directory with what is expected there."""
+    _files(exam, expected, manifest)
+    for name in expected.side_files:
+        path = exam.directory / name
+        if path.is_file() and not filecmp.cmp(source / name, path, shallow=False):
+            exam.find(name, None, "differs from the source's, byte for byte")
+    _json(exam, CONFIG, expected.config)
+    _json(exam, LEGACY, expected.legacy)
+    with ExitStack() as stack:
+        names = sorted({file for file in expected.placed.values() if (exam.directory / file).is_file()})
+        tensors = Tensors([exam.directory / name for name in names], stack)
+        _placement(exam, expected, tensors)
+        weights = _weights(exam, expected, measurement, tensors, originals)
+        scales = _scales(exam, expected, tensors, weights)
+    if expected.has_index:
+        total = exam.stored_bytes + 4 * len(expected.all_scales)
+        _json(exam, INDEX, {"metadata": {"total_size": total}, "weight_map": expected.placed})
+    if manifest is not None:
+        _manifest(exam, expected, manifest, measurement, scales)
+
+
+def _files(exam: Examination, expected: Expected, manifest: CheckpointManifest | None) -> None:
+    """Check that exactly the expected files are there, and that the manifest lists them with size and digest."""
+    own = {MANIFEST, CheckpointManifest.CARD_NAME}
+    everything = {path.relative_to(exam.directory).as_posix() for path in exam.directory.rglob("*")}
+    parents = {parent.as_posix() for name in expected.files for parent in Path(name).parents}
+    for name in sorted(everything - expected.files - parents - own):
+        exam.find(name, None, "not listed in the manifest of this scheme", f"remove it, or {EXPORT_AGAIN}")
+    for name in sorted(name for name in expected.files if not (exam.directory / name).is_file()):
+        exam.find(name, None, "missing")
+    if manifest is None:
+        return
+    listed = {entry.name: entry for entry in manifest.files}
+    for name in sorted(set(listed) ^ expected.files):
+        says = "lists a file that the checkpoint must not have" if name in listed else "doesn't list this file"
+        exam.find(MANIFEST, name, says)
+    both = sorted(name for name in expected.files & set(listed) if (exam.directory / name).is_file())
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        digests = dict(zip(both, pool.map(lambda name: sha256_of_file(exam.directory / name), both), strict=True))
+    for name, digest in digests.items():
+        size, entry = (exam.directory / name).stat().st_size, listed[name]
+        if size != entry.bytes:
+            exam.find(name, None, f"has {size:,} bytes, the manifest says {entry.bytes:,}")
+        elif digest != entry.sha256:
+            exam.find(name, None, "its SHA-256 is not the manifest's: the content changed after the export")
+
+
+def _json(exam: Examination, name: str, wanted: Any) -> None:
+    if not (exam.directory / name).is_file():
+        return  # a finding already
+    try:
+        found = read_json(exam.directory / name)
+    except RecordError as error:
+        exam.find(name, None, str(error))
+        return
+    for index, (path, how) in enumerate(differences(found, wanted)):
+        if index < _SHOWN:
+            exam.find(name, None, f"{path} {how}" if path else how)
+
+
+def _placement(exam: Examination, expected: Expected, tensors: Tensors) -> None:
+    """Check that the files can be read, and that each tensor lies where it must, once."""
+    for file, problem in tensors.broken.items():
+        exam.find(file, None, f"not a readable safetensors file ({problem})")
+    for file, metadata in tensors.metadata.items():
+        if metadata != {"format": "pt"}:
+            exam.find(file, None, f"its metadata are {metadata}, not the format pt")
+    for name, file, before in tensors.twice:
+        exam.find(file, name, f"lies in {before} too")
+    placed = expected.placed
+    for name, (file, _) in sorted(tensors.files.items()):
+        if name not in placed:
+            exam.find(file, name, "neither in the source nor asked for by the scheme")
+        elif placed[name] != file:
+            exam.find(file, name, f"lies here, in the source it (or its weight) lies in {placed[name]}")
+    for name in sorted(set(placed) - set(tensors.files)):
+        exam.find(placed[name], name, "missing")
+
+
+def _weights(
+    exam: Examination, expected: Expected, measurement: Measurement, tensors: Tensors, originals: Tensors
+) -> dict[str, float]:
+    """Compare every tensor of the source; return the weight scale that each quantised group must have."""
+    dtype = getattr(torch, measurement.compute_dtype)
+
+    def one(name: str) -> Examination:
+        part, entry, original = exam.part(), expected.weights[name], originals.get(name)
+        part.stored_bytes = original.numel() if entry.is_quantised else original.nbytes
+        if entry.is_quantised and entry.group is not None:
+            # Weights are measured in the arithmetic of the measurement, to which they were cast.
+            part.weight_amax[entry.group] = float(original.abs().max().to(dtype))
+        if name in tensors.files:
+            part.tensors = 1
+            _weight(part, name, entry, tensors, original)
+        return part
+
+    with one_core_each(_THREADS) as pool:
+        for part in pool.map(one, expected.weights):
+            exam.merge(part)
+    return {group: scale_of(amax) for group, amax in exam.weight_amax.items()}
+
+
+def _weight(exam: Examination, name: str, entry: Weight, tensors: Tensors, original: torch.Tensor) -> None:
+    """Compare one tensor with the source's."""
+    tensor, file = tensors.get(name), tensors.file(name)
+    if entry.module:
+        content = hashlib.sha256(str(tensor.dtype).encode())
+        content.update(bytes_of(tensor).numpy().data)
+        exam.digests[entry.module] = content.hexdigest()
+    wanted = torch.float8_e4m3fn if entry.is_quantised else original.dtype
+    if tensor.dtype != wanted or tensor.shape != original.shape:
+        says = "says FP8 codes" if entry.is_quantised else f"leaves it alone: {wanted}"
+        exam.find(file, name, f"is {tensor.dtype} {list(tensor.shape)}, the scheme {says} {list(original.shape)}")
+    elif entry.is_quantised:
+        scale = tensors.get(_scale_name(name)) if _scale_name(name) in tensors.files else None
+        if scale is not None and scale.numel() == 1 and scale.dtype == torch.float32:
+            _codes(exam, name, entry, tensor, float(scale), original)
+    elif not torch.equal(bytes_of(tensor), bytes_of(original)):
+        exam.find(file, name, "differs from the source, though the scheme leaves it alone")
+    else:
+        exam.bytes_identical += tensor.nbytes
+
+
+def _scale_name(name: str) -> str:
+    return f"{name.removesuffix('.weight')}.weight_scale"
+
+
+def _codes(
+    exam: Examination, name: str, entry: Weight, codes: torch.Tensor, scale: float, original: torch.Tensor
+) -> None:
+    """Check that every code restores its source weight: within half an E4M3 step, or as far off as was recorded."""
+    exam.codes += codes.numel()
+    step, rounded, wrong = torch.tensor(scale), entry.rounded, 0
+    largest = torch.finfo(codes.dtype).max
+    if rounded is not None and hashlib.sha256(bytes_of(codes).numpy().data).hexdigest() != rounded.codes_sha256:
+        exam.find(entry.file, name, "its codes are not the compensated ones of the measurement")
+    flat, source = codes.view(-1), original.reshape(-1)
+    for start in range(0, len(flat), _BLOCK):
+        some = flat[start : start + _BLOCK]
+        restored, wanted = some.float() * step, source[start : start + _BLOCK].float()
+        if not bool(torch.isfinite(restored).all()):
+            exam.find(entry.file, name, "holds NaN codes")
+            return
+        if rounded is not None:
+            wrong += int(((restored - wanted).abs() > rounded.largest_shift * step * _STEP_TOLERANCE).sum())
+            continue
+        allowed = numerics.half_step(wanted, step) * _STEP_TOLERANCE
+        saturated = (some.float().abs() == largest) & (wanted.abs() >= restored.abs())
+        wrong += int((((restored - wanted).abs() > allowed) & ~saturated).sum())
+    if wrong:
+        what = "not the ones nearest to the source" if rounded is None else "farther from the source than was recorded"
+        exam.find(entry.file, name, f"{wrong:,} of {codes.numel():,} codes are {what}")
+
+
+def _scales(
+    exam: Examination, expected: Expected, tensors: Tensors, weights: dict[str, float]
+) -> Callable[[Scale], float]:
+    """Check every scale's dtype, shape and value; return what gives the value that one must have."""
+
+    def wanted(scale: Scale) -> float:
+        return weights[scale.group] if scale.value is None else scale.value
+
+    for name, scale in expected.all_scales.items():
+        value: float | None = None
+        if name in tensors.files:
+            exam.tensors += 1
+            stored, file = tensors.get(name), tensors.file(name)
+            if stored.dtype != torch.float32 or stored.shape != ():
+                exam.find(file, name, f"is {stored.dtype} {list(stored.shape)}, not one float32 number")
+            elif float(stored) != wanted(scale):
+                value = float(stored)
+                origin = "the source's weights give" if scale.value is None else "what calibration saw gives"
+                usable = "" if 0 < value < float("inf") else " (a scale is finite and positive)"
+                exam.find(file, name, f"is {value}{usable}, {origin} {wanted(scale)}")
+            else:
+                value = float(stored)
+        if name in expected.kv_scales:
+            exam.digests[f"{scale.module} (KV cache)"] = str(value)
+    if exam.scheme.kv_cache_format is not None and not expected.kv_scales:
+        exam.find(MANIFEST, None, "the KV cache is FP8, but no layer has keys and values")
+    return wanted
+
+
+def _manifest(
+    exam: Examination,
+    expected: Expected,
+    manifest: CheckpointManifest,
+    measurement: Measurement,
+    wanted: Callable[[Scale], float],
+) -> None:
+    """Check that the manifest says what is expected, field by field but for the files."""
+    for what, found, own in (
+        ("scheme", manifest.scheme_sha256, exam.scheme.fingerprint()),
+        ("measurement", manifest.measurement_sha256, measurement.fingerprint()),
+        ("source model", manifest.source_sha256, measurement.model.sha256),
+    ):
+        if found != own:
+            exam.find(MANIFEST, None, f"was written for another {what}")
+    said = manifest.model_dump(mode="json", include={"scheme", "kv_cache_format"})
+    said["modules"] = {module["tensor"]: module for module in manifest.model_dump(mode="json")["modules"]}
+    said["kv_scales"] = {entry.tensor: entry.scale for entry in manifest.kv_scales}
+    modules = {}
+    for name, entry in expected.weights.items():
+        if entry.is_quantised:
+            scales = expected.scales[_scale_name(name)], expected.scales[f"{name.removesuffix('.weight')}.input_scale"]
+            modules[name] = {
+                "name": entry.module,
+                "tensor": name,
+                "format": exam.scheme.formats[entry.group or ""],
+                "dtype": "F8_E4M3",
+                "weight_scale": wanted(scales[0]),
+                "input_scale": wanted(scales[1]),
+                "rounding": "nearest" if entry.rounded is None else "compensated",
+            }
+    meant = {
+        "scheme": exam.scheme.name,
+        "kv_cache_format": exam.scheme.kv_cache_format,
+        "modules": modules,
+        "kv_scales": {name: wanted(scale) for name, scale in expected.kv_scales.items()},
+    }
+    if len(manifest.modules) != len(said["modules"]) or len(manifest.kv_scales) != len(said["kv_scales"]):
+        exam.find(MANIFEST, None, "lists a module or a scale twice")
+    for index, (path, how) in enumerate(differences(said, meant)):
+        if index < _SHOWN:
+            exam.find(MANIFEST, None, f"{path} {how}")

@@ -1,0 +1,199 @@
+"""What a checkpoint must hold, from source, scheme and measurement alone: `expect(...) -> Expected`.
+
+Nothing here has seen a checkpoint or its manifest, and nothing is taken from the exporter: what it writes is
+written out here a second time.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitladder.errors import RecordError, StaleRecord
+from bitladder.models.sources import side_files
+from bitladder.records import BF16, Measurement, QuantModule, RoundedModule, Scheme
+from bitladder.verification.reading import INDEX, Tensors
+
+CONFIG, LEGACY = "config.json", "hf_quant_config.json"
+_ALGORITHMS = {"fp8": "FP8"}  # our format -> `quant_algo`
+_KV_FORMATS = (None, "fp8")
+# Source: modelopt 0.47.0, torch/export/convert_hf_config.py and quant_utils.py; tests compare with its export.
+_PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+_E4M3 = {"dynamic": False, "num_bits": 8, "type": "float"}
+_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the source, in the file in which the checkpoint has it too."""
+
+    file: str
+    group: str | None = None  # None: not searched
+    module: str = ""
+    is_quantised: bool = False
+    rounded: RoundedModule | None = None  # compensated codes
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A float32 scalar; `value` None: what the source's weights of the group give."""
+
+    file: str
+    group: str
+    module: str
+    value: float | None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Everything that a checkpoint's directory must hold, and nothing else may."""
+
+    weights: dict[str, Weight]  # tensor -> ..., of the source
+    scales: dict[str, Scale]
+    kv_scales: dict[str, Scale]
+    config: dict[str, Any]
+    legacy: dict[str, Any]
+    side_files: tuple[str, ...]
+    has_index: bool
+
+    @property
+    def all_scales(self) -> dict[str, Scale]:
+        """The scales of weights and inputs, and those of the KV cache."""
+        return self.scales | self.kv_scales
+
+    @property
+    def placed(self) -> dict[str, str]:
+        """Which file each tensor lies in."""
+        return {n: e.file for n, e in self.weights.items()} | {n: e.file for n, e in self.all_scales.items()}
+
+    @property
+    def files(self) -> frozenset[str]:
+        """The names of all files but the manifest and the card."""
+        index = [INDEX] if self.has_index else []
+        return frozenset([*self.placed.values(), CONFIG, LEGACY, *index, *self.side_files])
+
+
+def _number(amax: Mapping[str, torch.Tensor], name: str) -> float:
+    if name not in amax:
+        raise RecordError(f"measurement.safetensors has no {name}; run `bitladder measure` again")
+    return float(amax[name])
+
+
+def scale_of(amax: float) -> float:
+    """Return amax / 448, as float32 division gives it."""
+    return float(torch.tensor(amax, dtype=torch.float32) / torch.tensor(_E4M3_MAX, dtype=torch.float32))
+
+
+def _kv_scales(
+    scheme: Scheme, modules: Mapping[str, tuple[str, QuantModule]], amax: Mapping[str, torch.Tensor], files: Tensors
+) -> Iterator[tuple[str, Scale]]:
+    """Yield the scales of what every layer caches, beside the modules that make keys and values."""
+    if scheme.kv_cache_format is None:
+        return
+    for name, (group, module) in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        partner = {"k_proj": f"{parent}.v_proj", "v_proj": f"{parent}.k_proj"}.get(leaf)
+        if partner is not None and partner in modules and module.tensor is not None:
+            which, value = leaf[0], scale_of(_number(amax, f"{name}.{leaf[0]}_amax"))
+            prefix = module.tensor.removesuffix(".weight")
+            yield f"{prefix}.{which}_scale", Scale(files.file(module.tensor), group, name, value)
+
+
+def _quantisation(scheme: Scheme) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `quantization_config` and `hf_quant_config.json`."""
+    (algorithm,) = {_ALGORITHMS[name] for name in scheme.formats.values() if name != BF16}
+    names = list(scheme.exclude_modules)
+    section: dict[str, Any] = {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "producer": _PRODUCER,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": _E4M3, "input_activations": _E4M3}},
+        "ignore": names,
+    }
+    if scheme.kv_cache_format is not None:
+        section["kv_cache_scheme"] = _E4M3
+    kv_cache = None if scheme.kv_cache_format is None else "FP8"
+    legacy = {"quant_algo": algorithm, "kv_cache_quant_algo": kv_cache, "exclude_modules": names}
+    return section, {"producer": _PRODUCER, "quantization": legacy}
+
+
+def check_scheme(scheme: Scheme, measurement: Measurement) -> None:
+    """Check that a scheme is one of this measurement, and that its exclusions are what it leaves in 16 bits.
+
+    Raises:
+        StaleRecord: it isn't.
+    """
+    known = {BF16, *_ALGORITHMS}
+    problem = None
+    if scheme.measurement_sha256 != measurement.fingerprint():
+        problem = "was planned from another measurement"
+    elif set(scheme.formats) != {group.name for group in measurement.groups}:
+        problem = "doesn't name the measurement's quant groups"
+    elif not set(scheme.formats.values()) <= known or set(scheme.formats.values()) == {BF16}:
+        problem = f"has formats that no checkpoint holds ({', '.join(sorted(set(scheme.formats.values())))})"
+    elif scheme.kv_cache_format not in _KV_FORMATS:
+        problem = f"has a KV cache in {scheme.kv_cache_format}"
+    else:
+        left = {module.checkpoint_name for module in measurement.untouched}
+        quantised: set[str] = set()
+        for group in measurement.groups:
+            own = {(module.tensor or module.name).removesuffix(".weight") for module in group.modules}
+            own_list = left if scheme.formats[group.name] == BF16 else quantised
+            own_list |= own
+        named = set(scheme.exclude_modules)
+        odd = sorted((left - named) | (quantised & named) | {name for name in named if set(name) & set("*?[")})
+        if odd:
+            problem = f"and its exclude_modules disagree about {odd[0]}"
+    if problem is not None:
+        raise StaleRecord(f"scheme {scheme.name} {problem}; run `bitladder plan` again")
+
+
+def expect(
+    scheme: Scheme, measurement: Measurement, amax: Mapping[str, torch.Tensor], source: Path, originals: Tensors
+) -> Expected:
+    """Return what the scheme's checkpoint must hold.
+
+    Args:
+        scheme: of the measurement.
+        measurement: whose modules, and codes where they are compensated.
+        amax: its amax values, `{"<module>.input_amax": float32 scalar}`.
+        source: the original model's directory.
+        originals: its tensors.
+
+    Raises:
+        StaleRecord: the scheme is of another measurement. RecordError: an amax value is missing.
+    """
+    check_scheme(scheme, measurement)
+    rounding = measurement.rounding.modules if measurement.rounding is not None else ()
+    rounded = {module.name: module for module in rounding}
+    weights = {name: Weight(originals.file(name)) for name in originals.files}
+    scales: dict[str, Scale] = {}
+    modules: dict[str, tuple[str, QuantModule]] = {}
+    for group in measurement.groups:
+        is_quantised = scheme.formats[group.name] != BF16
+        modules |= {module.name: (group.name, module) for module in group.modules}
+        # What a runtime fuses has one input, and one scale for it.
+        inputs = [_number(amax, f"{module.name}.input_amax") for module in group.modules] if is_quantised else []
+        for module in group.modules:
+            if module.tensor not in weights:
+                raise StaleRecord(f"{source} has no tensor {module.tensor}, which was measured; measure again")
+            name, file = module.tensor, originals.file(module.tensor)
+            weights[name] = Weight(file, group.name, module.name, is_quantised, rounded.get(module.name))
+            if is_quantised:
+                prefix = name.removesuffix(".weight")
+                scales[f"{prefix}.weight_scale"] = Scale(file, group.name, module.name, None)
+                scales[f"{prefix}.input_scale"] = Scale(file, group.name, module.name, scale_of(max(inputs)))
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    section, legacy = _quantisation(scheme)
+    return Expected(
+        weights=weights,
+        scales=scales,
+        kv_scales=dict(_kv_scales(scheme, modules, amax, originals)),
+        config={**config, "quantization_config": section},
+        legacy=legacy,
+        side_files=side_files(source),
+        has_index=(source / INDEX).exists(),
+    )
