@@ -156,6 +156,7 @@ class Workspace:
     cache: DigestCache = field(init=False)
     done: list[str] = field(default_factory=list)  # the steps that this process had to do
     loaded: dict[str, calibration.DataSet] = field(default_factory=dict)  # sets that this process has read
+    _told: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._open()
@@ -186,7 +187,10 @@ class Workspace:
         try:
             return kind.read(path) if path.exists() else None
         except RecordError as error:
-            self.tell(f"made again: {str(error).partition(';')[0]}")
+            line = f"made again: {str(error).partition(';')[0]}"
+            if line not in self._told:
+                self.tell(line)
+            self._told.add(line)
             return None
 
     def save(self) -> None:

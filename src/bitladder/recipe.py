@@ -328,6 +328,13 @@ class RefineSpec(Section):
     evaluations: int = Field(default=0, ge=0, description="schemes that may be simulated for each scheme; 0: off")
     marginal: int = Field(default=6, ge=1, description="groups on each side of the edge")
 
+    @model_validator(mode="after")
+    def _suffices_for_a_round(self) -> Self:
+        least = 2 * self.marginal + 2
+        if 0 < self.evaluations < least:
+            raise ValueError(f"evaluations: {self.evaluations} don't suffice for a round, give at least {least}, or 0")
+        return self
+
 
 class VllmSpec(Section):
     """The environment of vLLM in which checkpoints are probed, and how far."""

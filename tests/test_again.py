@@ -1,0 +1,187 @@
+"""Runs over what is there already: what is said, what is kept, what is made again and what a kill costs."""
+
+import json
+import shutil
+
+import pytest
+
+from bitladder import pipeline, simulation
+from bitladder.errors import OutputError, RecipeError, RecordError
+from bitladder.pipeline import Workspace
+from bitladder.recipe import read_recipe
+from bitladder.records import Evaluation, Evidence, Measurement, RunState, Verification
+from test_pipeline import bytes_of, copied, files, finished, recipe_of  # noqa: F401  # its fixtures
+
+KL_SCHEMES = [{"name": "near", "max_kl": 1e-3}]
+
+
+def told_by(files, output, **changes):  # noqa: F811
+    """Run once more, and return what the user is told."""
+    lines = []
+    work = Workspace(recipe_of(files, output, **changes), output, tell=lines.append)
+    pipeline.run(work)
+    return lines, work
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"calibration": {"samples": 5}}, "measuring again: calibration.samples 6 → 5"),
+        ({"measurement": {"method": "gradient"}}, "measuring again: measurement.method fisher → gradient"),
+    ],
+    ids=["samples", "method"],
+)
+def test_what_changed_is_said_and_the_old_results_stay_until_then(files, copied, changes, said):  # noqa: F811
+    changes = {
+        name: recipe_of(files, copied).model_dump(mode="json")[name] | value
+        if name == "measurement"
+        else {"data": {"kind": "text", "path": str(files[1])}, "sequence_length": 24, "batch_size": 2} | value
+        for name, value in changes.items()
+    }
+    before, seen = bytes_of(copied), []
+
+    def progress(phase, done, total):
+        if phase == "score":
+            seen.append(bytes_of(copied) == before)
+
+    lines = []
+    work = Workspace(recipe_of(files, copied, **changes), copied, progress, lines.append)
+    pipeline.run(work)
+    assert lines == [said]
+    assert seen
+    assert all(seen)
+    assert "measure" in work.done
+    assert told_by(files, copied, **changes)[0] == []
+
+
+def test_samples_that_changed_in_their_file_are_said(files, copied, tmp_path):  # noqa: F811
+    text = tmp_path / "text.txt"
+    text.write_text(files[1].read_text()[::-1])
+    lines, _ = told_by((files[0], text, files[2]), copied)
+    assert len(lines) == 1
+    assert lines[0].startswith("measuring again: calibration.data.path ")
+
+
+def test_a_missing_amax_file_is_said(files, copied):  # noqa: F811
+    before = bytes_of(copied)
+    (copied / "measurement.safetensors").unlink()
+    lines, _ = told_by(files, copied)
+    assert lines == ["measuring again: measurement.safetensors is missing or damaged"]
+    assert bytes_of(copied) == before
+
+
+def test_orphans_are_listed_and_kept(files, copied):  # noqa: F811
+    lines, _ = told_by(files, copied, schemes=[{"name": "full", "coverage": 1.0}])
+    assert lines == [
+        "of schemes that the recipe doesn't have any more, to be removed by you: "
+        "schemes/top50.json, checkpoints/top50, evaluations/top50.json"
+    ]
+    assert (copied / "checkpoints/top50/model.safetensors").exists()
+    for name in ("schemes/top50.json", "evaluations/top50.json"):
+        (copied / name).unlink()
+    shutil.rmtree(copied / "checkpoints/top50")
+    assert told_by(files, copied, schemes=[{"name": "full", "coverage": 1.0}])[0] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("run.json", RunState),
+        ("verification.json", Verification),
+        ("evaluations/full.json", Evaluation),
+        ("evidence.json", Evidence),
+    ],
+)
+@pytest.mark.parametrize("how", ["edited", "cut"])
+def test_damaged_records_are_made_again_by_name(name, kind, how, files, copied):  # noqa: F811
+    path, before = copied / name, bytes_of(copied)
+    whole = kind.read(path)
+    text = path.read_text(encoding="utf-8")
+    if how == "edited":
+        digit = next(index for index, sign in enumerate(text) if sign in "1234567" and index > 40)
+        path.write_text(text[:digit] + str(int(text[digit]) + 1) + text[digit + 1 :], encoding="utf-8")
+    else:
+        path.write_text(text[: len(text) // 2], encoding="utf-8")
+    lines, _ = told_by(files, copied)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"made again: {path}")
+    if kind is not RunState:
+        assert kind.read(path).fingerprint() == whole.fingerprint()
+    assert bytes_of(copied) == before
+
+
+def test_an_edited_measurement_is_refused_and_the_remedy_works(files, copied):  # noqa: F811
+    path, before = copied / "measurement.json", bytes_of(copied)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["candidates"][0]["scores"][0] *= 300
+    path.write_text(json.dumps(content))
+    with pytest.raises(RecordError, match=r"measurement\.json was changed since it was written.*delete it"):
+        told_by(files, copied)
+    path.unlink()
+    told_by(files, copied)
+    assert bytes_of(copied) == before
+
+
+def test_a_run_without_its_run_json_is_known_by_its_measurement(files, copied, tmp_path):  # noqa: F811
+    (copied / "run.json").unlink()
+    _, work = told_by(files, copied)
+    assert "measure" not in work.done
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "measurement.json").write_text("{}")
+    with pytest.raises(OutputError, match="didn't write"):
+        Workspace(recipe_of(files, tmp_path), tmp_path / "foreign")
+    assert Measurement.read(copied / "measurement.json")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_killed_run_simulates_no_scheme_twice(after, files, copied, tmp_path, monkeypatch):  # noqa: F811
+    whole = tmp_path / "whole"
+    shutil.copytree(copied, whole)
+    settings = {"schemes": KL_SCHEMES, "refine": {"evaluations": 6, "marginal": 1}, "controls": {"seeds": 1}}
+    simulated, real = [], simulation.Simulation.results
+
+    def results(self, references, scheme):
+        if len(simulated) == limit:
+            raise Killed
+        found = real(self, references, scheme)
+        simulated.append(scheme.name)
+        return found
+
+    monkeypatch.setattr(simulation.Simulation, "results", results)
+    limit = None
+    told_by(files, whole, **settings)
+    needed = len(simulated)
+    simulated, limit = [], after
+    with pytest.raises(Killed):
+        told_by(files, copied, **settings)
+    limit = needed - 2  # in the control arms
+    with pytest.raises(Killed):
+        told_by(files, copied, **settings)
+    limit = None
+    told_by(files, copied, **settings)
+    assert len(simulated) == needed
+    for name in ("simulated.json", "schemes/near.json"):
+        assert (copied / name).read_bytes() == (whole / name).read_bytes()
+    assert Evidence.read(copied / "evidence.json").fingerprint() == Evidence.read(whole / "evidence.json").fingerprint()
+    simulated = []
+    told_by(files, copied, **settings)
+    assert simulated == []
+
+
+def test_output_is_relative_to_the_recipe(files, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "recipes").mkdir()
+    path = tmp_path / "recipes" / "one.yaml"
+    content = recipe_of(files, "../runs/one").model_dump(mode="json", exclude_defaults=True)
+    path.write_text(json.dumps(content))
+    monkeypatch.chdir("/")
+    assert read_recipe(path).output == str(tmp_path / "runs" / "one")
+
+
+def test_too_few_evaluations_for_refining_are_refused_with_the_recipe(files, tmp_path):  # noqa: F811
+    with pytest.raises(RecipeError, match="give at least 14"):
+        recipe_of(files, tmp_path, refine={"evaluations": 13})
+    assert recipe_of(files, tmp_path, refine={"evaluations": 14}).refine.evaluations == 14
