@@ -39,6 +39,15 @@ def test_a_killed_run_goes_on_to_the_same_results(server, world, name, every):
     all_hold(interrupted.kills(server, world, every, [name]))
 
 
+def test_a_run_killed_between_the_measurement_and_its_note_loses_neither(server, world):
+    scenario = interrupted.Scenario(server, world, "fresh")
+    _, operations = scenario.undisturbed
+    renames = [(number, Path(o.path).name) for number, o in enumerate(operations) if o.event == "os.rename"]
+    written = next(number for number, name in renames if name == "measurement.json")
+    noted = next(number for number, name in renames if name == "run.json" and number > written)
+    all_hold([interrupted.kill(scenario, noted)])
+
+
 def test_a_failing_disk_is_told_in_a_line_and_loses_nothing(server, world):
     all_hold(interrupted.failures(server, world, 25))
 

@@ -76,14 +76,28 @@ def write(path: Path, content: dict[str, Tensor]) -> None:
     join(path, header, data)
 
 
-def model_tensors(directory: Path) -> dict[str, Tensor]:
-    """Return a model's tensors: of the files that its index names, or of its one file."""
+def model_tensors(directory: Path, *, strict: bool) -> dict[str, Tensor]:
+    """Return a model's tensors: all of the files that its index names, or of its one file.
+
+    `strict`: each is in the file that the index says, and nowhere else; else only in one file, as all readers need it.
+
+    Raises:
+        ValueError: it isn't so.
+    """
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         return tensors(directory / "model.safetensors")
     places = json.loads(index.read_text())["weight_map"]
-    files = {file: tensors(directory / file) for file in set(places.values())}
-    return {name: files[file][name] for name, file in places.items()}
+    found: dict[str, Tensor] = {}
+    where: dict[str, str] = {}
+    for file in sorted(set(places.values())):
+        for name, tensor in tensors(directory / file).items():
+            if name in found:
+                raise ValueError(f"{name} is in {where[name]} and in {file}")
+            found[name], where[name] = tensor, file
+    if strict and where != places:
+        raise ValueError("the index doesn't say where the tensors are")
+    return found
 
 
 def wrong_in_checkpoint(source: Path, checkpoint: Path) -> str | None:
@@ -92,7 +106,7 @@ def wrong_in_checkpoint(source: Path, checkpoint: Path) -> str | None:
     Every tensor is there; a quantised one within half a step of E4M3, all others to the bit; the configuration is the
     source's but for what tells of the quantisation; the tokenizer's and the generation's files are the source's.
     """
-    original, stored = model_tensors(source), model_tensors(checkpoint)
+    original, stored = model_tensors(source, strict=False), model_tensors(checkpoint, strict=True)
     for name, tensor in original.items():
         copy = stored.get(name)
         if copy is None:
