@@ -8,7 +8,6 @@ import pytest
 from bitladder import pipeline, simulation
 from bitladder.errors import OutputError, RecipeError, RecordError
 from bitladder.pipeline import Workspace
-from bitladder.recipe import read_recipe
 from bitladder.records import Evaluation, Evidence, Measurement, RunState, Verification
 from test_pipeline import bytes_of, copied, files, finished, recipe_of  # noqa: F401  # its fixtures
 
@@ -170,15 +169,6 @@ def test_a_killed_run_simulates_no_scheme_twice(after, files, copied, tmp_path, 
     simulated = []
     told_by(files, copied, **settings)
     assert simulated == []
-
-
-def test_output_is_relative_to_the_recipe(files, tmp_path, monkeypatch):  # noqa: F811
-    (tmp_path / "recipes").mkdir()
-    path = tmp_path / "recipes" / "one.yaml"
-    content = recipe_of(files, "../runs/one").model_dump(mode="json", exclude_defaults=True)
-    path.write_text(json.dumps(content))
-    monkeypatch.chdir("/")
-    assert read_recipe(path).output == str(tmp_path / "runs" / "one")
 
 
 def test_too_few_evaluations_for_refining_are_refused_with_the_recipe(files, tmp_path):  # noqa: F811

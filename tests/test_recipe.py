@@ -248,10 +248,10 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     assert held_out.data.path == str(recipes / "data/held.jsonl")
 
 
-def test_the_output_is_relative_to_where_the_user_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_is_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipes").mkdir()
-    path = write(tmp_path / "recipes", GOOD)
-    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "recipes", {**GOOD, "output": "../runs/one"})
+    monkeypatch.chdir("/")
     assert read_recipe(path).output == str(tmp_path / "runs/one")
 
 

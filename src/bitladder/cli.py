@@ -288,7 +288,9 @@ def verify(recipe: RecipePath, output: Output = None) -> None:
             f"{check.bytes_identical:,} bytes identical to the source"
         )
     console.print(f"{len(result.pairs)} pairs of schemes differ exactly where their assignments do")
-    console.print("Every byte of the original and of the checkpoints was read; no size or time was trusted.")
+    console.print(
+        "Every byte of the original and of the checkpoints was read; no size or time was trusted.", soft_wrap=True
+    )
 
 
 @app.command()
