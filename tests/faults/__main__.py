@@ -54,7 +54,7 @@ def main() -> int:
                 seconds[name] = time.monotonic() - start
                 held = sum(result.held for result in results)
                 print(f"{name}: {seconds[name]:.0f} s; held so far {held} of {len(results)}", flush=True)
-    content = figures.figures(results, asked.seed, seconds)
+    content = figures.figures(results, asked.seed, asked.share, seconds)
     print(figures.table(content))
     if asked.write:
         figures.write(content)

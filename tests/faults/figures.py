@@ -18,27 +18,36 @@ _BEGIN, _END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 _MOST_FAILURES = 40  # listed by kind
 
 
-def figures(results: Sequence[Result], seed: int, seconds: Mapping[str, float]) -> dict[str, Any]:
+def figures(results: Sequence[Result], seed: int, share: float, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Return what was tried and held, by kind, and where and on what."""
+    made = {
+        "seed": seed,
+        "share": share,
+        "commit": _commit(),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} processors, {platform.system()}",
+        "python": platform.python_version(),
+    }
     kinds: dict[str, Any] = {}
     for kind in dict.fromkeys(result.kind for result in results):
         ours = [result for result in results if result.kind == kind]
         failed = [result for result in ours if not result.held]
         kinds[kind] = {
+            **made,
             "tried": len(ours),
             "held": len(ours) - len(failed),
             "verdicts": dict(sorted(Counter(result.verdict for result in ours).items())),
             "failures": [f"{r.name}: {r.verdict}: {r.detail}" for r in failed[:_MOST_FAILURES]],
         }
+    return totals(kinds, {name: round(value) for name, value in seconds.items()})
+
+
+def totals(kinds: Mapping[str, Any], seconds: Mapping[str, int]) -> dict[str, Any]:
+    """Return the figures of some kinds with their sums."""
     return {
-        "seed": seed,
-        "commit": _commit(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} processors, {platform.system()}",
-        "python": platform.python_version(),
-        "seconds": {name: round(value) for name, value in seconds.items()},
-        "tried": len(results),
-        "held": sum(result.held for result in results),
-        "kinds": kinds,
+        "tried": sum(entry["tried"] for entry in kinds.values()),
+        "held": sum(entry["held"] for entry in kinds.values()),
+        "seconds": dict(seconds),
+        "kinds": dict(kinds),
     }
 
 
@@ -48,19 +57,18 @@ def _commit() -> str:
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """Return the page's table, and the line that says of what it is."""
+    """Return the page's table."""
     rows = [
-        f"| {kind} | {entry['tried']} | {entry['held']} | {_verdicts(entry['verdicts'])} |"
+        f"| {kind} | {entry['share']:.0%} | {entry['tried']} | {entry['held']} | {_verdicts(entry['verdicts'])} "
+        f"| {entry['seed']}, {entry['commit']} |"
         for kind, entry in content["kinds"].items()
     ]
     return "\n".join(
         (
-            f"Seed {content['seed']}, commit {content['commit']}, on {content['hardware']}.",
-            "",
-            "| Kind | Tried | Held | How they ended |",
-            "|---|---:|---:|---|",
+            "| Kind | Of all | Tried | Held | How they ended | Seed, commit |",
+            "|---|---:|---:|---:|---|---|",
             *rows,
-            f"| **all** | **{content['tried']}** | **{content['held']}** | |",
+            f"| **all** | | **{content['tried']}** | **{content['held']}** | | |",
             "",
         )
     )
@@ -71,7 +79,9 @@ def _verdicts(counts: Mapping[str, int]) -> str:
 
 
 def write(content: Mapping[str, Any]) -> None:
-    """Write the figures and put the table into the page."""
+    """Write the figures and put the table into the page; kinds that were not tried keep theirs."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else totals({}, {})
+    content = totals(known["kinds"] | content["kinds"], known["seconds"] | content["seconds"])
     RESULTS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     page = PAGE.read_text()
     before, rest = page.split(_BEGIN)
