@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import bitladder
 from bitladder import calibration, checkpoint, planning, sensitivity, targets, weights
 from bitladder.recipe import DataSpec, MeasureSpec, SchemeSpec
-from bitladder.records import CheckpointManifest, ErrorClass, Measurement
+from bitladder.records import CheckpointManifest, ErrorClass, FileDigest, Measurement
+from bitladder.storage import sha256_of_file
 
 DEMO = Path(bitladder.__file__).parent / "demo"
 SOURCE = DEMO / "qwen2_5_vl_digits"
@@ -188,6 +189,18 @@ def both(change_tensors: Callable[[Tensors], None], change_excludes: Callable[[l
 
 def drop_manifest(directory: Path) -> None:
     (directory / CheckpointManifest.FILE_NAME).unlink()
+
+
+def list_again(directory: Path) -> None:
+    """Let the manifest list the files that are there now, as a tool that reshards would."""
+    path = directory / CheckpointManifest.FILE_NAME
+    own = {path.name, CheckpointManifest.CARD_NAME}
+    files = tuple(
+        FileDigest(name=file.name, sha256=sha256_of_file(file), bytes=file.stat().st_size)
+        for file in sorted(directory.iterdir())
+        if file.name not in own
+    )
+    CheckpointManifest.read(path).model_copy(update={"files": files}).write(path)
 
 
 def excludes(change: Callable[[list[str]], list[str]]) -> Make:
@@ -435,6 +448,7 @@ def shard(directory: Path) -> None:
     total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(directory, INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
     (directory / WEIGHTS).unlink()
+    list_again(directory)
 
 
 def truncate(directory: Path) -> None:

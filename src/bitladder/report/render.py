@@ -16,7 +16,7 @@ import jinja2
 import yaml
 from rich.table import Table
 
-from bitladder.records import BF16, BF16_BITS, KL, DataSummary, EvalResult
+from bitladder.records import BF16, BF16_BITS, KL, DataSummary, EvalResult, PairDifference
 from bitladder.report.content import WITHIN_NOISE_ERRORS, Report, ReportedProbe, ReportedScheme
 from bitladder.uncertainty import LEVEL as RANK_LEVEL
 from bitladder.uncertainty import MULTIPLES
@@ -511,6 +511,14 @@ def held_out(report: Report) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def _of_pair(pair: PairDifference, damaged: Sequence[str]) -> str:
+    """Return how many findings a pair has; where one of the two has findings of its own, that they explain it."""
+    blamed = [name for name in (pair.first, pair.second) if name in damaged]
+    if pair.findings or not blamed:
+        return str(len(pair.findings))
+    return f"not judged: see the findings of {' and '.join(blamed)}"
+
+
 def _verification(report: Report) -> dict[str, Any]:
     """Return the tables of the verification, and its findings."""
     verification = report.verification
@@ -526,8 +534,9 @@ def _verification(report: Report) -> dict[str, Any]:
         counts = (check.tensors_checked, check.codes_checked, check.bytes_identical, len(check.findings))
         rows.append([scheme.name, *(exact(count) for count in counts), "yes" if check.ok else "NO"])
     header = ["checkpoint", "tensors checked", "codes checked", "bytes equal to the source's", "findings", "matches"]
+    damaged = [check.scheme for check in verification.checkpoints if not check.ok]
     pairs = [
-        [f"{p.first} / {p.second}", p.modules_expected, p.modules_differing, len(p.findings)]
+        [f"{p.first} / {p.second}", p.modules_expected, p.modules_differing, _of_pair(p, damaged)]
         for p in verification.pairs
     ]
     findings = [(check.scheme, finding) for check in verification.checkpoints for finding in check.findings]

@@ -36,7 +36,7 @@ from bitladder.records import (
 )
 from bitladder.runinfo import Progress, no_progress
 from bitladder.verification.checks import Examination, check
-from bitladder.verification.expected import expect
+from bitladder.verification.expected import cached_modules, expect
 from bitladder.verification.reading import Tensors, weight_files
 
 __all__ = ["compare", "examine", "verify", "weight_files"]
@@ -88,12 +88,7 @@ def compare(
         for module in group.modules
     }
     if first.kv_cache_format != second.kv_cache_format:
-        expected |= {
-            f"{module.name} (KV cache)"
-            for group in measurement.groups
-            for module in group.modules
-            if module.name.endswith((".k_proj", ".v_proj"))
-        }
+        expected |= {f"{name} (KV cache)" for name in cached_modules(measurement)}
     one, other = digests[first.name], digests[second.name]
     differing = {name for name in set(one) | set(other) if one.get(name) != other.get(name)}
     findings = []

@@ -97,13 +97,14 @@ def _files(exam: Examination, expected: Expected, manifest: CheckpointManifest |
     own = {MANIFEST, CheckpointManifest.CARD_NAME}
     everything = {path.relative_to(exam.directory).as_posix() for path in exam.directory.rglob("*")}
     parents = {parent.as_posix() for name in expected.files for parent in Path(name).parents}
+    listed = {} if manifest is None else {entry.name: entry for entry in manifest.files}
     for name in sorted(everything - expected.files - parents - own):
-        exam.find(name, None, "not listed in the manifest of this scheme", f"remove it, or {EXPORT_AGAIN}")
+        says = "listed in the manifest, but" if name in listed else "not listed in the manifest, and"
+        exam.find(name, None, f"{says} the scheme asks for no such file", f"remove it, or {EXPORT_AGAIN}")
     for name in sorted(name for name in expected.files if not (exam.directory / name).is_file()):
         exam.find(name, None, "missing")
     if manifest is None:
         return
-    listed = {entry.name: entry for entry in manifest.files}
     for name in sorted(set(listed) ^ expected.files):
         says = "lists a file that the checkpoint must not have" if name in listed else "doesn't list this file"
         exam.find(MANIFEST, name, says)

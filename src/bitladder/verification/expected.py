@@ -14,12 +14,13 @@ import torch
 
 from bitladder.errors import RecordError, StaleRecord
 from bitladder.models.sources import side_files
-from bitladder.records import BF16, Measurement, QuantModule, RoundedModule, Scheme
+from bitladder.records import BF16, Measurement, RoundedModule, Scheme
 from bitladder.verification.reading import INDEX, Tensors
 
 CONFIG, LEGACY = "config.json", "hf_quant_config.json"
 _ALGORITHMS = {"fp8": "FP8"}  # our format -> `quant_algo`
 _KV_FORMATS = (None, "fp8")
+_KV_MODULES = ("k_proj", "v_proj")
 # Source: modelopt 0.47.0, torch/export/convert_hf_config.py and quant_utils.py; tests compare with its export.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 _E4M3 = {"dynamic": False, "num_bits": 8, "type": "float"}
@@ -87,19 +88,25 @@ def scale_of(amax: float) -> float:
     return float(torch.tensor(amax, dtype=torch.float32) / torch.tensor(_E4M3_MAX, dtype=torch.float32))
 
 
+def cached_modules(measurement: Measurement) -> frozenset[str]:
+    """Return the searched modules that make keys or values which a layer caches: `k_proj` and `v_proj` side by side."""
+    names = {module.name for group in measurement.groups for module in group.modules if module.tensor is not None}
+    parents = [{name.rpartition(".")[0] for name in names if name.endswith(f".{leaf}")} for leaf in _KV_MODULES]
+    return frozenset(f"{parent}.{leaf}" for parent in parents[0] & parents[1] for leaf in _KV_MODULES)
+
+
 def _kv_scales(
-    scheme: Scheme, modules: Mapping[str, tuple[str, QuantModule]], amax: Mapping[str, torch.Tensor], files: Tensors
+    scheme: Scheme, measurement: Measurement, amax: Mapping[str, torch.Tensor], files: Tensors
 ) -> Iterator[tuple[str, Scale]]:
     """Yield the scales of what every layer caches, beside the modules that make keys and values."""
-    if scheme.kv_cache_format is None:
-        return
-    for name, (group, module) in modules.items():
-        parent, _, leaf = name.rpartition(".")
-        partner = {"k_proj": f"{parent}.v_proj", "v_proj": f"{parent}.k_proj"}.get(leaf)
-        if partner is not None and partner in modules and module.tensor is not None:
-            which, value = leaf[0], scale_of(_number(amax, f"{name}.{leaf[0]}_amax"))
-            prefix = module.tensor.removesuffix(".weight")
-            yield f"{prefix}.{which}_scale", Scale(files.file(module.tensor), group, name, value)
+    cached = cached_modules(measurement) if scheme.kv_cache_format is not None else frozenset()
+    for group in measurement.groups:
+        for module in group.modules:
+            if module.name in cached and module.tensor is not None:
+                which = module.name.rpartition(".")[2][0]  # k or v
+                value = scale_of(_number(amax, f"{module.name}.{which}_amax"))
+                prefix = module.tensor.removesuffix(".weight")
+                yield f"{prefix}.{which}_scale", Scale(files.file(module.tensor), group.name, module.name, value)
 
 
 def _quantisation(scheme: Scheme) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -171,10 +178,8 @@ def expect(
     rounded = {module.name: module for module in rounding}
     weights = {name: Weight(originals.file(name)) for name in originals.files}
     scales: dict[str, Scale] = {}
-    modules: dict[str, tuple[str, QuantModule]] = {}
     for group in measurement.groups:
         is_quantised = scheme.formats[group.name] != BF16
-        modules |= {module.name: (group.name, module) for module in group.modules}
         # What a runtime fuses has one input, and one scale for it.
         inputs = [_number(amax, f"{module.name}.input_amax") for module in group.modules] if is_quantised else []
         for module in group.modules:
@@ -191,7 +196,7 @@ def expect(
     return Expected(
         weights=weights,
         scales=scales,
-        kv_scales=dict(_kv_scales(scheme, modules, amax, originals)),
+        kv_scales=dict(_kv_scales(scheme, measurement, amax, originals)),
         config={**config, "quantization_config": section},
         legacy=legacy,
         side_files=side_files(source),
