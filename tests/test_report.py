@@ -735,7 +735,7 @@ def test_text_from_records_stays_in_its_cell() -> None:
     measurement = make_measurement()
     scheme = make_scheme(measurement, "mine", {0}, asked={"include": ["a|b", "*.0.*"], "exclude": ["c"]})
     markdown = render_markdown(build_report({}, measurement, [scheme], {}, None, {}, []))
-    assert summary_row(markdown, "mine")["asked"] == "include `a\\|b`, `*.0.*`; exclude `c`"
+    assert summary_row(markdown, "mine")["asked"] == "include <code>a&#124;b</code>, `*.0.*`; exclude `c`"
 
 
 def test_schemes_that_are_not_nested_are_called_so() -> None:

@@ -33,7 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(file=sys.stdout)  # this very stream: ModelOpt's prints are silenced by replacing sys.stdout
+# This very stream: ModelOpt's prints are silenced by replacing sys.stdout. No markup: names hold brackets.
+console = Console(file=sys.stdout, markup=False)
 complaints = Console(stderr=True)
 _WIDE = 160  # columns
 _debug = False
@@ -104,12 +105,12 @@ def _workspace(recipe: Path, output: Path | None) -> Iterator["Workspace"]:
             bars.update(tasks[phase], completed=done, total=total)  # type: ignore[arg-type]
 
         def tell(line: str) -> None:
-            bars.console.print(line, soft_wrap=True, highlight=False, markup=False)
+            bars.console.print(line, soft_wrap=True, highlight=False)
 
         before = signal.signal(signal.SIGINT, stop)
         try:
             place = Path(parsed.output if output is None else resolve_path(str(output), Path.cwd()))
-            console.print(f"Output: {place}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"Output: {place}", soft_wrap=True, highlight=False)
             yield Workspace(parsed, place, progress, tell)
         except KeyboardInterrupt as error:
             raise _Interrupted from error
@@ -119,7 +120,7 @@ def _workspace(recipe: Path, output: Path | None) -> Iterator["Workspace"]:
 
 def _print_table(table: "Table") -> None:
     """Print a table at the width it needs: a narrow terminal or a pipe must not swallow columns."""
-    Console(file=sys.stdout, width=max(console.width, _WIDE)).print(table, crop=False)
+    Console(file=sys.stdout, width=max(console.width, _WIDE), markup=False).print(table, crop=False)
 
 
 def _quiet_libraries() -> None:

@@ -5,8 +5,8 @@ wrongly it lists wrongly too: file, digest and module record agree with each oth
 measurement.
 """
 
-import hashlib
 import contextlib
+import hashlib
 import json
 import random
 import struct

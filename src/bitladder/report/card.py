@@ -1,5 +1,6 @@
 """A model card for each checkpoint, as model hubs show it: `render_card(report, scheme) -> str`, its `README.md`."""
 
+import re
 from pathlib import PurePath
 from typing import Any
 
@@ -8,7 +9,9 @@ import yaml
 from bitladder.records import BF16
 from bitladder.report import render
 from bitladder.report.content import Report, ReportedScheme
+from bitladder.report.escaping import Markdown
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _TAGS = ("fp8", "mixed-precision", "modelopt", "vllm", "bitladder")
 
 
@@ -35,7 +38,7 @@ def render_card(report: Report, name: str) -> str:
     return render.template("card.md.jinja").render(
         report=alone,
         scheme=scheme,
-        metadata=yaml.safe_dump(_metadata(report), sort_keys=False),
+        metadata=Markdown(yaml.safe_dump(_metadata(report), sort_keys=False)),
         base=PurePath(report.model.path).name or report.model.path,
         quantised=_modules(scheme, quantised=True),
         modules=_modules(scheme, quantised=True) + _modules(scheme, quantised=False),
@@ -52,7 +55,7 @@ def render_card(report: Report, name: str) -> str:
 
 def _metadata(report: Report) -> dict[str, Any]:
     """Return a hub's metadata; the base model is named only where it came from a hub."""
-    known = report.model.revision is not None
+    known = report.model.revision is not None and _HUB_NAME.fullmatch(report.model.path)
     base = {"base_model": report.model.path, "base_model_relation": "quantized"} if known else {}
     return {**base, "tags": list(_TAGS)}
 

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from bitladder.errors import RecordError
 from bitladder.records import KL
 from bitladder.report.content import MAX_MOVED, Report, ReportedGroup, rank_correlation, ranks_of
+from bitladder.report.escaping import text
 from bitladder.report.render import KL_EXPONENT, NONE, data_names, exact, markdown_table, percent, power_of_ten
 
 
@@ -31,7 +32,7 @@ def compare_runs(first: Report, second: Report, names: tuple[str, str]) -> str:
             f"{names[0]} and {names[1]} have neither a scheme nor a quant group of the same name; "
             "compare runs of one recipe, or of one model"
         )
-    parts = [f"# {names[0]} and {names[1]}", _settings(first, second, names)]
+    parts = [f"# {text(names[0])} and {text(names[1])}", _settings(first, second, names)]
     if schemes:
         parts += ["## Schemes of the same name", _schemes(first, second, names, schemes)]
     if common:
@@ -95,7 +96,7 @@ def _ranking(first: Report, second: Report, names: tuple[str, str], common: Sequ
         shown = "not defined" if correlation is None else f"{correlation:.3f}"
         left = len(first.groups) + len(second.groups) - 2 * len(both)
         parts.append(
-            f"{format_name.upper()}: Spearman's rank correlation of score per bit saved over {len(both)} common "
+            f"{text(format_name.upper())}: Spearman's rank correlation of score per bit saved over {len(both)} common "
             f"groups: {shown}." + (f" {left} groups are in one run only." if left else "")
         )
         ranks = (ranks_of(one), ranks_of(two))

@@ -13,6 +13,7 @@ from bitladder.storage import atomic_write
 
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "bitladder",  # else every file has other ids
+    "text.parse_math": False,  # a name with two dollars is a name
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

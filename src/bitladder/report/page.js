@@ -3,6 +3,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const root = document.documentElement;
 const $ = (id) => document.getElementById(id);
 const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
+// Plotly takes tags in a text for its own: a name is only shown.
+const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 const FLIPS_OFTEN = 0.1;
 const MARKS = ["x", "cross", "triangle-up", "triangle-down", "star"];
 const TONES = ["second", "third", "fourth", "fifth", "soft"];
@@ -36,7 +38,7 @@ function drawFrontier() {
   const split = $("split").value, floor = data.floors[split];
   const [unit, scale] = data.originalBytes >= 10 * 2 ** 30 ? ["GiB", 2 ** 30] : ["MiB", 2 ** 20];
   const hover = "%{text}<br>KL %{y:.4g} nats per token<br>%{x:,.1f} " + unit + "<extra></extra>";
-  const text = (item) => `${item.name}, ${item.bits.toFixed(2)} bits`;
+  const text = (item) => `${plain(item.name)}, ${item.bits.toFixed(2)} bits`;
   const trace = (items, name, more) => ({
     x: items.map((item) => item.bytes / scale), y: items.map((item) => item.kl[split][0]), text: items.map(text),
     name, hovertemplate: hover, mode: "markers", type: "scatter", ...more,
@@ -78,14 +80,14 @@ function drawHeat() {
   const often = (group) => (byName[scheme].flips[group.name] ?? 0) >= FLIPS_OFTEN;
   plot("plot-heat", [
     {
-      type: "heatmap", x: layers, y: kinds, z: cells.map((row) => row.map((group) => shown(number(group)))),
+      type: "heatmap", x: layers, y: kinds.map(plain), z: cells.map((row) => row.map((group) => shown(number(group)))),
       colorscale: "Cividis", xgap: 1, ygap: 1, hoverongaps: false,
-      text: cells.map((row) => row.map((group) => (group ? `${group.name}<br>${number(group)?.toPrecision(4) ?? "–"}<br>${group.formats[scheme].toUpperCase()} in ${scheme}` : ""))),
+      text: cells.map((row) => row.map((group) => (group ? `${plain(group.name)}<br>${number(group)?.toPrecision(4) ?? "–"}<br>${group.formats[scheme].toUpperCase()} in ${plain(scheme)}` : ""))),
       hovertemplate: "%{text}<extra></extra>",
       colorbar: { title: { text: value === "rank" ? "rank" : "log₁₀" }, thickness: 12, len: 1 },
     },
     {
-      type: "scatter", mode: "markers", x: marks.map((group) => group.layer ?? "–"), y: marks.map((group) => group.kind),
+      type: "scatter", mode: "markers", x: marks.map((group) => group.layer ?? "–"), y: marks.map((group) => plain(group.kind)),
       hoverinfo: "skip", showlegend: false,
       marker: {
         symbol: marks.map((group) => (often(group) ? "circle-open" : "circle")), size: layers.length > 48 ? 4 : 7,
@@ -103,10 +105,10 @@ function drawStrips() {
   const tones = [colour("band"), colour("accent"), colour("second")].slice(0, formats.length);
   const steps = tones.flatMap((tone, index) => [[index / tones.length, tone], [(index + 1) / tones.length, tone]]);
   plot("plot-strips", [{
-    type: "heatmap", x: data.groups.map((_, index) => index), y: names,
+    type: "heatmap", x: data.groups.map((_, index) => index), y: names.map(plain),
     z: names.map((name) => data.groups.map((group) => formats.indexOf(group.formats[name]))),
     zmin: -0.5, zmax: formats.length - 0.5, colorscale: steps, showscale: false, ygap: 3,
-    text: names.map((name) => data.groups.map((group) => `${group.name}<br>${group.formats[name].toUpperCase()} in ${name}`)),
+    text: names.map((name) => data.groups.map((group) => `${plain(group.name)}<br>${group.formats[name].toUpperCase()} in ${plain(name)}`)),
     hovertemplate: "%{text}<extra></extra>",
   }], layout(80 + 24 * names.length, {
     xaxis: { title: { text: "quant group, in network order" }, showgrid: false },
@@ -142,7 +144,7 @@ function drawPredicted() {
   const ends = [Math.min(...values) * 0.8, Math.max(...values) * 1.25];
   const trace = (items, name, tone, symbol) => ({
     type: "scatter", mode: "markers", name, x: items.map((p) => p.predicted), y: items.map((p) => p.measured),
-    text: items.map((p) => p.name), marker: { size: 9, color: colour(tone), symbol },
+    text: items.map((p) => plain(p.name)), marker: { size: 9, color: colour(tone), symbol },
     error_x: {
       type: "data", symmetric: false, array: items.map((p) => p.high - p.predicted),
       arrayminus: items.map((p) => p.predicted - p.low), color: colour(tone), thickness: 1,

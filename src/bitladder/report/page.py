@@ -15,9 +15,9 @@ from markupsafe import Markup
 from bitladder.records import KL, EvalResult
 from bitladder.report import render
 from bitladder.report.content import GroupSensitivity, Report, ReportedGroup, ReportedScheme
+from bitladder.report.escaping import Markdown, prose
 
 _LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a group's name
-_CELL_BORDER = re.compile(r"(?<!\\)\|")
 _BITS_PER_BYTE = 8
 
 
@@ -29,20 +29,19 @@ def render_html(report: Report) -> str:
     page = render.template("page.html.jinja", table=html_table, inline=inline)
     return page.render(
         render.page_context(report),
-        plotly=get_plotlyjs(),
-        style=(here / "page.css").read_text(encoding="utf-8"),
-        script=(here / "page.js").read_text(encoding="utf-8"),
-        data=json.dumps(plot_data(report), ensure_ascii=False, sort_keys=True).replace("</", "<\\/"),
+        plotly=Markup(get_plotlyjs()),
+        style=Markup((here / "page.css").read_text(encoding="utf-8")),
+        script=Markup((here / "page.js").read_text(encoding="utf-8")),
+        # Inside <script> neither "</script" nor "<!--" may stand.
+        data=Markup(json.dumps(plot_data(report), ensure_ascii=False, sort_keys=True).replace("<", "\\u003c")),
         kinds=list(dict.fromkeys(group.kind for group in report.groups)),
     )
 
 
 def inline(text: object) -> Markup:
-    """Return a line of Markdown as HTML: escaped, with `code` and **bold**."""
-    escaped = html.escape(str(text).replace("\\|", "|"), quote=False)
-    escaped = re.sub(r"`([^`]*)`", r"<code>\1</code>", escaped)
-    escaped = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", escaped)
-    return Markup(re.sub(r"(?<!\*)\*([^*]+)\*(?!\*)", r"<em>\1</em>", escaped))
+    """Return a line as HTML, as `escaping.prose` makes it Markdown: what is special is a reference already."""
+    pieces = re.split(r"`([^`]*)`", prose(text))
+    return Markup("".join(f"<code>{html.escape(s, quote=False)}</code>" if i % 2 else s for i, s in enumerate(pieces)))
 
 
 def html_table(markdown: str, identifier: str = "", without: tuple[str, ...] = ()) -> Markup:
@@ -53,12 +52,12 @@ def html_table(markdown: str, identifier: str = "", without: tuple[str, ...] = (
         identifier: its `id`.
         without: titles of columns that are left out.
     """
-    lines = [[cell.strip() for cell in _CELL_BORDER.split(line)[1:-1]] for line in markdown.strip().splitlines()]
+    lines = [[Markdown(cell.strip()) for cell in line.split("|")[1:-1]] for line in markdown.strip().splitlines()]
     kept = [index for index, title in enumerate(lines[0]) if title not in without]
     head, rule, *body = [[line[index] for index in kept] for line in lines]
     right = [cell.endswith(":") for cell in rule]
 
-    def row(cells: list[str], tag: str) -> str:
+    def row(cells: list[Markdown], tag: str) -> str:
         shown = (
             f"<{tag}{' class=n' if side else ''}>{inline(cell)}</{tag}>"
             for cell, side in zip(cells, right, strict=True)

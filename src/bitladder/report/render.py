@@ -15,9 +15,12 @@ from typing import Any
 import jinja2
 import yaml
 from rich.table import Table
+from rich.text import Text
 
 from bitladder.records import BF16, BF16_BITS, KL, DataSummary, EvalResult, PairDifference
+from bitladder.report import escaping
 from bitladder.report.content import WITHIN_NOISE_ERRORS, Report, ReportedProbe, ReportedScheme
+from bitladder.report.escaping import Markdown, prose
 from bitladder.uncertainty import LEVEL as RANK_LEVEL
 from bitladder.uncertainty import MULTIPLES
 
@@ -116,7 +119,7 @@ def exact(count: int | None) -> str:
 
 
 def data_names(data: DataSummary, quote: str = "") -> str:
-    """Return the file name and kind of a data set, or those of all sets that it is made of."""
+    """Return the file name and kind of a data set, or those of all sets that it is made of; for `prose`."""
     return " + ".join(f"{quote}{PurePath(one.source).name}{quote} ({data_kind(one)})" for one in data.parts or (data,))
 
 
@@ -171,17 +174,17 @@ def asked_of(asked: dict[str, Any]) -> str:
 
 def cell(value: object) -> str:
     """Return `value` so that it stays inside one cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return prose(value).strip()
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> Markdown:
     """Return a Markdown table; the first `left` columns are aligned left, the others right."""
     lines = [
         [cell(name) for name in header],
         [":---" if index < left else "---:" for index in range(len(header))],
         *([cell(value) for value in row] for row in rows),
     ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 
 def _verified(verified: bool | None) -> str:
@@ -293,7 +296,7 @@ def _task_of(ladder: Ladder) -> str:
     return f" on {ladder.task_split}" if ladder.task_split != ladder.split else ""
 
 
-def _summary(report: Report, ladder: Ladder) -> str:
+def _summary(report: Report, ladder: Ladder) -> Markdown:
     quality = [f"held-out KL{_of(ladder.split, ladder)} ± SE, {ladder.kl_unit}"]
     quality += [f"KL{_of(split, ladder)} ± SE, {ladder.kl_unit}" for split in ladder.further]
     quality += ["perplexity", "top-1 agreement"]
@@ -385,7 +388,7 @@ def _edge_lines(report: Report, prefix: str) -> list[str]:
     ]
 
 
-def _sizes(report: Report) -> str:
+def _sizes(report: Report) -> Markdown:
     rows: list[list[str]] = [
         [ORIGINAL, exact(report.searched_source_bytes), exact(report.source_weight_file_bytes), NONE]
     ]
@@ -396,7 +399,7 @@ def _sizes(report: Report) -> str:
     return markdown_table(header, rows)
 
 
-def layer_counts(report: Report) -> str:
+def layer_counts(report: Report) -> Markdown:
     """Return the table of how many groups, modules and weights each scheme has in each format."""
     kinds = list(dict.fromkeys(group.kind for group in report.groups))
     header = ["scheme", "format", "groups", "modules", "weights", *kinds]
@@ -420,7 +423,7 @@ def common_prefix(names: Sequence[str]) -> str:
     return "".join(f"{part}." for part in shared)
 
 
-def _groups(report: Report, prefix: str) -> str:
+def _groups(report: Report, prefix: str) -> Markdown:
     header = ["group", "weights"]
     for name in report.formats:
         suffix = f" {name.upper()}" if len(report.formats) > 1 else ""
@@ -468,7 +471,7 @@ def _positions(report: Report, prefix: str) -> dict[str, Any]:
     return {"rankings": rankings, "schemes": markdown_table(header, rows) if rows else ""}
 
 
-def evaluation_table(report: Report, ladder: Ladder) -> str:
+def evaluation_table(report: Report, ladder: Ladder) -> Markdown:
     """Return the table of every metric of every scheme, with its error, noise floor and the original's value."""
     several = bool(ladder.further)
     header = ["scheme", *(["set"] if several else []), "metric"]
@@ -729,7 +732,7 @@ def _last_stages(probes: Iterable[ReportedProbe]) -> list[ReportedProbe]:
     return [probe for key, probe in last.items() if probe.stage != "preflight" or key[:2] not in probed]
 
 
-def _phases(report: Report) -> str:
+def _phases(report: Report) -> Markdown:
     header = ["phase", "seconds", "peak memory", "peak GPU memory"]
     rows = [
         [phase.phase, f"{phase.seconds:,.1f}", byte_size(phase.peak_rss_bytes), byte_size(phase.peak_gpu_bytes)]
@@ -740,16 +743,21 @@ def _phases(report: Report) -> str:
 
 
 def template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
-    """Return one of the templates beside this file, with our ways of showing numbers, and more, as its filters."""
+    """Return one of the templates beside this file, with our ways of showing numbers, and more, as its filters.
+
+    Whatever goes into it is escaped, into Markdown by `escaping`, into HTML by jinja.
+    """
+    is_html = name.endswith(".html.jinja")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,
+        autoescape=is_html,
+        finalize=None if is_html else prose,
     )
-    own = {one.__name__: one for one in (exact, percent, byte_size, rounding, data_kind)}
+    own = {one.__name__: one for one in (exact, percent, byte_size, rounding, data_kind, escaping.code, escaping.text)}
     environment.filters.update(own, **filters)
     return environment.get_template(name)
 
@@ -758,6 +766,7 @@ def page_context(report: Report) -> dict[str, Any]:
     """Return everything that a page shows besides the report itself: tables in Markdown, sentences, titles."""
     ladder = Ladder(report)
     prefix = common_prefix([group.name for group in report.groups])
+    settings = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=120)
     return {
         "report": report,
         "title": PurePath(report.model.path).name or report.model.path,
@@ -783,7 +792,8 @@ def page_context(report: Report) -> dict[str, Any]:
         "flips_often": percent(FLIPS_OFTEN, 0),
         "runtimes": runtimes(report),
         "runtime_lines": _runtime_lines(report),
-        "settings": yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=120),
+        "settings": Markdown(settings),
+        "fence": Markdown(escaping.fence(settings)),
         "phases": _phases(report) if report.phases else "",
         "not_run": NOT_RUN,
     }
@@ -816,8 +826,8 @@ def closing_table(report: Report) -> Table:
     ladder = Ladder(report)
     several = bool(ladder.further)
     table = Table(
-        title=PurePath(report.model.path).name,
-        caption=f"weights: {report.model.provenance}" if report.model.provenance else None,
+        title=Text(PurePath(report.model.path).name),
+        caption=Text(f"weights: {report.model.provenance}") if report.model.provenance else None,
         caption_justify="left",
         padding=(0, 0 if several else 1),
     )
@@ -829,7 +839,7 @@ def closing_table(report: Report) -> Table:
     if ladder.has_task:
         quality += ["task accuracy\n± SE" if ladder.task_split == ladder.split else _narrow("task", ladder.task_split)]
     for name in ("coverage", "eff.\nbits" if several else "effective\nbits", "weight\nfiles", *quality):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     last = ["verified", "loads"] if report.probes else ["verified"]
     for name in last:
         table.add_column(name, no_wrap=True)
@@ -841,13 +851,13 @@ def closing_table(report: Report) -> Table:
     for scheme in report.schemes:
         style = "bold red" if scheme.verified is False else None
         table.add_row(
-            scheme.name,
+            Text(scheme.name),
             percent(scheme.coverage),
             f"{scheme.effective_bits:.2f}",
             NOT_RUN if scheme.weight_file_bytes is None else byte_size(scheme.weight_file_bytes),
             *ladder.scheme(scheme),
             _verified(scheme.verified),
-            *([_runs(report, scheme.name)] if report.probes else []),
+            *([Text(_runs(report, scheme.name))] if report.probes else []),
             style=style,
         )
     return table
