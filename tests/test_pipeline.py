@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -650,6 +651,15 @@ def test_a_model_without_a_language_model_is_found_before_it_is_hashed(files, tm
     config.write_text(json.dumps({**content, "architectures": ["NoSuchModel"]}))
     with pytest.raises(BitladderError, match="NoSuchModel"):
         pipeline.run(work_of((tmp_path / "model", *files[1:]), tmp_path / "out"))
+
+
+def test_nulls_of_a_data_set_are_told(files, tmp_path):
+    datasets.Dataset.from_dict({"text": [None, None, make_text(200)]}).save_to_disk(str(tmp_path / "rows"))
+    source = {"kind": "huggingface", "path": str(tmp_path / "rows")}
+    work = work_of(files, tmp_path / "out", calibration={"data": source, "samples": 4, "sequence_length": 24})
+    work.tell = (told := []).append
+    pipeline.look(work)
+    assert told == [f"{tmp_path / 'rows'}: 2 of the rows that were read hold null and are left out"]
 
 
 def test_each_set_is_read_once_by_a_run(files, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from bitladder.calibration.pairs import samples_of
 from bitladder.calibration.text import data_set_rows, jsonl_rows, read_text
 from bitladder.errors import DataError
 from bitladder.recipe import DataSpec
+from bitladder.report.render import data_kind
 from conftest import make_text, save_tokenizer
 from test_calibration import load, text_spec
 
@@ -111,12 +112,15 @@ def test_rows_that_hold_no_text_are_refused_with_their_line(content, words, toke
 
 def test_nulls_and_empty_texts_of_a_data_set_are_left_out(tokenizer, tmp_path):
     texts = [line for index, line in enumerate(LINES) for line in ((line, None) if index % 2 else (line, ""))]
-    for name, rows in (("holes", texts), ("whole", LINES)):
+    for name, rows in (("holes", [None, *texts]), ("whole", LINES)):
         datasets.Dataset.from_dict({"text": rows}).save_to_disk(str(tmp_path / name))
     holes, whole = (load(text_spec(tmp_path / name, kind="huggingface"), tokenizer) for name in ("holes", "whole"))
     assert holes.summary.sha256 == whole.summary.sha256
+    assert (holes.summary.null_rows, whole.summary.null_rows) == (24, 0)  # as far as it was read
+    assert data_kind(holes.summary) == "huggingface, 24 null rows left out"
+    assert "null_rows" not in whole.summary.model_dump()  # digests of before it was counted stay
     datasets.Dataset.from_dict({"text": ["", None, " "]}).save_to_disk(str(tmp_path / "empty"))
-    with pytest.raises(DataError, match="holds no text: every text in it is empty"):
+    with pytest.raises(DataError, match="holds no text: every text in it is empty or null"):
         load(text_spec(tmp_path / "empty", kind="huggingface"), tokenizer)
 
 

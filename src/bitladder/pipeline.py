@@ -418,6 +418,8 @@ def _load_set(
             written=_written_rows(work, spec, source, processor) if source.kind == GENERATED else None,
         )
         _check_width(work, source, max(batch.labels.shape[1] for batch in found.batches))
+        if found.summary.null_rows:
+            work.tell(f"{source.path}: {found.summary.null_rows} of the rows that were read hold null and are left out")
         work.loaded[key] = found
     return work.loaded[key]
 
