@@ -161,3 +161,25 @@ def test_half_a_character_in_a_pair_is_refused(tmp_path, field):
     path.write_text(json.dumps({**row, field: "x\ud83d"}) + "\n")
     with pytest.raises(DataError, match=r"line 1 holds \\ud83d, half of a surrogate pair"):
         samples_of(DataSpec(kind="image_text", path=str(path)))
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "messages"])
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", None])
+def test_a_hub_that_does_not_answer_is_one_line_with_a_remedy(tokenizer, monkeypatch, kind, variable):
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'wikitext' on the Hub (OfflineModeIsEnabled)\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    tokenizer.chat_template = "x"
+    with pytest.raises(DataError) as caught:
+        load(text_spec("wikitext", kind=kind), tokenizer)
+    local = "text or jsonl" if kind == "huggingface" else "messages, a JSONL file"
+    remedy = f"unset {variable}" if variable else "set HF_ENDPOINT to a mirror that answers"
+    assert str(caught.value) == (
+        "data set wikitext (split train) can't be fetched from the Hub (Couldn't reach 'wikitext' on the Hub "
+        f"(OfflineModeIsEnabled)); name a local file (kind {local}), or {remedy}"
+    )

@@ -1,6 +1,7 @@
 """Text sources as rows of tokens: files, JSONL, data sets of the Hub."""
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from bitladder.recipe import MESSAGES, DataSpec, names_a_file
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"  # first bytes of files that aren't text
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _ROWS_PER_SAMPLE = 8  # rows of a data set that one sample is chosen from; what lies beyond isn't read
+_OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # what keeps `datasets` off the Hub
+_TRUE = ("1", "ON", "YES", "TRUE")  # huggingface_hub, constants.py
 _CHATS = ("messages", "conversations")  # fields in which chat data holds its turns
 
 
@@ -104,6 +107,13 @@ def data_set_rows(spec: DataSpec) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from enumerate(map(dict, rows), start=1)
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
         reason = reason_of(error)
+        if isinstance(error, ConnectionError) and not local.exists():
+            offline = " and ".join(name for name in _OFFLINE if os.environ.get(name, "").upper() in _TRUE)
+            files = "messages, a JSONL file" if spec.kind == MESSAGES else "text or jsonl"
+            raise DataError(
+                f"data set {spec.path} (split {split}) can't be fetched from the Hub ({reason}); name a local file "
+                f"(kind {files}), or {f'unset {offline}' if offline else 'set HF_ENDPOINT to a mirror that answers'}"
+            ) from error
         raise DataError(f"data set {spec.path} (split {split}) can't be loaded: {reason}") from error
 
 
