@@ -316,3 +316,17 @@ def test_inspect_says_what_counts(model):
         (MARKED, "data of kind messages: assistant turns count"),
     ):
         assert chats_line(model(template)) == words
+
+
+def test_null_conversations_of_a_data_set_are_left_out_and_counted(model, tmp_path):
+    rows = [turns for index, turns in enumerate(CHATS) for turns in ((turns, None) if index < 3 else (turns, []))]
+    datasets.Dataset.from_dict({"messages": rows}).save_to_disk(str(tmp_path / "holes"))
+    datasets.Dataset.from_dict({"messages": CHATS}).save_to_disk(str(tmp_path / "whole"))
+    tokenizer = model(PLAIN)
+    options = {"samples": 12, "sequence_length": 64, "batch_size": 2, "seed": 0}
+    holes, whole = (
+        load_data(DataSpec(kind="messages", path=str(tmp_path / name)), tokenizer, **options).summary
+        for name in ("holes", "whole")
+    )
+    assert (holes.null_rows, whole.null_rows) == (3, 0)
+    assert holes.sha256 == whole.sha256

@@ -9,14 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bitladder import calibration, controls, pipeline, planning
 from bitladder.controls import KINDS
 from bitladder.errors import (
     BitladderError,
+    DataError,
     DuplicateSchemes,
     InfeasibleTarget,
     OutputError,
@@ -585,6 +588,11 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(moment, files, fini
     assert not list(output.rglob(f"{TEMPORARY_PREFIX}*"))
 
 
+def too_long(kind, **data):
+    """Rows of one token more than the tiny Llama has positions for."""
+    return {"data": {"kind": kind, **data}, "samples": 4, "sequence_length": 513, "batch_size": 2}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -593,6 +601,15 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(moment, files, fini
         ({"measurement": {"formats": ["fp9"]}}, "fp9"),
         ({"measurement": {"device": "cuda:7"}}, "cuda:7"),
         ({"runtimes": {"vllm": {"python": "/nowhere/python"}}}, "/nowhere/python"),
+        ({"schemes": [{"name": "a", "include": ["*.q_prj"]}]}, r"'\*\.q_prj' matches no group .* the nearest is"),
+        (
+            {"schemes": [{"name": "a", "coverage": 0.5, "exclude": ["*.layers.9.*"]}]},
+            r"scheme a: pattern '\*\.layers\.9\.\*' matches no group",
+        ),
+        ({"schemes": [{"name": "a", "include": ["lm_head"]}]}, "matches only modules that no scheme quantises"),
+        ({"calibration": too_long("text", path="unread.txt")}, "513 is more than the 512 positions .* at most 512"),
+        ({"calibration": too_long("generated")}, "513 is more than the 512 positions"),
+        ({"held_out": too_long("text", path="unread.txt")}, "513 is more than the 512 positions"),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_hashed(files, tmp_path, monkeypatch, changes, says):
@@ -603,6 +620,29 @@ def test_mistakes_are_found_before_the_model_is_hashed(files, tmp_path, monkeypa
     assert not hashed
 
 
+@pytest.mark.parametrize("kind", ["messages", "image_text"])
+def test_samples_longer_than_the_model_has_positions_are_found_before_it_is_hashed(files, tmp_path, monkeypatch, kind):
+    """Their `sequence_length` is only a bound; what they really have is looked at."""
+    monkeypatch.setattr(pipeline, "model_source", lambda *_, **__: pytest.fail("hashed"))
+    model = tmp_path / "model"
+    if kind == "messages":
+        shutil.copytree(files[0], model)
+        (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+        row, asked = {"messages": [{"role": "user", "content": make_text(80)}]}, "set sequence_length: 30"
+    else:
+        shutil.copytree(Path(pipeline.__file__).parent / "demo" / "qwen2_5_vl_digits", model)
+        Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+        row, asked = {"image": "a.png", "text": "word " * 40}, "use smaller pictures or shorter texts"
+    content = json.loads((model / "config.json").read_text())
+    content.get("text_config", content)["max_position_embeddings"] = 30
+    (model / "config.json").write_text(json.dumps(content))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    data = {"data": {"kind": kind, "path": str(path)}, "samples": 1, "sequence_length": 600, "batch_size": 1}
+    with pytest.raises(DataError, match=f"has [0-9]+ tokens, more than the 30 positions .*; {asked}"):
+        pipeline.run(work_of((model, *files[1:]), tmp_path / "out", calibration=data))
+
+
 def test_a_model_without_a_language_model_is_found_before_it_is_hashed(files, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "model_source", lambda *_, **__: pytest.fail("hashed"))
     shutil.copytree(files[0], tmp_path / "model")
@@ -611,6 +651,15 @@ def test_a_model_without_a_language_model_is_found_before_it_is_hashed(files, tm
     config.write_text(json.dumps({**content, "architectures": ["NoSuchModel"]}))
     with pytest.raises(BitladderError, match="NoSuchModel"):
         pipeline.run(work_of((tmp_path / "model", *files[1:]), tmp_path / "out"))
+
+
+def test_nulls_of_a_data_set_are_told(files, tmp_path):
+    datasets.Dataset.from_dict({"text": [None, None, make_text(200)]}).save_to_disk(str(tmp_path / "rows"))
+    source = {"kind": "huggingface", "path": str(tmp_path / "rows")}
+    work = work_of(files, tmp_path / "out", calibration={"data": source, "samples": 4, "sequence_length": 24})
+    work.tell = (told := []).append
+    pipeline.look(work)
+    assert told == [f"{tmp_path / 'rows'}: 2 of the rows that were read hold null and are left out"]
 
 
 def test_each_set_is_read_once_by_a_run(files, tmp_path, monkeypatch):

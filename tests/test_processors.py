@@ -1,5 +1,7 @@
 """Image+text pairs through the processors of other architectures, and through files that lack something."""
 
+import base64
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 import bitladder
+import conftest
 from bitladder.calibration import has_template, load_data, load_processor, prompt_inputs
 from bitladder.calibration.processors import template_of
 from bitladder.errors import DataError, ModelError
@@ -280,3 +283,44 @@ def test_the_processors_template_is_the_one_that_counts():
     assert template_of(processor) == "b"
     processor.chat_template = "a"
     assert template_of(processor) == "a"
+
+
+TEKKEN = {
+    "config": {"pattern": r"\p{L}+|.", "default_vocab_size": 270, "default_num_special_tokens": 14, "version": "v3"},
+    "vocab": [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None} for i in range(256)],
+    "special_tokens": [
+        {"rank": rank, "token_str": text, "is_control": True}
+        for rank, text in enumerate(["<unk>", "<s>", "</s>", *(f"<SPECIAL_{k}>" for k in range(3, 14))])
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"tekken.json": json.dumps(TEKKEN)}, "in tekken.json alone, which transformers reads without BOS"),
+        ({"tekken.json": "{}"}, r"tekken.json is damaged \(.*\); fetch it again"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}, "a tokenizer without a vocabulary"),
+        ({}, "fetch the tokenizer's files"),
+    ],
+)
+def test_a_tokenizer_that_is_not_whole_is_refused(tmp_path, files, words):
+    conftest.llama_config().save_pretrained(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match=words) as caught:
+        load_processor(tmp_path)
+    assert "\n" not in str(caught.value)
+    conftest.save_tokenizer(tmp_path)  # the remedy
+    assert load_processor(tmp_path)("the cat")["input_ids"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+@pytest.mark.parametrize("config", [{}, {"tokenizer_class": "LlamaTokenizer"}])
+def test_a_vocabulary_of_sentencepiece_alone_names_its_package(tmp_path, config):
+    """transformers itself names tiktoken, with which it can't read the file either."""
+    conftest.llama_config().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(ModelError, match="pip install sentencepiece$"):
+        load_processor(tmp_path)

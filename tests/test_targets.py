@@ -6,7 +6,7 @@ import transformers
 from safetensors.torch import load_file
 
 from bitladder.errors import ModelError, UnsupportedModel
-from bitladder.targets import checkpoint_tensor_names, find_target, load_model
+from bitladder.targets import checkpoint_tensor_names, find_target, load_model, most_positions
 from bitladder.weights import WeightFiles
 from conftest import (
     llama_config,
@@ -167,3 +167,34 @@ def test_missing_shard(sharded_llama, tmp_path):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(ModelError, match="model-00002"):
         find_target(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (llama_config(), 512),
+        (llama_config(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}), 2048),
+        (
+            llama_config(
+                rope_parameters={
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 128,
+                }
+            ),
+            512,
+        ),
+        (transformers.GPT2Config(n_positions=77), 77),
+        (transformers.Gemma3TextConfig(max_position_embeddings=300), 300),
+        (qwen2_5_vl_config(), 32768),
+        (transformers.FalconConfig(alibi=True), None),
+        (transformers.FalconConfig(alibi=False, max_position_embeddings=99), 99),
+        (transformers.BloomConfig(), None),
+        (transformers.MambaConfig(), None),
+    ],
+)
+def test_how_many_positions_a_model_has(config, most, tmp_path):
+    """As vLLM derives them: a factor of linear scaling counts, YaRN's is in the limit already."""
+    config.save_pretrained(tmp_path)
+    assert most_positions(tmp_path) == most

@@ -13,6 +13,7 @@ from bitladder.calibration.pairs import samples_of
 from bitladder.calibration.text import data_set_rows, jsonl_rows, read_text
 from bitladder.errors import DataError
 from bitladder.recipe import DataSpec
+from bitladder.report.render import data_kind
 from conftest import make_text, save_tokenizer
 from test_calibration import load, text_spec
 
@@ -111,12 +112,15 @@ def test_rows_that_hold_no_text_are_refused_with_their_line(content, words, toke
 
 def test_nulls_and_empty_texts_of_a_data_set_are_left_out(tokenizer, tmp_path):
     texts = [line for index, line in enumerate(LINES) for line in ((line, None) if index % 2 else (line, ""))]
-    for name, rows in (("holes", texts), ("whole", LINES)):
+    for name, rows in (("holes", [None, *texts]), ("whole", LINES)):
         datasets.Dataset.from_dict({"text": rows}).save_to_disk(str(tmp_path / name))
     holes, whole = (load(text_spec(tmp_path / name, kind="huggingface"), tokenizer) for name in ("holes", "whole"))
     assert holes.summary.sha256 == whole.summary.sha256
+    assert (holes.summary.null_rows, whole.summary.null_rows) == (24, 0)  # as far as it was read
+    assert data_kind(holes.summary) == "huggingface, 24 null rows left out"
+    assert "null_rows" not in whole.summary.model_dump()  # digests of before it was counted stay
     datasets.Dataset.from_dict({"text": ["", None, " "]}).save_to_disk(str(tmp_path / "empty"))
-    with pytest.raises(DataError, match="holds no text: every text in it is empty"):
+    with pytest.raises(DataError, match="holds no text: every text in it is empty or null"):
         load(text_spec(tmp_path / "empty", kind="huggingface"), tokenizer)
 
 
@@ -157,3 +161,25 @@ def test_half_a_character_in_a_pair_is_refused(tmp_path, field):
     path.write_text(json.dumps({**row, field: "x\ud83d"}) + "\n")
     with pytest.raises(DataError, match=r"line 1 holds \\ud83d, half of a surrogate pair"):
         samples_of(DataSpec(kind="image_text", path=str(path)))
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "messages"])
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", None])
+def test_a_hub_that_does_not_answer_is_one_line_with_a_remedy(tokenizer, monkeypatch, kind, variable):
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'wikitext' on the Hub (OfflineModeIsEnabled)\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    tokenizer.chat_template = "x"
+    with pytest.raises(DataError) as caught:
+        load(text_spec("wikitext", kind=kind), tokenizer)
+    local = "text or jsonl" if kind == "huggingface" else "messages, a JSONL file"
+    remedy = f"unset {variable}" if variable else "set HF_ENDPOINT to a mirror that answers"
+    assert str(caught.value) == (
+        "data set wikitext (split train) can't be fetched from the Hub (Couldn't reach 'wikitext' on the Hub "
+        f"(OfflineModeIsEnabled)); name a local file (kind {local}), or {remedy}"
+    )

@@ -52,6 +52,7 @@ from bitladder import (
     verification,
 )
 from bitladder.errors import (
+    DataError,
     InfeasibleTarget,
     MeasurementError,
     ModelError,
@@ -67,6 +68,8 @@ from bitladder.formats import get_format
 from bitladder.prediction import KlMap
 from bitladder.recipe import (
     GENERATED,
+    MESSAGES,
+    PAIR_KINDS,
     SCHEME_PLACE,
     ControlSpec,
     DataSpec,
@@ -348,8 +351,8 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
         held_out: whether held-out data will be needed.
 
     Raises:
-        BitladderError: a format or device that isn't there, a model that can't be searched, data that can't be used, no
-            runtime in the environment that is named.
+        BitladderError: a format or device that isn't there, a model that can't be searched, a pattern that matches
+            nothing of it, data that can't be used, no runtime in the environment that is named.
     """
     recipe, directory = work.recipe, work.model_directory
     for name in recipe.measurement.formats:
@@ -359,6 +362,14 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
         vllm_version(Path(recipe.runtimes.vllm.python))
     if not (work.output / sensitivity.MEASUREMENT_FILE).exists():
         sensitivity.check_engine(recipe.measurement, work.target)
+    for scheme in recipe.schemes:
+        patterns = (*(scheme.include or ()), *scheme.exclude)
+        if patterns:
+            planning.matching_groups(work.target, scheme.name, patterns)
+    for spec in recipe.calibration:
+        _check_asked_length(work, spec.sequence_length, spec.data)
+    for one in recipe.held_out if held_out else ():
+        _check_asked_length(work, one.sequence_length, one.data or recipe.calibration[0].data)
     processor = calibration.load_processor(directory)
     readable = [spec for spec in recipe.calibration if spec.data.kind != GENERATED]  # others the model has to write
     sets = _calibration_sets(work, readable, processor)
@@ -394,7 +405,8 @@ def _load_set(
     """Return one set's batches, of samples that `avoid` doesn't have; a process reads each once."""
     key = digest_of([spec.model_dump_json(), source.model_dump_json(), *(avoid.sample_ids if avoid else ())])
     if key not in work.loaded:
-        work.loaded[key] = calibration.load_data(
+        _check_asked_length(work, spec.sequence_length, source)
+        found = calibration.load_data(
             source,
             processor,
             samples=spec.samples,
@@ -405,7 +417,40 @@ def _load_set(
             vocabulary=targets.embedding_rows(work.model_directory),
             written=_written_rows(work, spec, source, processor) if source.kind == GENERATED else None,
         )
+        _check_width(work, source, max(batch.labels.shape[1] for batch in found.batches))
+        if found.summary.null_rows:
+            work.tell(f"{source.path}: {found.summary.null_rows} of the rows that were read hold null and are left out")
+        work.loaded[key] = found
     return work.loaded[key]
+
+
+def _check_asked_length(work: Workspace, length: int, source: DataSpec) -> None:
+    """Raise for rows longer than the model has positions for, before any is made; not where it is only a bound."""
+    limit = targets.most_positions(work.model_directory)
+    if source.kind not in (*PAIR_KINDS, MESSAGES) and limit is not None and length > limit:
+        raise DataError(
+            f"sequence_length {length} is more than the {limit} positions that the model knows "
+            f"(max_position_embeddings); set sequence_length to at most {limit}"
+        )
+
+
+def _check_width(work: Workspace, source: DataSpec, width: int) -> None:
+    """Raise for samples of more tokens than the model has positions for.
+
+    Args:
+        work: the recipe and its output directory.
+        source: where they come from.
+        width: tokens of the longest sample.
+    """
+    limit = targets.most_positions(work.model_directory)
+    if limit is not None and width > limit:
+        remedy = (
+            "use smaller pictures or shorter texts" if source.kind in PAIR_KINDS else f"set sequence_length: {limit}"
+        )
+        raise DataError(
+            f"{source.path or calibration.GENERATED_SOURCE}: a sample has {width} tokens, more than the {limit} "
+            f"positions that the model knows (max_position_embeddings); {remedy}"
+        )
 
 
 def _written_rows(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, processor: Any) -> torch.Tensor:

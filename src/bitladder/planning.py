@@ -24,7 +24,7 @@ from decimal import ROUND_CEILING, Context
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ from bitladder.formats import FORMATS, bits_of, get_format
 from bitladder.models.fusing import Fusing
 from bitladder.prediction import KlMap
 from bitladder.recipe import SchemeSpec
-from bitladder.records import BF16, BF16_BITS, Measurement, QuantGroup, Scheme
+from bitladder.records import BF16, BF16_BITS, Measurement, QuantGroup, Scheme, UntouchedModule
 
 MAX_FRONTIER_CHOICES = 20_000_000  # stored over all groups, 5 bytes each: 100 MB
 SMALLEST_FORMAT_BITS = 4  # in the field, such as NVFP4
@@ -188,7 +188,19 @@ def standard_error(measurement: Measurement, formats: Mapping[str, str]) -> floa
     return math.sqrt(count / (count - 1) * math.fsum((part - mean) ** 2 for part in parts))
 
 
-def matching_groups(measurement: Measurement, scheme: str, patterns: Iterable[str]) -> set[str]:
+class Searched(Protocol):
+    """What patterns are matched with: a measurement, or a model that is to be measured (`targets.Target`)."""
+
+    @property
+    def groups(self) -> tuple[QuantGroup, ...]:
+        """What is searched."""
+
+    @property
+    def untouched(self) -> tuple[UntouchedModule, ...]:
+        """What isn't, and why."""
+
+
+def matching_groups(searched: Searched, scheme: str, patterns: Iterable[str]) -> set[str]:
     """Return the groups that any of the patterns matches: by their own name, or by a module's, also as the checkpoint
     names it.
 
@@ -196,7 +208,7 @@ def matching_groups(measurement: Measurement, scheme: str, patterns: Iterable[st
         PlanError: a pattern matches nothing.
     """
     names: dict[str, str] = {}
-    for group in measurement.groups:
+    for group in searched.groups:
         names[group.name] = group.name
         for module in group.modules:
             names[module.name] = group.name
@@ -206,7 +218,7 @@ def matching_groups(measurement: Measurement, scheme: str, patterns: Iterable[st
     for pattern in patterns:
         hits = {group for name, group in names.items() if fnmatchcase(name, pattern)}
         if not hits:
-            for left in measurement.untouched:
+            for left in searched.untouched:
                 if fnmatchcase(left.name, pattern) or fnmatchcase(left.checkpoint_name, pattern):
                     raise PlanError(
                         f"scheme {scheme}: pattern {pattern!r} matches only modules that no scheme quantises, such as "

@@ -150,6 +150,7 @@ class DataSummary(Part):
     sample_ids: tuple[str, ...] = Field(default=(), description="digest of each sample's source, to prove a split")
     parts: tuple["DataSummary", ...] = Field(default=(), description="the sets of a mixture, without sample_ids")
     counted: Counted | None = Field(default=None, description="kind messages only: which tokens count for the loss")
+    null_rows: int = Field(default=0, description="rows of a data set that were read and left out, as they hold null")
 
     @model_serializer(mode="wrap")
     def _without_empty_parts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -158,6 +159,8 @@ class DataSummary(Part):
             content.pop("parts", None)
         if self.counted is None:
             content.pop("counted", None)
+        if not self.null_rows:
+            content.pop("null_rows", None)
         return content
 
 

@@ -146,6 +146,31 @@ def embedding_rows(directory: Path) -> int | None:
     return None if size is None else int(size)
 
 
+_NO_POSITIONS = ("alibi", "nope")  # by `position_embedding_type`
+# Types whose max_position_embeddings holds what `factor` makes of it already.
+_FACTOR_IS_IN = ("longrope", "llama3", "yarn", "su", "deepseek_yarn", "deepseek_llama_scaling")
+
+
+def most_positions(directory: Path) -> int | None:
+    """Return how many tokens a sequence of a model may have; None: its configuration sets no limit, or it needs none.
+
+    Raises:
+        ModelError: see `load_config`.
+
+    Source: vLLM 0.32, config/model.py, `_get_and_verify_max_len`: linear and dynamic scaling of rotary positions
+    multiply the limit, but Gemma 3's holds it already.
+    """
+    config = load_config(directory).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    free = getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) in _NO_POSITIONS
+    if not isinstance(limit, int) or limit < 1 or free:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    sets = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    factors = [one.get("factor") or 1 for one in sets if one.get("rope_type") not in _FACTOR_IS_IN]
+    return limit if "gemma3" in config.model_type else int(limit * max(factors, default=1))
+
+
 def build_on_meta(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Return the model without weights (meta device), for its structure; `dtype` is that of its parameters."""
     config = load_config(directory)

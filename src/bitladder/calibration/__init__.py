@@ -87,7 +87,7 @@ def load_data(
             vocabulary=vocabulary,
         )
     pairs: list[Sample] = []
-    rows = torch.empty(0)
+    rows, nulls = torch.empty(0), 0
     if spec.kind in PAIR_KINDS:
         if not hasattr(processor, "image_processor"):
             raise DataError(
@@ -103,7 +103,7 @@ def load_data(
                 raise DataError("data of kind generated is written by the model: give its rows")
             rows = written
         else:
-            rows = token_rows(spec, processor, sequence_length, samples, len(avoided))
+            rows, nulls = token_rows(spec, processor, sequence_length, samples, len(avoided))
         ids = [sha256_of_bytes(row.numpy().tobytes()) for row in rows]
         unit = f"rows of {sequence_length} tokens"
     order = list(range(len(ids)))
@@ -147,6 +147,7 @@ def load_data(
         batch_size=batch_size,
         seed=seed,
         sample_ids=tuple(ids[index] for index in chosen),
+        null_rows=nulls,
     )
     return DataSet(batches, summary, tuple(picked))
 

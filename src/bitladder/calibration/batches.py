@@ -89,6 +89,7 @@ def interleaved(sets: Sequence[DataSet]) -> DataSet:
         batch_size=max(part.batch_size for part in parts),
         seed=parts[0].seed,
         sample_ids=tuple(sample for part in parts for sample in part.sample_ids),
+        null_rows=sum(part.null_rows for part in parts),
         parts=tuple(part.model_copy(update={"sample_ids": ()}) for part in parts),
     )
     return DataSet(batches, summary)

@@ -158,8 +158,8 @@ def _conversation(spec: DataSpec, row: dict[str, Any], where: str, *, nullable: 
     return Conversation(tuple(made), tuple(tools) if tools else None, where)
 
 
-def conversations_of(spec: DataSpec, processor: Any, most: int | None = None) -> list[Conversation]:
-    """Return a source's conversations, in its order; rows that hold none are left out.
+def conversations_of(spec: DataSpec, processor: Any, most: int | None = None) -> tuple[list[Conversation], int]:
+    """Return a source's conversations, in its order, and how many nulls of a data set were left out, as empty ones are.
 
     Args:
         spec: where they come from.
@@ -176,17 +176,19 @@ def conversations_of(spec: DataSpec, processor: Any, most: int | None = None) ->
         (f"{spec.path} line {number}" if file else f"data set {spec.path} row {number}", row) for number, row in rows
     )
     found: list[Conversation] = []
+    nulls = 0
     forbidden = placeholders(processor)
     for where, row in named:
         conversation = _conversation(spec, row, where, nullable=not file)
         if conversation is None:
+            nulls += row[_column(spec, row, where)] is None
             continue
         for text in _strings([conversation.turns, conversation.tools]):
             check_text(text, where, forbidden)
         found.append(conversation)
         if most is not None and len(found) >= most:
             break
-    return found
+    return found, nulls
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -334,7 +336,7 @@ def load_conversations(
     Raises:
         DataError: no template, malformed data, or too few conversations.
     """
-    found = conversations_of(spec, processor, pool_size(spec, samples, len(avoided)))
+    found, nulls = conversations_of(spec, processor, pool_size(spec, samples, len(avoided)))
     random.Random(seed).shuffle(found)
     writer = Writer(processor)
     chosen: list[tuple[Conversation, Encoded]] = []
@@ -380,5 +382,6 @@ def load_conversations(
         seed=seed,
         sample_ids=tuple(conversation.digest for conversation, _ in chosen),
         counted=counted_by(processor),
+        null_rows=nulls,
     )
     return DataSet(batches, summary)

@@ -1,5 +1,6 @@
 """A model's tokenizer or processor, as its files describe it, and the chat template that it is served with."""
 
+import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -27,25 +28,55 @@ def load_processor(directory: Path) -> Any:
     check_side_files(directory)
     try:
         if not any((directory / name).exists() for name in _CONFIGS):
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            _check_vocabulary(tokenizer, directory)
+            return tokenizer
         try:
             processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
         except (ImportError, AttributeError, ValueError) as error:  # which one depends on the class that is named
             if not any(words in str(error) for words in _VIDEO_HALF):
                 raise
             processor = _image_processor_only(directory)
-    except MemoryError:
+    except (MemoryError, ModelError):
         raise
     except Exception as error:  # what the readers of tokenizers and processors raise has no common class
-        raise ModelError(f"{directory} has no usable tokenizer or processor: {_reason(error)}") from error
+        raise ModelError(f"{directory} has no usable tokenizer or processor: {_reason(error, directory)}") from error
     tokenizer = tokenizer_of(processor)
+    _check_vocabulary(tokenizer, directory)
     if getattr(tokenizer, "pad_token", "") is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processor
 
 
-def _reason(error: Exception) -> str:
+def _check_vocabulary(tokenizer: Any, directory: Path) -> None:
+    """Raise for a tokenizer that turns text into nothing, or that lacks the BOS which a server puts first.
+
+    transformers builds the class that tokenizer_config.json names without any vocabulary, and what it makes of
+    Mistral's tekken.json puts no BOS, though mistral-common, by which vLLM reads that file, does.
+    """
+    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise ModelError(
+            f"{directory} has a tokenizer without a vocabulary; fetch its tokenizer.json or tokenizer.model"
+        )
+    if _only_tekken(directory) and ids[0] != tokenizer.bos_token_id:
+        raise ModelError(
+            f"{directory} has its tokenizer in tekken.json alone, which transformers reads without BOS, unlike vLLM; "
+            "copy tokenizer.json and tokenizer_config.json of a model with the same vocabulary beside it"
+        )
+
+
+def _only_tekken(directory: Path) -> bool:
+    return (directory / "tekken.json").exists() and not (directory / "tokenizer.json").exists()
+
+
+def _reason(error: Exception, directory: Path) -> str:
     words = str(error)
+    if not (directory / "tokenizer.json").exists():
+        if list(directory.glob("*.model")) and importlib.util.find_spec("sentencepiece") is None:
+            return "its vocabulary is SentencePiece's alone, which needs sentencepiece: pip install sentencepiece"
+        if _only_tekken(directory):
+            return f"tekken.json is damaged ({type(error).__name__}: {reason_of(error)}); fetch it again"
     if "trust_remote_code" in words:
         return "it needs Python code of its own (auto_map), which is never run; use a model that transformers knows"
     if "backend tokenizer" in words:

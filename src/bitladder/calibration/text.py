@@ -1,6 +1,7 @@
 """Text sources as rows of tokens: files, JSONL, data sets of the Hub."""
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from bitladder.recipe import MESSAGES, DataSpec, names_a_file
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"  # first bytes of files that aren't text
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _ROWS_PER_SAMPLE = 8  # rows of a data set that one sample is chosen from; what lies beyond isn't read
+_OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # what keeps `datasets` off the Hub
+_TRUE = ("1", "ON", "YES", "TRUE")  # huggingface_hub, constants.py
 _CHATS = ("messages", "conversations")  # fields in which chat data holds its turns
 
 
@@ -104,6 +107,13 @@ def data_set_rows(spec: DataSpec) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from enumerate(map(dict, rows), start=1)
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
         reason = reason_of(error)
+        if isinstance(error, ConnectionError) and not local.exists():
+            offline = " and ".join(name for name in _OFFLINE if os.environ.get(name, "").upper() in _TRUE)
+            files = "messages, a JSONL file" if spec.kind == MESSAGES else "text or jsonl"
+            raise DataError(
+                f"data set {spec.path} (split {split}) can't be fetched from the Hub ({reason}); name a local file "
+                f"(kind {files}), or {f'unset {offline}' if offline else 'set HF_ENDPOINT to a mirror that answers'}"
+            ) from error
         raise DataError(f"data set {spec.path} (split {split}) can't be loaded: {reason}") from error
 
 
@@ -138,8 +148,11 @@ def _text_of(spec: DataSpec, row: dict[str, Any], where: str) -> str | None:
     raise DataError(f"{where} has no text in '{spec.text_field}'; it has {', '.join(row)}; set data.text_field")
 
 
-def _documents(spec: DataSpec) -> Iterator[tuple[str, str]]:
-    """Yield (where, text) of a `text`, `jsonl` or `huggingface` source, as far as it is read, but no empty one."""
+def _documents(spec: DataSpec) -> Iterator[tuple[str, str | None]]:
+    """Yield (where, text) of a `text`, `jsonl` or `huggingface` source, as far as it is read, but no empty one.
+
+    None stands for a data set's null.
+    """
     if spec.kind == "text":
         found: Iterator[tuple[str, str | None]] = iter([(f"data file {spec.path}", read_text(Path(spec.path)))])
     elif spec.kind == "jsonl":
@@ -148,7 +161,7 @@ def _documents(spec: DataSpec) -> Iterator[tuple[str, str]]:
     else:
         named = ((f"data set {spec.path} row {number}", row) for number, row in data_set_rows(spec))
         found = ((where, _text_of(spec, row, where)) for where, row in named)
-    yield from ((where, text) for where, text in found if text is not None and text.strip())
+    yield from ((where, text) for where, text in found if text is None or text.strip())
 
 
 def of_a_file(spec: DataSpec) -> bool:
@@ -163,8 +176,10 @@ def pool_size(spec: DataSpec, samples: int, avoided: int) -> int | None:
     return _ROWS_PER_SAMPLE * samples + avoided if streamed else None
 
 
-def token_rows(spec: DataSpec, processor: Any, length: int, samples: int, avoided: int = 0) -> torch.Tensor:
-    """Return the source's rows of `length` tokens, [rows, length]; documents are separated by the EOS token.
+def token_rows(spec: DataSpec, processor: Any, length: int, samples: int, avoided: int = 0) -> tuple[torch.Tensor, int]:
+    """Return the source's rows of `length` tokens, [rows, length], and how many nulls were left out.
+
+    Documents are separated by the EOS token.
 
     Every row begins with what the tokenizer puts before a text by itself (`special.prefix_of`), and goes on with the
     next slice of the stream. Within a row it doesn't come again: one prompt holds it once, however many documents.
@@ -186,8 +201,11 @@ def token_rows(spec: DataSpec, processor: Any, length: int, samples: int, avoide
         raise DataError(f"sequence_length {length} holds only what the tokenizer puts first; use at least {length + 1}")
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
-    empty = True
+    empty, nulls = True, 0
     for where, text in _documents(spec):
+        if text is None:
+            nulls += 1
+            continue
         check_text(text, where, forbidden)
         stream += [] if empty else separator
         stream += without_prefix(ids_of(tokenizer, text), prefix)
@@ -195,10 +213,12 @@ def token_rows(spec: DataSpec, processor: Any, length: int, samples: int, avoide
         if most is not None and len(stream) >= most * taken:
             break
     if empty:
+        nothing = "empty or null" if nulls else "empty"
         raise DataError(
-            f"{spec.path} holds no text: every text in it is empty, so it holds 0 rows of {length} tokens; {samples} "
-            "were asked for: give data with text in it"
+            f"{spec.path} holds no text: every text in it is {nothing}, so it holds 0 rows of {length} tokens; "
+            f"{samples} were asked for: give data with text in it"
         )
     rows = len(stream) // taken if most is None else min(most, len(stream) // taken)
     cut = torch.tensor(stream[: rows * taken], dtype=torch.long).view(rows, taken)
-    return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(rows, -1), cut], 1) if prefix else cut
+    begun = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(rows, -1), cut], 1) if prefix else cut
+    return begun, nulls

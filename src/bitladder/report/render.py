@@ -124,8 +124,9 @@ def data_names(data: DataSummary, quote: str = "") -> str:
 
 
 def data_kind(data: DataSummary) -> str:
-    """Return a data set's kind, and for conversations which tokens count."""
-    return data.kind if data.counted is None else f"{data.kind}, {data.counted} count"
+    """Return a data set's kind, for conversations which tokens count, and how many nulls were left out."""
+    counted = "" if data.counted is None else f", {data.counted} count"
+    return data.kind + counted + (f", {exact(data.null_rows)} null rows left out" if data.null_rows else "")
 
 
 def rounding(report: Report) -> str:
