@@ -25,7 +25,7 @@ ALLOWED = {
     "prediction": set(),
     "uncertainty": {"records"},
     "controls": {"errors", "planning", "records"},
-    "runtimes": {"errors", "headers", "models", "records", "runinfo", "runtimes", "storage"},
+    "runtimes": {"errors", "headers", "models", "reading", "records", "runinfo", "runtimes", "storage"},
 }
 FORBIDDEN = {"verification": {"checkpoint", "weights"}, "evaluation": {"checkpoint", "sensitivity"}}
 NO_TORCH = (

@@ -70,7 +70,8 @@ def files_of(output):
     """Return the bytes of everything that a measurement wrote, without where and how it ran."""
     found = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
     record = json.loads(found["measurement.json"])
-    record.pop("run")
+    for name in ("run", "content_sha256"):  # the digest is of both
+        record.pop(name, None)
     return {**found, "measurement.json": json.dumps(record)}
 
 
@@ -294,6 +295,29 @@ def test_a_recipe_that_workers_cannot_follow_is_refused(llama, text_file, tmp_pa
     spec = MeasureSpec(**measurement)
     with pytest.raises(MeasurementError, match=message):
         sensitivity.measure(llama, source_of(llama), target, data, spec, tmp_path, no_progress, two())
+
+
+def test_a_cluster_of_its_own_listens_on_this_machine_alone():
+    code = """
+import os, psutil
+from bitladder.recipe import WorkersSpec
+from bitladder.sensitivity.parallel import _Pool
+with _Pool(WorkersSpec(count=1, threads=1), 1, False, []) as pool:
+    pool.ray.get(pool.hired[0].actor.__ray_ready__.remote())
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        for found in process.net_connections(kind="inet"):
+            if found.status == "LISTEN":
+                print(process.name(), found.laddr.ip)
+print("left", os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    *lines, left = result.stdout.splitlines()
+    names, addresses = zip(*(line.rsplit(" ", 1) for line in lines), strict=True)
+    assert {"gcs_server", "raylet"} <= set(names), result.stderr
+    assert len(lines) >= 5
+    assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
+    assert left == "left None"
 
 
 def test_the_command_line_starts_a_cluster_of_its_own(llama, text_file, tmp_path, alone):

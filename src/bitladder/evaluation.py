@@ -27,6 +27,7 @@ from bitladder import numerics
 from bitladder.calibration import DataSet, Sample, prompt_inputs, tokenizer_of
 from bitladder.errors import ModelError, StaleRecord
 from bitladder.kv_cache import Fp8Cache, cache_inputs, layer_index
+from bitladder.reading import check_regular
 from bitladder.recipe import DEFAULT_SPLIT
 from bitladder.records import CheckpointManifest, EvalResult, Evaluation
 from bitladder.runinfo import Meter, Progress, no_progress
@@ -93,6 +94,7 @@ def _use_generation_config(model: Any, directory: Path) -> None:
     from transformers import GenerationConfig
 
     try:
+        check_regular(path)
         model.generation_config = GenerationConfig.from_pretrained(directory)
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({str(error).strip().splitlines()[0]}); {_EXPORT_AGAIN}") from error

@@ -22,6 +22,7 @@ from bitladder.calibration.processors import has_template, template_of, tokenize
 from bitladder.calibration.special import begun_once, check_ids, check_text, placeholders, prefix_of
 from bitladder.calibration.text import data_set_rows, is_conversation, jsonl_rows, of_a_file, pool_size
 from bitladder.errors import DataError, reason_of
+from bitladder.reading import parse_json
 from bitladder.recipe import DataSpec
 from bitladder.records import ALL_TOKENS, ASSISTANT_TURNS, Counted, DataSummary, digest_of
 
@@ -78,8 +79,8 @@ def _parsed(value: Any, where: str, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parse_json(value) if value.strip() else None
+    except ValueError as error:
         raise DataError(f"{where}: '{name}' is a string, and not of JSON; correct or remove it") from error
 
 

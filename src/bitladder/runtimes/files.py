@@ -3,7 +3,6 @@
 What can't be read is a finding, not an exception: a pre-flight says everything that it can.
 """
 
-import json
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from bitladder import reading
 from bitladder.errors import ModelError, RecordError
 from bitladder.headers import read_header
 from bitladder.records import CheckpointManifest, ErrorClass, ProbeFinding
@@ -146,7 +146,7 @@ class Findings:
 def _read_json(path: Path, findings: Findings) -> dict[str, Any] | None:
     """Return a JSON object; None: it isn't there, or can't be read (which is a finding)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = reading.read_json(path)
         if not isinstance(content, dict):
             raise ValueError(f"holds {type(content).__name__}, not an object")
     except FileNotFoundError:
@@ -297,6 +297,6 @@ def _has_chat_template(directory: Path) -> bool:
     if any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     try:
-        return "chat_template" in json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return "chat_template" in reading.read_json(directory / "tokenizer_config.json")
     except (OSError, ValueError):  # no such file: no template in it
         return False

@@ -25,6 +25,7 @@ from typing import Final, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from bitladder.errors import ModelError, ProbeFailed
+from bitladder.reading import read_json
 from bitladder.records import (
     BF16,
     CheckpointManifest,
@@ -305,7 +306,7 @@ def _context(directory: Path, needed: int) -> int:
     """
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except ValueError:
         return max(MAX_TOKENS_IN_CONTEXT, needed)  # vLLM says what is wrong with the file
     most = {**config, **config.get("text_config", {})}.get("max_position_embeddings")

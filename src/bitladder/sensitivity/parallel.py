@@ -55,6 +55,7 @@ _CHUNKS = 4  # of calibration batches for every worker: each costs one look at a
 _MOST_DEATHS = 3  # of workers on one call
 _KNOCK_SECONDS = 10.0
 _LOOK_SECONDS = 30.0  # without an answer, after which nodes are counted again
+_LOOPBACK = ("127.0.0.1", "::1")
 _NO_NODE = (
     "no node of the Ray cluster is left that has room for a worker; mend it, then run the same command again: "
     "finished batches are kept"
@@ -245,7 +246,12 @@ class _Pool(ExitStack):
             else:
                 gpus = min(self.spec.count, torch.cuda.device_count()) if self.on_gpus else 0
                 cpus = self.spec.count * self.cpus
-                self.ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **quiet)
+                stack.enter_context(_on_loopback())
+                own = {"num_cpus": cpus, "num_gpus": gpus, "_node_ip_address": _LOOPBACK[0]}
+                self.ray.init(address="local", include_dashboard=False, **own, **quiet)
+                found = self.ray.util.get_node_ip_address()
+                if found not in _LOOPBACK:
+                    raise RuntimeError(f"it would listen on {found}, not on this machine alone")
         except Exception as error:
             if self.spec.address is None:
                 message = f"Ray doesn't start on this machine ({_first_line(error)}); mend that, or leave workers out"
@@ -451,6 +457,28 @@ def _import_ray(spec: WorkersSpec) -> Any:
             f"workers.count is {spec.count}, which needs Ray: pip install 'bitladder[ray]', or leave workers out"
         ) from error
     return ray
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray's processes listen on loopback alone: whoever reaches their ports can run code.
+
+    Given a loopback address by `_node_ip_address` alone, Ray takes the machine's own and listens on every interface;
+    with this switch, made for systems whose firewall asks, it doesn't. Source: `ray/_private/services.py`,
+    `get_node_ip_address`.
+    """
+    from ray._private import ray_constants
+
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"  # here, and in the processes that it starts
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[0]
+        os.environ.pop(name)
+        if before[1] is not None:
+            os.environ[name] = before[1]
 
 
 def _knock(address: str) -> None:
