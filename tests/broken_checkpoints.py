@@ -488,6 +488,10 @@ def stale_index(directory: Path) -> None:
     write_json(directory, INDEX, index)
 
 
+def file_too_many(directory: Path) -> None:
+    (directory / "notes.txt").write_text("of nobody")
+
+
 def unlink(*names: str) -> Make:
     def change(directory: Path) -> None:
         for name in names:
@@ -1034,6 +1038,9 @@ CASES: tuple[Case, ...] = (
         None,
         "vLLM reads the index for file names only",
         preflight_warnings=("config_mismatch",),
+    ),
+    Case(
+        "file_too_many", files_case(file_too_many), "unexpected_file", "unexpected_file", "the manifest doesn't list it"
     ),
     Case("no_weights", unlink(WEIGHTS), "missing_file", "missing_file", ""),
     Case("no_config", unlink(CONFIG), "missing_file", "missing_file", ""),

@@ -494,6 +494,36 @@ def test_a_file_too_many_is_noticed(files, copied, name):
     assert not path.exists()
 
 
+def test_only_the_damaged_one_of_a_pair_is_blamed_everywhere(files, copied):
+    """In the record, the exit line, the report and its verdict, and both model cards; and mended, nobody is."""
+    tensors = load_file(copied / "checkpoints/full/model.safetensors")
+    swapped = load_file(copied / "checkpoints/top50/model.safetensors")
+    name = next(n for n, t in tensors.items() if t.dtype == torch.float8_e4m3fn and swapped[n].dtype == torch.bfloat16)
+    tensors[name] = swapped[name]  # as in the other, from which it should differ
+    save_file(tensors, copied / "checkpoints/full/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationFailed) as raised:
+        pipeline.verify(work_of(files, copied))
+    assert "the first: full: model.safetensors" in str(raised.value)
+    assert "top50" not in str(raised.value).split(" (all in ")[0]
+    record = Verification.read(copied / "verification.json")
+    assert {check.scheme: check.ok for check in record.checkpoints} == {"top50": True, "full": False}
+    (pair,) = record.pairs
+    assert (pair.modules_differing, pair.findings) == (pair.modules_expected - 1, ())
+    pipeline.make_report(work_of(files, copied))
+    report = (copied / "report.md").read_text()
+    assert f"{pair.modules_expected} | {pair.modules_differing} | not judged: see the findings of full |" in report
+    assert "`full` doesn't match its scheme" in report
+    assert "`top50` doesn't match" not in report
+    assert "`top50`" in json.loads((copied / "report.json").read_text())["verdict"]
+    cards = {n: (copied / "checkpoints" / n / CheckpointManifest.CARD_NAME).read_text() for n in ("top50", "full")}
+    assert "checked: they match" in cards["top50"]
+    assert "**they do not match**" in cards["full"]
+    pipeline.run(work_of(files, copied))
+    report = (copied / "report.md").read_text()
+    assert f"{pair.modules_expected} | {pair.modules_expected} | 0 |" in report
+    assert "not judged" not in report
+
+
 def test_what_a_finished_measurement_left_is_removed(files, copied):
     (copied / "measuring").mkdir()
     (copied / "measuring" / "scores-00000.json").write_text("{}")

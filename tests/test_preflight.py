@@ -542,3 +542,27 @@ def test_names_are_mapped_as_by_vllms_mapper():
         ("lm_head", "lm_head"),
     ):
         assert need.rename(name) == mapped
+
+
+@pytest.mark.parametrize("name", ["zz.bin", "codes/layer-00000.safetensors", ".cache/other/x"])
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_file_that_the_manifest_does_not_list_is_refused(made, name, runtime):
+    directory = made("top50")
+    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_bytes(b"")
+    (result,) = preflight(directory, (runtime,))
+    assert [(f.error_class, f.where) for f in result.findings] == [("unexpected_file", name)]
+    (directory / name).unlink()  # the remedy
+    assert preflight(directory, (runtime,))[0].findings == ()
+
+
+def test_a_tensor_in_two_files_is_refused_with_and_without_an_index(made):
+    for name in ("sharded", "top50"):
+        directory = made(name)
+        file = next(path for path in sorted(directory.glob("*.safetensors")))
+        tensor, value = next(iter(load_file(file).items()))
+        save_file({tensor: value}, directory / "zz.safetensors", metadata={"format": "pt"})
+        result = by_vllm(directory)
+        assert result.verdict == "unexpected_tensor"
+        assert (result.findings[0].where, "zz.safetensors" in result.findings[0].problem) == (tensor, True)
+        assert "unexpected_file" in classes(result, "error")

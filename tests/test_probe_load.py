@@ -264,6 +264,11 @@ def test_a_damaged_manifest_is_a_finding(tmp_path):
     result = load.judge(tmp_path, facts(), version="0", device="cpu")
     assert (result.verdict, result.scheme) == ("ok", "half")
     assert result.manifest_sha256 == manifest().fingerprint()
+    (tmp_path / "zz.safetensors").touch()
+    result = load.judge(tmp_path, facts(), version="0", device="cpu")
+    assert [(f.error_class, f.where, f.severity) for f in result.findings] == [
+        ("unexpected_file", "zz.safetensors", "error")
+    ]
 
 
 # --- the child, from outside -----------------------------------------------------------------------------------------

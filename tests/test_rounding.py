@@ -361,3 +361,26 @@ def test_a_run_keeps_its_codes_or_measures_again(llama, text_file, tmp_path):
 def test_what_cannot_be_exported_cannot_be_compensated():
     with pytest.raises(ValidationError, match="rounding: compensated needs share_fused_scales: true"):
         MeasureSpec(rounding="compensated", share_fused_scales=False)
+
+
+@pytest.mark.parametrize("name", ["0.safetensors", "layer-00000-copy.safetensors", "layer-99999.safetensors", "zz"])
+def test_a_stray_file_among_the_codes_changes_nothing(name, llama, compensated, tmp_path):
+    """Only the files that the measurement lists have codes, whatever the other is called."""
+    measurement, directory = compensated
+    shutil.copytree(directory, tmp_path / "measured")
+    listed = measurement.rounding.files[0].name
+    wrong = {
+        key: (codes.view(torch.uint8) ^ 0x41).view(codes.dtype)
+        for key, codes in load_file(tmp_path / "measured" / "codes" / listed).items()
+    }
+    save_file(wrong, tmp_path / "measured" / "codes" / name)
+    amax, codes = (
+        sensitivity.read_amax(measurement, directory),
+        sensitivity.read_codes(measurement, tmp_path / "measured"),
+    )
+    right = sensitivity.read_codes(measurement, directory)
+    for module in wrong:
+        assert torch.equal(codes.read(module).view(torch.uint8), right.read(module).view(torch.uint8))
+    scheme = planning.plan(measurement, spec("full", coverage=1.0))
+    checkpoint.export(scheme, measurement, amax, llama, tmp_path / "full", codes=codes)
+    assert verify([scheme], measurement, amax, llama, {"full": tmp_path / "full"}).ok
