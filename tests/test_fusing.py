@@ -47,6 +47,27 @@ def test_the_table_is_what_vllm_says(vllm_python):
     assert printed == TABLE.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "multimodal"),
+    [
+        ("Qwen3_5ForCausalLM", False),
+        ("Qwen3_5MoeForCausalLM", False),
+        ("Qwen3_5ForConditionalGeneration", True),
+        ("Qwen3_5MoeForConditionalGeneration", True),
+    ],
+)
+def test_the_rows_of_qwen3_5_are_there(architecture, multimodal):
+    """Checked by hand: vLLM, models/qwen3_5.py, `stacked_params_mapping`. A guess by names would hide a lost row."""
+    row = fusing._table()[architecture]
+    assert row.multimodal is multimodal
+    assert {fusion.name: fusion.members for fusion in row.fusions} == {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+        "in_proj_ba": ("in_proj_b", "in_proj_a"),
+        "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    }
+
+
 def test_a_wrong_directory_is_refused(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
     assert done.returncode == 1

@@ -1,5 +1,6 @@
 """Model directories as people bring them: what is the model in them, what comes along, what is refused and how."""
 
+import ast
 import json
 import re
 import shlex
@@ -13,11 +14,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import bitladder
 from bitladder import pipeline, verification
 from bitladder.calibration import load_processor
 from bitladder.errors import BitladderError, ModelError, UnsupportedModel
 from bitladder.models.sources import side_files
-from bitladder.targets import find_target, load_model
+from bitladder.targets import find_target, load_config, load_model
 from bitladder.weights import INDEX_FILE, SINGLE_FILE, WeightFiles
 from conftest import llama_config, llava_config, measure_text, save_model
 from test_pipeline import work_of
@@ -279,3 +281,29 @@ def test_a_tokenizer_that_is_not_there_is_said_so(model):
     (model / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="no tokenizer.json.*fetch the tokenizer's files"):
         load_processor(model)
+
+
+def test_every_loader_that_could_run_a_models_own_code_is_told_not_to():
+    """Left to its default, transformers asks at a terminal whether to run it."""
+    loaders = []
+    for path in sorted(Path(bitladder.__file__).parent.rglob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)):
+            owner = getattr(getattr(call.func, "value", None), "id", "")
+            if owner.startswith("Auto") and call.func.attr in ("from_pretrained", "from_config"):
+                options = {keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords}
+                assert options.get("trust_remote_code") is False, f"{path.name} line {call.lineno}"
+                loaders.append(path.name)
+    assert {"targets.py", "processors.py", "packaged.py"} <= set(loaders)
+
+
+@pytest.mark.parametrize("read", [load_config, load_processor])
+def test_nobody_is_asked_whether_to_run_a_models_own_code(tmp_path, monkeypatch, read):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what a user at a terminal may answer
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    content = {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoConfig": "mine.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    tokenizer = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Tokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="code of its own"):
+        read(tmp_path)
+    assert not (tmp_path / "ran").exists()
