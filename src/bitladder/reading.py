@@ -146,8 +146,9 @@ def read_yaml(path: Path) -> Any:
     content = read_bytes(path)
     if len(content) > _MOST_YAML_BYTES:
         raise ValueError(f"it has {len(content):,} bytes, at most {_MOST_YAML_BYTES:,} are read")
-    loader = _Loader(content.decode("utf-8"))
+    text, loader = content.decode("utf-8"), None
     try:
+        loader = _Loader(text)  # it looks at every character at once
         node = loader.get_single_node()
         if node is None:
             return None
@@ -157,4 +158,5 @@ def read_yaml(path: Path) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
