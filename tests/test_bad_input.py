@@ -73,6 +73,15 @@ def test_a_recipe_that_is_refused(tmp_path, old, new, words):
     assert len(str(caught.value)) < 600
 
 
+@pytest.mark.parametrize("sign", ["\0", "\x07", "\ud800"], ids=["NUL", "bell", "surrogate"])
+def test_characters_that_yaml_has_not_are_refused(sign, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(f"output: a{sign}b\n".encode("utf-8", "surrogatepass"))
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_text_that_old_yaml_takes_for_something_else_is_text(tmp_path):
     schemes = "[{name: yes, coverage: 5e-1}, {name: 2020-13-45, coverage: 1}, {name: 'on', coverage: 0.25}]"
     recipe = read_recipe(recipe_with(tmp_path, "[{name: half, coverage: 0.5}]", schemes))
