@@ -98,7 +98,7 @@ def test_a_key_that_is_not_text(tmp_path: Path) -> None:
     ("path", "value", "expected"),
     [
         ("calibration.samples", 0, "greater than 0 (got 0)"),
-        ("calibration.samples", "many", "(got 'many')"),
+        ("calibration.samples", "many", "not the text 'many'"),
         ("calibration.sequence_length", 1, "greater than 1 (got 1)"),
         ("calibration.batch_size", -1, "(got -1)"),
         ("calibration.seed", 1.5, "(got 1.5)"),
@@ -444,3 +444,17 @@ def test_formats_are_named_once(tmp_path: Path) -> None:
 def test_a_key_is_written_once(tmp_path: Path) -> None:
     text = yaml.safe_dump(GOOD) + "output: elsewhere\n"
     assert "'output' is given twice" in error_of(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("refine.marginal", "2"), ("schemes.0.coverage", "0.5"), ("calibration.samples", "8")]
+)
+def test_quoted_numbers_are_refused(tmp_path: Path, key: str, value: str) -> None:
+    content: dict[str, Any] = {**copy.deepcopy(GOOD), "refine": {}}
+    *parts, last = key.split(".")
+    place: Any = content
+    for part in parts:
+        place = place[int(part)] if part.isdigit() else place[part]
+    place[last] = value
+    with pytest.raises(RecipeError, match=f"give a number, not the text '{value}'"):
+        read_recipe(write(tmp_path, content))

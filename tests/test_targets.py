@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import transformers
 from safetensors.torch import load_file
 
 from bitladder.errors import ModelError, UnsupportedModel
-from bitladder.targets import checkpoint_tensor_names, find_target, load_model, most_positions
+from bitladder.targets import checkpoint_tensor_names, find_target, load_config, load_model, most_positions
 from bitladder.weights import WeightFiles
 from conftest import (
     llama_config,
@@ -198,3 +199,14 @@ def test_how_many_positions_a_model_has(config, most, tmp_path):
     """As vLLM derives them: a factor of linear scaling counts, YaRN's is in the limit already."""
     config.save_pretrained(tmp_path)
     assert most_positions(tmp_path) == most
+
+
+@pytest.mark.parametrize("section", [None, "text_config"])
+def test_a_number_of_layers_that_no_model_has(llama, tmp_path, section):
+    shutil.copytree(llama, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    content = json.loads(path.read_text())
+    (content if section is None else content.setdefault(section, {}))["num_hidden_layers"] = 10**12
+    path.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="num_hidden_layers is 1000000000000, no model has so many; correct it"):
+        load_config(tmp_path / "model")

@@ -2,7 +2,7 @@
 
     run.json                    marks the directory as ours; the resolved recipe; what each step took
     measurement.json            + measurement.safetensors
-    simulated.json              where schemes are simulated to be planned: what is known of them
+    simulated.json              until all is planned: the KLs of what was simulated for that
     kl_points.json              where a scheme is asked for by its KL
     refinements.json            where schemes are refined
     schemes/<name>.json
@@ -109,6 +109,7 @@ from bitladder.simulation import Simulation
 from bitladder.storage import (
     TEMPORARY_PREFIX,
     atomic_write,
+    discard,
     explain_os_errors,
     remove_leftovers,
     temporaries_in,
@@ -736,6 +737,7 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
         scheme.write(path)
     if changed:
         work.finished("plan", meter.phases)
+    discard(work.output / SIMULATED_FILE)  # it has served
     return schemes
 
 

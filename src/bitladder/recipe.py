@@ -77,10 +77,13 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false where a number is wanted, which Python takes for 1 and 0, and text that isn't any."""
+        """Refuse true, false and quoted digits where a number is wanted, and text that isn't any."""
         kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+        kinds = {kind, *get_args(kind)}
+        if isinstance(value, bool) and bool not in kinds:
             raise ValueError(f"give a value, not {str(value).lower()}")
+        if isinstance(value, str) and kinds & {int, float} and str not in kinds:
+            raise ValueError(f"give a number, not the text {_shortened(value)}")
         for text in (value, *value) if isinstance(value, list | tuple) else (value,):
             if isinstance(text, str) and _NO_TEXT.search(text):
                 raise ValueError(f"{_shortened(text)} holds a character that no name can have")

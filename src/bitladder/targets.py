@@ -37,6 +37,8 @@ ZERO_WEIGHTS = "all zero in its weights: no FP8 scale"  # why a group isn't sear
 BYPASSED = "the model's code uses its weights without running it: nothing says what its input would be"
 UNREACHED = "text doesn't reach it (cross-attention, an adapter): not searched"
 _EXPERTS = re.compile(r"(^|\.)(experts|expert)(\.|$)")
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")  # keys of configurations
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def load_config(directory: Path) -> Any:
     method = _quantised_by(raw, directory)
     if method is not None:
         raise UnsupportedModel(f"{directory} is already quantised ({method}); start from the original checkpoint")
+    _check_layers(raw, directory)
     try:
         with foreign(UnsupportedModel, f"transformers can't read {directory / 'config.json'}", "correct it"):
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -105,6 +108,20 @@ def load_config(directory: Path) -> Any:
             ) from error
         raise
     return _unquantised(config)
+
+
+def _check_layers(config: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a number of layers that no model has: transformers makes lists of that length.
+
+    Raises:
+        ModelError: there are more.
+    """
+    sections = [config, config.get("text_config"), config.get("vision_config")]
+    for section in [section for section in sections if isinstance(section, dict)]:
+        for key in _LAYER_COUNTS:
+            number = section.get(key)
+            if isinstance(number, int | float) and number > _MOST_LAYERS:
+                raise ModelError(f"{directory / 'config.json'}: {key} is {number}, no model has so many; correct it")
 
 
 def _quantised_by(config: Mapping[str, Any], directory: Path) -> str | None:
