@@ -175,3 +175,30 @@ def test_too_few_evaluations_for_refining_are_refused_with_the_recipe(files, tmp
     with pytest.raises(RecipeError, match="give at least 14"):
         recipe_of(files, tmp_path, refine={"evaluations": 13})
     assert recipe_of(files, tmp_path, refine={"evaluations": 14}).refine.evaluations == 14
+
+
+@pytest.mark.parametrize("how", ["exchanged", "a copy", "another record", "another's file"])
+def test_only_what_lies_where_it_belongs_is_a_probe(how, files, copied):  # noqa: F811
+    probes = copied / "probes"
+    first, second = sorted(probes.glob("full--*.json"))[0], sorted(probes.glob("top50--*.json"))[0]
+    before = {path.name: path.read_bytes() for path in probes.iterdir()}
+    report = (copied / "report.json").read_bytes()
+    stray = probes / "zz.json"
+    if how == "exchanged":
+        content = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+    elif how == "another's file":
+        stray.write_text("{}")
+    else:
+        shutil.copy(first if how == "a copy" else copied / "verification.json", stray)
+    told_by(files, copied)
+    found = {path.name: path.read_bytes() for path in probes.iterdir() if path != stray}
+    assert {name: json.loads(content)["findings"] for name, content in found.items()} == {
+        name: json.loads(content)["findings"] for name, content in before.items()
+    }
+    assert [json.loads(content)["scheme"] for content in found.values()] == [
+        json.loads(content)["scheme"] for content in before.values()
+    ]
+    assert json.loads((copied / "report.json").read_bytes())["probes"] == json.loads(report)["probes"]
+    assert stray.exists() == (how != "exchanged")

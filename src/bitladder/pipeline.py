@@ -1038,12 +1038,14 @@ def _probe_path(work: Workspace, result: ProbeResult) -> Path:
 
 
 def probes(work: Workspace, manifests: Mapping[str, CheckpointManifest]) -> tuple[ProbeResult, ...]:
-    """Return what is known of how the runtimes treat these checkpoints; results of others are removed."""
+    """Return what is known of how the runtimes treat these checkpoints; results of earlier ones are removed."""
     digests = {name: manifest.fingerprint() for name, manifest in manifests.items()}
     found = []
     for path in sorted((work.output / PROBES).glob("*.json")):
         result = work.known(ProbeResult, path)
-        if result is not None and result.scheme in digests and digests[result.scheme] == result.manifest_sha256:
+        if result is None or result.scheme is None or _probe_path(work, result) != path:
+            continue  # not what its name says: written again where it belongs, else none of ours
+        if digests.get(result.scheme) == result.manifest_sha256:
             found.append(result)
         else:
             path.unlink()
