@@ -61,7 +61,7 @@ def test_files_opened_grow_as_the_model_does(opened, step):
 
 
 def test_a_key_twice_among_many_is_found_at_once():
-    from bitladder.headers import _each_once
+    from bitladder.reading import _each_once
 
     pairs = [(str(index), index) for index in range(100_000)]
     with pytest.raises(ValueError, match="99999 is described twice"):

@@ -4,17 +4,15 @@ Source of the layout: the safetensors format (8 bytes little-endian header lengt
 by huggingface/safetensors.
 """
 
-import json
 import math
 import os
 import struct
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitladder.errors import ModelError
-from bitladder.reading import open_file
+from bitladder.reading import open_file, parse_json
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 # Bits of a value. Source: safetensors' Dtype; its readers refuse a file with any other.
@@ -54,7 +52,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_MAX_HEADER_BYTES, size):
                 raise ValueError("header longer than the file")
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_each_once)
+            header = parse_json(file.read(length), keys_once=True)
         metadata = header.pop("__metadata__", None) or {}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata isn't text")
@@ -62,9 +60,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         tensors = [_tensor(name, path.name, entry, start) for name, entry in header.items()]
     except OSError as error:
         raise ModelError(f"can't be read ({error.strerror})") from error
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ModelError(f"is not a readable safetensors file ({reason})") from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"is not a readable safetensors file ({error})") from error
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     end = max((tensor.end for tensor in tensors), default=start)
     if end != size:
@@ -73,14 +70,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if tensor.begin != (start if before is None else before.end):
             raise ModelError(f"is not a readable safetensors file ({tensor.name} doesn't begin where another ends)")
     return {tensor.name: tensor for tensor in tensors}
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise ValueError(f"{twice} is described twice")
-    return found
 
 
 def _tensor(name: str, file: str, entry: dict[str, Any], start: int) -> TensorInfo:

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,18 +61,41 @@ def read_text(path: Path) -> str:
     return read_bytes(path).decode("utf-8").replace("\r\n", "\n")
 
 
-def read_json(path: Path, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """Return what a JSON file holds; raises OSError, ValueError."""
-    return parse_json(read_bytes(path), parse_constant)
+def read_json(path: Path, **how: Any) -> Any:
+    """Return what a JSON file holds; raises OSError, ValueError. `how`: see `parse_json`."""
+    return parse_json(read_bytes(path), **how)
 
 
-def parse_json(text: bytes | str, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """Return what JSON (UTF-8) says; raises ValueError, also where it is nested too deeply."""
+def parse_json(
+    text: bytes | str, *, parse_constant: Callable[[str], Any] | None = None, keys_once: bool = False
+) -> Any:
+    """Return what JSON (UTF-8) says.
+
+    Args:
+        text: the JSON.
+        parse_constant: called with NaN and the infinities.
+        keys_once: refuse an object that says a key twice, of which Python takes the last.
+
+    Raises:
+        ValueError: no JSON, nested too deeply, a key twice.
+    """
     try:
         words = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(words, parse_constant=parse_constant)
+        return json.loads(words, parse_constant=parse_constant, object_pairs_hook=_each_once if keys_once else None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"{_twice(key for key, _ in pairs)[0]} is described twice")
+    return found
+
+
+def _twice(keys: Iterable[str]) -> list[str]:
+    """Return the keys that are there more than once, sorted."""
+    return sorted(key for key, times in Counter(keys).items() if times > 1)
 
 
 class _Loader(yaml.SafeLoader):
@@ -92,8 +115,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Return a mapping; YAML's own way takes the last of equal keys."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = sorted(key for key, times in Counter(keys).items() if times > 1)
+        twice = _twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)

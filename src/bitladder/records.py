@@ -73,10 +73,10 @@ class Record(Part):
         """
         kind = cls.__name__
         try:
-            content = read_json(path, _refuse_constant)
+            content = read_json(path, parse_constant=_refuse_constant)
         except FileNotFoundError:
             raise RecordError(f"{path} does not exist; run the step that writes this {kind} first") from None
-        except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, NaN, nested without end
+        except (OSError, ValueError) as error:  # not UTF-8, not JSON, NaN, nested without end
             raise RecordError(f"{path} can't be read as JSON ({error}); delete it and run the step again") from error
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:

@@ -4,7 +4,6 @@ Nothing here has seen a checkpoint or its manifest, and nothing is taken from th
 written out here a second time.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from bitladder.errors import RecordError, StaleRecord
 from bitladder.models.sources import side_files
+from bitladder.reading import read_json
 from bitladder.records import BF16, Measurement, RoundedModule, Scheme
 from bitladder.verification.reading import INDEX, Tensors
 
@@ -191,7 +191,7 @@ def expect(
                 prefix = name.removesuffix(".weight")
                 scales[f"{prefix}.weight_scale"] = Scale(file, group.name, module.name, None)
                 scales[f"{prefix}.input_scale"] = Scale(file, group.name, module.name, scale_of(max(inputs)))
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(source / CONFIG)
     section, legacy = _quantisation(scheme)
     return Expected(
         weights=weights,

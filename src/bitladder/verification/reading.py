@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bitladder import reading
 from bitladder.errors import RecordError
 
 INDEX = "model.safetensors.index.json"
@@ -50,19 +51,12 @@ def weight_files(source: Path) -> list[Path]:
     index = source / INDEX
     if not index.exists():
         return [source / "model.safetensors"]
-    return [source / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    return [source / name for name in sorted(set(reading.read_json(index)["weight_map"].values()))]
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor's bytes, [bytes] uint8."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return found
 
 
 def read_json(path: Path) -> Any:
@@ -72,10 +66,10 @@ def read_json(path: Path) -> Any:
         RecordError: missing, not JSON, or with a key twice in one object; the message names no file.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+        return reading.read_json(path, keys_once=True)
     except FileNotFoundError:
         raise RecordError("missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RecordError(f"not readable as JSON ({error})") from error
 
 
