@@ -12,15 +12,13 @@ from typing import Any
 from faults import damage
 from faults.damage import Mutant
 from faults.server import Server
-from faults.tree import Tree, differences, result_tree
+from faults.tree import Tree, result_tree
 from faults.verdict import REFUSED, Result, Trial, judged
 from faults.world import World, sound_run
 
 KIND = "record mutant"
 SOUND, OTHER = "sound", "other"  # of `World.kept`
 _STRAY = "zz-stray"
-_UNREAD = "simulated.json"  # not read by a run that has what was made from it
-_MADE_FROM_UNREAD = ("kl_points.json", "refinements.json")
 _DIRECTORIES = ("schemes", "evaluations", "probes", "codes", "checkpoints")
 
 
@@ -112,12 +110,7 @@ def trial(server: Server, world: World, change: Mutant, expected: Tree) -> Resul
             held.append(REFUSED)
         else:
             trial_.no_leftovers()
-            trial_.same_results(expected, ignored=lambda name: _STRAY in name or name == _UNREAD)
-            if _UNREAD in differences(expected, result_tree(world.out)):
-                for name in _MADE_FROM_UNREAD:  # made again, they read what wasn't read, and mustn't believe it
-                    (world.out / name).unlink()
-                trial_.succeeds("run", recipe)
-                trial_.same_results(expected, ignored=lambda name: _STRAY in name)
+            trial_.same_results(expected, ignored=lambda name: _STRAY in name)
     return results[0]
 
 
