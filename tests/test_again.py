@@ -202,3 +202,29 @@ def test_only_what_lies_where_it_belongs_is_a_probe(how, files, copied):  # noqa
     ]
     assert json.loads((copied / "report.json").read_bytes())["probes"] == json.loads(report)["probes"]
     assert stray.exists() == (how != "exchanged")
+
+
+def test_control_arms_of_other_settings_are_no_answer(files, copied):  # noqa: F811
+    short = {"kinds": ["random"], "seeds": 1, "max_seconds": 1e-9}
+    told_by(files, copied, controls=short)
+    before = Evidence.read(copied / "evidence.json")
+    assert (len(before.arms), len(before.left_out)) == (0, 1)
+    told_by(files, copied, controls={**short, "max_seconds": 600})
+    after = Evidence.read(copied / "evidence.json")
+    assert (len(after.arms), len(after.left_out)) == (1, 0)
+
+
+def test_no_layout_may_lie_over_what_a_run_keeps(files, finished, tmp_path):  # noqa: F811
+    kept = {path.name for path in finished.iterdir() if not path.name.startswith(".")} - {"checkpoints"}
+    kept |= {pipeline.SIMULATED_FILE, pipeline.KL_POINTS_FILE, pipeline.REFINEMENTS_FILE, pipeline.LOCK_FILE}
+    for name in sorted(kept):
+        with pytest.raises(RecipeError, match="keeps its own"):
+            recipe_of(files, tmp_path, layout={"checkpoints": f"{name}/{{scheme}}"})
+
+
+def test_what_another_run_measured_is_not_taken_for_this_recipe(files, finished, copied):  # noqa: F811
+    assert RunState.read(copied / "run.json").measured_with
+    (copied / "measurement.json").unlink()
+    work = Workspace(recipe_of(files, copied), copied)
+    pipeline.take_over(work, finished / "measurement.json")
+    assert RunState.read(copied / "run.json").measured_with == {}

@@ -137,7 +137,7 @@ def test_a_second_run_does_nothing(files, finished):
     pipeline.run(work)
     assert work.done == []
     changed = {p.name for p in finished.rglob("*") if p.is_file() and before.get(p) != p.stat().st_mtime_ns}
-    assert changed <= {".lock", "run.json", "report.html", "report.md", "report.json", "README.md"}
+    assert changed <= {".lock", "report.html", "report.md", "report.json", "README.md"}
 
 
 def test_refined_schemes_are_kept_and_not_refined_again(files, copied):

@@ -211,6 +211,12 @@ class Workspace:
         self.state = self.state.model_copy(update={"phases": {**self.state.phases, step: tuple(phases)}})
         self.save()
 
+    def note_measured_with(self, sections: dict[str, Any]) -> None:
+        """Note the sections of a recipe that the measurement which is there was made with, where they are others."""
+        if self.state.measured_with != sections:
+            self.state = self.state.model_copy(update={"measured_with": sections})
+            self.save()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out of the output directory, and let no temporary of any run stay in it.
@@ -250,6 +256,11 @@ class Workspace:
     def target(self) -> targets.Target:
         """What of the model is searched."""
         return targets.find_target(self.model_directory)
+
+    @cached_property
+    def most_positions(self) -> int | None:
+        """How many tokens a sequence of the model may have; None: there is no limit."""
+        return targets.most_positions(self.model_directory)
 
     def source(self) -> ModelSource:
         """Return the identity of the model as it is now."""
@@ -316,17 +327,18 @@ class Workspace:
         Raises:
             RecordError: one isn't planned yet.
         """
-        return tuple(Scheme.read(self.output / "schemes" / f"{spec.name}.json") for spec in self.recipe.schemes)
+        return tuple(Scheme.read(self.scheme_file(spec.name)) for spec in self.recipe.schemes)
 
     def orphans(self) -> list[Path]:
         """Return what lies in the output of schemes that the recipe doesn't have any more; nobody removes it."""
         names = {spec.name for spec in self.recipe.schemes}
         gone = sorted(path.stem for path in (self.output / "schemes").glob("*.json") if path.stem not in names)
-        places = [
-            (self.output / "schemes" / f"{name}.json", self.checkpoint_directory(name), self.evaluation_file(name))
-            for name in gone
-        ]
-        return [path for paths in places for path in paths if path.exists()]
+        places = (self.scheme_file, self.checkpoint_directory, self.evaluation_file)
+        return [path for name in gone for place in places if (path := place(name)).exists()]
+
+    def scheme_file(self, scheme: str) -> Path:
+        """Return where a planned scheme lies."""
+        return self.output / "schemes" / f"{scheme}.json"
 
     def evaluation_file(self, scheme: str) -> Path:
         """Return where a checkpoint's evaluation lies."""
@@ -427,7 +439,7 @@ def _load_set(
 
 def _check_asked_length(work: Workspace, length: int, source: DataSpec) -> None:
     """Raise for rows longer than the model has positions for, before any is made; not where it is only a bound."""
-    limit = targets.most_positions(work.model_directory)
+    limit = work.most_positions
     if source.kind not in (*PAIR_KINDS, MESSAGES) and limit is not None and length > limit:
         raise DataError(
             f"sequence_length {length} is more than the {limit} positions that the model knows "
@@ -443,7 +455,7 @@ def _check_width(work: Workspace, source: DataSpec, width: int) -> None:
         source: where they come from.
         width: tokens of the longest sample.
     """
-    limit = targets.most_positions(work.model_directory)
+    limit = work.most_positions
     if limit is not None and width > limit:
         remedy = (
             "use smaller pictures or shorter texts" if source.kind in PAIR_KINDS else f"set sequence_length: {limit}"
@@ -495,8 +507,7 @@ def measure(work: Workspace) -> Measurement:
         has_codes = _codes_are_intact(work, known, work.output)
         if known.settings_sha256 == key and has_amax and has_codes:
             sensitivity.forget_partial(work.output)  # of a run that was killed when it had measured
-            work.state = work.state.model_copy(update={"measured_with": deciding(work.recipe)})  # nor had it noted this
-            work.save()
+            work.note_measured_with(deciding(work.recipe))  # nor had it noted this
             return known
         work.tell(f"measuring again: {why_again(work, known, source, data, has_amax=has_amax, has_codes=has_codes)}")
     target = work.target
@@ -505,7 +516,7 @@ def measure(work: Workspace) -> Measurement:
     measurement = sensitivity.measure(
         directory, source, target, data, work.recipe.measurement, work.output, work.progress, work.recipe.workers
     )
-    work.state = work.state.model_copy(update={"measured_with": deciding(work.recipe)})
+    work.note_measured_with(deciding(work.recipe))
     work.finished("measure", measurement.run.phases if measurement.run else ())
     return measurement
 
@@ -592,6 +603,7 @@ def take_over(work: Workspace, path: Path) -> Measurement:
         sensitivity.copy_codes(known, path.parent, work.output)
         generation.copy_rows(path.parent, work.output)
         known.write(own)
+        work.note_measured_with({})  # another recipe's, which isn't known here
         work.finished("measure", known.run.phases if known.run else ())
     return known
 
@@ -627,7 +639,7 @@ def kl_on(work: Workspace, measurement: Measurement, data: calibration.DataSet) 
         prepared: list[tuple[evaluation.Reference, Simulation]] = []
 
         def kl(scheme: Scheme) -> float:
-            name = digest_of([*(f"{group} {format_}" for group, format_ in sorted(scheme.formats.items()))])
+            name = digest_of(f"{group} {format_}" for group, format_ in sorted(scheme.formats.items()))
             if name not in kls:
                 if not prepared:
                     reference = evaluation.Reference.compute(
@@ -730,7 +742,7 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
         schemes = refine_schemes(work, schemes)
     changed = []
     for scheme in schemes:
-        path = work.output / "schemes" / f"{scheme.name}.json"
+        path = work.scheme_file(scheme.name)
         if work.known(Scheme, path) != scheme:
             changed.append((path, scheme))
     for path, scheme in changed:
@@ -997,17 +1009,18 @@ def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Ev
         with Originals(work) as originals:
             return evaluate_controls(work, originals)
     key = digest_of([*originals.settings(), spec.model_dump_json(), *(arm.fingerprint() for arm in arms)])
-    known = work.known(Evidence, path)
-    found = list(known.arms) if known is not None and known.settings_sha256 == key else []
-    if known is not None and len(found) + len(known.left_out) == len(arms):
-        return known
-    evidence = Evidence(
-        measurement_sha256=measurement.fingerprint(),
-        settings_sha256=key,
-        data={split: data.summary for split, data in originals.data.items()},
-        arithmetic=evaluation.ARITHMETIC,
-        arms=(),
-    )
+    evidence = work.known(Evidence, path)
+    if evidence is None or evidence.settings_sha256 != key:
+        evidence = Evidence(
+            measurement_sha256=measurement.fingerprint(),
+            settings_sha256=key,
+            data={split: data.summary for split, data in originals.data.items()},
+            arithmetic=evaluation.ARITHMETIC,
+            arms=(),
+        )
+    found = list(evidence.arms)
+    if len(found) + len(evidence.left_out) == len(arms):
+        return evidence
     meter, start = Meter(), time.monotonic()
     references = originals.references(meter)
     with meter.phase("control arms"):

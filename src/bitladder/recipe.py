@@ -38,6 +38,7 @@ _OURS = frozenset(
         "run.json",
         "measurement.json",
         "measurement.safetensors",
+        "simulated.json",
         "kl_points.json",
         "refinements.json",
         "schemes",
