@@ -1,6 +1,7 @@
 """Import directions: who may know whom. Read from the source, so that an import inside a function counts too."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "bitladder"
 ALLOWED = {
     "errors": set(),
     "reading": set(),
-    "storage": {"errors"},
+    "storage": {"errors", "reading"},
     "records": {"errors", "reading", "storage"},
     "recipe": {"errors", "reading"},
     "formats": {"errors", "records", "numerics"},
@@ -130,3 +131,92 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     code = f"import sys; import bitladder.cli; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+READERS = {"open", "safe_open", "load_file", "read_text", "read_bytes", "ZipFile", "fromfile", "memmap", "from_file"}
+OURS = ("reading.", "WeightFiles.open", "StreamedLayers.open")  # these read by `reading`
+# (file, what it calls or names) -> why it needs no `reading`
+OPENED_ELSEWHERE = {
+    ("calibration/pictures.py", "Image.open"): "bytes that were read already",
+    ("models/fusing.py", "files(__package__).joinpath('fusing.json').read_text"): "a resource of this package",
+    ("packaged.py", "zipfile.ZipFile"): "a file that is open already",
+    ("pipeline.py", "os.open"): "the lock, for writing too: that waits for nobody",
+    ("report/page.py", "(here / 'page.css').read_text"): "a resource of this package",
+    ("report/page.py", "(here / 'page.js').read_text"): "a resource of this package",
+    ("storage.py", "os.open"): "to flush what was written, directories too; nothing is read",
+    ("weights.py", "np.memmap"): "a file that is open already",
+}
+# Run by the runtime's own interpreter, which has no Bitladder: they read what their parent has written or checked.
+CHILDREN = {"runtimes/vllm_load.py", "runtimes/vllm_serve.py"}
+
+
+def openers_in(tree):
+    """Return what a module calls, hands on or imports by the name of something that opens files to read them."""
+    writing = {
+        id(node.func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and re.fullmatch("[wxa]b?", str(node.args[0].value))
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in READERS and id(node) not in writing:
+            found.add(ast.unparse(node))
+        elif isinstance(node, ast.Name) and node.id in {"open", "safe_open"}:
+            found.add(node.id)
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("bitladder"):
+            found.update(f"{node.module}.{alias.name}" for alias in node.names if alias.name in READERS)
+    return {name for name in found if not name.startswith(OURS)}
+
+
+def test_only_reading_opens_files_to_read_them():
+    names = {path.relative_to(SOURCE).as_posix(): path for path in SOURCE.rglob("*.py")}
+    assert names.keys() > CHILDREN
+    found = {
+        (name, opener)
+        for name, path in names.items()
+        if name not in {"reading.py", *CHILDREN}
+        for opener in openers_in(ast.parse(path.read_text()))
+    }
+    assert found - OPENED_ELSEWHERE.keys() == set(), "open files by bitladder.reading"
+    assert OPENED_ELSEWHERE.keys() - found == set(), "no longer there: take it off the list"
+
+
+@pytest.mark.parametrize("name", sorted(CHILDREN))
+def test_what_another_interpreter_runs_imports_nothing_of_ours(name):
+    assert not any(module.partition(".")[0] == "bitladder" for module in imports_of(SOURCE / name))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "with open(path) as file: pass",
+        "with path.open() as file: pass",
+        "with path.open('rb') as file: pass",
+        "with path.open(mode='rb') as file: pass",
+        "with path.open('r+b') as file: pass",
+        "io.open(path)",
+        "os.open(path, os.O_RDONLY)",
+        "json.loads(path.read_text(encoding='utf-8'))",
+        "list(map(Path.read_bytes, paths))",
+        "opener = open",
+        "from safetensors import safe_open as other",
+        "def late():\n    from safetensors.torch import load_file",
+        "from io import open as other",
+        "zipfile.ZipFile(wheel)",
+        "np.fromfile(path)",
+    ],
+)
+def test_every_way_to_open_a_file_is_seen(code):
+    assert openers_in(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["path.open('xb')", "path.open('w')", "reading.read_text(path)", "read_bytes(path)", "WeightFiles.open(path)"],
+)
+def test_writing_and_our_own_reading_are_let_through(code):
+    assert not openers_in(ast.parse(code))

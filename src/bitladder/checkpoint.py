@@ -30,6 +30,7 @@ from bitladder.errors import MeasurementError, ModelError, OutputError, StaleRec
 from bitladder.formats import Format, get_format
 from bitladder.headers import TensorInfo
 from bitladder.models.sources import side_files
+from bitladder.reading import open_file, read_bytes
 from bitladder.records import (
     BF16,
     CheckpointManifest,
@@ -253,7 +254,7 @@ class _HashedFile:
 
 def _write_weights(weights: WeightFiles, file: str, entries: Sequence[_Entry], destination: Path) -> FileDigest:
     """Write one weight file and return its digest."""
-    with (weights.directory / file).open("rb", buffering=0) as source, _HashedFile(destination / file) as output:
+    with open_file(weights.directory / file) as source, _HashedFile(destination / file) as output:
         output.write(np.frombuffer(_header(entries), np.uint8))
         for entry in entries:
             if isinstance(entry.content, torch.Tensor):
@@ -273,7 +274,7 @@ def _write_weights(weights: WeightFiles, file: str, entries: Sequence[_Entry], d
         return output.finish()
 
 
-def _read(source: io.RawIOBase, info: TensorInfo, block_bytes: int) -> Iterator[np.ndarray]:
+def _read(source: io.BufferedReader, info: TensorInfo, block_bytes: int) -> Iterator[np.ndarray]:
     """Yield a tensor's bytes in blocks; each is good until the next one is asked for."""
     buffer = np.empty(min(block_bytes, info.end - info.begin), np.uint8)
     source.seek(info.begin)
@@ -373,7 +374,7 @@ def export(
         _write_file(temporary / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
         _write_file(temporary / QUANT_CONFIG_FILE, json.dumps(quant_config(scheme), indent=4).encode() + b"\n")
         for name in side_files(source):
-            _write_file(temporary / name, (source / name).read_bytes())
+            _write_file(temporary / name, read_bytes(source / name))
         files += [_digest(temporary, name) for name in (CONFIG_FILE, QUANT_CONFIG_FILE, *side_files(source))]
         manifest = CheckpointManifest(
             scheme=scheme.name,

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from bitladder import numerics
 from bitladder.calibration import DataSet, Sample, prompt_inputs, tokenizer_of
 from bitladder.errors import ModelError, StaleRecord
 from bitladder.kv_cache import Fp8Cache, cache_inputs, layer_index
-from bitladder.reading import check_regular
+from bitladder.reading import check_regular, read_tensors
 from bitladder.recipe import DEFAULT_SPLIT
 from bitladder.records import CheckpointManifest, EvalResult, Evaluation
 from bitladder.runinfo import Meter, Progress, no_progress
@@ -281,7 +281,7 @@ class _Store:
     def get(self, index: int) -> torch.Tensor:
         if self.directory is None:
             return self.memory[index]
-        values: torch.Tensor = load_file(self.directory / f"{index}.safetensors")["values"]
+        values: torch.Tensor = read_tensors(self.directory / f"{index}.safetensors")["values"]
         return values
 
     def close(self) -> None:

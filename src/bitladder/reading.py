@@ -1,27 +1,31 @@
 """How files are opened and parsed: only regular ones, within limits; what goes wrong is an OSError or a ValueError.
 
 A pipe would be waited for, a device read for ever, and a text nested a thousand deep ends in a RecursionError: none of
-that reaches a caller, who turns these two kinds into a line that says what the file is for. Imports nothing of ours.
+that reaches a caller, who turns these two kinds into a line that says what the file is for. Nobody else opens a file to
+read it (tests/test_boundaries.py). Imports nothing of ours.
 """
 
+import contextlib
 import errno
+import io
 import json
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 _MOST_YAML_BYTES = 2**20
 _MOST_YAML_DEPTH = 50  # collections in one another
 _MOST_YAML_NODES = 20_000  # with every alias written out
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> io.BufferedReader:
     """Return a regular file, opened for reading; the caller closes it.
 
     Raises:
@@ -48,6 +52,27 @@ def open_file(path: Path) -> BinaryIO:
 def check_regular(path: Path) -> None:
     """Raise OSError where `path` is no regular file that can be opened: for files that a library opens by itself."""
     open_file(path).close()
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Yield a file of tensors, opened with safetensors' own reader; its tensors come on the CPU.
+
+    Raises:
+        OSError: as `open_file`. ValueError: no safetensors file, or it lacks a tensor that the body asks for.
+    """
+    check_regular(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Return all tensors of a safetensors file, by name, on the CPU; raises OSError, ValueError."""
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def read_bytes(path: Path) -> bytes:

@@ -17,6 +17,7 @@ from typing import Self
 import psutil
 import torch
 
+from bitladder.reading import read_text
 from bitladder.records import PhaseCost, RunInfo
 
 # (phase, done, total) -> None; `total` 0 where it isn't known.
@@ -46,7 +47,7 @@ def processor(device: str = "cpu") -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
+        lines = (line for line in read_text(cpuinfo).splitlines() if line.startswith("model name"))
         name = next(lines, f": {name}").partition(":")[2].strip()
     return name
 
@@ -84,7 +85,7 @@ def _reset_peak_rss() -> None:
 def _peak_rss_bytes() -> int:
     """Return the peak resident memory in bytes since the last reset (or of the process, where that isn't possible)."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in read_text(Path("/proc/self/status")).splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:

@@ -2,7 +2,8 @@
 
 A crash leaves either the old file or the new one. Temporaries have one name, `.bitladder-tmp-*`, and while a run works
 one place: the directory of that name in its output (`temporaries_in`), or, for files on another file system or beside
-which others write, one that bears the run's key. Each run sweeps its own places before and after. Imports errors only.
+which others write, one that bears the run's key. Each run sweeps its own places before and after. Imports errors and
+reading only.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bitladder.errors import OutputError
+from bitladder.reading import open_file, read_bytes
 
 TEMPORARY_PREFIX = ".bitladder-tmp-"
 _SEAL = ".sha256"  # of the files that say what another file's digest is
@@ -35,7 +37,7 @@ def sha256_of_bytes(data: bytes | memoryview) -> str:
 def sha256_of_file(path: Path) -> str:
     """Return the hex SHA-256 of the file's content, read in blocks of 4 MiB."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(_HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
@@ -92,7 +94,7 @@ def _is_sealed(path: Path) -> bool:
     known = _seal_of(path)
     if any(one.is_symlink() or not one.is_file() for one in (path, known)):
         return False
-    return known.read_bytes() == sha256_of_file(path).encode()
+    return read_bytes(known) == sha256_of_file(path).encode()
 
 
 def fsync_path(path: Path) -> None:

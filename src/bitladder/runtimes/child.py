@@ -6,6 +6,7 @@ as JSON, written after every step, so that a child that is killed or crashes lea
 """
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bitladder.errors import BitladderError
+from bitladder.reading import open_file, read_json
 from bitladder.storage import scratch_directory
 
 # Set unless the caller's environment says otherwise. A checkpoint is a local directory, so no hub is needed; the KV
@@ -129,8 +131,9 @@ def run_child(
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         try:
-            result = json.loads(paths[1].read_text(encoding="utf-8"))
+            result = read_json(paths[1])
         except (OSError, ValueError):  # it wrote nothing, or was killed while writing
             result = {}
-        text = paths[2].read_text(encoding="utf-8", errors="replace")[-_OUTPUT_KEPT:]
+        with open_file(paths[2]) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", errors="replace").read()[-_OUTPUT_KEPT:]
     return Outcome(result=result, returncode=process.returncode, timed_out=timed_out, output=text)

@@ -76,7 +76,7 @@ class Tensor:
             return True
         integer, magnitude, least = _NOT_FINITE[self.dtype]
         block = np.empty(_SCAN_BYTES, np.uint8)
-        with self.path.open("rb", buffering=0) as file:
+        with reading.open_file(self.path) as file:
             file.seek(self.begin)
             left = self.end - self.begin
             while left > 0:

@@ -24,6 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from bitladder.errors import BitladderError, ModelError
+from bitladder.reading import open_file
 from bitladder.records import BF16, CheckpointManifest, ProbedLayer, ProbeResult
 from bitladder.runtimes.architectures import SCALES, Architecture, architecture, architecture_name, uneven_layers
 from bitladder.runtimes.files import E4M3, EXPORT_AGAIN, SCALE_DTYPE, SIXTEEN_BIT, Files, Findings, Tensor, read_files
@@ -432,7 +433,7 @@ class _Check:
 
     def _read_numbers(self, tensors: Sequence[Tensor]) -> None:
         for path in sorted({tensor.path for tensor in tensors}):
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 for tensor in tensors:
                     if tensor.path == path and tensor.one_number:
                         self._numbers[tensor.name] = tensor.number(file)

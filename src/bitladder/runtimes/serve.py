@@ -13,9 +13,7 @@ What this can't prove: that every layer is right. A layer that hardly matters to
 tolerance; the loader check (`load.py`) looks at each layer.
 """
 
-import json
 import math
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Final, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from bitladder.errors import ModelError, ProbeFailed
+from bitladder.headers import read_header
 from bitladder.reading import read_json
 from bitladder.records import (
     BF16,
@@ -320,22 +319,17 @@ def _context(directory: Path, needed: int) -> int:
 
 
 def _modules(directory: Path) -> list[str]:
-    """Return the modules whose weight is a matrix, by the headers of the weight files; damaged ones are left to vLLM.
-
-    Source: safetensors, README "Format": 8 bytes little-endian header length, then the header as JSON.
-    """
+    """Return the modules whose weight is a matrix, by the weight files' headers; damaged ones are left to vLLM."""
     modules = []
     for path in sorted(directory.glob("*.safetensors")):
         try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        except (ValueError, struct.error, OSError, MemoryError, OverflowError):
+            tensors = read_header(path)
+        except ModelError:
             continue
-        tensors = {name: info for name, info in header.items() if name != "__metadata__"}
         modules += [
             name.removesuffix(".weight")
             for name, info in tensors.items()
-            if name.endswith(".weight") and len(info["shape"]) == 2
+            if name.endswith(".weight") and len(info.shape) == 2
         ]
     return modules
 

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from bitladder.calibration import Batch, DataSet
 from bitladder.errors import EngineError, MeasurementError, RecordError
 from bitladder.formats import Format, get_format
 from bitladder.kv_cache import cached_layers
+from bitladder.reading import open_safetensors, read_json, read_tensors, read_text
 from bitladder.recipe import MeasureSpec, WorkersSpec
 from bitladder.records import Candidate, FileDigest, Measurement, ModelSource, Rounding, digest_of
 from bitladder.runinfo import Meter, Progress, no_progress
@@ -82,7 +82,7 @@ class Codes:
         """
         found: dict[str, Path] = {}
         for path in paths:
-            with safe_open(path, framework="pt") as file:
+            with open_safetensors(path) as file:
                 for module in file.keys():  # noqa: SIM118
                     if module in found:
                         raise RecordError(f"{path} and {found[module]} both have codes of {module}; measure again")
@@ -91,7 +91,7 @@ class Codes:
 
     def read(self, module: str) -> torch.Tensor:
         """Return a module's codes, [out_features, in_features], on the CPU."""
-        with safe_open(self.files[module], framework="pt") as file:
+        with open_safetensors(self.files[module]) as file:
             codes: torch.Tensor = file.get_tensor(module)
         return codes
 
@@ -103,7 +103,7 @@ class Partial:
         self.directory = directory.absolute()  # other processes may stand elsewhere
         path = directory / "key.json"
         damaged = unsealed(directory)
-        if path in damaged or not path.exists() or path.read_text() != json.dumps({"key": key}):
+        if path in damaged or not path.exists() or read_text(path) != json.dumps({"key": key}):
             discard(directory)
             directory.mkdir(parents=True)
             self._keep_text(path, json.dumps({"key": key}))
@@ -127,7 +127,7 @@ class Partial:
     def amax(self) -> Amax | None:
         """Return the amax values of a finished calibration, or None."""
         path = self.directory / "amax.safetensors"
-        return load_file(path) if path.exists() else None
+        return read_tensors(path) if path.exists() else None
 
     def keep_amax(self, amax: Amax) -> None:
         """Store the amax values."""
@@ -141,7 +141,7 @@ class Partial:
         path = self.directory / f"scores-{batch:05}.json"
         if not path.exists():
             return None
-        scores: BatchScores = json.loads(path.read_text())
+        scores: BatchScores = read_json(path)
         return scores
 
     def keep_scores(self, batch: int, scores: BatchScores) -> None:
@@ -506,7 +506,7 @@ def read_amax(measurement: Measurement, directory: Path) -> Amax:
     if sha256_of_file(path) != measurement.amax_sha256:
         raise RecordError(f"{path} is not the file that {MEASUREMENT_FILE} was written with; measure again")
     try:
-        amax: Amax = load_file(path)
+        amax: Amax = read_tensors(path)
         return amax
-    except SafetensorError as error:
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path} is damaged ({error}); measure again") from error

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -27,6 +26,7 @@ from bitladder import numerics
 from bitladder.anatomy import PLAIN, Layout, tokens_first
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import get_format
+from bitladder.reading import open_safetensors
 from bitladder.records import QuantGroup, RoundedModule
 from bitladder.rounding import compensated_codes, output_error
 from bitladder.runinfo import Meter
@@ -58,7 +58,7 @@ def run(layers: Layers, job: Job, partial: Partial, amax: Amax, meter: Meter) ->
 
 def read_modules(path: Path) -> tuple[RoundedModule, ...]:
     """Return what the codes in a layer's file do, as it was found when they were made."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         return tuple(RoundedModule.model_validate(entry) for entry in json.loads(file.metadata()["modules"]))
 
 

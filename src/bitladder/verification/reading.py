@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from bitladder import reading
 from bitladder.errors import RecordError
@@ -27,8 +26,8 @@ class Tensors:
         self.metadata: dict[str, Any] = {}
         for path in paths:
             try:
-                handle: Any = stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
+                handle: Any = stack.enter_context(reading.open_safetensors(path))
+            except (OSError, ValueError) as error:
                 self.broken[path.name] = str(error)
                 continue
             self.metadata[path.name] = handle.metadata()
