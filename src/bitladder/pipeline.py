@@ -504,7 +504,7 @@ def measure(work: Workspace) -> Measurement:
     if path.exists():
         known = Measurement.read(path)
         amax = work.output / sensitivity.AMAX_FILE
-        has_amax = amax.exists() and work.cache.sha256(amax) == known.amax_sha256
+        has_amax = amax.is_file() and work.cache.sha256(amax) == known.amax_sha256
         has_codes = _codes_are_intact(work, known, work.output)
         if known.settings_sha256 == key and has_amax and has_codes:
             sensitivity.forget_partial(work.output)  # of a run that was killed when it had measured

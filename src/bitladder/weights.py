@@ -84,7 +84,10 @@ class WeightFiles:
         for file in files:
             path = directory / file
             if not path.is_file():
-                raise ModelError(f"{index} names {file}, which is no file in {directory}; fetch it again")
+                says = (
+                    f"{path} is no regular file" if wanted is None else f"{index} names {file}, which is no file there"
+                )
+                raise ModelError(f"{says}; fetch it again")
             try:
                 found = read_header(path)
             except ModelError as error:

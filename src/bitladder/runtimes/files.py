@@ -279,10 +279,14 @@ def _check_side_files(directory: Path, config: Mapping[str, Any], findings: Find
         return any(all((directory / name).is_file() for name in names) for names in choices)
 
     copy_it = "copy it from the original model; vLLM stops without it"
+    put_it = "put the file itself there, or remove it"
     if not present(_TOKENIZER_FILES):
         findings.error("missing_file", "tokenizer.json", "no tokenizer is there", copy_it)
     if "vision_config" in config and not present(_PROCESSOR_FILES):
         findings.error("missing_file", "preprocessor_config.json", "no image processor is there", copy_it)
+    for path in sorted(directory.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            findings.error("missing_file", path.name, "is no regular file: whoever opens it may wait for ever", put_it)
     if not _has_chat_template(directory):
         findings.warn(
             "missing_file",

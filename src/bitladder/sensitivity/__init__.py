@@ -501,7 +501,7 @@ def read_amax(measurement: Measurement, directory: Path) -> Amax:
             "its fused modules; measure again with share_fused_scales: true"
         )
     path = directory / AMAX_FILE
-    if not path.exists():
+    if not path.is_file():
         raise RecordError(f"{path} is missing; run `bitladder measure` again")
     if sha256_of_file(path) != measurement.amax_sha256:
         raise RecordError(f"{path} is not the file that {MEASUREMENT_FILE} was written with; measure again")
