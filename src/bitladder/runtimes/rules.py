@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from bitladder.runtimes.architectures import LLAVA_RENAMES, QWEN2_VL_RENAMES, Architecture
@@ -283,12 +284,37 @@ class SglangRules(Rules):
     def decide(self, layer: RuntimeLayer) -> Decision:
         """Decide by parts of the modules' names first, then by wildcards over the fused name."""
         shards = layer.shards or (layer.name,)
-        listed = {shard: [p for p in self.patterns if self._part_of(p, shard)] for shard in shards}
+        listed = {shard: self._parts_of(shard) for shard in shards}
         found = tuple(pattern for patterns in listed.values() for pattern in patterns)
         if found:
             return Decision("excluded" if all(listed.values()) else "mixed", found)
-        hits = tuple(pattern for pattern in self.patterns if self._globs(pattern, layer.name))
-        return Decision("excluded" if hits else "quantised", hits)
+        plain = {layer.name, *layer.name.split(".")}
+        hits = (
+            pattern
+            for pattern in self.patterns
+            if (pattern in plain if pattern in self._plain else self._globs(pattern, layer.name))
+        )
+        found = tuple(hits)
+        return Decision("excluded" if found else "quantised", found)
+
+    @cached_property
+    def _plain(self) -> frozenset[str]:
+        return frozenset(pattern for pattern in self.patterns if _PLAIN.fullmatch(pattern))
+
+    @cached_property
+    def _places(self) -> dict[str, list[int]]:
+        """Where in `patterns` a run of parts stands: there are as many of them as layers, and each is looked up."""
+        places: dict[str, list[int]] = {}
+        for place, pattern in enumerate(self.patterns):
+            places.setdefault(pattern.rstrip("."), []).append(place)
+        return places
+
+    def _parts_of(self, name: str) -> list[str]:
+        """Return the patterns that are some whole parts of the name, in their order."""
+        parts = name.split(".")
+        ends = range(1, len(parts) + 1)
+        runs = {".".join(parts[start:end]) for start in range(len(parts)) for end in ends if end > start}
+        return [self.patterns[place] for place in sorted(p for run in runs for p in self._places.get(run, ()))]
 
     def hits(self, pattern: str, name: str) -> bool:
         """Return whether the pattern is some parts of the name, or a wildcard for all of it or one part."""
@@ -350,7 +376,9 @@ class TensorRtLlmRules(Rules):
     def decide(self, layer: RuntimeLayer) -> Decision:
         """Decide by the fused name and those of its modules: one hit is enough."""
         names = (layer.name, *(self.name(module) for module in layer.modules))
-        hits = tuple(pattern for pattern in self.patterns if any(self.hits(pattern, name) for name in names))
+        listed = dict.fromkeys(name for name in names if name in self.written)
+        wild = [pattern for pattern in self.wild if any(fnmatchcase(name, pattern) for name in names)]
+        hits = tuple(sorted({*listed, *wild}, key=self.patterns.index))
         return Decision("excluded" if hits else "quantised", hits)
 
     def hits(self, pattern: str, name: str) -> bool:
