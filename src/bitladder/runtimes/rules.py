@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from bitladder.runtimes.architectures import LLAVA_RENAMES, QWEN2_VL_RENAMES, Architecture
