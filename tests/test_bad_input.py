@@ -246,9 +246,22 @@ def test_foreign_errors_become_ours_and_a_lack_of_memory_stays():
             raise error
         assert str(caught.value).startswith("it can't be read: ")
         assert "\n" not in str(caught.value)
-    for error in (MemoryError(), RuntimeError("CUDA out of memory"), BitladderError("ours")):
+    lacking = ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory", "can't start new thread")
+    for error in (MemoryError(), *map(RuntimeError, lacking), BitladderError("ours")):
         with pytest.raises(type(error)), foreign(UnsupportedModel, "it can't be read"):
             raise error
+
+
+@pytest.mark.parametrize("error", ["MemoryError()", 'RuntimeError("DefaultCPUAllocator: can\'t allocate memory")'])
+def test_the_command_line_says_that_memory_is_lacking_with_status_2(error):
+    code = (
+        "import sys, bitladder.cli as c, bitladder.recipe as r\n"
+        f"def fail(path): raise {error}\n"
+        "r.read_recipe = fail\nsys.argv = ['bitladder', 'measure', 'x.yaml']\nc.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: out of memory; ")
 
 
 def test_the_command_line_says_what_the_system_says_with_status_2(tmp_path):

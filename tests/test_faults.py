@@ -52,6 +52,11 @@ def test_a_failing_disk_is_told_in_a_line_and_loses_nothing(server, world):
     all_hold(interrupted.failures(server, world, 25))
 
 
+def test_a_run_that_lacks_addresses_leaves_nothing_to_a_later_one(server, world):
+    scenario = interrupted.Scenario(server, world, "fresh")
+    all_hold([interrupted.few_addresses(scenario, mib << 20) for mib in (40, 400)])
+
+
 def test_damaged_recipes(server, world):
     all_hold(recipes.mutants(server, world, SEED, 24))
 

@@ -167,3 +167,30 @@ def test_nan_is_an_error_before_a_group_is_left_alone():
     amax = {"layers.0.up_proj.weight_amax": torch.tensor(0.0), "layers.0.up_proj.input_amax": torch.tensor(torch.nan)}
     with pytest.raises(MeasurementError, match="layers.0.up_proj: its activations hold NaN or Inf"):
         with_scales(targets.Target("", (group,), ()), amax)
+
+
+@pytest.mark.parametrize(
+    ("weight", "seen", "reason"),
+    [
+        (0.0, 1.0, WEIGHTS),
+        (1.0, 0.0, INPUT),
+        (None, 1.0, UNREACHED),
+        (1.0, None, UNREACHED),
+        (1e-36, 1.0, "too small (weights up to 1.0e-36, inputs up to 1.0e+00): no FP8 scale"),
+        (1.0, 1e-36, "too small (weights up to 1.0e+00, inputs up to 1.0e-36): no FP8 scale"),
+    ],
+)
+def test_a_group_stays_where_no_scale_is_a_number(weight, seen, reason):
+    names = ("layers.0.up_proj", "layers.1.up_proj")
+    groups = tuple(QuantGroup(name=n, modules=(QuantModule(name=n),), weight_elements=1) for n in names)
+    amax = {f"{name}.{kind}_amax": torch.tensor(1.2e-35) for name in names for kind in ("weight", "input")}
+    for kind, value in (("weight", weight), ("input", seen)):
+        amax.pop(f"{names[0]}.{kind}_amax")
+        if value is not None:
+            amax[f"{names[0]}.{kind}_amax"] = torch.tensor(value)
+    found = with_scales(targets.Target("", groups, ()), amax)
+    assert [group.name for group in found.groups] == [names[1]]  # whose scales are just numbers
+    assert [(module.name, module.reason) for module in found.untouched] == [(names[0], reason)]
+    scale = amax[f"{names[1]}.weight_amax"] / 448
+    assert scale > torch.finfo(torch.float32).tiny
+    assert torch.isfinite(1 / scale)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bitladder import storage
-from bitladder.errors import OutputError
+from bitladder.errors import LowMemory, OutputError
 from bitladder.storage import (
     TEMPORARY_PREFIX,
     atomic_directory,
@@ -246,3 +246,27 @@ def test_digests(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc" * 2_000_000)
     assert sha256_of_file(tmp_path / "file") == sha256_of_bytes(b"abc" * 2_000_000)
     assert sha256_of_bytes(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+@pytest.mark.parametrize(("left", "kept"), [(16, False), (256, True)])
+def test_a_process_that_came_close_to_its_limit_of_addresses_keeps_nothing(left, kept, tmp_path):
+    """MKL without memory for its buffers multiplies in another way: a run would end with other scores."""
+    code = (
+        "import mmap, pathlib, re, resource, sys\n"
+        "from bitladder.storage import atomic_write\n"
+        "peak = re.search(r'VmPeak:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())\n"
+        "limit = (int(peak[1]) << 10) + (512 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "mmap.mmap(-1, (512 - int(sys.argv[1])) << 20).close()\n"  # it is free again: what counts is that it was taken
+        "try:\n    atomic_write(pathlib.Path(sys.argv[2]), 'x')\n"
+        "except Exception as error:\n    print(type(error).__name__, error)\n"
+    )
+    path = tmp_path / "file"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(left), str(path)], capture_output=True, text=True, check=True
+    )
+    assert path.exists() == kept
+    if not kept:
+        assert done.stdout.startswith(f"{LowMemory.__name__} the limit of ")
+        assert "(ulimit -v)" in done.stdout
+        assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bitladder import __version__
-from bitladder.errors import BitladderError, ProbeFailed, RecipeError, reason_of
+from bitladder.errors import BitladderError, ProbeFailed, RecipeError, lacks_memory, reason_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -616,12 +616,12 @@ def main() -> None:
         _complain(error, f"error: {error}", 2)
     except _Interrupted as error:
         _complain(error, "interrupted; run the same command again to go on where it stopped", 130)
-    except MemoryError as error:
-        _complain(error, "error: out of memory; close other programs, or lower batch_size and sequence_length", 2)
     except OSError as error:  # what the system says of a file or the disk is no bug of ours
         where = "" if error.filename is None else f"{error.filename}: "
         _complain(error, f"error: {where}{error.strerror or reason_of(error)}; see that it can be read and written", 2)
     except Exception as error:
+        if lacks_memory(error):
+            _complain(error, "error: out of memory; close other programs, or lower batch_size and sequence_length", 2)
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         kind = type(error).__name__
         _complain(error, f"unexpected {kind}: {first} (a bug: please report it with --debug's output)", 1)

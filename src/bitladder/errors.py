@@ -14,6 +14,7 @@
     ├── OutputError               the output directory can't be used: holds something else, no space, no permission
     ├── VerificationFailed        a checkpoint doesn't match its scheme; the findings are in `verification.json`
     ├── ProbeFailed               a runtime wouldn't load a checkpoint, or not run it as it says; the findings say why
+    ├── LowMemory                 so little memory was left that results may depend on it
     └── EngineError               ModelOpt or transformers behaved otherwise than we rely on
 
 Only the command line catches these.
@@ -79,8 +80,18 @@ class ProbeFailed(BitladderError):
     """A runtime wouldn't load a checkpoint, or not run it as it says."""
 
 
+class LowMemory(BitladderError):
+    """So little memory was left at one time that results may depend on it."""
+
+
 class EngineError(BitladderError):
     """ModelOpt or transformers behaved otherwise than we rely on."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an error says that there is no memory, or none for a thread; RuntimeErrors do, too."""
+    texts = ("out of memory", "can't allocate memory", "can't start new thread")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def reason_of(error: BaseException) -> str:
@@ -103,10 +114,10 @@ def foreign(kind: type[BitladderError], what: str, remedy: str = "") -> Iterator
     """
     try:
         yield
-    except (BitladderError, MemoryError):
+    except BitladderError:
         raise
     except Exception as error:
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):  # torch's are RuntimeErrors
+        if lacks_memory(error):
             raise
         reason = reason_of(error) if str(error).strip("' \"") and not isinstance(error, KeyError) else repr(error)
         raise kind(f"{what}: {reason}{f'; {remedy}' if remedy else ''}") from error

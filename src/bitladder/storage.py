@@ -12,12 +12,14 @@ import errno
 import hashlib
 import itertools
 import os
+import re
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bitladder.errors import OutputError
+from bitladder.errors import LowMemory, OutputError
 from bitladder.reading import open_file, read_bytes
 
 TEMPORARY_PREFIX = ".bitladder-tmp-"
@@ -25,6 +27,7 @@ _SEAL = ".sha256"  # of the files that say what another file's digest is
 _HASH_BLOCK_BYTES = 1 << 22
 _FROM_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2(2), from Linux's headers
 _KEPT_NAME = 100  # characters of a file's name that its temporary has too
+_LEAST_LEFT = 64 << 20  # bytes of addresses; the products' own buffers were seen to take 2 MiB a thread
 _places: list[Path] = []  # where temporaries go, of runs that are working
 _number = itertools.count()
 
@@ -169,8 +172,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary to write to; on success flush it and rename it to `path`, with the usual permissions.
 
     Raises:
-        OutputError: no space, no permission, something in the way.
+        OutputError: no space, no permission, something in the way. LowMemory: as `check_memory`.
     """
+    check_memory()
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_of(path)
@@ -183,6 +187,37 @@ def atomic_path(path: Path) -> Iterator[Path]:
             fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_memory() -> None:
+    """Refuse to keep what a process found that came close to its limit of addresses (`ulimit -v`).
+
+    Where MKL gets no memory for its buffers, a product of matrices takes another way without a word, and its sums
+    differ (scores by 10⁻⁵): results would depend on the limit.
+
+    Raises:
+        LowMemory: less than 64 MiB were left at some time.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return
+    peak = _peak_addresses()
+    if peak is not None and limit - peak < _LEAST_LEFT:
+        raise LowMemory(
+            f"the limit of {limit >> 20} MiB of addresses (ulimit -v) left {max(0, limit - peak) >> 20} MiB at one "
+            f"time; with less than {_LEAST_LEFT >> 20} results may differ, so none is kept: raise the limit, or lower "
+            "batch_size and sequence_length"
+        )
+
+
+def _peak_addresses() -> int | None:
+    """Return the most bytes of addresses that this process had at one time; None: the system doesn't say."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^VmPeak:\s+(\d+) kB", status, re.MULTILINE)
+    return None if found is None else int(found[1]) << 10
 
 
 def _umask() -> int:

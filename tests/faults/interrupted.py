@@ -109,6 +109,22 @@ def small_files(scenario: Scenario, limit: int) -> Result:
     return results[0]
 
 
+def few_addresses(scenario: Scenario, more: int) -> Result:
+    """Return the result of a limit of addresses, `more` bytes above what is mapped: refused, or the same bytes."""
+    expected, _ = scenario.undisturbed
+    results: list[Result] = []
+    recipe = scenario.prepare()
+    with judged(results, f"fault {scenario.name}", f"{more >> 20} MiB of addresses") as held:
+        trial = Trial(scenario.server, scenario.world)
+        if trial.refused(trial.run("run", recipe, more_bytes=more)):
+            held.append(REFUSED)
+        else:
+            trial.same_results(expected)
+        trial.succeeds("run", recipe)
+        trial.same_results(expected)
+    return results[0]
+
+
 def _name(operations: Sequence[Operation], at: int) -> str:
     if at >= len(operations):
         return f"operation {at}"

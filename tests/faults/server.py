@@ -42,6 +42,7 @@ class Job:
         fault: what happens at one of its operations.
         delay: seconds after the request at which it starts.
         file_bytes: the largest file that it may write.
+        more_bytes: of addresses that it may map beyond those of the process that it is forked from.
         seconds: of processor time, after which it is killed.
         list_operations: whether all of its operations are wanted.
     """
@@ -52,6 +53,7 @@ class Job:
     fault: Fault | None = None
     delay: float = 0.0
     file_bytes: int = FILE_BYTES
+    more_bytes: int | None = None
     seconds: float = SECONDS
     list_operations: bool = False
 
@@ -219,7 +221,9 @@ def _run(job: Job, output: Path, report: Path) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     time.sleep(job.delay)
     os.chdir(job.cwd)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    addresses = MEMORY_BYTES if job.more_bytes is None else mapped + job.more_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (addresses, addresses))
     resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_bytes, job.file_bytes))
     resource.setrlimit(resource.RLIMIT_CPU, (int(job.seconds) + 1, int(job.seconds) + 2))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
