@@ -249,8 +249,8 @@ class Writer:
             text = self._render(({"role": "user", "content": content},), None)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
-                f"the model's chat template is damaged ({reason_of(error).rstrip('.')}); mend chat_template.jinja beside "
-                "its weights, or calibrate it on text"
+                f"the model's chat template is damaged ({reason_of(error).rstrip('.')}); mend chat_template.jinja "
+                "beside its weights, or calibrate it on text"
             ) from error
         except Exception:  # a template is a program: it raises what it likes
             return False

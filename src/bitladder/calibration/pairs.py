@@ -138,8 +138,8 @@ def check_samples(samples: Sequence[Sample], processor: Any) -> None:
     """
     if not has_template(processor) and _ends_prompts(processor):
         raise DataError(
-            "the model has no chat template, and its processor ends a prompt by itself, so that no template could place "
-            "an answer behind it; calibrate the model on text"
+            "the model has no chat template, and its processor ends a prompt by itself, so that no template could "
+            "place an answer behind it; calibrate the model on text"
         )
     forbidden = placeholders(processor)
     for sample in samples:
