@@ -196,6 +196,28 @@ def test_held_out_conversations_are_others(model, jsonl, llama):
     assert all(one.counted == tuple(range(1, len(one.token_ids))) for one in sent)
 
 
+def test_names_of_sharegpt_under_openais_keys_are_roles(model, tmp_path):
+    """A template writes a role as it is given: "human" would be asked in words that the model never saw."""
+    rows = [{"messages": turns} for turns in CHATS]
+    odd = json.loads(json.dumps(rows).replace('"role": "user"', '"role": "human"').replace('"assistant"', '"gpt"'))
+    paths = [write(tmp_path / f"{index}.jsonl", content) for index, content in enumerate((rows, odd))]
+    first, second = (load(path, model(MARKED)).summary for path in paths)
+    assert first.sha256 == second.sha256
+    own = write(tmp_path / "own.jsonl", [{"messages": [{"role": "observation", "content": "a"}, *t]} for t in CHATS])
+    tokenizer = model(PLAIN)
+    assert all(text.startswith("observation: a") for text in texts(load(own, tokenizer), tokenizer))  # GLM's own name
+
+
+@pytest.mark.parametrize("space", ["", "\n", " "])
+def test_bos_behind_white_space_is_not_written_again(space, model, jsonl):
+    tokenizer = model("{{ '" + space.replace("\n", "\\n") + "<bos>' }}" + PLAIN, "<bos>")
+    number = tokenizer.convert_tokens_to_ids("<bos>")
+    data = load(jsonl, tokenizer)
+    for batch in data.batches:
+        assert (batch.inputs["input_ids"] == number).sum(1).tolist() == [1] * len(batch.labels)
+        assert not bool((batch.labels == number).any())
+
+
 @pytest.mark.parametrize("stored", ["directory", "save_to_disk"])
 def test_a_data_set_gives_the_rows_of_a_file(stored, model, jsonl, tmp_path):
     """The remedy that kind huggingface names for such a column works."""
@@ -228,6 +250,8 @@ def test_a_data_set_is_read_no_further_than_it_needs(model, tmp_path):
         ({"messages": [{"role": "user", "content": None}]}, "the content of a turn by user is null"),
         ({"messages": [{"from": "alien", "value": "a"}]}, 'a turn is from "alien"; known are human, user, gpt'),
         ({"messages": [{"role": None, "content": "a"}]}, "a turn's role is null"),
+        ({"messages": [{"role": "User", "content": "a"}]}, 'a turn\'s role is "User"; write it in lower case'),
+        ({"messages": chat(0), "system": ["a"]}, r"'system' is \[\"a\"\]; it must be text"),
         ({"messages": ["a"]}, 'a turn is "a", not an object'),
         ({"messages": "hello"}, "'messages' is \"hello\", not a list of turns .* kind jsonl takes texts"),
         ({"messages": None}, "'messages' is null"),
@@ -254,6 +278,10 @@ def test_templates_that_fail_are_one_line(model, jsonl, tmp_path):
         DataError, match=r"line \d+: the model's chat template can't write this conversation \(no cats\)"
     ):
         load(jsonl, model("{{ raise_exception('no cats') }}"))
+    broken = model("{% for m in %}")
+    with pytest.raises(DataError, match=r"^the model's chat template is damaged \(.*\); mend chat_template\.jinja"):
+        load(jsonl, broken)
+    assert "can't be used: the model's chat template is damaged" in chats_line(broken)
     named = model({"default": MARKED, "tool_use": PLAIN})
     assert load(jsonl, named).summary.counted == "assistant turns"
     with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):

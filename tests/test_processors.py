@@ -143,6 +143,16 @@ def test_a_processor_that_writes_between_prompt_and_answer_is_refused(tmp_path):
         load(processor)
 
 
+def test_no_template_is_asked_for_that_would_not_help(tmp_path):
+    """With one, PaliGemma's processor is refused all the same (the test above); others' labels are placed."""
+    for name, words in (("paligemma", "no template could .*; calibrate the model on text"), ("llava", "put one into")):
+        directory = build(tmp_path / name, name)
+        (directory / "chat_template.jinja").unlink()
+        with pytest.raises(DataError, match=f"no chat template.*{words}") as caught:
+            load(load_processor(directory))
+        assert ("chat_template.jinja" in str(caught.value)) == (name == "llava")
+
+
 def variant(tmp_path, edit) -> Path:
     directory = tmp_path / "model"
     shutil.copytree(MODEL, directory)

@@ -1,8 +1,10 @@
 """Text as files hold it: every encoding and container is read right, or refused in one line that says what to do."""
 
+import bz2
 import codecs
 import gzip
 import json
+import lzma
 import os
 
 import datasets
@@ -66,6 +68,14 @@ def test_only_a_newline_ends_a_line(character, tmp_path):
         ("hello there".encode("utf-16-le"), "is UTF-16"),
         (gzip.compress(b"hello", mtime=0), r"is compressed \(gzip\); unpack it: gunzip"),
         (b"\x28\xb5\x2f\xfd\x04", r"is compressed \(zstd\); unpack it: unzstd"),
+        (bz2.compress(b"hello"), r"is compressed \(bzip2\); unpack it: bunzip2"),
+        (lzma.compress(b"hello"), r"is compressed \(xz\); unpack it: unxz"),
+        (b"PK\x03\x04\x14\x00", "is a ZIP archive, or an office document; unpack or convert it"),
+        (b"%PDF-1.7\nhello", "is a PDF; take its text out: pdftotext"),
+        (b"ARROW1\x00\x00", "is an Arrow file; .* kind: huggingface"),
+        ("hello".encode("utf-32"), "is UTF-32, not UTF-8; convert it: iconv -f UTF-32 -t UTF-8"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), r"holds binary data \(byte 0x89 in line 1\); name a file of text"),
+        (b"\x89PNG\r\n\x1a\n" + b"\x00\x00\x00\xff" * 100, "holds binary data"),
         (b"PAR1\x00\x01", "is a Parquet file; .* kind: huggingface"),
         ("ok\nok\ncaf\xe9".encode("latin-1"), r"line 3 is not UTF-8 \(byte 0xe9\); convert it"),
     ],
@@ -74,6 +84,28 @@ def test_other_encodings_and_containers_are_named(kind, content, words, tokenize
     tokenizer.chat_template = "x"
     with pytest.raises(DataError, match=words):
         load(text_spec(put(tmp_path / "d", content), kind=kind), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("d.jsonl", "use kind: jsonl, or messages"), ("d.NDJSON", "use kind: jsonl"), ("d.csv", "kind: huggingface")],
+)
+def test_a_file_of_rows_is_not_taken_for_prose(name, words, tokenizer, tmp_path):
+    """Its syntax would be calibrated on without a word."""
+    content = jsonl({"text": line} for line in LINES)
+    with pytest.raises(DataError, match=rf"holds rows .*{words}.*; renamed to \.txt it is taken as it is"):
+        load(text_spec(put(tmp_path / name, content)), tokenizer)
+    assert load(text_spec(put(tmp_path / "d.txt", content)), tokenizer).summary.samples
+
+
+def test_a_file_is_no_data_set(tokenizer, tmp_path):
+    rows = jsonl({"text": line} for line in LINES)
+    (tmp_path / "own").mkdir()
+    for name in ("d.jsonl", "own/d.jsonl"):
+        put(tmp_path / name, rows)
+    with pytest.raises(DataError, match="it is a file; put it into a directory of its own, and name that with kind"):
+        load(text_spec(tmp_path / "d.jsonl", kind="huggingface"), tokenizer)
+    assert load(text_spec(tmp_path / "own", kind="huggingface"), tokenizer).summary.samples
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])

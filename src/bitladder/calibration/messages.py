@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 
 from bitladder.calibration.batches import IGNORED_LABEL, Batch, DataSet, fingerprint
 from bitladder.calibration.processors import has_template, template_of, tokenizer_of
-from bitladder.calibration.special import begun_once, check_ids, check_text, placeholders, prefix_of
+from bitladder.calibration.special import begun_once, check_ids, check_text, end_of_prefix, placeholders, prefix_of
 from bitladder.calibration.text import data_set_rows, is_conversation, jsonl_rows, of_a_file, pool_size
 from bitladder.errors import DataError, reason_of
 from bitladder.reading import parse_json
@@ -42,6 +43,7 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+_SHAREGPT_ONLY = ("human", "gpt", "chatgpt")  # names that no chat template knows
 _PROBE = "aardvark"  # a word that no template writes by itself
 
 
@@ -96,6 +98,10 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
         turn = {"role": _ROLES[role], "content": content}
     if not isinstance(role, str):
         raise DataError(f"{where}: a turn's role is {json.dumps(role, default=str)[:40]}; it must be a string")
+    if role in _SHAREGPT_ONLY:  # under OpenAI's key a template would write them as they are
+        turn = {**turn, "role": _ROLES[role]}
+    elif role not in _ROLES and role.lower() in _ROLES:
+        raise DataError(f"{where}: a turn's role is {json.dumps(role)}; write it in lower case, as templates know it")
     calls = turn.get("tool_calls")
     if isinstance(content, list):
         for part in content:
@@ -151,7 +157,9 @@ def _conversation(spec: DataSpec, row: dict[str, Any], where: str, *, nullable: 
         )
     made = [_turn(turn, where) for turn in turns]
     system = row.get("system")
-    if isinstance(system, str) and system.strip() and made[0]["role"] != "system":  # ShareGPT's own column
+    if not isinstance(system, str | None):
+        raise DataError(f"{where}: 'system' is {json.dumps(system, default=str)[:40]}; it must be text")
+    if system is not None and system.strip() and made[0]["role"] != "system":  # ShareGPT's own column
         made.insert(0, {"role": "system", "content": system})
     tools = _pruned(_parsed(row.get("tools"), where, "tools"))
     if tools is not None and not isinstance(tools, list):
@@ -218,6 +226,7 @@ def chats_line(processor: Any) -> str:
         return "no chat template: data of kind messages can't be used"
     try:
         counted = counted_by(processor)
+        Writer(processor)
     except DataError as error:
         return f"data of kind messages can't be used: {error}"
     return f"data of kind messages: {counted} count{' (the chat template marks no turns)' * (counted == ALL_TOKENS)}"
@@ -238,6 +247,11 @@ class Writer:
         """Return whether the template writes a turn's text that is given in this way, as it is."""
         try:
             text = self._render(({"role": "user", "content": content},), None)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(
+                f"the model's chat template is damaged ({reason_of(error).rstrip('.')}); mend chat_template.jinja "
+                "beside its weights, or calibrate it on text"
+            ) from error
         except Exception:  # a template is a program: it raises what it likes
             return False
         return _PROBE in text and "'type'" not in text and '"type"' not in text
@@ -290,7 +304,7 @@ class Writer:
                 f"({reason.rstrip('.')}); correct or remove it"
             ) from error
         ids = tuple(encoded["input_ids"])
-        begin = len(self._prefix)
+        begin = end_of_prefix(ids, self._prefix)
         marks = encoded["assistant_masks"] if self.marks else [1] * len(ids)
         counted = tuple(bool(mark) and place >= begin for place, mark in enumerate(marks))
         return Encoded(ids[:length], counted[:length])

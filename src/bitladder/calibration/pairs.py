@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 
 from bitladder.calibration import pictures
-from bitladder.calibration.processors import template_of, tokenizer_of
+from bitladder.calibration.processors import has_template, template_of, tokenizer_of
 from bitladder.calibration.special import begun_once, check_text, placeholders
 from bitladder.calibration.text import jsonl_rows, read_text
 from bitladder.errors import DataError, reason_of
 from bitladder.reading import parse_json
 from bitladder.recipe import DataSpec
 from bitladder.records import digest_of
+
+_PROBE = "aardvark"
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,11 @@ def check_samples(samples: Sequence[Sample], processor: Any) -> None:
     Raises:
         DataError: it names file and line.
     """
+    if not has_template(processor) and _ends_prompts(processor):
+        raise DataError(
+            "the model has no chat template, and its processor ends a prompt by itself, so that no template could "
+            "place an answer behind it; calibrate the model on text"
+        )
     forbidden = placeholders(processor)
     for sample in samples:
         for name, text in (("prompt", sample.prompt), ("answer", sample.text)):
@@ -145,6 +152,19 @@ def check_samples(samples: Sequence[Sample], processor: Any) -> None:
             "the model's chat template writes nothing for a picture; mend chat_template.jinja beside its weights, or "
             "calibrate it on text"
         )
+
+
+def _ends_prompts(processor: Any) -> bool:
+    """Return whether a processor writes something behind the text that it is given, as PaliGemma's does."""
+    token = getattr(processor, "image_token", None)
+    texts = [f"{token}{_PROBE}", f"{token}{_PROBE} {_PROBE}"]
+    try:  # transformers >= 5.20 has this step apart
+        first, second = (
+            processor.prepare_inputs_layout(images=[[Image.new("RGB", (32, 32))]], text=[text])[1][0] for text in texts
+        )
+    except Exception:  # processors raise what they like
+        return False
+    return not str(second).startswith(str(first))
 
 
 def encode(samples: Sequence[Sample], processor: Any, *, with_answer: bool, padding_side: str) -> dict[str, Any]:

@@ -46,10 +46,17 @@ def prefix_of(tokenizer: Any) -> tuple[int, ...]:
 def begun_once(tokenizer: Any, text: str) -> str:
     """Return a rendered chat that begins exactly once with what the tokenizer puts first, for use without adding any.
 
-    Many chat templates write BOS themselves; where one doesn't, the tokenizer would.
+    Many chat templates write BOS themselves, some after white space; where one doesn't, the tokenizer would.
     """
     before = "".join(tokenizer.convert_ids_to_tokens(list(prefix_of(tokenizer))))
-    return text if text.startswith(before) else before + text
+    return text if text.lstrip().startswith(before) else before + text
+
+
+def end_of_prefix(ids: Sequence[int], prefix: Sequence[int]) -> int:
+    """Return the place behind a chat's prefix, which white space may stand before; 0: it has none."""
+    size = len(prefix)
+    places = range(len(ids) - size + 1) if size else ()
+    return next((at + size for at in places if tuple(ids[at : at + size]) == tuple(prefix)), 0)
 
 
 def without_prefix(ids: list[int], prefix: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,26 @@ from bitladder.errors import DataError, reason_of
 from bitladder.reading import parse_json, read_bytes
 from bitladder.recipe import MESSAGES, DataSpec, names_a_file
 
-_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"  # first bytes of files that aren't text
+_AS_DATA_SET = "put it into a directory of its own, and name that with kind: huggingface"
+# First bytes of files that aren't text, and what to do with them.
+_OTHER_FILES = (
+    (rb"\x1f\x8b", "is compressed (gzip); unpack it: gunzip"),
+    (rb"\x28\xb5\x2f\xfd", "is compressed (zstd); unpack it: unzstd"),
+    (rb"BZh[1-9]1AY&SY", "is compressed (bzip2); unpack it: bunzip2"),
+    (rb"\xfd7zXZ\0", "is compressed (xz); unpack it: unxz"),
+    (rb"PK\x03\x04", "is a ZIP archive, or an office document; unpack or convert it, and name the text"),
+    (rb"%PDF-", "is a PDF; take its text out: pdftotext"),
+    (rb"PAR1", f"is a Parquet file; {_AS_DATA_SET}"),
+    (rb"ARROW1\0\0|\xff\xff\xff\xff", f"is an Arrow file; {_AS_DATA_SET}"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "is UTF-32, not UTF-8; convert it: iconv -f UTF-32 -t UTF-8"),
+)
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # bytes that text in no 8-bit encoding has
+# Endings of files that hold rows: as one text, they would be calibrated on with their syntax.
+_ROW_FILES = {
+    **dict.fromkeys((".jsonl", ".ndjson"), "use kind: jsonl, or messages for conversations"),
+    **dict.fromkeys((".csv", ".tsv"), _AS_DATA_SET),
+}
 _ROWS_PER_SAMPLE = 8  # rows of a data set that one sample is chosen from; what lies beyond isn't read
 _OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # what keeps `datasets` off the Hub
 _TRUE = ("1", "ON", "YES", "TRUE")  # huggingface_hub, constants.py
@@ -23,16 +42,24 @@ _CHATS = ("messages", "conversations")  # fields in which chat data holds its tu
 
 
 def _refuse_other_files(path: Path, content: bytes) -> None:
-    """Raise where the content is known not to be UTF-8 text; a byte pair in four that is NUL is UTF-16 without BOM."""
-    for head, words in (
-        (_GZIP, "is compressed (gzip); unpack it: gunzip"),
-        (_ZSTD, "is compressed (zstd); unpack it: unzstd"),
-        (_PARQUET, "is a Parquet file; put it into a directory of its own, and name that with kind: huggingface"),
-    ):
-        if content.startswith(head):
+    """Raise where the content is known not to be UTF-8 text."""
+    for head, words in _OTHER_FILES:
+        if re.match(head, content):
             raise DataError(f"data file {path} {words}")
-    if content.startswith(_UTF16) or content[:4096].count(0) * 4 > len(content[:4096]):
+    # Without a byte order mark: every other byte of Western text in UTF-16 is NUL.
+    zeros = sorted((content[:4096:2].count(0), content[1:4096:2].count(0)))
+    if content.startswith(_UTF16) or (zeros[1] * 4 > len(content[:4096]) and zeros[0] * 10 < zeros[1]):
         raise DataError(f"data file {path} is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+
+
+def _refuse_rows(path: Path) -> None:
+    """Raise where a file's name says that it holds rows, not one text."""
+    remedy = _ROW_FILES.get(path.suffix.lower())
+    if remedy is not None:
+        raise DataError(
+            f"data file {path} holds rows ({path.suffix}), whose syntax kind text would take for text; {remedy}; "
+            "renamed to .txt it is taken as it is"
+        )
 
 
 def read_text(path: Path) -> str:
@@ -58,6 +85,12 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
+        binary = _BINARY.search(content)
+        if binary is not None:  # iconv would make "text" of it all the same
+            raise DataError(
+                f"data file {path} holds binary data (byte 0x{content[error.start]:02x} in line {line}); name a file "
+                "of text"
+            ) from error
         raise DataError(
             f"data file {path} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}); convert it, for example: "
             "iconv -f LATIN1 -t UTF-8"
@@ -114,6 +147,8 @@ def data_set_rows(spec: DataSpec) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"data set {spec.path} (split {split}) can't be fetched from the Hub ({reason}); name a local file "
                 f"(kind {files}), or {f'unset {offline}' if offline else 'set HF_ENDPOINT to a mirror that answers'}"
             ) from error
+        if local.is_file():
+            reason = f"it is a file; {_AS_DATA_SET}"
         raise DataError(f"data set {spec.path} (split {split}) can't be loaded: {reason}") from error
 
 
@@ -154,6 +189,7 @@ def _documents(spec: DataSpec) -> Iterator[tuple[str, str | None]]:
     None stands for a data set's null.
     """
     if spec.kind == "text":
+        _refuse_rows(Path(spec.path))
         found: Iterator[tuple[str, str | None]] = iter([(f"data file {spec.path}", read_text(Path(spec.path)))])
     elif spec.kind == "jsonl":
         named = ((f"{spec.path} line {number}", row) for number, row in jsonl_rows(Path(spec.path)))
