@@ -20,7 +20,7 @@ ALLOWED = {
     "numerics": set(),
     "headers": {"errors", "reading"},
     "weights": {"errors", "headers", "reading", "records", "storage"},
-    "planning": {"errors", "formats", "models", "prediction", "recipe", "records"},
+    "planning": {"errors", "formats", "models", "planning", "prediction", "recipe", "records"},
     "importing": {"errors", "formats", "models", "reading", "records", "storage"},
     "models": {"errors", "models", "reading", "records", "storage", "weights"},
     "prediction": set(),
@@ -117,6 +117,12 @@ def test_no_pickle_anywhere():
 @pytest.mark.parametrize("module", NO_TORCH)
 def test_planning_and_reporting_work_without_torch(module):
     code = f"import sys; sys.modules['torch'] = None; import bitladder.{module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_planning_works_without_transformers_and_scipy():
+    code = "import sys; sys.modules.update(torch=None, transformers=None, scipy=None); import bitladder.planning"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

@@ -15,6 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from bitladder import formats, importing, planning
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, MeasurementError, PlanError
+from bitladder.planning import points
 from bitladder.records import (
     BF16,
     Candidate,
@@ -428,7 +429,8 @@ def test_a_measurement_of_nothing_is_refused():
 def test_a_broken_plan_is_never_handed_out(monkeypatch):
     """The check in integers at the end can fail."""
     measurement = measurement_of([16] * 4, [{"fp8": 1.0}] * 4)
-    monkeypatch.setattr(planning.Frontier, "within_bits", lambda self, max_bits: len(self.bits) - 2)
+    costly = planning.Frontier(measurement).assignment(3)
+    monkeypatch.setattr(planning.Solver, "least_score", lambda self, max_bits: costly)
     with pytest.raises(PlanError, match="exceeds its budget"):
         planning.plan(measurement, spec("x", effective_bits=9.0))
 
@@ -473,9 +475,13 @@ def test_one_batch_has_no_standard_error(real):
 
 
 def test_a_frontier_too_large_is_refused(real, monkeypatch):
-    monkeypatch.setattr(planning, "MAX_FRONTIER_CHOICES", 1000)
-    with pytest.raises(PlanError, match="use coverage"):
+    monkeypatch.setattr(points, "MAX_FRONTIER_CHOICES", 30_000)
+    with pytest.raises(PlanError, match=r"exact frontier of 144 groups with 1 formats exceeds.*plan single targets"):
         planning.frontier(real)
+    assert planning.plan(real, spec("x", effective_bits=11.0)).effective_bits <= 11.0  # does without
+    monkeypatch.setattr(points, "MAX_FRONTIER_CHOICES", 0)
+    with pytest.raises(PlanError, match="exact choice among 144 groups.*use coverage or include"):
+        planning.plan(real, spec("x", effective_bits=11.0))
 
 
 @pytest.mark.parametrize("bits", [4.5, 3.0, 7.99, 16, 20.0])

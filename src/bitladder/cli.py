@@ -243,19 +243,34 @@ def frontier(
 ) -> None:
     """Print the exact trade-off of a measurement: the least predicted score at every attainable size, as CSV.
 
+    Where it has too many points to hold, `--points` of it are found one by one, and 0 prints its convex hull.
+
     Example: bitladder frontier runs/demo/measurement.json --points 0 > frontier.csv
     """
     from bitladder import planning
+    from bitladder.errors import FrontierTooLarge
     from bitladder.records import Measurement
 
     known = Measurement.read(measurement)
-    edge = planning.frontier(known)
-    total = len(edge.bits)
-    step = 1 if points <= 0 else max(1, total // points)
-    wanted = sorted({*range(0, total, step), total - 1})
+    try:
+        edge = planning.frontier(known)
+        total = len(edge.bits)
+        step = 1 if points <= 0 else max(1, total // points)
+        chosen = sorted({*range(0, total, step), total - 1})
+        wanted = [(int(edge.bits[index]), float(edge.scores[index])) for index in chosen]
+    except FrontierTooLarge:
+        wanted = planning.outline(known, points)
+        what = "the corners of its convex hull" if points <= 0 else "evenly spaced in size"
+        complaints.print(
+            f"note: the frontier of {len(known.groups)} groups with {len(known.formats)} formats has too many points "
+            f"to hold; these {len(wanted)} are on it ({what}), and there are more between them",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
     print("effective_bits,weight_bits,predicted_score")
-    for index in wanted:
-        print(f"{edge.effective_bits[index]:.6f},{int(edge.bits[index])},{float(edge.scores[index])!r}")
+    for bits, score in wanted:
+        print(f"{bits / known.searched_weights:.6f},{bits},{score!r}")
 
 
 @app.command()

@@ -88,19 +88,18 @@ def _modelopt_choice(measurement: Measurement, scheme: Scheme, format_name: str)
     """
     plain = measurement.model_copy(update={"score_weights": (1.0,) * len(measurement.score_weights)})
     if measurement.method != "kl_div":
-        frontier = planning.frontier(plain)
-        index = frontier.within_bits(scheme.weight_bits)
-        assert index is not None  # the scheme itself is within its bits
-        return frozenset(group for group, name in frontier.assignment(index).items() if name != BF16)
+        chosen = planning.Solver(plain).least_score(scheme.weight_bits)
+        assert chosen is not None  # the scheme itself is within its bits
+        return frozenset(group for group, name in chosen.items() if name != BF16)
     size = {group.name: group.weight_elements for group in measurement.groups}
     room = sum(size[group] for group in scheme.quantised_groups())
-    chosen = set()
+    below = set()
     for group in _order(plain, format_name, "lowest_score", None):
-        chosen.add(group)
+        below.add(group)
         room -= size[group]
         if room <= 0:
             break
-    return frozenset(chosen)
+    return frozenset(below)
 
 
 def _order(measurement: Measurement, format_name: str, kind: str, seed: int | None) -> list[str]:

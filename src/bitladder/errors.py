@@ -56,6 +56,10 @@ class InfeasibleTarget(PlanError):
     """The target lies outside the attainable range."""
 
 
+class FrontierTooLarge(PlanError):
+    """The whole trade-off of a measurement has too many points to hold; single budgets can be planned."""
+
+
 class DuplicateSchemes(PlanError):
     """Two schemes assign the same format to every group."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from bitladder.errors import PlanError
 from bitladder.formats import bits_of
-from bitladder.planning import Frontier, density_order, price
+from bitladder.planning import Solver, density_order, price
 from bitladder.records import BF16, Measurement, Scheme
 
 _TRIES = 4  # choices of a round whose KL is measured
@@ -148,7 +148,6 @@ def _optimum(measurement: Measurement, scheme: Scheme, damage: Mapping[str, floa
     part = measurement.model_copy(
         update={"groups": groups, "candidates": candidates, "formats": (name,), "score_weights": (1.0,)}
     )
-    frontier = Frontier(part)
-    index = frontier.within_bits(sum(g.weight_elements * bits_of(scheme.formats[g.name]) for g in groups))
-    assert index is not None  # the scheme's own choice fits
-    return {**scheme.formats, **frontier.assignment(index)}
+    chosen = Solver(part).least_score(sum(g.weight_elements * bits_of(scheme.formats[g.name]) for g in groups))
+    assert chosen is not None  # the scheme's own choice fits
+    return {**scheme.formats, **chosen}

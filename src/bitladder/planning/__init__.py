@@ -1,0 +1,39 @@
+"""Plans schemes from a measurement: `plan(measurement, spec) -> Scheme`. Pure and exact; no torch, no model.
+
+options     what every group may become, without what no plan can need
+relaxation  bounds on what groups can do together
+points      Pareto-optimal sums, which grow group by group
+frontier    the whole trade-off, and what can be asked of it
+solver      single budgets, without the whole
+pricing     what an assignment costs and is predicted to do
+patterns    what patterns name
+ranges      refusals that name the attainable range
+asking      every way to ask for a scheme
+"""
+
+from bitladder.planning.asking import plan, plan_all, related
+from bitladder.planning.frontier import Frontier, TradeOff, frontier
+from bitladder.planning.patterns import Searched, matching_groups
+from bitladder.planning.points import MAX_FRONTIER_CHOICES
+from bitladder.planning.pricing import density_order, price, standard_error
+from bitladder.planning.ranges import SMALLEST_FORMAT_BITS, refuse_unattainable
+from bitladder.planning.solver import Solver, outline
+
+__all__ = [
+    "MAX_FRONTIER_CHOICES",
+    "SMALLEST_FORMAT_BITS",
+    "Frontier",
+    "Searched",
+    "Solver",
+    "TradeOff",
+    "density_order",
+    "frontier",
+    "matching_groups",
+    "outline",
+    "plan",
+    "plan_all",
+    "price",
+    "refuse_unattainable",
+    "related",
+    "standard_error",
+]

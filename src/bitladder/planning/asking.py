@@ -1,0 +1,247 @@
+"""Plans schemes from a measurement: `plan(measurement, spec) -> Scheme`. Pure and exact; no torch, no model.
+
+Every group gets one of its candidate formats or stays in bf16. The cost of an assignment is its weight bits (an
+integer), its predicted damage the sum of the sensitivities. There is one way to ask a scheme:
+
+    effective_bits       the least damage within so many bits
+    max_predicted_score  the fewest bits within so much damage
+    max_kl               the same, through a map from scores to KL that was fitted on measured schemes
+    coverage             a prefix of the order by damage per bit saved, so that coverage schemes are nested
+    include              what the patterns name
+
+With one format and no negative score such a prefix is on the frontier, too: nothing of its size does less damage.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
+
+from bitladder.errors import DuplicateSchemes, InfeasibleTarget, PlanError
+from bitladder.planning import ranges
+from bitladder.planning.frontier import TradeOff
+from bitladder.planning.options import check_usable
+from bitladder.planning.patterns import matching_groups
+from bitladder.planning.pricing import density_order, price
+from bitladder.planning.solver import Solver
+from bitladder.prediction import KlMap
+from bitladder.recipe import SchemeSpec
+from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
+
+
+def plan(
+    measurement: Measurement, spec: SchemeSpec, *, frontier: TradeOff | None = None, kl_map: KlMap | None = None
+) -> Scheme:
+    """Return the scheme that `spec` asks for.
+
+    Args:
+        measurement: what was measured.
+        spec: what is asked, in exactly one way, less what `exclude` names.
+        frontier: the measurement's trade-off where it is at hand, as a `Frontier` or a `Solver`: both answer the same.
+        kl_map: from this measurement's scores to KL; `max_kl` needs it.
+
+    Raises:
+        InfeasibleTarget: outside the attainable range, which the message names. PlanError: a pattern that matches
+        nothing, or a format that isn't measured. MeasurementError: a score is NaN or Inf.
+    """
+    return _Planner(measurement, frontier, kl_map).plan(spec)
+
+
+def plan_all(measurement: Measurement, specs: Sequence[SchemeSpec], kl_map: KlMap | None = None) -> tuple[Scheme, ...]:
+    """Return the schemes of a ladder, with the relations between them.
+
+    Raises:
+        DuplicateSchemes: two schemes come out equal. See `plan` for the others.
+    """
+    planner = _Planner(measurement, None, kl_map)
+    return related([planner.plan(spec) for spec in specs])
+
+
+class _Planner:
+    """Plans schemes of one measurement, and keeps what they share."""
+
+    def __init__(self, measurement: Measurement, given: TradeOff | None, kl_map: KlMap | None) -> None:
+        self._fingerprint = measurement.fingerprint()
+        self._weighed = {1.0: measurement}  # by the weight of image-token positions
+        self._given = given
+        self._kl_map = kl_map
+        self._solvers: dict[tuple[float, frozenset[str]], TradeOff] = {}
+        check_usable(measurement)
+
+    def plan(self, spec: SchemeSpec) -> Scheme:
+        """Return the scheme that `spec` asks for; see `plan`."""
+        measurement = self._measurement(spec.image_weight)
+        excluded = frozenset(matching_groups(measurement, spec.name, spec.exclude))
+        if len(excluded) == len(measurement.groups):
+            raise InfeasibleTarget(
+                f"scheme {spec.name} would quantise nothing: exclude {list(spec.exclude)} leaves no group; exclude less"
+            )
+        if spec.coverage is not None:
+            formats = _by_coverage(measurement, spec, excluded)
+        elif spec.include is not None:
+            formats = _by_name(measurement, spec, excluded)
+        else:
+            formats = self._by_budget(measurement, spec, excluded)
+        scheme = price(
+            measurement,
+            spec.name,
+            formats,
+            spec.model_dump(mode="json", exclude_defaults=True),
+            kv_cache_format="fp8" if spec.kv_cache == "fp8" else None,
+            fingerprint=self._fingerprint,
+        )
+        _check(measurement, spec, scheme, self._kl_map)
+        return scheme
+
+    def _measurement(self, image_weight: float) -> Measurement:
+        if image_weight not in self._weighed:
+            weighed = self._weighed[1.0].weigh_images(image_weight)
+            check_usable(weighed)
+            self._weighed[image_weight] = weighed
+        return self._weighed[image_weight]
+
+    def _by_budget(self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str]) -> dict[str, str]:
+        """Return the best choice among all formats within the budget on either side."""
+        if spec.format is not None and measurement.formats != (spec.format,):
+            raise PlanError(
+                f"scheme {spec.name}: `format` goes with coverage or include; the others choose among all measured "
+                f"formats ({ranges.listed(measurement)}); leave it out"
+            )
+        edge = self._trade_off(measurement, spec, excluded)
+        return _by_bits(spec, edge) if spec.effective_bits is not None else _by_damage(spec, edge, self._kl_map)
+
+    def _trade_off(self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str]) -> TradeOff:
+        given = self._given if spec.image_weight == 1.0 else None
+        if given is not None and given.measurement is not measurement and given.measurement != measurement:
+            raise PlanError(f"scheme {spec.name}: the frontier given is of another measurement; leave it out")
+        if given is not None and given.excluded == excluded:
+            return given
+        key = spec.image_weight, excluded
+        if key not in self._solvers:
+            self._solvers[key] = Solver(measurement, excluded)
+        return self._solvers[key]
+
+
+def _check(measurement: Measurement, spec: SchemeSpec, scheme: Scheme, kl_map: KlMap | None) -> None:
+    """Check, in integers, that the plan keeps its budget."""
+    total = measurement.searched_weights
+    quantised = sum(g.weight_elements for g in measurement.groups if scheme.formats[g.name] != BF16)
+    kept = [
+        spec.effective_bits is None or scheme.weight_bits <= Fraction(str(spec.effective_bits)) * total,
+        spec.coverage is None or quantised <= Fraction(str(spec.coverage)) * total,
+        spec.max_predicted_score is None or scheme.predicted_score <= spec.max_predicted_score,
+        spec.max_kl is None or kl_map is None or scheme.predicted_score <= (kl_map.score_of(spec.max_kl) or 0.0),
+    ]
+    if not all(kept):
+        raise PlanError(f"scheme {spec.name} exceeds its budget; this is a bug: please report it")
+
+
+def related(schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:
+    """Return the schemes, each with the others that it is nested in.
+
+    Raises:
+        DuplicateSchemes: two are equal. PlanError: two have one name.
+    """
+    for index, scheme in enumerate(schemes):
+        for other in schemes[index + 1 :]:
+            if scheme.name == other.name:
+                raise PlanError(f"two schemes are named {scheme.name}; rename one")
+            if (scheme.formats, scheme.kv_cache_format) == (other.formats, other.kv_cache_format):
+                raise DuplicateSchemes(
+                    f"schemes {scheme.name} ({scheme.asked}) and {other.name} ({other.asked}) assign the same formats "
+                    f"(coverage {scheme.coverage:.4f}, {scheme.effective_bits:.3f} bits); drop one or change its target"
+                )
+    return tuple(
+        scheme.model_copy(update={"nested_in": tuple(other.name for other in schemes if _is_nested(scheme, other))})
+        for scheme in schemes
+    )
+
+
+def _is_nested(inner: Scheme, outer: Scheme) -> bool:
+    """Return whether `outer` quantises all of `inner`, KV cache included, in the same formats, and more."""
+    mine, theirs = inner.quantised_groups(), outer.quantised_groups()
+    same_cache = inner.kv_cache_format == outer.kv_cache_format
+    return (
+        mine <= theirs
+        and (same_cache or inner.kv_cache_format is None)
+        and not (mine == theirs and same_cache)
+        and all(inner.formats[group] == outer.formats[group] for group in mine)
+    )
+
+
+def _by_bits(spec: SchemeSpec, edge: TradeOff) -> dict[str, str]:
+    """Return the least damage within `effective_bits`."""
+    assert spec.effective_bits is not None
+    asked = Fraction(str(spec.effective_bits))
+    if asked >= BF16_BITS:
+        raise ranges.quantises_nothing(spec, ranges.range_of(edge))
+    formats = edge.least_score(math.floor(asked * edge.measurement.searched_weights))
+    if formats is None:
+        raise ranges.below_the_minimum(spec, edge)
+    return formats
+
+
+def _by_damage(spec: SchemeSpec, edge: TradeOff, kl_map: KlMap | None) -> dict[str, str]:
+    """Return the fewest bits within `max_predicted_score` or `max_kl`."""
+    if spec.max_kl is None:
+        assert spec.max_predicted_score is not None
+        formats = edge.fewest_bits(spec.max_predicted_score)
+        if formats is None:
+            raise ranges.beyond_the_score(spec, edge)
+        return formats
+    if kl_map is None:
+        raise PlanError(
+            f"scheme {spec.name}: max_kl needs KL measured on a few schemes, which planning from a recipe does; here "
+            "use coverage, effective_bits or max_predicted_score"
+        )
+    most = kl_map.score_of(spec.max_kl)
+    formats = None if most is None else edge.fewest_bits(most)
+    if formats is None:
+        raise ranges.beyond_the_kl(spec, edge, kl_map)
+    return formats
+
+
+def _by_coverage(measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str]) -> dict[str, str]:
+    """Return the longest prefix of the order by damage per bit saved that `coverage` has room for."""
+    assert spec.coverage is not None
+    name = _one_format(measurement, spec)
+    total = measurement.searched_weights
+    size = {group.name: group.weight_elements for group in measurement.groups}
+    order = [group for group in density_order(measurement, name) if group not in excluded]
+    budget = Fraction(str(spec.coverage)) * total
+    chosen = {group for group, taken in zip(order, accumulate(size[g] for g in order), strict=True) if taken <= budget}
+    if not chosen:
+        least = math.ceil(Fraction(size[order[0]] * 10**6, total)) / 10**6
+        raise InfeasibleTarget(
+            f"scheme {spec.name}: coverage {spec.coverage} is less than the share of the first group; "
+            f"the smallest attainable is {least:g} ({order[0]})"
+        )
+    return {group.name: name if group.name in chosen else BF16 for group in measurement.groups}
+
+
+def _by_name(measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str]) -> dict[str, str]:
+    """Return what `include` names, less what is excluded."""
+    assert spec.include is not None
+    name = _one_format(measurement, spec)
+    chosen = matching_groups(measurement, spec.name, spec.include) - excluded
+    if not chosen:
+        raise InfeasibleTarget(
+            f"scheme {spec.name} would quantise nothing: include {list(spec.include)} without exclude "
+            f"{list(spec.exclude)} leaves no group; include more"
+        )
+    return {group.name: name if group.name in chosen else BF16 for group in measurement.groups}
+
+
+def _one_format(measurement: Measurement, spec: SchemeSpec) -> str:
+    """Return the format that a coverage or include scheme uses.
+
+    Raises:
+        PlanError: it isn't measured, or there are several and none is named.
+    """
+    name = spec.format or (measurement.formats[0] if len(measurement.formats) == 1 else None)
+    if name is None or name not in measurement.formats:
+        asked = "names no format" if name is None else f"asks for format {name}"
+        raise PlanError(
+            f"scheme {spec.name} {asked}; set `format` to one of those measured: {ranges.listed(measurement)}"
+        )
+    return name

@@ -1,0 +1,121 @@
+"""What an assignment of formats costs and is predicted to do."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bitladder.errors import InfeasibleTarget, PlanError
+from bitladder.formats import bits_of, get_format
+from bitladder.models.fusing import Fusing
+from bitladder.planning.options import check_usable
+from bitladder.records import BF16, BF16_BITS, Measurement, QuantGroup, Scheme
+
+
+def density_order(measurement: Measurement, format_name: str) -> list[str]:
+    """Return the groups by predicted damage per bit saved, least first; groups with equal density in network order.
+
+    Raises:
+        PlanError: the format isn't measured. MeasurementError: a score is NaN or Inf.
+    """
+    check_usable(measurement)
+    if format_name not in measurement.formats:
+        raise PlanError(f"format {format_name} is not measured; measured: {', '.join(measurement.formats)}")
+    table = measurement.by_group()
+
+    def density(group: QuantGroup) -> float:
+        candidate = table[group.name][format_name]
+        return measurement.sensitivity(candidate) / (group.weight_elements * BF16_BITS - candidate.weight_bits)
+
+    return [group.name for group in sorted(measurement.groups, key=density)]
+
+
+def standard_error(measurement: Measurement, formats: Mapping[str, str]) -> float | None:
+    """Return the standard error of a scheme's predicted score over the scoring batches, or None with one batch
+    or nothing quantised.
+
+    With n batches and c_b the scheme's weighted score of batch b, the predicted score is Σ c_b and its standard error
+    sqrt(n / (n - 1) · Σ (c_b - mean c)²).
+    """
+    table = measurement.by_group()
+    chosen = [table[group][name].scores for group, name in formats.items() if name != BF16]
+    count = len(measurement.score_weights)
+    if count < 2 or not chosen:
+        return None
+    parts = [
+        weight * math.fsum(scores[batch] for scores in chosen) for batch, weight in enumerate(measurement.score_weights)
+    ]
+    mean = math.fsum(parts) / count
+    return math.sqrt(count / (count - 1) * math.fsum((part - mean) ** 2 for part in parts))
+
+
+def price(
+    measurement: Measurement,
+    name: str,
+    formats: Mapping[str, str],
+    asked: Mapping[str, Any],
+    *,
+    kv_cache_format: str | None = None,
+    fingerprint: str | None = None,
+) -> Scheme:
+    """Return the record of any assignment: what it costs, and what it is predicted to do.
+
+    Args:
+        measurement: what the prediction is made from.
+        name: of the scheme.
+        formats: `{group: format}`, of every group.
+        asked: what led to it.
+        kv_cache_format: None: 16 bits.
+        fingerprint: of the measurement as it was written, where it is weighed otherwise here.
+
+    Raises:
+        InfeasibleTarget: nothing is quantised.
+    """
+    weight_bits = weight_bytes = quantised = 0
+    excluded: list[str] = []
+    for group in measurement.groups:
+        format_name = formats[group.name]
+        bits = group.weight_elements * bits_of(format_name)
+        weight_bits += bits
+        weight_bytes += -(-bits // 8)
+        if format_name == BF16:
+            excluded += [(m.tensor or m.name).removesuffix(".weight") for m in group.modules]
+        else:
+            quantised += group.weight_elements
+            weight_bytes += len(group.modules) * get_format(format_name).scale_bytes
+    if not quantised:
+        raise InfeasibleTarget(f"scheme {name} would quantise nothing; ask for more")
+    return Scheme(
+        name=name,
+        measurement_sha256=fingerprint or measurement.fingerprint(),
+        asked=dict(asked),
+        formats=dict(formats),
+        effective_bits=weight_bits / measurement.searched_weights,
+        coverage=quantised / measurement.searched_weights,
+        searched_weights=measurement.searched_weights,
+        weight_bits=weight_bits,
+        weight_bytes=weight_bytes,
+        predicted_score=_predicted(measurement, formats),
+        score_unit=measurement.score_unit,
+        exclude_modules=_with_vllms_names(
+            measurement.model.architecture, [*excluded, *(module.checkpoint_name for module in measurement.untouched)]
+        ),
+        kv_cache_format=kv_cache_format,
+    )
+
+
+def _predicted(measurement: Measurement, formats: Mapping[str, str]) -> float:
+    table = measurement.by_group()
+    return math.fsum(measurement.sensitivity(table[g][name]) for g, name in formats.items() if name != BF16)
+
+
+def _with_vllms_names(architecture: str, modules: Sequence[str]) -> tuple[str, ...]:
+    """Return the excluded modules and, where these alone would not exclude a layer in vLLM, the name that it asks for.
+
+    That is so where vLLM's quantisation doesn't know which modules a layer holds, where it insists on one that the
+    model hasn't (values that are the keys), and where it builds a module under another name than the module's own.
+    Source: vllm, quantization/utils/quant_utils.py, is_layer_skipped.
+    """
+    fusing = Fusing.of({"architectures": [architecture]})
+    layers = [layer for layer in fusing.layers(modules) if layer.shards]
+    names = [*modules, *(x.name for x in layers if not x.packed or len(x.modules) < len(x.shards))]
+    return tuple(dict.fromkeys([*names, *map(fusing.asked_as, names)]))
