@@ -91,7 +91,13 @@ def false_errors(results: Any) -> str | None:
 def try_architecture(name: str, scratch: Path, cells: dict[str, str]) -> None:
     """Put into `cells` what each step makes of an architecture; steps after one that fails are left out."""
     import tiny_architectures
-    from bitladder import pipeline, targets
+    from bitladder.models.target import find_target
+    from bitladder.steps.evaluate import evaluate
+    from bitladder.steps.export import export as export_step
+    from bitladder.steps.measure import measure
+    from bitladder.steps.plan import plan
+    from bitladder.steps.preflight import preflight
+    from bitladder.steps.verify import verify
 
     model = scratch / "model"
     try:
@@ -102,7 +108,7 @@ def try_architecture(name: str, scratch: Path, cells: dict[str, str]) -> None:
     except Exception as error:  # transformers' own, on its own small configuration
         cells["build"] = f"{NOT_BUILT}{type(error).__name__}: {one_line(error)[:200]}"
         return
-    cells["inspect"], _ = attempt(lambda: targets.find_target(model))
+    cells["inspect"], _ = attempt(lambda: find_target(model))
     if cells["inspect"] != OK:
         return
     problem = tiny_architectures.why_it_does_not_run(name, model)
@@ -111,7 +117,7 @@ def try_architecture(name: str, scratch: Path, cells: dict[str, str]) -> None:
         return
     works = {engine: tiny_architectures.workspace(model, scratch / engine, engine) for engine in ENGINES}
     for engine, work in works.items():
-        cells[engine], _ = attempt(lambda work=work: pipeline.measure(work))
+        cells[engine], _ = attempt(lambda work=work: measure(work))
     if REMEDY in cells["native"] and cells["modelopt"] != OK:
         cells["modelopt"] = REMEDY_FAILS + cells["modelopt"]
     work = next((work for engine, work in works.items() if cells[engine] == OK), None)
@@ -119,11 +125,11 @@ def try_architecture(name: str, scratch: Path, cells: dict[str, str]) -> None:
         return
 
     def export() -> None:
-        pipeline.plan(work)
-        pipeline.export(work)
+        plan(work)
+        export_step(work)
 
-    after = {"export": export, "verify": lambda: pipeline.verify(work), "preflight": lambda: pipeline.preflight(work)}
-    for step, call in {**after, "evaluate": lambda: pipeline.evaluate(work)}.items():
+    after = {"export": export, "verify": lambda: verify(work), "preflight": lambda: preflight(work)}
+    for step, call in {**after, "evaluate": lambda: evaluate(work)}.items():
         cells[step], result = attempt(call)
         if step == "preflight" and cells[step] == OK:
             cells[step] = false_errors(result) or OK
@@ -187,7 +193,7 @@ def counted(rows: int) -> str:
 
 def render(record: dict[str, Any]) -> str:
     """Return docs/architectures.md."""
-    from bitladder.report.render import markdown_table
+    from bitladder.report.numbers import markdown_table
 
     numbers: dict[str, int] = {}  # by what is generic in a reason
     listed: dict[int, str] = {}

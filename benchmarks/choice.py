@@ -40,11 +40,11 @@ def modelopt_choices(work, measurement, method: str, count_all: bool = True) -> 
     import torch
     from modelopt.torch.quantization.algorithms import QuantRecipe, _resolve_best_recipe
 
-    from bitladder import pipeline
-    from bitladder.sensitivity import resolve_device
-    from bitladder.targets import load_model
+    from bitladder.device import resolve_device
+    from bitladder.models.loading import load_model
+    from bitladder.steps.data import calibration_data
 
-    data, device = pipeline.calibration_data(work), resolve_device(work.recipe.measurement.device)
+    data, device = calibration_data(work), resolve_device(work.recipe.measurement.device)
     searched = {module.name: group.name for group in measurement.groups for module in group.modules}
     model = load_model(work.model_directory, torch.float32, device)
     model.config.use_cache = False

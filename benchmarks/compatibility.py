@@ -11,9 +11,10 @@ import json
 import os
 from pathlib import Path
 
-from bitladder.report.render import markdown_table
+from bitladder.report.numbers import markdown_table
 from bitladder.runinfo import hardware
-from bitladder.runtimes import load, preflight
+from bitladder.runtimes import preflight
+from bitladder.runtimes.vllm.load import load_all
 
 RESULT = Path(__file__).resolve().parent / "results" / "compatibility.json"
 
@@ -45,7 +46,7 @@ def main() -> None:
         for result in preflight.preflight(directory):
             table[name][f"{result.runtime}, pre-flight"] = cell(result)
     for python in arguments.python:
-        results = load.probe_all(list(directories.values()), Path(os.path.abspath(python)), isolated=False)
+        results = load_all(list(directories.values()), Path(os.path.abspath(python)), isolated=False)
         for name, result in zip(directories, results, strict=True):
             table[name][f"vLLM {result.version}, loader"] = cell(result)
     arguments.out.write_text(json.dumps({"hardware": hardware(), "checkpoints": table}, indent=1) + "\n")

@@ -174,19 +174,23 @@ def measure_images(model: Path, output: Path, sizes: dict) -> dict:
     """Measure on image+text pairs; return what it took and what of the scores lies at image positions."""
     import math
 
-    from bitladder import calibration, sensitivity, targets, weights
+    from bitladder.data.processors import load_processor
+    from bitladder.data.samples import load_data
+    from bitladder.measuring.measure import measure
+    from bitladder.models import weights
+    from bitladder.models.target import find_target
     from bitladder.recipe import DataSpec, MeasureSpec
     from bitladder.runinfo import Meter
 
     meter = Meter()
     with meter.phase("load pairs"):
         make_pairs(output / "coco", sizes["samples"])
-        processor = calibration.load_processor(model)
-        data = calibration.load_data(DataSpec(kind="coco", path=str(output / "coco")), processor, **sizes)
+        processor = load_processor(model)
+        data = load_data(DataSpec(kind="coco", path=str(output / "coco")), processor, **sizes)
     source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
     with meter.phase("measure"):
         spec = MeasureSpec(engine="modelopt", method="gradient")
-        measurement = sensitivity.measure(model, source, targets.find_target(model), data, spec, output)
+        measurement = measure(model, source, find_target(model), data, spec, output)
     assert measurement.run is not None
     total = math.fsum(measurement.sensitivity(candidate) for candidate in measurement.candidates)
     text = math.fsum(measurement.sensitivity(candidate, 0.0) for candidate in measurement.candidates)
@@ -204,21 +208,26 @@ def measure_images(model: Path, output: Path, sizes: dict) -> dict:
 
 def compensate(model: Path, output: Path, sizes: dict, score_samples: int) -> dict:
     """Measure with compensated codes, export and verify the full scheme; return what it took and what the codes do."""
-    from bitladder import checkpoint, planning, sensitivity, targets, verification, weights
+    from bitladder import planning, verification
+    from bitladder.checkpoints.export import export
+    from bitladder.measured import read_amax, read_codes
+    from bitladder.measuring.measure import measure
+    from bitladder.models import weights
+    from bitladder.models.target import find_target
     from bitladder.recipe import MeasureSpec, SchemeSpec
     from bitladder.runinfo import Meter
 
     data = text_of(model, output, sizes)
     spec = MeasureSpec(engine="native", method="gradient", rounding="compensated", score_samples=score_samples)
     source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
-    measurement = sensitivity.measure(model, source, targets.find_target(model), data, spec, output)
+    measurement = measure(model, source, find_target(model), data, spec, output)
     assert measurement.run is not None
     assert measurement.rounding is not None
     scheme = planning.plan(measurement, SchemeSpec(name="full", coverage=1.0))
-    amax, codes = sensitivity.read_amax(measurement, output), sensitivity.read_codes(measurement, output)
+    amax, codes = read_amax(measurement, output), read_codes(measurement, output)
     meter = Meter()
     with meter.phase("export"):
-        checkpoint.export(scheme, measurement, amax, model, output / "full", codes=codes)
+        export(scheme, measurement, amax, model, output / "full", codes=codes)
     with meter.phase("verify"):
         verified = verification.verify([scheme], measurement, amax, model, {"full": output / "full"}).ok
     modules = measurement.rounding.modules

@@ -30,11 +30,12 @@ HELD_OUT = {"samples": 16, "sequence_length": 256, "batch_size": 4, "seed": 0}
 
 
 def data_of(model: Path, path: Path, options: dict):
-    from bitladder import calibration
+    from bitladder.data.processors import load_processor
+    from bitladder.data.samples import load_data
     from bitladder.recipe import DataSpec
 
-    processor = calibration.load_processor(model)
-    return calibration.load_data(DataSpec(kind="text", path=str(path)), processor, **options)
+    processor = load_processor(model)
+    return load_data(DataSpec(kind="text", path=str(path)), processor, **options)
 
 
 def run_bitladder(
@@ -47,7 +48,12 @@ def run_bitladder(
     verify=True,
     engine="modelopt",
 ) -> dict:
-    from bitladder import checkpoint, planning, sensitivity, targets, verification, weights
+    from bitladder import planning, verification
+    from bitladder.checkpoints.export import export_all
+    from bitladder.measured import read_amax
+    from bitladder.measuring.measure import measure
+    from bitladder.models import weights
+    from bitladder.models.target import find_target
     from bitladder.recipe import MeasureSpec, SchemeSpec
     from bitladder.runinfo import Meter
 
@@ -56,16 +62,16 @@ def run_bitladder(
     start = time.perf_counter()
     with meter.phase("identify and find groups"):
         source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
-        target = targets.find_target(model)
+        target = find_target(model)
     with meter.phase("measure"):
         settings = MeasureSpec(engine=engine, method="gradient", dtype=dtype, score_samples=score_samples)
-        measurement = sensitivity.measure(model, source, target, data, settings, output)
+        measurement = measure(model, source, target, data, settings, output)
     with meter.phase("plan"):
         specs = [SchemeSpec(name=f"bits{bits:g}", effective_bits=bits) for bits in bits_asked]
         schemes = planning.plan_all(measurement, specs)
-    amax = sensitivity.read_amax(measurement, output)
+    amax = read_amax(measurement, output)
     with meter.phase("export"):
-        checkpoint.export_all(schemes, measurement, amax, model, directories)
+        export_all(schemes, measurement, amax, model, directories)
     seconds = time.perf_counter() - start
     verified = None
     if verify:
@@ -87,9 +93,9 @@ def run_modelopt(
     import torch
     from modelopt.torch.export import export_hf_checkpoint
 
+    from bitladder.device import resolve_device
+    from bitladder.models.loading import load_model
     from bitladder.runinfo import Meter
-    from bitladder.sensitivity import resolve_device
-    from bitladder.targets import load_model
 
     device = resolve_device("auto")
     meter = Meter()
@@ -121,13 +127,14 @@ def run_modelopt(
 
 
 def evaluate(model: Path, directories: dict[str, Path]) -> dict:
-    from bitladder import evaluation
+    from bitladder.evaluation.evaluate import compare
+    from bitladder.evaluation.reference import Reference
 
     data = data_of(model, TEXTS / "emma.txt", HELD_OUT)
     table = {}
-    with evaluation.Reference.compute(model, data) as reference:
+    with Reference.compute(model, data) as reference:
         for name, directory in directories.items():
-            results, _ = evaluation.compare(reference, directory, name)
+            results, _ = compare(reference, directory, name)
             table[name] = {r.metric: r.model_dump() for r in results}
     return table
 
@@ -149,13 +156,15 @@ def copy_and_sync(source: Path, destination: Path) -> float:
 
 def export_against_copy(model: Path, bitladder_output: Path, scratch: Path, repeats: int = 7) -> dict:
     """Time exporting one scheme and copying the source with `cp` (both flushed to the disk), alternating."""
-    from bitladder import checkpoint, planning, sensitivity
+    from bitladder import planning
+    from bitladder.checkpoints.export import export
+    from bitladder.measured import read_amax
     from bitladder.recipe import SchemeSpec
     from bitladder.records import Measurement
     from bitladder.runinfo import Meter
 
     measurement = Measurement.read(bitladder_output / "measurement.json")
-    amax = sensitivity.read_amax(measurement, bitladder_output)
+    amax = read_amax(measurement, bitladder_output)
     size = sum(path.stat().st_size for path in model.iterdir())
     scheme = planning.plan(measurement, SchemeSpec(name="half", coverage=0.5))
     copies, exports, meter = [], [], Meter()
@@ -165,7 +174,7 @@ def export_against_copy(model: Path, bitladder_output: Path, scratch: Path, repe
         copies.append(copy_and_sync(model, scratch / "copy"))
         shutil.rmtree(scratch / "half", ignore_errors=True)
         with meter.phase("export"):
-            checkpoint.export(scheme, measurement, amax, model, scratch / "half")
+            export(scheme, measurement, amax, model, scratch / "half")
         exports.append(meter.phases[-1].seconds)
     return {
         "source_bytes": size,
@@ -179,7 +188,8 @@ def export_against_copy(model: Path, bitladder_output: Path, scratch: Path, repe
 
 def plan_real_groups(repeats: int = 5) -> dict:
     """Time planning fifteen schemes on the published measurement of Qwen2.5-VL-3B-Instruct (144 groups)."""
-    from bitladder import importing, planning
+    from bitladder import planning
+    from bitladder.planning import importing
     from bitladder.recipe import SchemeSpec
 
     measurement = importing.import_manifest(ROOT / "tests/data/qwen2_5_vl_3b_instruct_fp8_autoquant_manifest.json")

@@ -58,10 +58,11 @@ def make_checkpoint(job: dict) -> dict:
 
 def checkpoints_of(recipe, python: Path, scratch: Path) -> dict[str, tuple[Path, dict]]:
     """Return llm-compressor's checkpoint by each modifier, and what the child said of it."""
-    from bitladder import pipeline
+    from bitladder.steps.data import calibration_data
+    from bitladder.steps.workspace import Workspace
 
-    work = pipeline.Workspace(recipe, scratch / "recipe")
-    data = pipeline.calibration_data(work)
+    work = Workspace(recipe, scratch / "recipe")
+    data = calibration_data(work)
     rows = scratch / "rows.json"
     rows.write_text(json.dumps([row for batch in data.batches for row in batch.inputs["input_ids"].tolist()]))
     found = {}
@@ -89,8 +90,8 @@ def fused(measurement, directory: Path, output: Path) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from bitladder import numerics
-    from bitladder.weights import SINGLE_FILE, WeightFiles
+    from bitladder.formats import grids as numerics
+    from bitladder.models.weights import SINGLE_FILE, WeightFiles
 
     files = WeightFiles.open(directory)
     tensors = {name: files.load(name) for name in files.tensors}
@@ -114,14 +115,15 @@ def fused(measurement, directory: Path, output: Path) -> int:
 
 def measured(recipe, scratch: Path) -> dict:
     """Return our measurement by each way of rounding, and its workspace."""
-    from bitladder import pipeline
+    from bitladder.steps.measure import measure
+    from bitladder.steps.workspace import Workspace
 
     found = {}
     for rounding in ROUNDINGS:
         changes = {"engine": "native", "method": "gradient", "rounding": rounding, "dtype": "float32"}
         spec = recipe.measurement.model_copy(update={**changes, "score_samples": SCORE_SAMPLES})
-        work = pipeline.Workspace(recipe.model_copy(update={"measurement": spec}), scratch / rounding)
-        found[rounding] = (pipeline.measure(work), work)
+        work = Workspace(recipe.model_copy(update={"measurement": spec}), scratch / rounding)
+        found[rounding] = (measure(work), work)
     return found
 
 
@@ -135,8 +137,11 @@ def result_of(name: str, python: Path, scratch: Path) -> dict:
     """Return everything about one model."""
     import quality
 
-    from bitladder import evaluation, pipeline
+    from bitladder.evaluation.evaluate import compare
     from bitladder.runinfo import Meter, hardware, versions
+    from bitladder.steps.originals import Originals
+    from bitladder.steps.simulated import simulation_of
+    from bitladder.steps.workspace import Workspace
 
     recipe = quality.recipe_of(name)
     made = checkpoints_of(recipe, python, scratch)
@@ -161,18 +166,18 @@ def result_of(name: str, python: Path, scratch: Path) -> dict:
         ours = {f"ours, {rounding}": both for rounding, both in measurements.items()}
         if not (ours.keys() | directories.keys()) - done.keys():
             continue
-        work = pipeline.Workspace(recipe.model_copy(update={"held_out": (held_out,)}), scratch / "nearest")
-        with pipeline.Originals(work) as originals:
+        work = Workspace(recipe.model_copy(update={"held_out": (held_out,)}), scratch / "nearest")
+        with Originals(work) as originals:
             (reference,) = originals.references(Meter())
             for arm, (measurement, own) in ours.items():
                 if arm not in done:
-                    simulation = pipeline.simulation_of(own, measurement, reference.device)
+                    simulation = simulation_of(own, measurement, reference.device)
                     note(held_out.name, arm, simulation.results([reference], quality.scheme_of(measurement, groups)))
                     del simulation
             for arm, directory in directories.items():
                 if arm in done:
                     continue
-                results, quantised = evaluation.compare(reference, directory, arm)
+                results, quantised = compare(reference, directory, arm)
                 if quantised != sum(len(group.modules) for group in nearest.groups):
                     raise SystemExit(f"{directory}: {quantised} modules are FP8, not all that we search")
                 note(held_out.name, arm, results)

@@ -35,8 +35,9 @@ def measurements(scratch: Path, path: Path = SMOLLM2, kl_samples: int = KL_SAMPL
 
     In float32 on a GPU too: the KL of one group of a small model is below BF16's own noise.
     """
-    from bitladder import pipeline
     from bitladder.recipe import read_recipe
+    from bitladder.steps.measure import measure
+    from bitladder.steps.workspace import Workspace
 
     recipe = read_recipe(path)
     if path.stem in HELD_OUT_SAMPLES:
@@ -46,22 +47,23 @@ def measurements(scratch: Path, path: Path = SMOLLM2, kl_samples: int = KL_SAMPL
     for method, samples in (("gradient", GRADIENT_SAMPLES[path.stem]), ("kl_div", kl_samples)):
         changes = {"engine": ENGINES[path.stem], "method": method, "score_samples": samples, "dtype": "float32"}
         changed = recipe.measurement.model_copy(update=changes)
-        work = pipeline.Workspace(recipe.model_copy(update={"measurement": changed}), scratch / method)
-        found[method] = (pipeline.measure(work), work)
+        work = Workspace(recipe.model_copy(update={"measurement": changed}), scratch / method)
+        found[method] = (measure(work), work)
     return found
 
 
 def results_of(work, measurement, schemes: list, cache: Path) -> dict[str, dict[str, list[float]]]:
     """Return each scheme's KL and its standard error on every held-out set: fingerprint -> set -> both."""
-    from bitladder import pipeline
     from bitladder.runinfo import Meter
+    from bitladder.steps.originals import Originals
+    from bitladder.steps.simulated import simulation_of
 
     known = json.loads(cache.read_text()) if cache.exists() else {}
     missing = {scheme.fingerprint(): scheme for scheme in schemes if scheme.fingerprint() not in known}
     if missing:
-        with pipeline.Originals(work) as originals:
+        with Originals(work) as originals:
             references = originals.references(Meter())
-            simulation = pipeline.simulation_of(work, measurement, references[0].device)
+            simulation = simulation_of(work, measurement, references[0].device)
             for fingerprint, scheme in missing.items():
                 known[fingerprint] = {
                     result.split: [result.value, result.standard_error]
@@ -82,7 +84,7 @@ def simulate(work, measurement, schemes: list, cache: Path) -> dict[str, list[fl
 
 def predicted(scores: list[float], kls: list[float]) -> dict:
     """Return each point predicted from all the others, and how far off that is."""
-    from bitladder.prediction import LEVEL, KlMap, leave_one_out
+    from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out
 
     guesses = leave_one_out(scores, kls)
     errors = [abs(guess.value / kl - 1) for guess, kl in zip(guesses, kls, strict=True)]
@@ -101,17 +103,18 @@ def predicted(scores: list[float], kls: list[float]) -> dict:
 
 def points_of(scratch: Path, recipe: Path, kl_samples: int) -> dict:
     """Return the schemes and arms of one model with their KL, and how well each method's scores say it."""
-    from bitladder import pipeline, planning
+    from bitladder import planning
     from bitladder.recipe import ControlSpec, SchemeSpec
     from bitladder.records import BF16
     from bitladder.runinfo import hardware, versions
+    from bitladder.steps.controls import control_arms
 
     found = measurements(scratch, recipe, kl_samples)
     measurement, work = found["gradient"]
     specs = [SchemeSpec(name=f"top{100 * share:g}", coverage=share) for share in COVERAGES]
     specs.append(SchemeSpec(name=f"{EFFECTIVE_BITS:g}bits", effective_bits=EFFECTIVE_BITS))
     schemes = planning.plan_all(measurement, specs)
-    every = [*schemes, *pipeline.control_arms(measurement, schemes, ControlSpec())]
+    every = [*schemes, *control_arms(measurement, schemes, ControlSpec())]
     kls = simulate(work, measurement, every, scratch / "simulated.json")
     methods = {}
     for method, (scored, _) in found.items():

@@ -59,7 +59,9 @@ def recipe_of(name: str, calibration: str):
 
 def measured(recipe, scratch: Path, score_samples: int) -> dict:
     """Return, for each way of rounding, the measurement and its workspace; all are calibrated on the same batches."""
-    from bitladder import generation, pipeline
+    from bitladder.data import generation
+    from bitladder.steps.measure import measure
+    from bitladder.steps.workspace import Workspace
 
     found: dict = {}
     for rounding in ROUNDINGS:
@@ -72,10 +74,10 @@ def measured(recipe, scratch: Path, score_samples: int) -> dict:
                 "dtype": "float32",  # as ModelOpt here; the KL of one group is below BF16's own noise
             }
         )
-        work = pipeline.Workspace(recipe.model_copy(update={"measurement": spec}), scratch / rounding)
+        work = Workspace(recipe.model_copy(update={"measurement": spec}), scratch / rounding)
         for _, first in found.values():  # a GPU needn't write the same rows again
             generation.copy_rows(first.output, work.output)
-        found[rounding] = (pipeline.measure(work), work)
+        found[rounding] = (measure(work), work)
         assert found[rounding][0].calibration == found[ROUNDINGS[0]][0].calibration
         print(rounding, [(p.phase, p.seconds) for p in found[rounding][0].run.phases], flush=True)
     return found
@@ -83,9 +85,9 @@ def measured(recipe, scratch: Path, score_samples: int) -> dict:
 
 def modelopt_choices(measurement, work, scratch: Path) -> dict[str, dict[str, list[str]]]:
     """Return the groups that ModelOpt quantises, by method and bits asked, on the measurement's calibration batches."""
-    from bitladder import pipeline
+    from bitladder.steps.data import calibration_data
 
-    assert pipeline.calibration_data(work).summary == measurement.calibration
+    assert calibration_data(work).summary == measurement.calibration
     found = {}
     for method in ("gradient", "kl_div"):
         path = scratch / f"modelopt-{method}.json"
@@ -159,7 +161,7 @@ def summary(rows: list[dict]) -> dict:
 
 def result_of(name: str, calibration: str, scratch: Path) -> dict:
     """Return everything about one model by one calibration."""
-    from bitladder.report.content import rank_correlation
+    from bitladder.report.groups import rank_correlation
     from bitladder.runinfo import hardware, versions
 
     recipe = recipe_of(name, calibration)

@@ -20,18 +20,21 @@ EVALUATIONS, MARGINAL = 27, 6
 
 def refine_all(recipe: Path, scratch: Path, wanted: list[str]) -> list[dict]:
     """Return one row for each scheme of a recipe that leaves a choice, and is wanted (empty: all are)."""
-    from bitladder import evaluation, pipeline, planning
+    from bitladder import planning
+    from bitladder.evaluation.reference import Reference
+    from bitladder.planning.refinement import refine
     from bitladder.records import BF16
-    from bitladder.refinement import refine
+    from bitladder.steps.data import calibration_data
+    from bitladder.steps.simulated import simulation_of
 
     measurement, work = prediction.measurements(scratch, recipe)["gradient"]
-    data = pipeline.calibration_data(work)
+    data = calibration_data(work)
     scored = dataclasses.replace(data, batches=data.batches[: len(measurement.score_weights)])
     cache = scratch / "in_context.json"
     known = json.loads(cache.read_text()) if cache.exists() else {}
     rows, schemes = [], planning.plan_all(measurement, work.recipe.scheme_specs())
-    with evaluation.Reference.compute(work.model_directory, scored) as reference:
-        simulation = pipeline.simulation_of(work, measurement, reference.device)
+    with Reference.compute(work.model_directory, scored) as reference:
+        simulation = simulation_of(work, measurement, reference.device)
 
         def kl(scheme) -> float:
             key = json.dumps(sorted(scheme.quantised_groups()))

@@ -98,9 +98,11 @@ def step_seconds(steps: list[float], overlapping: bool = False) -> float | None:
 
 def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how: str = "") -> dict:
     """Measure once; return the seconds of each step, the peak memory, and every group's scores."""
-    from bitladder import sensitivity, targets, weights
+    from bitladder.measuring import gradient, kl
+    from bitladder.measuring.measure import measure as measure_now
+    from bitladder.models import weights
+    from bitladder.models.target import find_target
     from bitladder.recipe import MeasureSpec
-    from bitladder.sensitivity import gradient, kl
 
     is_compiled = how == "compiled" or how.endswith("groups")
     gradient._COMPILED_FROM = kl._COMPILED_FROM = 0 if is_compiled else 10**9
@@ -109,14 +111,14 @@ def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how
     settings = parse_size(size)
     data = full_size.text_of(model, scratch, settings)
     source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
-    target = targets.find_target(model)
+    target = find_target(model)
     if how.endswith("groups"):
         target = with_groups(target, int(how.removesuffix("groups")))
     scored = settings["batch_size"] * (KL_BATCHES if method == "kl_div" else BATCHES)
     dtype = how if how == "float32" else DTYPE
     spec = MeasureSpec(engine=engine, method=method, dtype=dtype, score_samples=scored, memory_gb=limit)
     clock = Clock(engine)
-    measurement = sensitivity.measure(model, source, target, data, spec, scratch, clock)
+    measurement = measure_now(model, source, target, data, spec, scratch, clock)
     assert measurement.run is not None
     return {
         "calibration_step_seconds": step_seconds(clock.steps("calibrate")),
@@ -133,7 +135,7 @@ def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how
 
 def with_groups(target, count: int):
     """Return the target with only `count` of its groups, the first ones of every layer."""
-    from bitladder.sensitivity.common import by_layer
+    from bitladder.measuring.calls import by_layer
 
     layers = by_layer(target.groups).values()
     chosen = [group for groups in layers for group in groups[: count // len(layers)]]
@@ -144,8 +146,8 @@ def plain(model: Path, scratch: Path, size: str) -> dict:
     """Time the model alone: forward, and forward with the backward pass by activations (no gradient of a weight)."""
     import torch
 
-    from bitladder.sensitivity import resolve_device
-    from bitladder.targets import load_model
+    from bitladder.device import resolve_device
+    from bitladder.models.loading import load_model
 
     device = resolve_device("auto")
     batch = full_size.text_of(model, scratch, parse_size(size)).batches[0].to(device)
@@ -225,7 +227,7 @@ def ratios(parts: dict[str, dict]) -> dict[str, float | None]:
 
 def agreement(method: str, ours: dict, theirs: dict) -> dict[str, float]:
     """Return how the groups' scores compare, where both engines have scored."""
-    from bitladder.report.content import rank_correlation
+    from bitladder.report.groups import rank_correlation
 
     if "scores" not in ours or "scores" not in theirs:
         return {}

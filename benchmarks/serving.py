@@ -23,13 +23,17 @@ from typing import Any
 
 import torch
 
-from bitladder import logprobs
-from bitladder.calibration import DataSet, load_data, load_processor
+from bitladder.data.batches import DataSet
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import load_data
 from bitladder.errors import BitladderError, ModelError
+from bitladder.evaluation import logprobs
 from bitladder.recipe import DataSpec
 from bitladder.records import ProbeResult
 from bitladder.runinfo import hardware
-from bitladder.runtimes.serve import LogProbs, Question, Served, ServeJob, SpeedJob, probe_one
+from bitladder.runtimes.vllm.job import LogProbs, Question, ServeJob, SpeedJob
+from bitladder.runtimes.vllm.serve import probe_one
+from bitladder.runtimes.vllm.served import Served
 
 RESULT = Path(__file__).resolve().parent / "results" / "serving.json"
 SEQUENCE_LENGTH, PAIR_LENGTH = 512, 1024  # tokens of a text row; the most that a pair may have

@@ -39,10 +39,12 @@ import prediction
 import quality
 import torch
 
-from bitladder.sensitivity import native, taps
-from bitladder.sensitivity.common import deterministic, hidden_of, without_cudnn_attention
-from bitladder.sensitivity.decoder import Decoder, Pass
-from bitladder.sensitivity.layers import DeviceMemory, Layers
+from bitladder.device import deterministic, without_cudnn_attention
+from bitladder.measuring import candidates as taps
+from bitladder.measuring import native
+from bitladder.measuring.calls import hidden_of
+from bitladder.measuring.decoder import Decoder, Pass
+from bitladder.measuring.layers import DeviceMemory, Layers
 
 DRAWS = 4
 BLOCK = 16  # tokens
@@ -206,7 +208,8 @@ def seconds_now() -> float:
 
 def measured(name: str, size: Size, scratch: Path) -> tuple:
     """Return the measurement by exact KL and its workspace."""
-    from bitladder import pipeline
+    from bitladder.steps.measure import measure
+    from bitladder.steps.workspace import Workspace
 
     recipe = quality.recipe_of(name, "captions")
     per_batch = recipe.calibration[0].batch_size
@@ -222,23 +225,27 @@ def measured(name: str, size: Size, scratch: Path) -> tuple:
     held_out = recipe.held_out
     if size.held_out is not None:
         held_out = tuple(part.model_copy(update={"samples": size.held_out, "batch_size": 8}) for part in held_out)
-    work = pipeline.Workspace(
+    work = Workspace(
         recipe.model_copy(update={"measurement": spec, "held_out": held_out}), scratch / f"kl-{size.kl_batches}"
     )
-    return pipeline.measure(work), work
+    return measure(work), work
 
 
 def scored(work, measurement, batches: int, scratch: Path) -> list[dict]:
     """Return what every batch gave: tokens, seconds, the draws of each loss, and ModelOpt's score by our engine."""
-    from bitladder import pipeline, sensitivity
+    from bitladder.device import resolve_device
+    from bitladder.measured import read_amax
+    from bitladder.measuring.job import Job
+    from bitladder.models.loading import load_model
+    from bitladder.models.target import find_target
+    from bitladder.steps.data import calibration_data
     from bitladder.storage import atomic_write
-    from bitladder.targets import find_target, load_model
 
     paths = [scratch / f"signals-{index:05}.json" for index in range(batches)]
     if not all(path.exists() for path in paths):
-        device = sensitivity.resolve_device(work.recipe.measurement.device)
-        data = pipeline.calibration_data(work)
-        amax = sensitivity.read_amax(measurement, work.output)
+        device = resolve_device(work.recipe.measurement.device)
+        data = calibration_data(work)
+        amax = read_amax(measurement, work.output)
         model = load_model(work.model_directory, torch.float32, device)
         model.config.use_cache = False
         for parameter in model.parameters():
@@ -246,7 +253,7 @@ def scored(work, measurement, batches: int, scratch: Path) -> list[dict]:
         target = find_target(work.model_directory)
         spec = work.recipe.measurement.model_copy(update={"method": "gradient"})
         shapes = tuple(batch.labels.shape for batch in data.batches[:batches])
-        job = sensitivity.Job(target, data.batches, shapes, spec, device, lambda *_: None)
+        job = Job(target, data.batches, shapes, spec, device, lambda *_: None)
         layers = Layers.of(model, target, DeviceMemory(device, None), native.REMEDY)
         for index, path in enumerate(paths):
             if path.exists():
@@ -311,16 +318,19 @@ def held_out_kls(work, measurement, choices: Iterable[tuple[str, ...]], cache: P
 
     As `Simulation.results`, but all on the model's device: large log-probabilities take seconds to copy.
     """
-    from bitladder import evaluation, pipeline, sensitivity
+    from bitladder.device import resolve_device
+    from bitladder.evaluation.metrics import Sums, add_rows
+    from bitladder.steps.originals import Originals
+    from bitladder.steps.simulated import simulation_of
     from bitladder.storage import atomic_write
 
     known = json.loads(cache.read_text()) if cache.exists() else {}
     missing = {" ".join(groups): groups for groups in choices if " ".join(groups) not in known}
     if not missing:
         return known
-    device = sensitivity.resolve_device(work.recipe.measurement.device)
-    simulation = pipeline.simulation_of(work, measurement, device)
-    with pipeline.Originals(work) as originals:
+    device = resolve_device(work.recipe.measurement.device)
+    simulation = simulation_of(work, measurement, device)
+    with Originals(work) as originals:
         data = {split: [batch.to(device) for batch in found.batches] for split, found in originals.data.items()}
 
     def log_p(batch) -> torch.Tensor:
@@ -332,9 +342,9 @@ def held_out_kls(work, measurement, choices: Iterable[tuple[str, ...]], cache: P
         known[key] = {}
         with simulation._quantised(quality.scheme_of(measurement, groups)):
             for split, batches in data.items():
-                sums = evaluation._Sums()
+                sums = Sums()
                 for batch, reference in zip(batches, references[split], strict=True):
-                    evaluation._add_rows(sums, batch, reference, log_p(batch))
+                    add_rows(sums, batch, reference, log_p(batch))
                 known[key][split] = sums.ratio(sums.kl)
         atomic_write(cache, json.dumps(known))
         if count % 10 == 0 or count == len(missing):
@@ -344,13 +354,14 @@ def held_out_kls(work, measurement, choices: Iterable[tuple[str, ...]], cache: P
 
 def arms_of(measurement, coverages: tuple[float, ...]) -> list[tuple[str, ...]]:
     """Return the schemes of `prediction.py`, planned by exact KL, and their control arms."""
-    from bitladder import pipeline, planning
+    from bitladder import planning
     from bitladder.recipe import ControlSpec, SchemeSpec
+    from bitladder.steps.controls import control_arms
 
     specs = [SchemeSpec(name=f"top{100 * share:g}", coverage=share) for share in coverages]
     specs.append(SchemeSpec(name="bits", effective_bits=prediction.EFFECTIVE_BITS))
     schemes = planning.plan_all(measurement, specs)
-    every = [*schemes, *pipeline.control_arms(measurement, schemes, ControlSpec())]
+    every = [*schemes, *control_arms(measurement, schemes, ControlSpec())]
     return [tuple(sorted(scheme.quantised_groups())) for scheme in every]
 
 
@@ -372,7 +383,7 @@ def predictions(scores: dict[str, float], points: list[tuple[str, ...]], kls: li
 
 def result_of(name: str, size: Size, scratch: Path) -> dict:
     """Return everything about one model."""
-    from bitladder.report.content import rank_correlation
+    from bitladder.report.groups import rank_correlation
     from bitladder.runinfo import hardware, versions
 
     measurement, work = measured(name, size, scratch)

@@ -53,7 +53,9 @@ def measure(model: Path, scratch: Path, kind: str, sizes: dict, workers: int, th
     """Measure once; return what each phase took, and the digests of what was written."""
     import torch
 
-    from bitladder import sensitivity, targets, weights
+    from bitladder.measuring.measure import measure as measure_now
+    from bitladder.models import weights
+    from bitladder.models.target import find_target
     from bitladder.recipe import MeasureSpec, WorkersSpec
 
     torch.set_num_threads(threads)
@@ -73,10 +75,10 @@ def measure(model: Path, scratch: Path, kind: str, sizes: dict, workers: int, th
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
     start = time.perf_counter()
-    measurement = sensitivity.measure(
+    measurement = measure_now(
         model,
         source,
-        targets.find_target(model),
+        find_target(model),
         data,
         spec,
         output,

@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bitladder
-from bitladder import calibration, checkpoint, planning, sensitivity, targets, weights
+from bitladder import planning
+from bitladder.checkpoints.export import export
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import load_data
+from bitladder.measured import Amax, read_amax, read_codes
+from bitladder.measuring.measure import measure as measure_now
+from bitladder.models import weights
+from bitladder.models.target import find_target
 from bitladder.recipe import DataSpec, MeasureSpec, SchemeSpec
 from bitladder.records import CheckpointManifest, ErrorClass, FileDigest, Measurement
 from bitladder.storage import sha256_of_file
@@ -65,20 +72,20 @@ class Case:
     needs_weights: bool = False
 
 
-def measure(directory: Path, **options: Any) -> tuple[Measurement, sensitivity.Amax]:
+def measure(directory: Path, **options: Any) -> tuple[Measurement, Amax]:
     """Measure the embedded model with a few samples; return the measurement and its amax values."""
-    data = calibration.load_data(
+    data = load_data(
         DataSpec(kind="image_text", path=str(DEMO / "data" / "calibration.jsonl")),
-        calibration.load_processor(SOURCE),
+        load_processor(SOURCE),
         samples=4,
         sequence_length=64,
         batch_size=2,
         seed=0,
     )
     source = weights.model_source(SOURCE, path=str(SOURCE), revision=None, cache=weights.DigestCache())
-    target = targets.find_target(SOURCE)
-    measurement = sensitivity.measure(SOURCE, source, target, data, MeasureSpec(**options), directory)
-    return measurement, sensitivity.read_amax(measurement, directory)
+    target = find_target(SOURCE)
+    measurement = measure_now(SOURCE, source, target, data, MeasureSpec(**options), directory)
+    return measurement, read_amax(measurement, directory)
 
 
 def make_good(directory: Path) -> dict[str, Path]:
@@ -96,7 +103,7 @@ def make_good(directory: Path) -> dict[str, Path]:
         spec = SchemeSpec(name=name, **options)
         scheme = planning.plan(measurement, spec)
         good[name] = directory / name
-        checkpoint.export(scheme, measurement, amax, SOURCE, good[name])
+        export(scheme, measurement, amax, SOURCE, good[name])
     return good
 
 
@@ -104,8 +111,8 @@ def make_compensated(directory: Path) -> Path:
     """Return a checkpoint of everything in FP8 with compensated codes."""
     measurement, amax = measure(directory / "measured", engine="native", rounding="compensated")
     scheme = planning.plan(measurement, SchemeSpec(name="compensated", coverage=1.0))
-    codes = sensitivity.read_codes(measurement, directory / "measured")
-    checkpoint.export(scheme, measurement, amax, SOURCE, directory / scheme.name, codes=codes)
+    codes = read_codes(measurement, directory / "measured")
+    export(scheme, measurement, amax, SOURCE, directory / scheme.name, codes=codes)
     return directory / scheme.name
 
 

@@ -16,7 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import broken_checkpoints
-from bitladder import calibration, sensitivity, targets, weights
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import load_data
+from bitladder.measuring.measure import measure
+from bitladder.models import weights
+from bitladder.models.target import find_target
 from bitladder.recipe import DataSpec, MeasureSpec, SchemeSpec
 
 transformers.logging.set_verbosity_error()
@@ -179,8 +183,8 @@ def text_file(tmp_path_factory) -> Path:
 
 
 def load_text(directory: Path, path: Path, samples: int = 6, length: int = 24, batch: int = 2, **options):
-    processor = calibration.load_processor(directory)
-    return calibration.load_data(
+    processor = load_processor(directory)
+    return load_data(
         DataSpec(kind="text", path=str(path)),
         processor,
         samples=samples,
@@ -197,10 +201,10 @@ def source_of(directory: Path):
 
 def measure_text(directory: Path, path: Path, output: Path, progress=None, samples: int = 6, **spec):
     options = {} if progress is None else {"progress": progress}
-    return sensitivity.measure(
+    return measure(
         directory,
         source_of(directory),
-        targets.find_target(directory),
+        find_target(directory),
         load_text(directory, path, samples=samples),
         MeasureSpec(**spec),
         output,

@@ -6,7 +6,7 @@ interpreter, which has to be asked for before Triton is imported.
 
 import torch
 
-from bitladder.sensitivity import kernels
+from bitladder.measuring import kernels
 
 
 def check(logits: torch.Tensor, others: torch.Tensor) -> None:

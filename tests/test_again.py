@@ -5,10 +5,15 @@ import shutil
 
 import pytest
 
-from bitladder import pipeline, simulation
 from bitladder.errors import OutputError, RecipeError, RecordError
-from bitladder.pipeline import Workspace
+from bitladder.evaluation import simulation
 from bitladder.records import Evaluation, Evidence, Measurement, RunState, Verification
+from bitladder.steps.kl_points import KL_POINTS_FILE
+from bitladder.steps.measure import take_over
+from bitladder.steps.refine import REFINEMENTS_FILE
+from bitladder.steps.run import run
+from bitladder.steps.simulated import SIMULATED_FILE
+from bitladder.steps.workspace import LOCK_FILE, Workspace
 from test_pipeline import bytes_of, copied, files, finished, recipe_of  # noqa: F401  # its fixtures
 
 KL_SCHEMES = [{"name": "near", "max_kl": 1e-3}]
@@ -18,7 +23,7 @@ def told_by(files, output, **changes):  # noqa: F811
     """Run once more, and return what the user is told."""
     lines = []
     work = Workspace(recipe_of(files, output, **changes), output, tell=lines.append)
-    pipeline.run(work)
+    run(work)
     return lines, work
 
 
@@ -45,7 +50,7 @@ def test_what_changed_is_said_and_the_old_results_stay_until_then(files, copied,
 
     lines = []
     work = Workspace(recipe_of(files, copied, **changes), copied, progress, lines.append)
-    pipeline.run(work)
+    run(work)
     assert lines == [said]
     assert seen
     assert all(seen)
@@ -216,7 +221,7 @@ def test_control_arms_of_other_settings_are_no_answer(files, copied):  # noqa: F
 
 def test_no_layout_may_lie_over_what_a_run_keeps(files, finished, tmp_path):  # noqa: F811
     kept = {path.name for path in finished.iterdir() if not path.name.startswith(".")} - {"checkpoints"}
-    kept |= {pipeline.SIMULATED_FILE, pipeline.KL_POINTS_FILE, pipeline.REFINEMENTS_FILE, pipeline.LOCK_FILE}
+    kept |= {SIMULATED_FILE, KL_POINTS_FILE, REFINEMENTS_FILE, LOCK_FILE}
     for name in sorted(kept):
         with pytest.raises(RecipeError, match="keeps its own"):
             recipe_of(files, tmp_path, layout={"checkpoints": f"{name}/{{scheme}}"})
@@ -226,5 +231,5 @@ def test_what_another_run_measured_is_not_taken_for_this_recipe(files, finished,
     assert RunState.read(copied / "run.json").measured_with
     (copied / "measurement.json").unlink()
     work = Workspace(recipe_of(files, copied), copied)
-    pipeline.take_over(work, finished / "measurement.json")
+    take_over(work, finished / "measurement.json")
     assert RunState.read(copied / "run.json").measured_with == {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitladder.amax import RunningAmax, amax_of
+from bitladder.measuring.amax import RunningAmax, amax_of
 
 SEEN = [  # which tensors come in which of several passes, in which order
     pytest.param([["a", "b", "c"]] * 4, id="the same in every pass"),

@@ -10,8 +10,14 @@ import pytest
 from transformers.models.auto import modeling_auto as auto
 
 import tiny_architectures
-from bitladder import pipeline, targets
 from bitladder.errors import BitladderError, UnsupportedModel
+from bitladder.models.target import find_target
+from bitladder.steps.export import export
+from bitladder.steps.measure import measure
+from bitladder.steps.plan import plan
+from bitladder.steps.preflight import preflight
+from bitladder.steps.verify import verify
+from bitladder.steps.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
 REMEDY = "use engine: modelopt"
@@ -105,26 +111,26 @@ REFUSED = {
 }
 
 
-def measured(model: Path, output: Path) -> pipeline.Workspace:
+def measured(model: Path, output: Path) -> Workspace:
     """Return the workspace with a measurement: by the native engine, or by the one that it says to use."""
     work = tiny_architectures.workspace(model, output / "native", "native")
     try:
-        pipeline.measure(work)
+        measure(work)
     except BitladderError as error:
         assert REMEDY in str(error), error
         work = tiny_architectures.workspace(model, output / "modelopt", "modelopt")
-        pipeline.measure(work)
+        measure(work)
     return work
 
 
 def ends_verified(model: Path, output: Path) -> None:
     work = measured(model, output)
-    schemes = pipeline.plan(work)
-    pipeline.export(work)
-    verification = pipeline.verify(work)
+    schemes = plan(work)
+    export(work)
+    verification = verify(work)
     assert {c.scheme: c.ok for c in verification.checkpoints} == {scheme.name: True for scheme in schemes}
     assert all(c.codes_checked for c in verification.checkpoints)
-    errors = [(r.runtime, f) for r in pipeline.preflight(work) for f in r.findings if f.severity == "error"]
+    errors = [(r.runtime, f) for r in preflight(work) for f in r.findings if f.severity == "error"]
     assert not errors, errors[0]
 
 
@@ -137,7 +143,7 @@ def test_this_architecture_ends_with_verified_checkpoints(name, tmp_path):
 def test_this_architecture_ends_verified_or_is_refused_by_inspect(name, tmp_path):
     model = tiny_architectures.build(name, tmp_path / "model")
     try:
-        targets.find_target(model)
+        find_target(model)
     except UnsupportedModel as error:
         assert "\n" not in str(error)
         assert REMEDY not in str(error)
@@ -149,7 +155,7 @@ def test_this_architecture_ends_verified_or_is_refused_by_inspect(name, tmp_path
 def test_this_architecture_is_refused_by_inspect(name, tmp_path):
     model = tiny_architectures.build(name, tmp_path / "model")
     with pytest.raises(UnsupportedModel, match=REFUSED[name]) as caught:
-        targets.find_target(model)
+        find_target(model)
     assert "\n" not in str(caught.value)
 
 

@@ -14,9 +14,13 @@ import safetensors
 import transformers
 
 import conftest
-from bitladder import calibration, reading, targets, weights
+from bitladder import reading
+from bitladder.data.processors import load_processor
 from bitladder.errors import BitladderError, ModelError, OutputError, RecipeError, UnsupportedModel, foreign
-from bitladder.headers import read_header
+from bitladder.models import weights
+from bitladder.models.headers import read_header
+from bitladder.models.loading import load_config
+from bitladder.models.target import find_target
 from bitladder.recipe import read_recipe
 from bitladder.storage import atomic_write
 
@@ -115,9 +119,9 @@ def test_a_pipe_in_a_model_is_refused_at_once(tmp_path, name):
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     with pytest.raises(ModelError):
-        targets.find_target(tmp_path)
+        find_target(tmp_path)
     if name != "model.safetensors":
-        read = targets.load_config if name == "config.json" else calibration.load_processor
+        read = load_config if name == "config.json" else load_processor
         with pytest.raises(ModelError):
             read(tmp_path)
 
@@ -159,7 +163,7 @@ def changed(tiny, tmp_path, **changes):
 )
 def test_a_configuration_that_transformers_trips_over_is_refused_in_one_line(tiny, tmp_path, changes):
     with pytest.raises(ModelError) as caught:
-        targets.find_target(changed(tiny, tmp_path, **changes))
+        find_target(changed(tiny, tmp_path, **changes))
     assert "\n" not in str(caught.value)
 
 
@@ -170,7 +174,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tiny, tmp_path, 
     model = change and {**content["model"], "vocab": {**content["model"]["vocab"], **change}}
     (directory / "tokenizer.json").write_text(json.dumps({**content, "model": model}))
     with pytest.raises(ModelError, match="no usable tokenizer") as caught:
-        calibration.load_processor(directory)
+        load_processor(directory)
     assert "\n" not in str(caught.value)
 
 

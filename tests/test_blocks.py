@@ -7,13 +7,20 @@ import torch
 import transformers
 
 import tiny_architectures
-from bitladder import anatomy, cli, pipeline, sensitivity, targets
+from bitladder import cli
 from bitladder.errors import EngineError, UnsupportedModel
+from bitladder.measured import read_amax
+from bitladder.measuring import native
+from bitladder.measuring.candidates import InFp8, fp8_of, taken
+from bitladder.measuring.job import Job
+from bitladder.measuring.layers import DeviceMemory, Layers
+from bitladder.measuring.tail import Tail
+from bitladder.models import anatomy
+from bitladder.models.loading import load_model
+from bitladder.models.target import BYPASSED, UNREACHED, find_target
 from bitladder.recipe import MeasureSpec
-from bitladder.sensitivity import native
-from bitladder.sensitivity.layers import DeviceMemory, Layers
-from bitladder.sensitivity.tail import Tail
-from bitladder.sensitivity.taps import InFp8, fp8_of, taken
+from bitladder.steps.look import look
+from bitladder.steps.measure import measure
 from conftest import TEXT, load_text, save_model
 from test_native import ARITHMETIC, assert_same_scores, measured_by, measured_by_both
 
@@ -51,9 +58,9 @@ def test_gradient_scores_equal_modelopts(name, text_file, tmp_path):
 
 
 def opened(name, directory):
-    target = targets.find_target(directory)
-    job = sensitivity.Job(target, (), (), MeasureSpec(engine="native"), "cpu", lambda *_: None)
-    model = targets.load_model(directory, torch.float32, "cpu").requires_grad_(False)
+    target = find_target(directory)
+    job = Job(target, (), (), MeasureSpec(engine="native"), "cpu", lambda *_: None)
+    model = load_model(directory, torch.float32, "cpu").requires_grad_(False)
     return Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY), job
 
 
@@ -78,8 +85,8 @@ def test_kl_is_that_of_whole_models(name, text_file, tmp_path):
     directory = model_of(name, tmp_path / "model")
     data = load_text(directory, text_file)
     found = measured_by("native", directory, data, tmp_path / "out", method="kl_div", dtype="float32")
-    amax = sensitivity.read_amax(found, tmp_path / "out")
-    target, model = targets.find_target(directory), targets.load_model(directory, torch.float32, "cpu")
+    amax = read_amax(found, tmp_path / "out")
+    target, model = find_target(directory), load_model(directory, torch.float32, "cpu")
     batch = data.batches[0]
     with torch.no_grad():
         own = model(**batch.inputs, use_cache=False).logits[:, :-1][batch.predicted].double().log_softmax(-1)
@@ -134,10 +141,10 @@ def test_where_native_refuses_the_remedy_that_is_printed_works(tmp_path, monkeyp
         cli.app(["inspect", str(directory)], standalone_mode=False)
     assert shown.get().strip().endswith("(shared keys and values?); use engine: modelopt")
     with pytest.raises(EngineError, match="shared keys and values"):
-        pipeline.look(tiny_architectures.workspace(directory, tmp_path / "native", "native"))
+        look(tiny_architectures.workspace(directory, tmp_path / "native", "native"))
     work = tiny_architectures.workspace(directory, tmp_path / "modelopt", "modelopt")
-    pipeline.look(work)
-    assert pipeline.measure(work).groups
+    look(work)
+    assert measure(work).groups
 
 
 @pytest.mark.parametrize("name", ["InstructBlipForConditionalGeneration", "VoxtralRealtimeForConditionalGeneration"])
@@ -151,7 +158,7 @@ def test_a_model_that_needs_more_than_text_is_refused_by_inspect(name, tmp_path)
     "name", ["ModernBertDecoderForCausalLM", "Llama4ForCausalLM:dense", "GraniteSWAForCausalLM", "Gemma3nForCausalLM"]
 )
 def test_decoder_and_layers_are_found(name, tmp_path):
-    assert targets.find_target(tiny_architectures.build(name, tmp_path)).groups
+    assert find_target(tiny_architectures.build(name, tmp_path)).groups
 
 
 BART = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 128}
@@ -159,12 +166,12 @@ BART = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 2, "decod
 
 @pytest.mark.parametrize(
     ("name", "changes", "module", "reason"),
-    [("Mamba", {}, "mixer.dt_proj", targets.BYPASSED), ("Bart", BART, "encoder_attn.q_proj", targets.UNREACHED)],
+    [("Mamba", {}, "mixer.dt_proj", BYPASSED), ("Bart", BART, "encoder_attn.q_proj", UNREACHED)],
 )
 def test_modules_that_never_run_are_not_searched(name, changes, module, reason, text_file, tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, name, {**changes, "time_step_rank": 16})
     directory = model_of(name, tmp_path / "model")
-    left = {each.name: each.reason for each in targets.find_target(directory).untouched}
+    left = {each.name: each.reason for each in find_target(directory).untouched}
     assert {why for each, why in left.items() if each.endswith(module)} == {reason}
     found = measured_by("native", directory, load_text(directory, text_file), tmp_path / "out")
     assert not any(module in group.name for group in found.groups)

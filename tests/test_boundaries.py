@@ -9,39 +9,34 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "bitladder"
-# module -> modules of ours that it may import; modules not listed may import anything but `cli`
-ALLOWED = {
-    "errors": set(),
-    "reading": set(),
-    "storage": {"errors", "reading"},
-    "records": {"errors", "reading", "storage"},
-    "recipe": {"errors", "reading"},
-    "formats": {"errors", "records", "numerics"},
-    "numerics": set(),
-    "headers": {"errors", "reading"},
-    "weights": {"errors", "headers", "reading", "records", "storage"},
-    "planning": {"errors", "formats", "models", "planning", "prediction", "recipe", "records"},
-    "importing": {"errors", "formats", "models", "reading", "records", "storage"},
-    "models": {"errors", "models", "reading", "records", "storage", "weights"},
-    "prediction": set(),
-    "uncertainty": {"records"},
-    "controls": {"errors", "planning", "records"},
-    "runtimes": {"errors", "headers", "models", "reading", "records", "runinfo", "runtimes", "storage"},
-}
-FORBIDDEN = {"verification": {"checkpoint", "weights"}, "evaluation": {"checkpoint", "sensitivity"}}
+# The house, from the ground up: a room imports from floors below its own, and no other room of its floor.
+FLOORS = (
+    {"errors"},
+    {"reading"},
+    {"storage"},
+    {"records", "recipe"},
+    {"device", "runinfo"},
+    {"formats"},
+    {"models"},
+    {"measured"},
+    {"data", "planning", "runtimes", "verification"},  # what steps stand on
+    {"checkpoints", "evaluation", "measuring", "report"},  # what a step does
+    {"steps"},
+    {"cli", "demo"},
+)
+SECOND_OPINION = {"verification": {"checkpoints", "models.weights"}, "evaluation": {"checkpoints", "measuring"}}
 NO_TORCH = (
     "errors",
     "reading",
     "storage",
     "records",
     "recipe",
+    "formats",
     "planning",
-    "importing",
+    "planning.importing",
+    "planning.controls",
     "models.fusing",
     "report",
-    "prediction",
-    "uncertainty",
-    "controls",
     "runtimes.preflight",
 )
 
@@ -71,31 +66,57 @@ def imports_of(path):
 
 
 def ours(path):
-    known = {p.stem for p in SOURCE.glob("*.py")} | {p.name for p in SOURCE.iterdir() if p.is_dir()}
-    parts = [name.split(".") for name in imports_of(path)]
-    return {part[1] for part in parts if part[0] == "bitladder" and len(part) > 1 and part[1] in known}
+    """Return the modules of ours that a file imports, without the package's name."""
+    return {name.removeprefix("bitladder.") for name in imports_of(path) if name.startswith("bitladder.")}
 
 
-@pytest.mark.parametrize("module", sorted(ALLOWED))
-def test_imports_only_what_it_may(module):
-    for path in files_of(module):
-        assert ours(path) <= ALLOWED[module], path
+def room_of(name):
+    return name.partition(".")[0]
 
 
-@pytest.mark.parametrize("module", sorted(FORBIDDEN))
+ROOMS = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+
+
+def test_every_room_is_on_a_floor():
+    found = {path.relative_to(SOURCE).with_suffix("").parts[0] for path in SOURCE.rglob("*.py")}
+    assert found - {"__init__"} == ROOMS.keys()
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_no_import_climbs(room):
+    for path in files_of(room):
+        for name in ours(path):
+            other = room_of(name)
+            if other in ROOMS and other != room:
+                assert ROOMS[other] < ROOMS[room], f"{path.relative_to(SOURCE)} imports {name}"
+
+
+def test_no_two_modules_import_each_other():
+    """However many modules the circle has, and wherever in a function the import stands."""
+    paths = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    known = {}
+    for name, path in paths.items():
+        found = ours(path) & paths.keys() - {name}
+        known[name] = {one for one in found if one not in {other.rpartition(".")[0] for other in found}}
+    while True:
+        free = {name for name, others in known.items() if not others & known.keys()}
+        if not free:
+            break
+        known = {name: others for name, others in known.items() if name not in free}
+    assert not known, f"in a circle, or above one: {sorted(known)}"
+
+
+@pytest.mark.parametrize("module", sorted(SECOND_OPINION))
 def test_a_second_opinion_shares_no_code(module):
     for path in files_of(module):
-        assert not ours(path) & FORBIDDEN[module], path
-
-
-def test_report_knows_records_only():
-    for path in files_of("report"):
-        assert ours(path) <= {"errors", "storage", "records", "formats", "prediction", "uncertainty", "report"}, path
+        for name in ours(path):
+            assert not any(name == other or name.startswith(f"{other}.") for other in SECOND_OPINION[module]), path
 
 
 def test_nobody_imports_the_command_line():
     for path in SOURCE.rglob("*.py"):
-        assert "cli" not in ours(path) or path.name == "__main__.py", path
+        assert "cli" not in map(room_of, ours(path)) or path.name == "__main__.py", path
 
 
 def test_vllm_is_never_imported_at_the_top():
@@ -128,7 +149,7 @@ def test_planning_works_without_transformers_and_scipy():
 
 
 def test_the_check_above_can_fail():
-    code = "import sys; sys.modules['torch'] = None; import bitladder.numerics"
+    code = "import sys; sys.modules['torch'] = None; import bitladder.formats.grids"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode != 0
 
 
@@ -143,17 +164,17 @@ READERS = {"open", "safe_open", "load_file", "read_text", "read_bytes", "ZipFile
 OURS = ("reading.", "WeightFiles.open", "StreamedLayers.open")  # these read by `reading`
 # (file, what it calls or names) -> why it needs no `reading`
 OPENED_ELSEWHERE = {
-    ("calibration/pictures.py", "Image.open"): "bytes that were read already",
+    ("data/pictures.py", "Image.open"): "bytes that were read already",
     ("models/fusing.py", "files(__package__).joinpath('fusing.json').read_text"): "a resource of this package",
-    ("packaged.py", "zipfile.ZipFile"): "a file that is open already",
-    ("pipeline.py", "os.open"): "the lock, for writing too: that waits for nobody",
+    ("data/packaged.py", "zipfile.ZipFile"): "a file that is open already",
+    ("steps/workspace.py", "os.open"): "the lock, for writing too: that waits for nobody",
     ("report/page.py", "(here / 'page.css').read_text"): "a resource of this package",
     ("report/page.py", "(here / 'page.js').read_text"): "a resource of this package",
     ("storage.py", "os.open"): "to flush what was written, directories too; nothing is read",
-    ("weights.py", "np.memmap"): "a file that is open already",
+    ("models/weights.py", "np.memmap"): "a file that is open already",
 }
 # Run by the runtime's own interpreter, which has no Bitladder: they read what their parent has written or checked.
-CHILDREN = {"runtimes/vllm_load.py", "runtimes/vllm_serve.py"}
+CHILDREN = {"runtimes/vllm/child_load.py", "runtimes/vllm/child_serve.py"}
 
 
 def openers_in(tree):

@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 
 import bitladder
-from bitladder.calibration import Batch, DataSet, interleaved, load_data, load_processor, prompt_inputs
+from bitladder.data.batches import Batch, DataSet, interleaved
+from bitladder.data.pairs import prompt_inputs
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import load_data
 from bitladder.errors import DataError, ModelError
 from bitladder.recipe import DataSpec
 from bitladder.records import DataSummary, digest_of

@@ -9,8 +9,12 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from bitladder import checkpoint, planning, sensitivity, targets
+from bitladder import planning
+from bitladder.checkpoints.export import export as export_now
+from bitladder.checkpoints.export import share_equal_files
 from bitladder.errors import MeasurementError, OutputError, StaleRecord
+from bitladder.measured import read_amax
+from bitladder.models.loading import load_model
 from bitladder.records import BF16, CheckpointManifest
 from bitladder.storage import TEMPORARY_PREFIX, sha256_of_file
 from bitladder.verification import verify
@@ -38,8 +42,8 @@ def modelopt_export(source, measurement, scheme, destination, dtype):
     from modelopt.torch.export import export_hf_checkpoint
     from modelopt.torch.export.quant_utils import preprocess_linear_fusion
 
-    amax = sensitivity.read_amax(measurement, destination.parent)
-    model = targets.load_model(source, dtype)
+    amax = read_amax(measurement, destination.parent)
+    model = load_model(source, dtype)
     quantised = {m.name: g for g in measurement.groups if scheme.formats[g.name] != BF16 for m in g.modules}
     config = {
         "quant_cfg": [
@@ -82,9 +86,9 @@ def vl(tmp_path_factory, text_file):
 
 def export(source, measurement, directory, name="half", **target):
     scheme = planning.plan(measurement, spec(name, **(target or {"coverage": 0.5})))
-    amax = sensitivity.read_amax(measurement, directory)
+    amax = read_amax(measurement, directory)
     destination = directory / "checkpoints" / name
-    manifest = checkpoint.export(scheme, measurement, amax, source, destination)
+    manifest = export_now(scheme, measurement, amax, source, destination)
     return scheme, destination, manifest
 
 
@@ -192,7 +196,7 @@ def test_shards_side_files_and_manifest(sharded_llama, text_file, tmp_path):
 
 
 def test_tensors_lie_aligned_as_safetensors_writes_them(vl):
-    from bitladder.headers import read_header
+    from bitladder.models.headers import read_header
 
     source, measurement, directory = vl
     _, ours, _ = export(source, measurement, directory)
@@ -217,7 +221,7 @@ def test_other_vision_language_models(kind, text_file, tmp_path):
     scheme, directory, _ = export(source, measurement, tmp_path)
     names = {name for name in tensors_of(directory) if not name.endswith("_scale")}
     assert names == set(tensors_of(source))
-    amax = sensitivity.read_amax(measurement, tmp_path)
+    amax = read_amax(measurement, tmp_path)
     result = verify([scheme], measurement, amax, source, {scheme.name: directory})
     assert result.ok, result
 
@@ -227,31 +231,31 @@ def test_share_files(sharded_llama, text_file, tmp_path):
     first = export(sharded_llama, measurement, tmp_path, "top25", coverage=0.25)[1]
     second = export(sharded_llama, measurement, tmp_path, "top50", coverage=0.5)[1]
     before = {path.name: path.read_bytes() for path in second.iterdir()}
-    saved = checkpoint.share_equal_files([first, second])
+    saved = share_equal_files([first, second])
     assert saved > 0
     assert (first / "tokenizer.json").samefile(second / "tokenizer.json")
     assert not (first / "config.json").samefile(second / "config.json")
     assert {path.name: path.read_bytes() for path in second.iterdir()} == before
-    assert checkpoint.share_equal_files([first, second]) == 0
+    assert share_equal_files([first, second]) == 0
 
 
 def test_foreign_directory_is_kept(llama, measured, tmp_path):
     measurement, directory = measured
     scheme = planning.plan(measurement, spec("half", coverage=0.5))
-    amax = sensitivity.read_amax(measurement, directory)
+    amax = read_amax(measurement, directory)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match="didn't write"):
-        checkpoint.export(scheme, measurement, amax, llama, tmp_path / "mine")
+        export_now(scheme, measurement, amax, llama, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
 def test_no_space_keeps_the_old_checkpoint(llama, measured, tmp_path, monkeypatch):
     measurement, directory = measured
     scheme = planning.plan(measurement, spec("half", coverage=0.5))
-    amax = sensitivity.read_amax(measurement, directory)
+    amax = read_amax(measurement, directory)
     destination = tmp_path / "half"
-    checkpoint.export(scheme, measurement, amax, llama, destination)
+    export_now(scheme, measurement, amax, llama, destination)
     before = {path.name: path.read_bytes() for path in destination.iterdir()}
 
     def full(descriptor):
@@ -259,7 +263,7 @@ def test_no_space_keeps_the_old_checkpoint(llama, measured, tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="no space left"):
-        checkpoint.export(scheme, measurement, amax, llama, destination)
+        export_now(scheme, measurement, amax, llama, destination)
     assert {path.name: path.read_bytes() for path in destination.iterdir()} == before
     assert not list(tmp_path.glob(f"{TEMPORARY_PREFIX}*"))
 
@@ -267,10 +271,10 @@ def test_no_space_keeps_the_old_checkpoint(llama, measured, tmp_path, monkeypatc
 def test_a_scheme_of_another_measurement_is_refused(llama, measured, tmp_path):
     measurement, directory = measured
     scheme = planning.plan(measurement, spec("half", coverage=0.5))
-    amax = sensitivity.read_amax(measurement, directory)
+    amax = read_amax(measurement, directory)
     other = scheme.model_copy(update={"measurement_sha256": "0" * 64})
     with pytest.raises(StaleRecord, match="another measurement"):
-        checkpoint.export(other, measurement, amax, llama, tmp_path / "x")
+        export_now(other, measurement, amax, llama, tmp_path / "x")
 
 
 def test_an_imported_measurement_is_refused(llama, measured, tmp_path):
@@ -282,7 +286,7 @@ def test_an_imported_measurement_is_refused(llama, measured, tmp_path):
     imported = measurement.model_copy(update={"groups": groups})
     scheme = planning.plan(imported, spec("half", coverage=0.5))
     with pytest.raises(MeasurementError, match="planning, not for export"):
-        checkpoint.export(scheme, imported, sensitivity.read_amax(measurement, directory), llama, tmp_path / "x")
+        export_now(scheme, imported, read_amax(measurement, directory), llama, tmp_path / "x")
 
 
 def test_memory_stays_within_two_shards_and_a_fixed_overhead(text_file, tmp_path):

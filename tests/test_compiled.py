@@ -13,12 +13,15 @@ import transformers
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bitladder import calibration, sensitivity, targets
-from bitladder.calibration import IGNORED_LABEL
+from bitladder.data.batches import IGNORED_LABEL, Batch
 from bitladder.errors import EngineError
+from bitladder.measuring import candidates as taps
+from bitladder.measuring import decoder, gradient, kl, native
+from bitladder.measuring.job import Job as Job_of_job
+from bitladder.measuring.layers import DeviceMemory, Layers
+from bitladder.models.loading import load_model
+from bitladder.models.target import find_target
 from bitladder.recipe import MeasureSpec
-from bitladder.sensitivity import decoder, gradient, kl, native, taps
-from bitladder.sensitivity.layers import DeviceMemory, Layers
 from conftest import llama_config, qwen2_5_vl_config, save_model
 
 MODELS = {
@@ -55,7 +58,7 @@ def batch_of(seed, padding):
     ids = torch.randint(10, 34, (2, 12), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0
-    return calibration.Batch({"input_ids": ids, "attention_mask": mask}, ids.masked_fill(mask == 0, IGNORED_LABEL))
+    return Batch({"input_ids": ids, "attention_mask": mask}, ids.masked_fill(mask == 0, IGNORED_LABEL))
 
 
 class Job:
@@ -64,10 +67,10 @@ class Job:
     def __init__(self, directory, method, padding=0):
         self.batches = batch_of(0, padding), batch_of(1, padding)
         shapes = tuple(batch.labels.shape for batch in self.batches)
-        target = targets.find_target(directory)
-        model = targets.load_model(directory, torch.float32).requires_grad_(False)
+        target = find_target(directory)
+        model = load_model(directory, torch.float32).requires_grad_(False)
         model.config.use_cache = False
-        self.job = sensitivity.Job(target, self.batches, shapes, MeasureSpec(method=method), "cpu", lambda *_: None)
+        self.job = Job_of_job(target, self.batches, shapes, MeasureSpec(method=method), "cpu", lambda *_: None)
         self.layers = Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY)
         self.amax = native.calibrate(self.layers, self.job)
 
@@ -122,7 +125,7 @@ def test_other_shapes_need_tokens_of_their_own(model, monkeypatch):
     layers = type("Resident", (), {"streamed": False})
     assert decoder.is_worth_compiling(layers, job, 48)
     assert not decoder.is_worth_compiling(layers, job, 49)
-    mixed = sensitivity.Job(job.target, (), (*job.scored, torch.Size([2, 24])), job.spec, "cpu", job.progress)
+    mixed = Job_of_job(job.target, (), (*job.scored, torch.Size([2, 24])), job.spec, "cpu", job.progress)
     assert decoder.is_worth_compiling(layers, mixed, 48)
     assert not decoder.is_worth_compiling(layers, mixed, 49)
     layers.streamed = True

@@ -4,10 +4,16 @@ import pytest
 import torch
 import transformers
 
-from bitladder import checkpoint, controls, evaluation, planning, sensitivity
+from bitladder import planning
+from bitladder.checkpoints.export import export
 from bitladder.errors import PlanError, StaleRecord
+from bitladder.evaluation.evaluate import evaluate_checkpoint
+from bitladder.evaluation.reference import Reference
+from bitladder.evaluation.simulation import Simulation
+from bitladder.measured import read_amax
+from bitladder.models.loading import load_model
+from bitladder.planning import controls
 from bitladder.records import BF16
-from bitladder.simulation import Simulation
 from conftest import llama_config, load_text, measure_text, save_model, spec
 
 
@@ -117,23 +123,23 @@ def test_an_unknown_control_is_refused(deep):
 @pytest.mark.parametrize("kv_cache", [None, "fp8"])
 def test_a_simulated_scheme_equals_the_exported_checkpoint(deep, text_file, tmp_path, kv_cache):
     directory, measurement, output = deep
-    amax = sensitivity.read_amax(measurement, output)
+    amax = read_amax(measurement, output)
     data = load_text(directory, text_file, samples=4, avoid=measurement.calibration)
     simulation = Simulation(directory, measurement, amax)
     before = {name: module for name, module in simulation.model.named_modules()}
-    with evaluation.Reference.compute(directory, data) as reference:
+    with Reference.compute(directory, data) as reference:
         for name, target in (("some", {"coverage": 0.4}), ("all", {"coverage": 1.0})):
             scheme = planning.plan(measurement, spec(name, kv_cache=kv_cache, **target))
-            checkpoint.export(scheme, measurement, amax, directory, tmp_path / name)
-            exported = evaluation.evaluate_checkpoint([reference], tmp_path / name)
+            export(scheme, measurement, amax, directory, tmp_path / name)
+            exported = evaluate_checkpoint([reference], tmp_path / name)
             assert simulation.results([reference], scheme) == exported.results
         assert exported.results[0].value > 0
     assert {name: module for name, module in simulation.model.named_modules()} == before
-    assert torch.equal(simulation.model.lm_head.weight, evaluation.load_model(directory, torch.float32).lm_head.weight)
+    assert torch.equal(simulation.model.lm_head.weight, load_model(directory, torch.float32).lm_head.weight)
 
 
 def test_a_scheme_of_another_measurement_is_refused(deep, measured):
     directory, measurement, output = deep
-    simulation = Simulation(directory, measurement, sensitivity.read_amax(measurement, output))
+    simulation = Simulation(directory, measurement, read_amax(measurement, output))
     with pytest.raises(StaleRecord, match="another measurement"):
         simulation.results([], planning.plan(measured[0], spec("half", coverage=0.5)))

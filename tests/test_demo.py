@@ -7,7 +7,12 @@ import pytest
 import torch
 
 import bitladder
-from bitladder import calibration, evaluation, targets
+from bitladder.data.pairs import Sample
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import load_data
+from bitladder.evaluation.task import Task
+from bitladder.models.loading import load_model
+from bitladder.models.target import find_target
 from bitladder.recipe import DataSpec
 
 DEMO = Path(bitladder.__file__).parent / "demo"
@@ -20,28 +25,28 @@ def lines(name):
 
 @pytest.fixture(scope="module")
 def processor():
-    return calibration.load_processor(MODEL)
+    return load_processor(MODEL)
 
 
 def test_over_90_percent_on_held_out_pictures(processor):
     spec = DataSpec(kind="image_text", path=str(DEMO / "data" / "heldout.jsonl"))
-    data = calibration.load_data(spec, processor, samples=400, sequence_length=64, batch_size=50, seed=0)
-    task = evaluation.Task.exact_match(data.samples, processor)
-    model = targets.load_model(MODEL, torch.float32)
+    data = load_data(spec, processor, samples=400, sequence_length=64, batch_size=50, seed=0)
+    task = Task.exact_match(data.samples, processor)
+    model = load_model(MODEL, torch.float32)
     assert task.correct(model, "cpu", lambda *_: None, "answer") > 0.9 * 400
 
 
 def test_the_answer_depends_on_the_picture(processor):
     """With the pictures swapped among the samples, the same model is mostly wrong."""
-    samples = [
-        calibration.Sample(image=row["image"], prompt=row["prompt"], text=row["text"]) for row in lines("heldout.jsonl")
-    ][:100]
+    samples = [Sample(image=row["image"], prompt=row["prompt"], text=row["text"]) for row in lines("heldout.jsonl")][
+        :100
+    ]
     swapped = [
-        calibration.Sample(image=other.image, prompt=sample.prompt, text=sample.text)
+        Sample(image=other.image, prompt=sample.prompt, text=sample.text)
         for sample, other in zip(samples, samples[1:] + samples[:1], strict=True)
     ]
-    model = targets.load_model(MODEL, torch.float32)
-    right = evaluation.Task.exact_match(swapped, processor).correct(model, "cpu", lambda *_: None, "answer")
+    model = load_model(MODEL, torch.float32)
+    right = Task.exact_match(swapped, processor).correct(model, "cpu", lambda *_: None, "answer")
     assert right < 30
 
 
@@ -57,7 +62,7 @@ def test_it_is_small_and_looks_like_a_qwen2_5_vl():
     assert sum(path.stat().st_size for path in (DEMO / "data").iterdir()) < 1e6
     config = json.loads((MODEL / "config.json").read_text())
     assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
-    target = targets.find_target(MODEL)
+    target = find_target(MODEL)
     assert len(target.groups) == 24
     tensors = {module.tensor for group in target.groups for module in group.modules}
     # the names that the real Qwen2.5-VL-3B-Instruct has in its files

@@ -11,9 +11,21 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bitladder import checkpoint, evaluation, numerics, planning, sensitivity, targets, weights
-from bitladder.calibration import Batch, DataSet
+from bitladder import planning
+from bitladder.checkpoints.export import export
+from bitladder.data.batches import Batch, DataSet
 from bitladder.errors import ModelError, StaleRecord
+from bitladder.evaluation import reading
+from bitladder.evaluation import reference as reference_module
+from bitladder.evaluation.evaluate import compare, evaluate_checkpoint
+from bitladder.evaluation.metrics import Sums, _kl
+from bitladder.evaluation.reading import FakeQuantLinear
+from bitladder.evaluation.reference import Reference, compare_with
+from bitladder.formats import grids as numerics
+from bitladder.measured import read_amax
+from bitladder.models import weights
+from bitladder.models.loading import load_model
+from bitladder.models.target import find_target
 from bitladder.records import BF16, CheckpointManifest
 from conftest import load_text, qwen2_5_vl_config, save_model, spec
 
@@ -22,11 +34,11 @@ from conftest import load_text, qwen2_5_vl_config, save_model, spec
 def ladder(llama, measured, tmp_path_factory):
     """{name: (scheme, directory)} of two checkpoints."""
     measurement, directory = measured
-    amax = sensitivity.read_amax(measurement, directory)
+    amax = read_amax(measurement, directory)
     output = tmp_path_factory.mktemp("ladder")
     schemes = planning.plan_all(measurement, [spec("half", coverage=0.5), spec("full", coverage=1.0)])
     for scheme in schemes:
-        checkpoint.export(scheme, measurement, amax, llama, output / scheme.name)
+        export(scheme, measurement, amax, llama, output / scheme.name)
     return {scheme.name: (scheme, output / scheme.name) for scheme in schemes}
 
 
@@ -37,7 +49,7 @@ def data(llama, text_file):
 
 @pytest.fixture(scope="module")
 def reference(llama, data):
-    with evaluation.Reference.compute(llama, data) as computed:
+    with Reference.compute(llama, data) as computed:
         yield computed
 
 
@@ -46,8 +58,8 @@ def modelopt_fake_quant(llama, measured, scheme):
     import modelopt.torch.quantization as mtq
 
     measurement, directory = measured
-    amax = sensitivity.read_amax(measurement, directory)
-    model = targets.load_model(llama, torch.float32)
+    amax = read_amax(measurement, directory)
+    model = load_model(llama, torch.float32)
     modules = [m.name for g in measurement.groups if scheme.formats[g.name] != BF16 for m in g.modules]
     patterns = [{"quantizer_name": "*", "enable": False}]
     for name in modules:
@@ -70,9 +82,9 @@ def test_logits_equal_modelopts_fake_quantisation(name, ladder, llama, measured,
     the last bits; within 2% in a batch where an activation next to a rounding boundary falls on the other side."""
     ratios = []
     scheme, directory = ladder[name]
-    ours = evaluation.load_checkpoint(directory)
+    ours = reading.load_checkpoint(directory)
     theirs = modelopt_fake_quant(llama, measured, scheme)
-    plain = targets.load_model(llama, torch.float32)
+    plain = load_model(llama, torch.float32)
     with torch.no_grad():
         for batch in data.batches:
             a, b, c = (model(**batch.inputs).logits for model in (ours, theirs, plain))
@@ -86,13 +98,13 @@ def test_transformers_own_loader_would_be_wrong(ladder, llama, data):
     """The reason for a loader of our own: scales dropped without a word."""
     scheme, directory = ladder["full"]
     assert scheme.coverage == 1.0
-    ours = evaluation.load_checkpoint(directory)
+    ours = reading.load_checkpoint(directory)
     state = {
         name: tensor.to(torch.float32)
         for name, tensor in load_file(directory / "model.safetensors").items()
         if not name.endswith("_scale")
     }
-    naive = targets.load_model(directory, torch.float32, state_dict=state)
+    naive = load_model(directory, torch.float32, state_dict=state)
     batch = data.batches[0]
     with torch.no_grad():
         assert not torch.allclose(ours(**batch.inputs).logits, naive(**batch.inputs).logits, atol=0.1)
@@ -100,8 +112,8 @@ def test_transformers_own_loader_would_be_wrong(ladder, llama, data):
 
 def test_metrics_equal_an_independent_computation(reference, ladder, llama, data):
     _, directory = ladder["full"]
-    result = evaluation.evaluate_checkpoint([reference], directory)
-    quantised, original = evaluation.load_checkpoint(directory), targets.load_model(llama, torch.float32)
+    result = evaluate_checkpoint([reference], directory)
+    quantised, original = reading.load_checkpoint(directory), load_model(llama, torch.float32)
     kl, nll, agree, losses, tokens = 0.0, 0.0, 0, 0.0, 0
     with torch.no_grad():
         for batch in data.batches:
@@ -121,9 +133,9 @@ def test_metrics_equal_an_independent_computation(reference, ladder, llama, data
 
 
 def test_kl_of_the_original_to_itself_is_zero(reference, llama, data):
-    model = targets.load_model(llama, torch.float32)
+    model = load_model(llama, torch.float32)
     with torch.no_grad():
-        sums = evaluation._compare(model, data, reference.store, "cpu", "itself", lambda *_: None, "x")
+        sums = compare_with(model, data, reference.store, "cpu", "itself", lambda *_: None, "x")
     assert sums.ratio(sums.kl) == (0.0, 0.0)
     assert sums.ratio(sums.agree)[0] == 1.0
     assert sums.perplexity()[0] == reference.perplexity
@@ -131,18 +143,18 @@ def test_kl_of_the_original_to_itself_is_zero(reference, llama, data):
 
 def test_every_held_out_set_is_evaluated_on_one_read_of_the_files(llama, text_file, reference, ladder, monkeypatch):
     directory, loaded, phases = ladder["half"][1], [], []
-    alone = evaluation.evaluate_checkpoint([reference], directory)
+    alone = evaluate_checkpoint([reference], directory)
     other = load_text(llama, text_file, samples=3, length=24)
-    load = evaluation.load_checkpoint
+    load = reading.load_checkpoint
 
     def note(phase, *_):
         assert not torch.is_grad_enabled()
         phases.append(phase)
 
-    with evaluation.Reference.compute(llama, other, split="short") as short:
-        wanted = evaluation.compare(short, directory, "half")[0]
-        monkeypatch.setattr(evaluation, "load_checkpoint", lambda *a, **k: loaded.append(a) or load(*a, **k))
-        both = evaluation.evaluate_checkpoint([reference, short], directory, note)
+    with Reference.compute(llama, other, split="short") as short:
+        wanted = compare(short, directory, "half")[0]
+        monkeypatch.setattr(reading, "load_checkpoint", lambda *a, **k: loaded.append(a) or load(*a, **k))
+        both = evaluate_checkpoint([reference, short], directory, note)
     assert len(loaded) == 1
     assert list(both.data) == ["held_out", "short"]
     assert both.data["short"] == other.summary
@@ -153,7 +165,7 @@ def test_every_held_out_set_is_evaluated_on_one_read_of_the_files(llama, text_fi
 
 
 def test_more_fp8_is_further_away_and_bf16_is_the_floor(reference, ladder):
-    half, full = (evaluation.evaluate_checkpoint([reference], ladder[name][1]) for name in ("half", "full"))
+    half, full = (evaluate_checkpoint([reference], ladder[name][1]) for name in ("half", "full"))
     assert 0 < half.result("kl").value < full.result("kl").value
     assert half.result("kl").noise_floor == full.result("kl").noise_floor > 0
     assert half.result("kl").standard_error > 0
@@ -161,12 +173,12 @@ def test_more_fp8_is_further_away_and_bf16_is_the_floor(reference, ladder):
 
 
 def test_standard_error_is_that_of_a_ratio_over_rows():
-    sums = evaluation._Sums(tokens=[10, 20, 30], kl=[1.0, 4.0, 3.0])
+    sums = Sums(tokens=[10, 20, 30], kl=[1.0, 4.0, 3.0])
     mean, error = sums.ratio(sums.kl)
     assert mean == pytest.approx(8 / 60)
     squares = sum((x - mean * n) ** 2 for x, n in zip(sums.kl, sums.tokens, strict=True))
     assert error == pytest.approx(math.sqrt(3 / 2 * squares) / 60)
-    assert evaluation._Sums(tokens=[10], kl=[1.0]).ratio([1.0])[1] is None
+    assert Sums(tokens=[10], kl=[1.0]).ratio([1.0])[1] is None
 
 
 def test_positions_without_a_label_do_not_count(llama, data, ladder):
@@ -182,20 +194,20 @@ def test_positions_without_a_label_do_not_count(llama, data, ladder):
 
     values = []
     for token in (3, 7):
-        with evaluation.Reference.compute(llama, masked(token)) as reference:
-            result = evaluation.evaluate_checkpoint([reference], ladder["half"][1])
+        with Reference.compute(llama, masked(token)) as reference:
+            result = evaluate_checkpoint([reference], ladder["half"][1])
             values.append([r.value for r in result.results])
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 def test_reference_on_disk_gives_the_same(llama, data, ladder, reference, monkeypatch):
-    wanted = evaluation.evaluate_checkpoint([reference], ladder["half"][1]).results
-    monkeypatch.setattr(evaluation, "MAX_REFERENCE_BYTES_IN_MEMORY", 0)
-    with evaluation.Reference.compute(llama, data) as stored:
+    wanted = evaluate_checkpoint([reference], ladder["half"][1]).results
+    monkeypatch.setattr(reference_module, "MAX_REFERENCE_BYTES_IN_MEMORY", 0)
+    with Reference.compute(llama, data) as stored:
         directory = stored.store.directory
         assert directory is not None
         assert list(directory.iterdir())
-        assert evaluation.evaluate_checkpoint([stored], ladder["half"][1]).results == wanted
+        assert evaluate_checkpoint([stored], ladder["half"][1]).results == wanted
     assert not directory.exists()
 
 
@@ -234,7 +246,7 @@ def test_damaged_files_are_refused(kind, ladder, tmp_path):
     change, message = DAMAGE[kind]
     directory = edited(ladder["half"][1], tmp_path / "x", change)
     with pytest.raises(ModelError, match=message) as caught:
-        evaluation.load_checkpoint(directory)
+        reading.load_checkpoint(directory)
     assert str(directory) in str(caught.value)
     if kind not in ("weight missing", "extra tensor"):  # those two are found by transformers
         assert f"{directory / 'model.safetensors'}: model." in str(caught.value)
@@ -247,7 +259,7 @@ def test_missing_or_damaged_config_is_refused(content, ladder, tmp_path):
     path = tmp_path / "x" / "config.json"
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(ModelError, match=r"config\.json"):
-        evaluation.load_checkpoint(tmp_path / "x")
+        reading.load_checkpoint(tmp_path / "x")
 
 
 def test_manifest_of_other_files_is_refused(reference, ladder, tmp_path):
@@ -258,13 +270,13 @@ def test_manifest_of_other_files_is_refused(reference, ladder, tmp_path):
     other = manifest.modules[0].model_copy(update={"tensor": "model.layers.9.mlp.down_proj.weight"})
     manifest.model_copy(update={"modules": (other, *manifest.modules[1:])}).write(path)
     with pytest.raises(StaleRecord, match="disagree whether"):
-        evaluation.evaluate_checkpoint([reference], tmp_path / "x")
+        evaluate_checkpoint([reference], tmp_path / "x")
 
 
 def test_outputs_without_a_finite_perplexity_are_refused(reference, ladder, tmp_path):
     directory = edited(ladder["half"][1], tmp_path / "x", lambda t, n: t["model.norm.weight"].fill_(3e4))
     with pytest.raises(ModelError, match="no perplexity can be stated"):
-        evaluation.evaluate_checkpoint([reference], directory)
+        evaluate_checkpoint([reference], directory)
 
 
 def test_missing_quantization_config_is_refused(ladder, tmp_path):
@@ -274,7 +286,7 @@ def test_missing_quantization_config_is_refused(ladder, tmp_path):
     del config["quantization_config"]
     path.write_text(json.dumps(config))
     with pytest.raises(ModelError, match="no quantization_config"):
-        evaluation.load_checkpoint(tmp_path / "x")
+        reading.load_checkpoint(tmp_path / "x")
 
 
 def test_inf_in_the_outputs_is_refused(reference, ladder, tmp_path):
@@ -283,7 +295,7 @@ def test_inf_in_the_outputs_is_refused(reference, ladder, tmp_path):
 
     directory = edited(ladder["half"][1], tmp_path / "x", change)
     with pytest.raises(ModelError, match="NaN or Inf|holds NaN"):
-        evaluation.evaluate_checkpoint([reference], directory)
+        evaluate_checkpoint([reference], directory)
 
 
 def by_hand(source, destination, amax):
@@ -314,7 +326,7 @@ def modelopt_with_shared_amax(source, batches):
     """ModelOpt's FP8_DEFAULT_CFG on the language model alone, amax shared in groups: (model, amax for `by_hand`)."""
     import modelopt.torch.quantization as mtq
 
-    model, groups = targets.load_model(source, torch.float32), targets.find_target(source).groups
+    model, groups = load_model(source, torch.float32), find_target(source).groups
     wanted = {f"{m.name}.{kind}_quantizer" for g in groups for m in g.modules for kind in ("weight", "input")}
 
     def run(model):
@@ -349,8 +361,8 @@ def test_files_made_by_hand_equal_modelopts_fake_quantisation(name, request, tex
     source = request.getfixturevalue(name)
     batches = load_text(request.getfixturevalue("llama"), text_file, samples=5, length=32, batch=1).batches
     theirs, amax = modelopt_with_shared_amax(source, batches)
-    ours = evaluation.load_checkpoint(by_hand(source, tmp_path / "x", amax))
-    quantised = {path for path, module in ours.named_modules() if isinstance(module, evaluation.FakeQuantLinear)}
+    ours = reading.load_checkpoint(by_hand(source, tmp_path / "x", amax))
+    quantised = {path for path, module in ours.named_modules() if isinstance(module, FakeQuantLinear)}
     assert quantised == set(amax)
     differences = []
     with torch.no_grad():
@@ -369,23 +381,23 @@ def test_files_made_by_hand_equal_modelopts_fake_quantisation(name, request, tex
 def test_a_checkpoint_generates_with_the_settings_of_the_original(ladder, llama, tmp_path):
     settings = {"eos_token_id": [0, 3], "repetition_penalty": 1.05}
     models = []
-    for directory, load in ((llama, lambda d: targets.load_model(d, torch.float32)), (ladder["half"][1], None)):
+    for directory, load in ((llama, lambda d: load_model(d, torch.float32)), (ladder["half"][1], None)):
         copy = tmp_path / str(len(models))
         shutil.copytree(directory, copy)
         (copy / "generation_config.json").write_text(json.dumps(settings))
-        models.append((load or evaluation.load_checkpoint)(copy))
+        models.append((load or reading.load_checkpoint)(copy))
     original, quantised = (model.generation_config for model in models)
     assert quantised.to_diff_dict() == original.to_diff_dict()
     assert quantised.repetition_penalty == 1.05
     assert quantised.eos_token_id == [0, 3]
     (tmp_path / "1" / "generation_config.json").write_text("{")
     with pytest.raises(ModelError, match="generation_config"):
-        evaluation.load_checkpoint(tmp_path / "1")
+        reading.load_checkpoint(tmp_path / "1")
 
 
 def test_noise_floor_is_the_original_loaded_in_bf16(reference, llama, data):
     """Not the float32 model cast: that would round the rotary frequencies, which serving keeps in float32."""
-    low, high = targets.load_model(llama, torch.bfloat16), targets.load_model(llama, torch.float32)
+    low, high = load_model(llama, torch.bfloat16), load_model(llama, torch.float32)
     kl, tokens = 0.0, 0
     with torch.no_grad():
         for batch in data.batches:
@@ -403,9 +415,9 @@ def test_small_kl_survives_the_rounding_of_the_normalisers(offset):
     p, q = (x.double().log_softmax(-1) for x in (logits, other))
     exact = float((p.exp() * (p - q)).sum(-1).mean())
     assert 2e-5 < exact < 1e-4
-    ours = evaluation._kl(logits.log_softmax(-1), other.log_softmax(-1) + offset)
+    ours = _kl(logits.log_softmax(-1), other.log_softmax(-1) + offset)
     assert float(ours.mean()) == pytest.approx(exact, rel=1e-3)
-    assert evaluation._kl(p.float(), p.float()).abs().max() == 0
+    assert _kl(p.float(), p.float()).abs().max() == 0
 
 
 def test_an_interrupted_reference_leaves_no_files(llama, data, monkeypatch, tmp_path):
@@ -414,8 +426,8 @@ def test_an_interrupted_reference_leaves_no_files(llama, data, monkeypatch, tmp_
             assert list(tmp_path.iterdir())
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "MAX_REFERENCE_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr(reference_module, "MAX_REFERENCE_BYTES_IN_MEMORY", 0)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        evaluation.Reference.compute(llama, data, progress=stop)
+        Reference.compute(llama, data, progress=stop)
     assert not list(tmp_path.iterdir())

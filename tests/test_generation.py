@@ -10,12 +10,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bitladder import generation, pipeline, targets
-from bitladder.calibration import GENERATED_SOURCE, load_data, load_processor
+from bitladder.data import generation
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import GENERATED_SOURCE, load_data
 from bitladder.errors import DataError, ModelError, RecordError
-from bitladder.pipeline import Workspace
+from bitladder.models.loading import image_token_ids, load_model
 from bitladder.recipe import DataSpec, parse_recipe
 from bitladder.records import Measurement
+from bitladder.steps.data import calibration_data, scored_calibration_data
+from bitladder.steps.measure import measure, take_over
+from bitladder.steps.workspace import Workspace
 from conftest import source_of
 from test_calibration import DEMO
 
@@ -38,7 +42,7 @@ def changed(**fields):
 
 @pytest.fixture(scope="module")
 def model(llama):
-    return targets.load_model(llama, torch.float32)
+    return load_model(llama, torch.float32)
 
 
 def test_rows_are_the_same_for_a_seed_and_more_keep_the_first(model):
@@ -81,7 +85,7 @@ def test_tokens_are_drawn_as_the_model_has_them():
 
 def test_a_model_s_own_settings_neither_stop_nor_bend_it(model, llama):
     wanted = generation.rows(model, WRITING)
-    other = targets.load_model(llama, torch.float32)
+    other = load_model(llama, torch.float32)
     other.generation_config.eos_token_id = list(range(384))
     other.generation_config.repetition_penalty = 5.0
     other.generation_config.top_k = 1
@@ -89,7 +93,7 @@ def test_a_model_s_own_settings_neither_stop_nor_bend_it(model, llama):
 
 
 def test_nan_logits_are_refused(llama):
-    broken = targets.load_model(llama, torch.float32)
+    broken = load_model(llama, torch.float32)
     broken.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(ModelError, match="NaN or Inf while it writes"):
         generation.rows(broken, WRITING)
@@ -97,7 +101,7 @@ def test_nan_logits_are_refused(llama):
 
 def test_a_vision_language_model_writes_text():
     directory = DEMO / "qwen2_5_vl_digits"
-    model = targets.load_model(directory, torch.float32)
+    model = load_model(directory, torch.float32)
     tokenizer = load_processor(directory).tokenizer
     writing = changed(
         samples=16,
@@ -108,7 +112,7 @@ def test_a_vision_language_model_writes_text():
         temperature=50.0,
     )
     rows = generation.rows(model, writing)
-    assert not bool(torch.isin(rows, torch.tensor(targets.image_token_ids(model.config))).any())
+    assert not bool(torch.isin(rows, torch.tensor(image_token_ids(model.config))).any())
     assert len(set(rows.flatten().tolist())) > 200  # so hot that a picture's token would be among them
     assert bool(torch.isfinite(model(input_ids=rows).logits).all())
 
@@ -178,7 +182,7 @@ def calibrated(llama, text_file, tmp_path):
 
     def data(model=llama, **changes):
         work = Workspace(recipe_of(model, text_file, tmp_path / "out", **changes), tmp_path / "out")
-        return pipeline.calibration_data(work), work.done
+        return calibration_data(work), work.done
 
     data.files = lambda: sorted((tmp_path / "out" / "generated").iterdir())
     return data
@@ -244,9 +248,9 @@ def test_rows_that_are_used_already_are_refused(llama, text_file, tmp_path):
     same = recipe_of(llama, text_file, tmp_path / "out").model_dump(mode="json")
     two = {**same, "calibration": [same["calibration"], same["calibration"]]}
     with pytest.raises(DataError, match="what the model writes with seed 0 is used already; give this set another"):
-        pipeline.calibration_data(Workspace(parse_recipe(two, "recipe"), tmp_path / "out"))
+        calibration_data(Workspace(parse_recipe(two, "recipe"), tmp_path / "out"))
     two["calibration"][1] = {**same["calibration"], "seed": 1}
-    data = pipeline.calibration_data(Workspace(parse_recipe(two, "recipe"), tmp_path / "out"))
+    data = calibration_data(Workspace(parse_recipe(two, "recipe"), tmp_path / "out"))
     assert len(set(data.summary.sample_ids)) == 8
 
 
@@ -258,15 +262,15 @@ def test_rows_that_nobody_wrote(llama):
 
 def test_a_measurement_takes_its_rows_along(llama, text_file, tmp_path):
     recipe = recipe_of(llama, text_file, tmp_path / "out")
-    measured = pipeline.measure(Workspace(recipe, tmp_path / "out"))
+    measured = measure(Workspace(recipe, tmp_path / "out"))
     work = Workspace(recipe, tmp_path / "out")
-    assert pipeline.measure(work) == measured  # nothing is written or measured again
+    assert measure(work) == measured  # nothing is written or measured again
     assert work.done == []
     work = Workspace(recipe, tmp_path / "next")
-    pipeline.take_over(work, tmp_path / "out" / "measurement.json")
+    take_over(work, tmp_path / "out" / "measurement.json")
     (kept,) = (tmp_path / "out" / "generated").iterdir()
     assert (tmp_path / "next" / "generated" / kept.name).read_bytes() == kept.read_bytes()
-    assert pipeline._scored_calibration_data(work, measured).summary == measured.calibration
+    assert scored_calibration_data(work, measured).summary == measured.calibration
     assert work.done == ["measure"]
     assert json.loads((tmp_path / "next" / "measurement.json").read_text())["calibration"]["kind"] == "generated"
     assert Measurement.read(tmp_path / "next" / "measurement.json").model.sha256 == source_of(llama).sha256

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from bitladder.errors import MeasurementError
-from bitladder.report.content import rank_correlation
-from bitladder.sensitivity import gradient, kl, taps
-from bitladder.sensitivity.layers import StreamedLayers
+from bitladder.measuring import candidates as taps
+from bitladder.measuring import gradient, kl
+from bitladder.measuring.layers import StreamedLayers
+from bitladder.report.groups import rank_correlation
 from conftest import load_text
 from test_native import WITHIN, measured_by, pairs
 from test_positions import MODEL

@@ -8,11 +8,23 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bitladder import checkpoint, evaluation, generation, kv_cache, pipeline, planning, sensitivity, targets
+from bitladder import planning
+from bitladder.checkpoints.export import export
+from bitladder.data import generation
 from bitladder.errors import MeasurementError, UnsupportedModel
+from bitladder.evaluation.evaluate import compare
+from bitladder.evaluation.reading import cached
+from bitladder.evaluation.reference import Reference
+from bitladder.evaluation.simulation import Simulation
+from bitladder.measured import read_amax
+from bitladder.measuring import measure
+from bitladder.measuring.kv_amax import AmaxCache
+from bitladder.models.kv_layers import cache_inputs
+from bitladder.models.loading import image_token_ids, load_model
 from bitladder.records import CheckpointManifest
 from bitladder.runtimes import preflight
-from bitladder.simulation import Simulation
+from bitladder.steps.measure import measure as measure_step
+from bitladder.steps.plan import plan
 from bitladder.verification import verify
 from conftest import TEXT, load_text, measure_text, save_model, spec
 from test_pipeline import work_of
@@ -127,10 +139,10 @@ def two_batches():
 @torch.no_grad()
 def test_looking_changes_nothing_and_nothing_is_left_for_the_next_batch(hybrid):
     _, directory, attention = hybrid
-    model = targets.load_model(directory, torch.float32)
-    cache = kv_cache.AmaxCache(model.config)
+    model = load_model(directory, torch.float32)
+    cache = AmaxCache(model.config)
     for inputs in two_batches():
-        seen = model(**inputs, **kv_cache.cache_inputs(model, cache)).logits
+        seen = model(**inputs, **cache_inputs(model, cache)).logits
         cache.forget()
         assert torch.equal(seen, model(**inputs, use_cache=False).logits)
     assert set(cache.amax()) == attention
@@ -142,22 +154,20 @@ def test_looking_changes_nothing_and_nothing_is_left_for_the_next_batch(hybrid):
 def test_token_by_token_an_fp8_cache_gives_what_whole_forwards_give(hybrid):
     """The rounding is that of the attention layers' keys and values; other states stay as they are."""
     _, directory, attention = hybrid
-    model = targets.load_model(directory, torch.float32)
+    model = load_model(directory, torch.float32)
     inputs = two_batches()[0]
-    exact = model(**inputs, **evaluation.cached(model)).logits
-    cache = kv_cache.AmaxCache(model.config)
-    model(**inputs, **kv_cache.cache_inputs(model, cache))
+    exact = model(**inputs, **cached(model)).logits
+    cache = AmaxCache(model.config)
+    model(**inputs, **cache_inputs(model, cache))
     model.kv_scales = {layer: (keys / 448, values / 448) for layer, (keys, values) in cache.amax().items()}
-    rounded = model(**inputs, **evaluation.cached(model)).logits
+    rounded = model(**inputs, **cached(model)).logits
     assert 0 < float((rounded - exact).abs().max()) < 0.2 * float(exact.abs().max())
     ids = inputs["input_ids"]
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(ids)
-    steps = model.generate(
-        input_ids=ids, attention_mask=mask, **{**evaluation.cached(model), "use_cache": True}, **options
-    )
+    steps = model.generate(input_ids=ids, attention_mask=mask, **{**cached(model), "use_cache": True}, **options)
     for _ in range(4):
-        logits = model(input_ids=ids, **evaluation.cached(model)).logits
+        logits = model(input_ids=ids, **cached(model)).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(steps, ids)
 
@@ -166,10 +176,10 @@ def test_token_by_token_an_fp8_cache_gives_what_whole_forwards_give(hybrid):
 def test_rows_that_a_hybrid_writes_are_drawn_from_its_own_distribution(hybrid):
     """What it writes token by token, through its own cache, is what whole forwards would draw."""
     _, directory, _ = hybrid
-    model = targets.load_model(directory, torch.float32)
+    model = load_model(directory, torch.float32)
     writing = generation.Writing(2, 6, 0, 1.0, (3,), True, 384, "float32", "cpu")
     written = generation.rows(copy.deepcopy(model), writing)
-    never = targets.image_token_ids(model.config)
+    never = image_token_ids(model.config)
     numbers = torch.stack([generation._random_numbers(0, row, 5) for row in range(2)])
     draw = generation._Draw(numbers, writing, never, lambda _: None)
     ids = torch.full((2, 1), 3)
@@ -186,17 +196,17 @@ ENGINES = {"native": {"method": "fisher"}, "modelopt": {"method": "gradient"}}
 def test_a_hybrid_is_measured_exported_verified_and_evaluated(hybrid, engine, text_file, tmp_path):
     _, source, attention = hybrid
     measurement = measure_text(source, text_file, tmp_path, samples=4, engine=engine, **ENGINES[engine])
-    amax = sensitivity.read_amax(measurement, tmp_path)
+    amax = read_amax(measurement, tmp_path)
     (scheme,) = planning.plan_all(measurement, [spec("full", coverage=1.0, kv_cache="fp8")])
     directory = tmp_path / "checkpoint"
-    checkpoint.export(scheme, measurement, amax, source, directory)
+    export(scheme, measurement, amax, source, directory)
     verdict = verify([scheme], measurement, amax, source, {"full": directory})
     assert verdict.ok, [finding for one in verdict.checkpoints for finding in one.findings]
     manifest = CheckpointManifest.read(directory / CheckpointManifest.FILE_NAME)
     assert len(manifest.kv_scales) == 2 * len(attention)
     held_out = load_text(source, text_file, samples=2, length=20)
-    with evaluation.Reference.compute(source, held_out) as reference:
-        exported = evaluation.compare(reference, directory, "full")[0]
+    with Reference.compute(source, held_out) as reference:
+        exported = compare(reference, directory, "full")[0]
         simulated = Simulation(source, measurement, amax).results([reference], scheme)
     assert [result.value for result in exported] == [result.value for result in simulated]
     kl = next(result for result in exported if result.metric == "kl")
@@ -219,10 +229,10 @@ def test_an_fp8_cache_that_can_have_no_scales_is_refused_before_anything_is_meas
 ):
     """Mamba has no attention; Bloom makes keys and values with the queries, in one module."""
     source = save_model(getattr(transformers, cls), config(), tmp_path / "source")
-    monkeypatch.setattr(sensitivity, "measure", lambda *_: pytest.fail("the model was measured"))
+    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("the model was measured"))
     work = work_of((source, text_file, text_file), tmp_path / "run", kv_cache="fp8")
     with pytest.raises(UnsupportedModel, match=r"kv_cache: fp8 was asked for, but no .* set kv_cache: none"):
-        pipeline.measure(work)
+        measure_step(work)
 
 
 def test_an_fp8_cache_that_lacks_a_layers_scales_is_refused_before_anything_is_exported(llama, text_file, tmp_path):
@@ -232,9 +242,9 @@ def test_an_fp8_cache_that_lacks_a_layers_scales_is_refused_before_anything_is_e
     tensors["model.layers.1.self_attn.v_proj.weight"].zero_()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     work = work_of((source, text_file, text_file), tmp_path / "run", kv_cache="fp8")
-    pipeline.measure(work)
+    measure_step(work)
     with pytest.raises(MeasurementError, match=r"kv_cache: fp8 .* set kv_cache: none"):
-        pipeline.plan(work)
+        plan(work)
 
 
 @pytest.mark.parametrize("attention", ["model.layers.1.self_attn", "backbone.layers.2.mixer"])

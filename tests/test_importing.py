@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bitladder import importing
 from bitladder.errors import RecordError
+from bitladder.planning import importing
 from bitladder.records import Measurement
 
 MANIFEST = Path(__file__).parent / "data" / "qwen2_5_vl_3b_instruct_fp8_autoquant_manifest.json"

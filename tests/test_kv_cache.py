@@ -8,8 +8,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bitladder import checkpoint, evaluation, kv_cache, planning, sensitivity, targets
+from bitladder import planning
+from bitladder.checkpoints.export import export
 from bitladder.errors import MeasurementError, ModelError
+from bitladder.evaluation.evaluate import compare
+from bitladder.evaluation.reading import cached, load_checkpoint
+from bitladder.evaluation.reference import Reference
+from bitladder.measured import read_amax
+from bitladder.models.kv_layers import cached_layers
+from bitladder.models.loading import load_model
 from bitladder.records import CheckpointManifest
 from bitladder.verification import verify
 from conftest import load_text, measure_text, qwen2_5_vl_config, save_model, spec
@@ -25,7 +32,7 @@ def exported(request, llama, text_file, tmp_path_factory):
     if request.param == "qwen":
         source = save_model(transformers.Qwen2_5_VLForConditionalGeneration, qwen2_5_vl_config(), output / "source")
     measurement = measure_text(source, text_file, output, samples=4)
-    amax = sensitivity.read_amax(measurement, output)
+    amax = read_amax(measurement, output)
     specs = [
         spec("half_kv", coverage=0.5, kv_cache="fp8"),
         spec("full", coverage=1.0),
@@ -34,7 +41,7 @@ def exported(request, llama, text_file, tmp_path_factory):
     ladder = {}
     for scheme in planning.plan_all(measurement, specs):
         directory = output / "checkpoints" / scheme.name
-        checkpoint.export(scheme, measurement, amax, source, directory)
+        export(scheme, measurement, amax, source, directory)
         ladder[scheme.name] = (scheme, directory)
     return source, measurement, amax, ladder
 
@@ -48,7 +55,7 @@ def modelopt_model(source, batches, modules):
     config = [{"quantizer_name": "*", "enable": False}]
     config += [{"quantizer_name": name, "cfg": fp8, "enable": True} for name in [*names, "*[kv]_bmm_quantizer"]]
     config += [{"quantizer_name": "*visual*", "enable": False}]
-    model = targets.load_model(source, torch.float32)
+    model = load_model(source, torch.float32)
 
     def run(model):
         for batch in batches:
@@ -68,7 +75,7 @@ def theirs(exported, llama, text_file):
 
 def test_amax_equals_modelopts(exported, theirs):
     _, measurement, amax, _ = exported
-    layers = kv_cache.cached_layers(measurement.groups)
+    layers = cached_layers(measurement.groups)
     assert len(layers) == sum(group.name.endswith("qkv_proj") for group in measurement.groups) > 0
     for layer in layers:
         attention = theirs.get_submodule(layer.key.name.rpartition(".")[0])
@@ -111,12 +118,12 @@ def test_logits_equal_modelopts_fake_quantisation(exported, theirs, llama, text_
             linear = theirs.get_submodule(module.name)
             linear.weight_quantizer.amax = amax[f"{module.name}.weight_amax"]
             linear.input_quantizer.amax = amax[f"{module.name}.input_amax"]
-    ours = evaluation.load_checkpoint(ladder["full_kv"][1])
-    without = evaluation.load_checkpoint(ladder["full"][1])
+    ours = load_checkpoint(ladder["full_kv"][1])
+    without = load_checkpoint(ladder["full"][1])
     ratios = []
     with torch.no_grad():
         for batch in load_text(llama, text_file, samples=4, length=20, batch=1).batches:
-            a = ours(**batch.inputs, **evaluation.cached(ours)).logits
+            a = ours(**batch.inputs, **cached(ours)).logits
             b, c = theirs(**batch.inputs).logits, without(**batch.inputs).logits
             ratios.append(float((a - b).pow(2).mean().sqrt() / (b - c).pow(2).mean().sqrt()))
     assert sorted(ratios)[len(ratios) // 2] < 0.02
@@ -125,9 +132,9 @@ def test_logits_equal_modelopts_fake_quantisation(exported, theirs, llama, text_
 def test_evaluation_includes_the_cache(exported, llama, text_file):
     source, _, _, ladder = exported
     held_out = load_text(llama, text_file, samples=4, length=20)
-    with evaluation.Reference.compute(source, held_out) as reference:
+    with Reference.compute(source, held_out) as reference:
         kl = {
-            name: next(r for r in evaluation.compare(reference, ladder[name][1], name)[0] if r.metric == "kl").value
+            name: next(r for r in compare(reference, ladder[name][1], name)[0] if r.metric == "kl").value
             for name in ("full", "full_kv")
         }
     assert kl["full"] != kl["full_kv"]
@@ -136,19 +143,19 @@ def test_evaluation_includes_the_cache(exported, llama, text_file):
 def test_generating_step_by_step_reads_back_what_was_stored(exported):
     """Greedy generation with the cache gives the tokens that whole forwards with the cache give."""
     source, _, _, ladder = exported
-    model = evaluation.load_checkpoint(ladder["full_kv"][1])
+    model = load_checkpoint(ladder["full_kv"][1])
     ids = torch.arange(7, 15).view(1, 8)
     with torch.no_grad():
         steps = model.generate(
             input_ids=ids,
-            **evaluation.cached(model),
+            **cached(model),
             max_new_tokens=6,
             min_new_tokens=6,
             do_sample=False,
             pad_token_id=0,
         )
         for _ in range(6):
-            logits = model(input_ids=ids, **evaluation.cached(model)).logits
+            logits = model(input_ids=ids, **cached(model)).logits
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(steps, ids)
 
@@ -206,7 +213,7 @@ def test_damaged_scales_are_found(exported, tmp_path, edit, problem, refusal):
     assert any(problem in f.problem and (f.tensor or "").endswith("k_scale") for f in result.checkpoints[0].findings)
     if refusal:
         with pytest.raises(ModelError, match=refusal):
-            evaluation.load_checkpoint(damaged)
+            load_checkpoint(damaged)
 
 
 def test_scales_that_no_scheme_asked_for_are_found(exported, tmp_path):
@@ -229,12 +236,12 @@ def test_a_checkpoint_without_its_cache_setting_is_refused(exported, tmp_path, s
     config["quantization_config"] |= setting
     path.write_text(json.dumps(config))
     with pytest.raises(ModelError, match="asks for no FP8 KV cache"):
-        evaluation.load_checkpoint(tmp_path / "x")
+        load_checkpoint(tmp_path / "x")
 
 
 def test_a_measurement_without_cache_amax_is_refused(exported, tmp_path):
     source, measurement, amax, ladder = exported
     less = {name: value for name, value in amax.items() if not name.endswith(".v_amax")}
     with pytest.raises(MeasurementError, match="no amax of keys and values"):
-        checkpoint.export(ladder["full_kv"][0], measurement, less, source, tmp_path / "x")
+        export(ladder["full_kv"][0], measurement, less, source, tmp_path / "x")
     assert not (tmp_path / "x").exists()

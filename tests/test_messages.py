@@ -5,12 +5,14 @@ import json
 import datasets
 import pytest
 
-from bitladder import logprobs
-from bitladder.calibration import chats_line, load_data, load_processor
+from bitladder.data.messages import chats_line
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import load_data
 from bitladder.errors import DataError
+from bitladder.evaluation import logprobs
 from bitladder.recipe import DataSpec, names_a_file, parse_recipe, read_recipe
 from bitladder.records import DataSummary
-from bitladder.report.render import data_names
+from bitladder.report.numbers import data_names
 from conftest import WORDS, put_first, save_tokenizer
 from test_native import ARITHMETIC, assert_same_scores, measured_by, measured_by_both
 

@@ -4,13 +4,18 @@ import copy
 
 import pytest
 
-from bitladder import pipeline, report, sensitivity
-from bitladder.calibration import interleaved
+from bitladder import report
+from bitladder.data.batches import interleaved
 from bitladder.errors import MeasurementError
-from bitladder.pipeline import Workspace
+from bitladder.measuring.job import score_batch_count
+from bitladder.measuring.measure import settings_sha256
 from bitladder.recipe import MeasureSpec, parse_recipe
 from bitladder.records import Evaluation, KlPoints, Measurement, Refinements, digest_of
-from bitladder.report.render import data_names
+from bitladder.report.numbers import data_names
+from bitladder.steps.data import calibration_data
+from bitladder.steps.measure import measure
+from bitladder.steps.run import run
+from bitladder.steps.workspace import Workspace
 from conftest import source_of
 from test_calibration import DEMO, rows_of
 
@@ -53,7 +58,7 @@ def work_of(output, **changes):
 def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("mixture") / "out"
     work = work_of(output)
-    result = pipeline.run(work)
+    result = run(work)
     assert work.done[:4] == ["generate", "measure", "measure KL of a few schemes", "refine schemes"]
     return output, result
 
@@ -117,17 +122,17 @@ def test_the_report_lists_every_set(finished):
 def test_a_second_run_does_nothing_and_another_order_measures_again(finished, tmp_path):
     output, _ = finished
     work = work_of(output)
-    pipeline.run(work)
+    run(work)
     assert work.done == []
-    here = pipeline.calibration_data(work).summary
-    other = pipeline.calibration_data(work_of(tmp_path / "out", calibration=SETS[::-1])).summary
+    here = calibration_data(work).summary
+    other = calibration_data(work_of(tmp_path / "out", calibration=SETS[::-1])).summary
     assert other.sha256 != here.sha256
     assert sorted(other.sample_ids) == sorted(here.sample_ids)
 
 
 def test_two_sets_of_one_file_share_no_sample(tmp_path):
     captions = SETS[1]
-    data = pipeline.calibration_data(work_of(tmp_path / "out", calibration=[captions, captions]))
+    data = calibration_data(work_of(tmp_path / "out", calibration=[captions, captions]))
     assert len(set(data.summary.sample_ids)) == data.summary.samples == 12
 
 
@@ -135,7 +140,7 @@ def test_engines_agree_on_a_mixture(tmp_path):
     found = {}
     for engine in ("native", "modelopt"):
         work = work_of(tmp_path / engine, measurement={"engine": engine, "method": "gradient", "score_samples": 10})
-        found[engine] = pipeline.measure(work)
+        found[engine] = measure(work)
     ours, theirs = found["native"], found["modelopt"]
     assert ours.calibration == theirs.calibration
     assert len(ours.score_weights) == len(theirs.score_weights) == 3
@@ -147,13 +152,13 @@ def test_how_many_batches_hold_the_samples_to_be_scored():
     data = interleaved([rows_of("a", [3, 3, 1]), rows_of("b", [2, 2], first=100)])
     sizes = [len(batch.labels) for batch in data.batches]
     for samples in range(1, 12):
-        count = sensitivity.score_batch_count(data, MeasureSpec(score_samples=samples))
+        count = score_batch_count(data, MeasureSpec(score_samples=samples))
         assert sum(sizes[: count - 1]) < samples <= sum(sizes[:count])
-    assert sensitivity.score_batch_count(data, MeasureSpec()) == 5
+    assert score_batch_count(data, MeasureSpec()) == 5
     with pytest.raises(MeasurementError, match=r"score_samples is 12, calibration\.samples is 11"):
-        sensitivity.score_batch_count(data, MeasureSpec(score_samples=12))
+        score_batch_count(data, MeasureSpec(score_samples=12))
     single = rows_of("a", [4, 4, 2])
-    counts = [sensitivity.score_batch_count(single, MeasureSpec(score_samples=n)) for n in range(1, 11)]
+    counts = [score_batch_count(single, MeasureSpec(score_samples=n)) for n in range(1, 11)]
     assert counts == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
 
 
@@ -170,7 +175,7 @@ def test_a_single_set_keeps_its_measurement_s_key(processor_data):
         (MeasureSpec(engine="modelopt"), '{"engine":"modelopt","method":"gradient",'),
         (MeasureSpec(), '{"engine":"native","method":"fisher",'),
     ):
-        key = sensitivity.settings_sha256(source, data, spec)
+        key = settings_sha256(source, data, spec)
         assert key == digest_of([source.sha256, sha256, written + settings])
 
 
@@ -178,4 +183,4 @@ def test_a_single_set_keeps_its_measurement_s_key(processor_data):
 def processor_data(tmp_path):
     """The embedded model, and the pairs of a recipe with one set."""
     pairs = {**SETS[0], "samples": 5, "batch_size": 2, "seed": 3}
-    return source_of(DEMO / "qwen2_5_vl_digits"), pipeline.calibration_data(work_of(tmp_path, calibration=pairs))
+    return source_of(DEMO / "qwen2_5_vl_digits"), calibration_data(work_of(tmp_path, calibration=pairs))

@@ -11,15 +11,24 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bitladder import calibration, numerics, sensitivity, targets
+from bitladder.data.batches import Batch
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import load_data
 from bitladder.errors import EngineError, MeasurementError
+from bitladder.formats import grids as numerics
+from bitladder.measured import read_amax
+from bitladder.measuring import kl, layers, native
+from bitladder.measuring.calls import hidden_of
+from bitladder.measuring.decoder import Decoder, Pass, _CutRecorder
+from bitladder.measuring.gradient import GradientScorer
+from bitladder.measuring.job import Job
+from bitladder.measuring.layers import DeviceMemory, Layers
+from bitladder.measuring.measure import measure
+from bitladder.measuring.scores import gradient_score
+from bitladder.models.loading import load_model
+from bitladder.models.target import find_target
 from bitladder.recipe import DataSpec, MeasureSpec
-from bitladder.report.content import rank_correlation
-from bitladder.sensitivity import kl, layers, native
-from bitladder.sensitivity.common import gradient_score, hidden_of
-from bitladder.sensitivity.decoder import Decoder, Pass, _CutRecorder
-from bitladder.sensitivity.gradient import GradientScorer
-from bitladder.sensitivity.layers import DeviceMemory, Layers
+from bitladder.report.groups import rank_correlation
 from conftest import (
     llama_config,
     llava_config,
@@ -44,7 +53,7 @@ METHODS = (*WITHIN, "fisher")
 def measured_by(engine, directory, data, output, **settings):
     output.mkdir(parents=True, exist_ok=True)
     spec = MeasureSpec(engine=engine, **settings)
-    return sensitivity.measure(directory, source_of(directory), targets.find_target(directory), data, spec, output)
+    return measure(directory, source_of(directory), find_target(directory), data, spec, output)
 
 
 def assert_same_scores(ours, theirs, tolerance):
@@ -108,7 +117,7 @@ def test_logits_in_several_parts_give_the_same(llama, text_file, tmp_path, monke
         whole = measured_by("native", llama, data, tmp_path / method / "whole", method=method)
         with monkeypatch.context() as patch:
             for module in ("decoder", "kl"):
-                patch.setattr(f"bitladder.sensitivity.{module}.ROWS_AT_ONCE", 7)  # of 46 rows: the last part is shorter
+                patch.setattr(f"bitladder.measuring.{module}.ROWS_AT_ONCE", 7)  # of 46 rows: the last part is shorter
             parts = measured_by("native", llama, data, tmp_path / method / "parts", method=method)
         assert_same_scores(parts, whole, ARITHMETIC if method == "gradient" else WITHIN["kl_div"])
 
@@ -130,8 +139,8 @@ def test_a_modules_score_is_modelopts_own(scale, dtype, tolerance):
 
 def pairs(samples, batch_size):
     spec = DataSpec(kind="image_text", path=str(DEMO / "data" / "calibration.jsonl"))
-    processor = calibration.load_processor(MODEL)
-    return calibration.load_data(spec, processor, samples=samples, sequence_length=64, batch_size=batch_size, seed=0)
+    processor = load_processor(MODEL)
+    return load_data(spec, processor, samples=samples, sequence_length=64, batch_size=batch_size, seed=0)
 
 
 def test_scores_after_pictures_equal_modelopts_in_both_parts(tmp_path):
@@ -162,11 +171,11 @@ def test_a_real_model_scores_as_with_modelopt(tmp_path, method):
 def decoder_of(cls, config, directory):
     """Return the native decoder of a tiny random model in float32, and one batch of token ids on its way."""
     save_model(cls, config, directory, tokenizer=False)
-    target = targets.find_target(directory)
-    job = sensitivity.Job(target, (), (), MeasureSpec(engine="native"), "cpu", lambda *_: None)
-    model = targets.load_model(directory, torch.float32, "cpu").requires_grad_(False)
+    target = find_target(directory)
+    job = Job(target, (), (), MeasureSpec(engine="native"), "cpu", lambda *_: None)
+    model = load_model(directory, torch.float32, "cpu").requires_grad_(False)
     ids = torch.arange(10, 34).view(2, 12)
-    batch = calibration.Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
+    batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
     return Decoder(Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY), job), Pass(batch)
 
 
@@ -214,7 +223,7 @@ def test_what_is_kept_and_what_runs_again_give_the_same(llama, text_file, tmp_pa
     monkeypatch.setattr(GradientScorer, "_backward", counted)
     for name, room, left in (("kept", True, 0.0), ("again", False, 0.0), ("without copies", True, 1e18)):
         monkeypatch.setattr(_CutRecorder, "_has_room", lambda *_, room=room: room)
-        monkeypatch.setattr("bitladder.sensitivity.decoder._COPIES_LEFT", left)  # bytes of memory
+        monkeypatch.setattr("bitladder.measuring.decoder._COPIES_LEFT", left)  # bytes of memory
         found[name] = measured_by("native", llama, data, tmp_path / name)
     assert all(kept["kept"])
     assert not any(kept["again"] + kept["without copies"])
@@ -230,18 +239,18 @@ def test_what_is_added_between_layers_is_refused(tmp_path):
 
 
 def test_only_layers_that_run_one_after_another_make_a_graph(llama, text_file, tmp_path):
-    amax = sensitivity.read_amax(measured_by("native", llama, load_text(llama, text_file), tmp_path), tmp_path)
-    target = targets.find_target(llama)
+    amax = read_amax(measured_by("native", llama, load_text(llama, text_file), tmp_path), tmp_path)
+    target = find_target(llama)
     (batch, *_) = load_text(llama, text_file).batches
-    model = targets.load_model(llama, torch.float32).requires_grad_(False)
+    model = load_model(llama, torch.float32).requires_grad_(False)
     opened = Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY)
-    job = sensitivity.Job(target, (), 4 * (batch.labels.shape,), MeasureSpec(), "cpu", lambda *_: None)
+    job = Job(target, (), 4 * (batch.labels.shape,), MeasureSpec(), "cpu", lambda *_: None)
     with native.scorer(opened, job, amax, None) as scorer:
         opened.memory.is_gpu = True  # what is asked doesn't need one
         assert scorer._begun(batch) is not None
         padded = {**batch.inputs, "attention_mask": batch.inputs["attention_mask"].clone()}
         padded["attention_mask"][0, 0] = 0
-        assert scorer._begun(calibration.Batch(padded, batch.labels)) is None
+        assert scorer._begun(Batch(padded, batch.labels)) is None
         opened.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
         assert scorer._begun(batch) is None
 
@@ -376,7 +385,7 @@ def errors_of(model, group, amax, batch):
 def copies_of(batch, count):
     """Return a batch that holds each row so many times: all rows, then all rows again, ..."""
     inputs = {key: value.repeat(count, 1) for key, value in batch.inputs.items()}
-    return calibration.Batch(inputs, batch.labels.repeat(count, 1))
+    return Batch(inputs, batch.labels.repeat(count, 1))
 
 
 def second_order_kl(model, errors, batch, share=1e-3):
@@ -409,19 +418,19 @@ DRAWS, COPIES = 16, 32  # batches, and rows of each that have the same tokens bu
 
 def test_fisher_is_the_kl_to_second_order(sure_llama, text_file, tmp_path, monkeypatch):
     """The mean of many draws, for each kind of group, against the model's own KL in float64."""
-    data, target = load_text(sure_llama, text_file, samples=2, length=12, batch=2), targets.find_target(sure_llama)
-    amax = sensitivity.read_amax(measured_by("native", sure_llama, data, tmp_path), tmp_path)
-    model = targets.load_model(sure_llama, torch.float32).requires_grad_(False)
+    data, target = load_text(sure_llama, text_file, samples=2, length=12, batch=2), find_target(sure_llama)
+    amax = read_amax(measured_by("native", sure_llama, data, tmp_path), tmp_path)
+    model = load_model(sure_llama, torch.float32).requires_grad_(False)
     (batch,) = data.batches
     many = copies_of(batch, COPIES)
-    job = sensitivity.Job(target, (many,), (many.labels.shape,), MeasureSpec(method="fisher"), "cpu", lambda *_: None)
+    job = Job(target, (many,), (many.labels.shape,), MeasureSpec(method="fisher"), "cpu", lambda *_: None)
     opened = Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY)
     draws = []
     with native.scorer(opened, job, amax, None) as scorer:
         for draw in range(DRAWS):
-            monkeypatch.setattr("bitladder.sensitivity.decoder.sha256_of_bytes", lambda _, draw=draw: f"{draw:015x}")
+            monkeypatch.setattr("bitladder.measuring.decoder.sha256_of_bytes", lambda _, draw=draw: f"{draw:015x}")
             draws += [wait() for wait in scorer.scores([many])]
-    exactly = targets.load_model(sure_llama, torch.float64)
+    exactly = load_model(sure_llama, torch.float64)
     for group in target.groups[4:8]:  # the second layer's: two of one module, two that the runtime fuses
         found = [scores[group.name]["fp8"][0] / COPIES for scores in draws]
         error = statistics.stdev(found) / math.sqrt(DRAWS)
@@ -441,7 +450,7 @@ def test_the_same_tokens_have_the_same_signs_and_others_have_others(tmp_path):
     first = probed(current)
     torch.testing.assert_close(probed(current), first, rtol=0, atol=0)
     inputs = {**current.batch.inputs, "input_ids": current.batch.inputs["input_ids"] + 1}
-    other = Pass(calibration.Batch(inputs, current.batch.labels), output=current.output)
+    other = Pass(Batch(inputs, current.batch.labels), output=current.output)
     assert not torch.allclose(probed(other), first)
     repeated = probed(Pass(current.batch, output=current.output[:, :1].expand(-1, 12, -1)))
     assert not torch.allclose(repeated[:, 0], repeated[:, 1])  # nor do two tokens share theirs

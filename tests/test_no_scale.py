@@ -7,11 +7,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bitladder import checkpoint, evaluation, planning, sensitivity, targets
+from bitladder import planning
+from bitladder.checkpoints.export import export
 from bitladder.errors import MeasurementError
+from bitladder.evaluation.evaluate import compare
+from bitladder.evaluation.reference import Reference
+from bitladder.evaluation.simulation import Simulation
+from bitladder.measured import read_amax, read_codes
+from bitladder.measuring.checks import with_scales
+from bitladder.models.target import Target, find_target
 from bitladder.records import CheckpointManifest, QuantGroup, QuantModule
-from bitladder.sensitivity.checks import with_scales
-from bitladder.simulation import Simulation
 from bitladder.verification import verify
 from conftest import TEXT, load_text, measure_text, save_model, spec
 
@@ -68,26 +73,26 @@ def test_a_group_without_a_scale_stays_in_16_bits(zero, settings, llama, text_fi
     source = with_zeros(llama, tmp_path / "source", [f"{LAYER}.{name}" for name in names])
     measurement = measure_text(source, text_file, tmp_path, samples=4, **settings)
     assert reasons(measurement) == expected
-    whole = targets.find_target(llama)
+    whole = find_target(llama)
     left = {f"{LAYER}.{name}" for name in expected}
     assert [group for group in whole.groups if left.isdisjoint(m.name for m in group.modules)] == list(
         measurement.groups
     )
-    amax = sensitivity.read_amax(measurement, tmp_path)
-    codes = sensitivity.read_codes(measurement, tmp_path)
+    amax = read_amax(measurement, tmp_path)
+    codes = read_codes(measurement, tmp_path)
     assert left.isdisjoint(name.rpartition(".")[0] for name in amax)
     (scheme,) = planning.plan_all(measurement, [spec("full", coverage=1.0)])
     assert left < set(scheme.exclude_modules)
     directory = tmp_path / "checkpoint"
-    checkpoint.export(scheme, measurement, amax, source, directory, codes=codes)
+    export(scheme, measurement, amax, source, directory, codes=codes)
     verdict = verify([scheme], measurement, amax, source, {"full": directory})
     assert verdict.ok, [finding for one in verdict.checkpoints for finding in one.findings]
     ignored = json.loads((directory / "config.json").read_text())["quantization_config"]["ignore"]
     assert left < set(ignored)
     manifest = CheckpointManifest.read(directory / CheckpointManifest.FILE_NAME)
     assert left.isdisjoint(module.name for module in manifest.modules)
-    with evaluation.Reference.compute(source, load_text(llama, text_file, samples=4, length=20)) as reference:
-        exported = evaluation.compare(reference, directory, "full")[0]
+    with Reference.compute(source, load_text(llama, text_file, samples=4, length=20)) as reference:
+        exported = compare(reference, directory, "full")[0]
         simulated = Simulation(source, measurement, amax, codes=codes).results([reference], scheme)
     assert [result.value for result in exported] == [result.value for result in simulated]
     assert all(torch.isfinite(torch.tensor(result.value)) for result in exported)
@@ -95,12 +100,12 @@ def test_a_group_without_a_scale_stays_in_16_bits(zero, settings, llama, text_fi
 
 def test_inspect_names_weights_that_are_zero_before_anything_is_computed(llama, tmp_path):
     source = with_zeros(llama, tmp_path, [f"{LAYER}.mlp.down_proj"])
-    target = targets.find_target(source)
+    target = find_target(source)
     assert WEIGHTS in {module.reason for module in target.untouched if module.name == f"{LAYER}.mlp.down_proj"}
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[f"{LAYER}.mlp.down_proj.weight"][-1, -1] = 1.0  # the last value is looked at, too
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert any(group.name == f"{LAYER}.mlp.down_proj" for group in targets.find_target(source).groups)
+    assert any(group.name == f"{LAYER}.mlp.down_proj" for group in find_target(source).groups)
 
 
 def test_where_scales_are_not_shared_one_zero_module_keeps_its_group_back(llama, text_file, tmp_path):
@@ -128,11 +133,11 @@ def test_an_fp8_cache_is_refused_where_some_layer_has_no_scale_of_its_values(lla
     source = with_zeros(llama, tmp_path / "source", [f"{LAYER}.self_attn.v_proj"])
     measurement = measure_text(source, text_file, tmp_path, samples=2)
     assert reasons(measurement) == {"self_attn.o_proj": INPUT}
-    amax = sensitivity.read_amax(measurement, tmp_path)
+    amax = read_amax(measurement, tmp_path)
     assert not any(name.endswith((".k_amax", ".v_amax")) for name in amax)
     (scheme,) = planning.plan_all(measurement, [spec("full", coverage=1.0, kv_cache="fp8")])
     with pytest.raises(MeasurementError, match=r"kv_cache: fp8 .* set kv_cache: none"):
-        checkpoint.export(scheme, measurement, amax, source, tmp_path / "checkpoint")
+        export(scheme, measurement, amax, source, tmp_path / "checkpoint")
 
 
 def test_modules_that_no_sample_reaches_stay_in_16_bits(text_file, tmp_path):
@@ -166,7 +171,7 @@ def test_nan_is_an_error_before_a_group_is_left_alone():
     group = QuantGroup(name="layers.0.up_proj", modules=(QuantModule(name="layers.0.up_proj"),), weight_elements=1)
     amax = {"layers.0.up_proj.weight_amax": torch.tensor(0.0), "layers.0.up_proj.input_amax": torch.tensor(torch.nan)}
     with pytest.raises(MeasurementError, match="layers.0.up_proj: its activations hold NaN or Inf"):
-        with_scales(targets.Target("", (group,), ()), amax)
+        with_scales(Target("", (group,), ()), amax)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_a_group_stays_where_no_scale_is_a_number(weight, seen, reason):
         amax.pop(f"{names[0]}.{kind}_amax")
         if value is not None:
             amax[f"{names[0]}.{kind}_amax"] = torch.tensor(value)
-    found = with_scales(targets.Target("", groups, ()), amax)
+    found = with_scales(Target("", groups, ()), amax)
     assert [group.name for group in found.groups] == [names[1]]  # whose scales are just numbers
     assert [(module.name, module.reason) for module in found.untouched] == [(names[0], reason)]
     scale = amax[f"{names[1]}.weight_amax"] / 448

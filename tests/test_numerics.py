@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bitladder import numerics
+from bitladder.formats import grids as numerics
 
 ALL_CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 VALUES = ALL_CODES.float()[torch.isfinite(ALL_CODES.float())].unique()

@@ -4,7 +4,13 @@ import pytest
 import torch
 import transformers
 
-from bitladder import checkpoint, evaluation, numerics, planning, sensitivity, targets
+from bitladder import planning
+from bitladder.checkpoints.export import export
+from bitladder.evaluation.evaluate import compare
+from bitladder.evaluation.reference import Reference
+from bitladder.formats import grids as numerics
+from bitladder.measured import read_amax
+from bitladder.models.loading import load_model
 from bitladder.verification import verify
 from conftest import TEXT, load_text, measure_text, save_model, spec
 
@@ -30,12 +36,12 @@ def test_modelopts_engine_takes_them(name, method, text_file, tmp_path):
     measurement = measure_text(source, text_file, tmp_path, samples=4, engine="modelopt", method=method)
     assert len(measurement.groups) == 8  # query_key_value, dense and two of the MLP in both layers
     assert all(score > 0 for candidate in measurement.candidates for score in candidate.scores)
-    amax = sensitivity.read_amax(measurement, tmp_path)
+    amax = read_amax(measurement, tmp_path)
     (scheme,) = planning.plan_all(measurement, [spec("full", coverage=1.0)])
-    checkpoint.export(scheme, measurement, amax, source, tmp_path / "full")
+    export(scheme, measurement, amax, source, tmp_path / "full")
     assert verify([scheme], measurement, amax, source, {"full": tmp_path / "full"}).ok
-    with evaluation.Reference.compute(source, load_text(source, text_file, samples=2)) as reference:
-        kl = evaluation.compare(reference, tmp_path / "full", "full")[0][0]
+    with Reference.compute(source, load_text(source, text_file, samples=2)) as reference:
+        kl = compare(reference, tmp_path / "full", "full")[0][0]
     assert kl.noise_floor < kl.value < 1
 
 
@@ -43,9 +49,9 @@ def test_the_gradient_is_that_of_an_output_before_the_model_adds_to_it(text_file
     """Falcon adds to the MLP's output in place. Here the gradient is taken at a copy that nothing is added to."""
     source = odd_model("falcon_new", tmp_path / "source")
     measurement = measure_text(source, text_file, tmp_path, samples=2, engine="modelopt", method="gradient")
-    amax = sensitivity.read_amax(measurement, tmp_path)
+    amax = read_amax(measurement, tmp_path)
     (batch,) = load_text(source, text_file, samples=2).batches
-    model = targets.load_model(source, torch.float32)
+    model = load_model(source, torch.float32)
     module = "transformer.h.0.mlp.dense_4h_to_h"
     linear, kept = model.get_submodule(module), {}
 

@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 from bitladder.report import build_report, render_html, render_markdown, write_figures, write_report
+from bitladder.report.numbers import markdown_table
 from bitladder.report.page import html_table, inline, plot_data
-from bitladder.report.render import markdown_table
 from test_planning import measurement_of
 from test_report import PREFIX, make_evaluation, make_manifest, make_measurement, make_report, make_scheme, tables
 from test_report_evidence import make_evidence, report_with

@@ -18,11 +18,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from bitladder import sensitivity, targets
 from bitladder.errors import MeasurementError, ModelError, RecipeError
+from bitladder.measuring import parallel
+from bitladder.measuring.measure import measure as measure_now
+from bitladder.models.target import find_target
 from bitladder.recipe import MeasureSpec, WorkersSpec, parse_recipe
 from bitladder.runinfo import no_progress, versions
-from bitladder.sensitivity import parallel
 from conftest import load_text, source_of
 
 SETTINGS = {
@@ -57,9 +58,9 @@ def cluster():
 def measure(directory, text, output, workers=None, progress=no_progress, **settings):
     """Measure with two workers, or with this process alone."""
     output.mkdir(parents=True, exist_ok=True)
-    data, target = load_text(directory, text, samples=2 * BATCHES), targets.find_target(directory)
+    data, target = load_text(directory, text, samples=2 * BATCHES), find_target(directory)
     spec = MeasureSpec(engine="native", **settings)
-    return sensitivity.measure(directory, source_of(directory), target, data, spec, output, progress, workers)
+    return measure_now(directory, source_of(directory), target, data, spec, output, progress, workers)
 
 
 def two(**changes):
@@ -291,10 +292,10 @@ def recipe_of(directory, text, output, **changes):
 def test_a_recipe_that_workers_cannot_follow_is_refused(llama, text_file, tmp_path, measurement, message):
     with pytest.raises(RecipeError, match=message):
         parse_recipe(recipe_of(llama, text_file, tmp_path, measurement=measurement), "recipe")
-    data, target = load_text(llama, text_file), targets.find_target(llama)
+    data, target = load_text(llama, text_file), find_target(llama)
     spec = MeasureSpec(**measurement)
     with pytest.raises(MeasurementError, match=message):
-        sensitivity.measure(llama, source_of(llama), target, data, spec, tmp_path, no_progress, two())
+        measure_now(llama, source_of(llama), target, data, spec, tmp_path, no_progress, two())
 
 
 def test_a_cluster_of_its_own_listens_on_this_machine_alone():

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 import bitladder
-from bitladder.calibration import load_data, load_processor
-from bitladder.calibration.pictures import open_picture, resolved
+from bitladder.data.pictures import open_picture, resolved
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import load_data
 from bitladder.errors import DataError
 from bitladder.recipe import DataSpec
-from bitladder.runtimes import vllm_serve
+from bitladder.runtimes.vllm import child_serve as vllm_serve
 
 MODEL = Path(bitladder.__file__).parent / "demo" / "qwen2_5_vl_digits"
 RAMP = np.tile(np.linspace(0, 255, 112, dtype=np.uint8)[None, :, None], (56, 1, 3))  # [56, 112, 3], dark to the left

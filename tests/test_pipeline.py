@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from bitladder import calibration, controls, pipeline, planning
-from bitladder.controls import KINDS
+import bitladder
+from bitladder import planning
+from bitladder.data import samples
 from bitladder.errors import (
     BitladderError,
     DataError,
@@ -27,8 +28,9 @@ from bitladder.errors import (
     StaleRecord,
     VerificationFailed,
 )
-from bitladder.pipeline import Workspace
-from bitladder.prediction import KlMap
+from bitladder.planning import controls
+from bitladder.planning.controls import KINDS
+from bitladder.planning.prediction import KlMap
 from bitladder.recipe import SchemeSpec, parse_recipe
 from bitladder.records import (
     CheckpointManifest,
@@ -40,6 +42,15 @@ from bitladder.records import (
     Scheme,
     Verification,
 )
+from bitladder.steps import workspace
+from bitladder.steps.evaluate import evaluate
+from bitladder.steps.export import export
+from bitladder.steps.look import look
+from bitladder.steps.plan import plan
+from bitladder.steps.report import make_report, standard_errors, text_only_changes
+from bitladder.steps.run import run
+from bitladder.steps.verify import verify
+from bitladder.steps.workspace import Workspace
 from bitladder.storage import TEMPORARY_PREFIX
 from conftest import make_text
 
@@ -92,7 +103,7 @@ def bytes_of(directory):
 def finished(files, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "out"
     work = work_of(files, output)
-    pipeline.run(work)
+    run(work)
     assert work.done == ["measure", "plan", "export", "verify", "preflight", "evaluate", "controls"]
     return output
 
@@ -134,17 +145,17 @@ def test_everything_is_written(finished):
 def test_a_second_run_does_nothing(files, finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     work = work_of(files, finished)
-    pipeline.run(work)
+    run(work)
     assert work.done == []
     changed = {p.name for p in finished.rglob("*") if p.is_file() and before.get(p) != p.stat().st_mtime_ns}
     assert changed <= {".lock", "report.html", "report.md", "report.json", "README.md"}
 
 
 def test_refined_schemes_are_kept_and_not_refined_again(files, copied):
-    planned = {scheme.name: scheme for scheme in pipeline.plan(work_of(files, copied))}
+    planned = {scheme.name: scheme for scheme in plan(work_of(files, copied))}
     refine = {"evaluations": 12, "marginal": 2}
     work = work_of(files, copied, refine=refine)
-    schemes = {scheme.name: scheme for scheme in pipeline.plan(work)}
+    schemes = {scheme.name: scheme for scheme in plan(work)}
     assert "refine schemes" in work.done
     found = {r.scheme: r for r in Refinements.read(copied / "refinements.json").refinements}
     assert set(found) == {"top50"}  # the other one leaves no choice
@@ -156,7 +167,7 @@ def test_refined_schemes_are_kept_and_not_refined_again(files, copied):
     assert 5 <= found["top50"].evaluations <= 12
     assert schemes["full"].formats == planned["full"].formats
     again = work_of(files, copied, refine=refine)
-    assert pipeline.plan(again) == tuple(schemes.values())
+    assert plan(again) == tuple(schemes.values())
     assert again.done == []
 
 
@@ -169,7 +180,7 @@ def test_another_scheme_redoes_only_what_depends_on_it(files, copied):
     paths = [copied / part for name in ("top50", "full") for part in written_for(name)]
     kept = [path.stat().st_ino for path in paths]
     work = work_of(files, copied, schemes=schemes)
-    pipeline.run(work)
+    run(work)
     assert work.done == ["plan", "export", "verify", "preflight", "evaluate", "controls"]
     assert {scheme.name: scheme.nested_in for scheme in work.schemes()}["top50"] == ("bits11", "full")
     assert [path.stat().st_ino for path in paths] == kept
@@ -184,7 +195,7 @@ def test_other_held_out_data_redoes_only_the_evaluation(files, copied):
     model, text, other = files
     held_out = {"data": {"kind": "text", "path": str(other)}, "samples": 5, "sequence_length": 24, "batch_size": 2}
     work = work_of(files, copied, held_out=held_out)
-    pipeline.run(work)
+    run(work)
     assert work.done == ["evaluate", "controls"]
 
 
@@ -195,7 +206,7 @@ def test_a_further_held_out_set_redoes_only_the_evaluation(files, copied):
     before = json.loads((copied / "evaluations/full.json").read_text())
     sets = [first, {"name": "left_over", "samples": 5, **rows}]
     work = work_of(files, copied, held_out=sets)
-    report = pipeline.run(work)
+    report = run(work)
     assert work.done == ["evaluate", "controls"]
     after = json.loads((copied / "evaluations/full.json").read_text())
     assert after["data"]["held_out"] == before["data"]["held_out"]
@@ -211,11 +222,11 @@ def test_a_further_held_out_set_redoes_only_the_evaluation(files, copied):
     assert report.splits == ("held_out", "left_over")
     assert "left_over" in (copied / "report.md").read_text()
     work = work_of(files, copied, held_out=sets)
-    pipeline.run(work)
+    run(work)
     assert work.done == []
     for changed in ([first, {**sets[1], "samples": 6}], [first, {**sets[1], "name": "rest"}], sets[::-1]):
         work = work_of(files, copied, held_out=changed)
-        pipeline.run(work)
+        run(work)
         assert work.done == ["evaluate", "controls"]
 
 
@@ -239,8 +250,8 @@ def test_groups_that_change_when_only_text_positions_count(finished):
     both, _, text = schemes
     differing = sum(both.formats[group] != text.formats[group] for group in text.formats)
     assert differing > 0
-    assert pipeline.text_only_changes(measurement, schemes) == {"both": differing, "full": 0, "text": 0}
-    assert pipeline.text_only_changes(plain, schemes) == {}
+    assert text_only_changes(measurement, schemes) == {"both": differing, "full": 0, "text": 0}
+    assert text_only_changes(plain, schemes) == {}
 
 
 def test_a_bound_that_text_alone_cannot_meet(finished):
@@ -252,7 +263,7 @@ def test_a_bound_that_text_alone_cannot_meet(finished):
     )
     measurement = measurement.model_copy(update={"candidates": candidates})
     scheme = planning.plan(measurement, SchemeSpec(name="a", max_predicted_score=0.0))
-    assert pipeline.text_only_changes(measurement, [scheme]) == {"a": None}
+    assert text_only_changes(measurement, [scheme]) == {"a": None}
 
 
 def test_a_scheme_asked_for_by_its_kl_is_compared_at_its_bits(finished):
@@ -260,8 +271,8 @@ def test_a_scheme_asked_for_by_its_kl_is_compared_at_its_bits(finished):
     both = planning.plan(measurement, SchemeSpec(name="a", effective_bits=12.0))
     by_kl = both.model_copy(update={"asked": {"name": "a", "max_kl": 1.0}})
     by_bits = both.model_copy(update={"asked": {"name": "a", "effective_bits": both.effective_bits}})
-    changes = pipeline.text_only_changes(measurement, [by_bits])
-    assert pipeline.text_only_changes(measurement, [by_kl]) == changes
+    changes = text_only_changes(measurement, [by_bits])
+    assert text_only_changes(measurement, [by_kl]) == changes
     assert changes["a"] > 0
 
 
@@ -269,7 +280,7 @@ def test_standard_errors_are_those_of_the_score_that_was_planned(finished):
     measurement = measured_with_images(finished)
     text = planning.plan(measurement, SchemeSpec(name="text", coverage=1.0, image_weight=0.0))
     both = planning.plan(measurement, SchemeSpec(name="both", coverage=1.0))
-    errors = pipeline.standard_errors(measurement, [text, both])
+    errors = standard_errors(measurement, [text, both])
     assert errors["both"] == planning.standard_error(measurement, both.formats)
     assert errors["text"] == planning.standard_error(measurement.weigh_images(0.0), text.formats) != errors["both"]
 
@@ -285,20 +296,20 @@ def test_control_arms_stand_beside_each_scheme(files, finished, copied):
     assert {"random", "inverse", "first_last", "largest"} <= others <= set(KINDS) - {"modelopt"}
     assert {arm.scheme.asked["control"] for arm in evidence.arms} == others
     assert evidence.left_out == ()
-    report = pipeline.make_report(work_of(files, copied))
+    report = make_report(work_of(files, copied))
     assert {found.control for found in report.control_comparisons} == others
     assert len(report.prediction.points) == 2 + len(evidence.arms)
 
 
 def test_controls_can_be_capped_or_left_out(files, copied):
     work = work_of(files, copied, controls={"max_seconds": 0})
-    pipeline.run(work)
+    run(work)
     assert work.done == ["controls"]
     evidence = Evidence.read(copied / "evidence.json")
     assert evidence.arms == ()
     assert "top50.random0" in evidence.left_out
     work = work_of(files, copied, controls={"kinds": []})
-    report = pipeline.run(work)
+    report = run(work)
     assert work.done == []
     assert not (copied / "evidence.json").exists()
     assert report.controls == ()
@@ -308,7 +319,7 @@ def test_a_scheme_asked_for_by_its_kl(files, copied):
     full = Evaluation.read(copied / "evaluations/full.json").result("kl").value
     schemes = [{"name": "half_kl", "max_kl": full / 2}, {"name": "full", "coverage": 1.0}]
     work = work_of(files, copied, schemes=schemes)
-    pipeline.run(work)
+    run(work)
     assert work.done[:2] == ["measure KL of a few schemes", "plan"]
     points = KlPoints.read(copied / "kl_points.json")
     assert len(points.points) >= 5
@@ -320,19 +331,19 @@ def test_a_scheme_asked_for_by_its_kl(files, copied):
     assert predicted.predict(scheme.predicted_score).value <= full / 2
     assert work_again_is_idle(files, copied, schemes)
     with pytest.raises(InfeasibleTarget, match=r"within a predicted KL of 1e-30; attainable .* nats per token"):
-        pipeline.run(work_of(files, copied, schemes=[{"name": "none", "max_kl": 1e-30}]))
+        run(work_of(files, copied, schemes=[{"name": "none", "max_kl": 1e-30}]))
 
 
 def work_again_is_idle(files, output, schemes):
     work = work_of(files, output, schemes=schemes)
-    pipeline.run(work)
+    run(work)
     return work.done == []
 
 
 def test_another_method_redoes_everything(files, copied):
     before = bytes_of(copied)
     work = work_of(files, copied, measurement={"method": "kl_div"})
-    pipeline.run(work)
+    run(work)
     assert work.done == ["measure", "plan", "export", "verify", "preflight", "evaluate", "controls"]
     assert bytes_of(copied) != before
 
@@ -342,7 +353,7 @@ def test_a_damaged_checkpoint_is_exported_again(files, copied):
     path = copied / "checkpoints/full/model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     work = work_of(files, copied)
-    pipeline.run(work)
+    run(work)
     assert work.done == ["export"]  # the same bytes again: verification and evaluation still hold
     assert bytes_of(copied) == before
 
@@ -351,7 +362,7 @@ def test_a_deleted_measurement_is_made_again_with_the_same_result(files, copied)
     before = bytes_of(copied)
     (copied / "measurement.json").unlink()
     work = work_of(files, copied)
-    pipeline.run(work)
+    run(work)
     assert work.done == ["measure"]
     assert bytes_of(copied) == before
 
@@ -359,7 +370,7 @@ def test_a_deleted_measurement_is_made_again_with_the_same_result(files, copied)
 def test_corrupt_records_are_refused_by_name(files, copied):
     (copied / "measurement.json").write_text('{"schema_version": 1, "groups":')
     with pytest.raises(RecordError, match=r"measurement\.json can't be read as JSON.*run the step again"):
-        pipeline.run(work_of(files, copied))
+        run(work_of(files, copied))
 
 
 def test_changed_weights_make_the_measurement_stale(files, copied, tmp_path):
@@ -369,7 +380,7 @@ def test_changed_weights_make_the_measurement_stale(files, copied, tmp_path):
     tensors["model.norm.weight"] *= 2
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     work = work_of((model, *files[1:]), copied)
-    for step in (pipeline.plan, pipeline.export, pipeline.verify, pipeline.evaluate):
+    for step in (plan, export, verify, evaluate):
         with pytest.raises(StaleRecord, match="other weights"):
             step(work)
     assert (copied / "checkpoints/full/model.safetensors").exists()
@@ -377,7 +388,7 @@ def test_changed_weights_make_the_measurement_stale(files, copied, tmp_path):
 
 def test_steps_without_their_input_say_what_to_run(files, tmp_path):
     work = work_of(files, tmp_path / "out")
-    for step in (pipeline.plan, pipeline.export, pipeline.verify, pipeline.evaluate, pipeline.make_report):
+    for step in (plan, export, verify, evaluate, make_report):
         with pytest.raises(RecordError, match="run the step that writes"):
             step(work)
 
@@ -396,18 +407,18 @@ def test_the_output_holds_something_else(files, tmp_path):
 def test_two_equal_schemes_stop_before_the_export(files, tmp_path):
     schemes = [{"name": "all", "coverage": 1.0}, {"name": "eight", "effective_bits": 8.0}]
     with pytest.raises(DuplicateSchemes, match="all.*eight"):
-        pipeline.run(work_of(files, tmp_path / "out", schemes=schemes))
+        run(work_of(files, tmp_path / "out", schemes=schemes))
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_an_fp8_kv_cache_needs_no_new_measurement(files, copied):
     work = work_of(files, copied, kv_cache="fp8")
-    pipeline.run(work)
+    run(work)
     assert work.done == ["plan", "export", "verify", "preflight", "evaluate", "controls"]
     assert {manifest.kv_cache_format for manifest in work.manifests().values()} == {"fp8"}
     schemes = [{"name": "full", "coverage": 1.0, "kv_cache": "none"}, {"name": "full_kv", "coverage": 1.0}]
     work = work_of(files, copied, kv_cache="fp8", schemes=schemes)
-    pipeline.run(work)
+    run(work)
     assert {name: manifest.kv_cache_format for name, manifest in work.manifests().items()} == {
         "full": None,
         "full_kv": "fp8",
@@ -464,20 +475,20 @@ def flip(path, offset=-100):
 def test_verify_reads_every_byte_whatever_the_times_say(files, copied, name):
     flip(copied / "checkpoints/full" / name)
     with pytest.raises(VerificationFailed, match=f"full: {name}"):
-        pipeline.verify(work_of(files, copied))
+        verify(work_of(files, copied))
     work = work_of(files, copied)
-    pipeline.run(work)  # which knows of it now, and mends it
+    run(work)  # which knows of it now, and mends it
     assert "export" in work.done
-    assert pipeline.verify(work_of(files, copied)).ok
+    assert verify(work_of(files, copied)).ok
 
 
 def test_verify_says_whether_it_trusted_times(files, copied):
     assert Verification.read(copied / "verification.json").times_trusted
-    assert not pipeline.verify(work_of(files, copied)).times_trusted
-    pipeline.make_report(work_of(files, copied))
+    assert not verify(work_of(files, copied)).times_trusted
+    make_report(work_of(files, copied))
     assert "every byte of the original" in (copied / "report.md").read_text()
     work = work_of(files, copied)
-    pipeline.run(work)
+    run(work)
     assert work.done == []  # verified by reading everything is good enough
 
 
@@ -487,9 +498,9 @@ def test_a_file_too_many_is_noticed(files, copied, name):
     path.parent.mkdir(exist_ok=True)
     save_file({"model.norm.weight": torch.zeros(64)}, path)
     with pytest.raises(VerificationFailed, match="not listed in the manifest"):
-        pipeline.verify(work_of(files, copied))
+        verify(work_of(files, copied))
     work = work_of(files, copied)
-    pipeline.run(work)
+    run(work)
     assert "export" in work.done
     assert not path.exists()
 
@@ -502,14 +513,14 @@ def test_only_the_damaged_one_of_a_pair_is_blamed_everywhere(files, copied):
     tensors[name] = swapped[name]  # as in the other, from which it should differ
     save_file(tensors, copied / "checkpoints/full/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationFailed) as raised:
-        pipeline.verify(work_of(files, copied))
+        verify(work_of(files, copied))
     assert "the first: full: model.safetensors" in str(raised.value)
     assert "top50" not in str(raised.value).split(" (all in ")[0]
     record = Verification.read(copied / "verification.json")
     assert {check.scheme: check.ok for check in record.checkpoints} == {"top50": True, "full": False}
     (pair,) = record.pairs
     assert (pair.modules_differing, pair.findings) == (pair.modules_expected - 1, ())
-    pipeline.make_report(work_of(files, copied))
+    make_report(work_of(files, copied))
     report = (copied / "report.md").read_text()
     assert f"{pair.modules_expected} | {pair.modules_differing} | not judged: see the findings of full |" in report
     assert "`full` doesn't match its scheme" in report
@@ -518,7 +529,7 @@ def test_only_the_damaged_one_of_a_pair_is_blamed_everywhere(files, copied):
     cards = {n: (copied / "checkpoints" / n / CheckpointManifest.CARD_NAME).read_text() for n in ("top50", "full")}
     assert "checked: they match" in cards["top50"]
     assert "**they do not match**" in cards["full"]
-    pipeline.run(work_of(files, copied))
+    run(work_of(files, copied))
     report = (copied / "report.md").read_text()
     assert f"{pair.modules_expected} | {pair.modules_expected} | 0 |" in report
     assert "not judged" not in report
@@ -527,7 +538,7 @@ def test_only_the_damaged_one_of_a_pair_is_blamed_everywhere(files, copied):
 def test_what_a_finished_measurement_left_is_removed(files, copied):
     (copied / "measuring").mkdir()
     (copied / "measuring" / "scores-00000.json").write_text("{}")
-    pipeline.run(work_of(files, copied))
+    run(work_of(files, copied))
     assert not (copied / "measuring").exists()
 
 
@@ -549,16 +560,16 @@ def test_verification_failures_name_file_tensor_and_remedy(files, copied):
     )
     manifest.model_copy(update={"files": entries}).write(directory / CheckpointManifest.FILE_NAME)
     with pytest.raises(VerificationFailed, match=f"full: .*{name}.*export this scheme again"):
-        pipeline.run(work_of(files, copied))
+        run(work_of(files, copied))
     assert "full" in (copied / "verification.json").read_text()
 
 
 def test_share_files(files, tmp_path):
     output = tmp_path / "out"
-    pipeline.run(work_of(files, output, export={"share_files": True}))
+    run(work_of(files, output, export={"share_files": True}))
     assert (output / "checkpoints/top50/tokenizer.json").samefile(output / "checkpoints/full/tokenizer.json")
     work = work_of(files, output, export={"share_files": True})
-    pipeline.run(work)
+    run(work)
     assert work.done == []
 
 
@@ -566,7 +577,7 @@ def test_held_out_rows_of_the_calibration_file(files, tmp_path):
     output = tmp_path / "out"
     held_out = {"samples": 4, "sequence_length": 24, "batch_size": 2}
     work = work_of(files, output, held_out=held_out)
-    pipeline.run(work)
+    run(work)
     content = json.loads((output / "evaluations/full.json").read_text())
     calibration = json.loads((output / "measurement.json").read_text())["calibration"]
     data = content["data"]["held_out"]
@@ -588,7 +599,7 @@ def progress(phase, done, total):
     if (phase, done) == {moment!r}:
         sys.stdin.read()  # until it is killed
 
-pipeline.run(Workspace(Recipe.model_validate_json({recipe!r}), Path({output!r}), progress))
+run(Workspace(Recipe.model_validate_json({recipe!r}), Path({output!r}), progress))
 """
 
 
@@ -612,7 +623,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(moment, files, fini
         else:
             pytest.fail("the child ended before the moment came")
     work = work_of(files, output)
-    pipeline.run(work)
+    run(work)
     assert "evaluate" in work.done
     assert bytes_of(output) == bytes_of(finished)
     assert not list(output.rglob(f"{TEMPORARY_PREFIX}*"))
@@ -644,23 +655,23 @@ def too_long(kind, **data):
 )
 def test_mistakes_are_found_before_the_model_is_hashed(files, tmp_path, monkeypatch, changes, says):
     hashed = []
-    monkeypatch.setattr(pipeline, "model_source", lambda *_, **__: hashed.append(1))
+    monkeypatch.setattr(workspace, "model_source", lambda *_, **__: hashed.append(1))
     with pytest.raises(BitladderError, match=says):
-        pipeline.run(work_of(files, tmp_path / "out", **changes))
+        run(work_of(files, tmp_path / "out", **changes))
     assert not hashed
 
 
 @pytest.mark.parametrize("kind", ["messages", "image_text"])
 def test_samples_longer_than_the_model_has_positions_are_found_before_it_is_hashed(files, tmp_path, monkeypatch, kind):
     """Their `sequence_length` is only a bound; what they really have is looked at."""
-    monkeypatch.setattr(pipeline, "model_source", lambda *_, **__: pytest.fail("hashed"))
+    monkeypatch.setattr(workspace, "model_source", lambda *_, **__: pytest.fail("hashed"))
     model = tmp_path / "model"
     if kind == "messages":
         shutil.copytree(files[0], model)
         (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
         row, asked = {"messages": [{"role": "user", "content": make_text(80)}]}, "set sequence_length: 30"
     else:
-        shutil.copytree(Path(pipeline.__file__).parent / "demo" / "qwen2_5_vl_digits", model)
+        shutil.copytree(Path(bitladder.__file__).parent / "demo" / "qwen2_5_vl_digits", model)
         Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
         row, asked = {"image": "a.png", "text": "word " * 40}, "use smaller pictures or shorter texts"
     content = json.loads((model / "config.json").read_text())
@@ -670,17 +681,17 @@ def test_samples_longer_than_the_model_has_positions_are_found_before_it_is_hash
     path.write_text(json.dumps(row))
     data = {"data": {"kind": kind, "path": str(path)}, "samples": 1, "sequence_length": 600, "batch_size": 1}
     with pytest.raises(DataError, match=f"has [0-9]+ tokens, more than the 30 positions .*; {asked}"):
-        pipeline.run(work_of((model, *files[1:]), tmp_path / "out", calibration=data))
+        run(work_of((model, *files[1:]), tmp_path / "out", calibration=data))
 
 
 def test_a_model_without_a_language_model_is_found_before_it_is_hashed(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "model_source", lambda *_, **__: pytest.fail("hashed"))
+    monkeypatch.setattr(workspace, "model_source", lambda *_, **__: pytest.fail("hashed"))
     shutil.copytree(files[0], tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     content = json.loads(config.read_text())
     config.write_text(json.dumps({**content, "architectures": ["NoSuchModel"]}))
     with pytest.raises(BitladderError, match="NoSuchModel"):
-        pipeline.run(work_of((tmp_path / "model", *files[1:]), tmp_path / "out"))
+        run(work_of((tmp_path / "model", *files[1:]), tmp_path / "out"))
 
 
 def test_nulls_of_a_data_set_are_told(files, tmp_path):
@@ -688,17 +699,17 @@ def test_nulls_of_a_data_set_are_told(files, tmp_path):
     source = {"kind": "huggingface", "path": str(tmp_path / "rows")}
     work = work_of(files, tmp_path / "out", calibration={"data": source, "samples": 4, "sequence_length": 24})
     work.tell = (told := []).append
-    pipeline.look(work)
+    look(work)
     assert told == [f"{tmp_path / 'rows'}: 2 of the rows that were read hold null and are left out"]
 
 
 def test_each_set_is_read_once_by_a_run(files, tmp_path, monkeypatch):
-    read, load = [], calibration.load_data
-    monkeypatch.setattr(calibration, "load_data", lambda source, *a, **k: read.append(source) or load(source, *a, **k))
-    pipeline.run(work_of(files, tmp_path / "out", controls={"kinds": []}))
+    read, load = [], samples.load_data
+    monkeypatch.setattr(samples, "load_data", lambda source, *a, **k: read.append(source) or load(source, *a, **k))
+    run(work_of(files, tmp_path / "out", controls={"kinds": []}))
     assert len(read) == 2
 
 
 def test_a_report_is_not_written_into_a_checkpoint(files, tmp_path):
     with pytest.raises(OutputError, match="lies in the checkpoint"):
-        pipeline.run(work_of(files, tmp_path / "out", layout={"report": "checkpoints/full/README.md"}))
+        run(work_of(files, tmp_path / "out", layout={"report": "checkpoints/full/README.md"}))

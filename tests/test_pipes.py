@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from bitladder.sensitivity import Partial
+from bitladder.measuring.partial import Partial
 from faults.server import Server
 from faults.world import World, sound_run
 from test_calibration import DEMO

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from bitladder import formats, importing, planning
+from bitladder import formats, planning
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, MeasurementError, PlanError
-from bitladder.planning import points
+from bitladder.planning import importing, points
 from bitladder.records import (
     BF16,
     Candidate,

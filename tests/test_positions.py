@@ -6,10 +6,17 @@ import pytest
 import torch
 
 import bitladder
-from bitladder import calibration, numerics, planning, sensitivity, targets
+from bitladder import planning
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import load_data
 from bitladder.errors import MeasurementError
+from bitladder.formats import grids as numerics
+from bitladder.measured import read_amax
+from bitladder.measuring.measure import measure
+from bitladder.measuring.modelopt import freeze_outside
+from bitladder.models.loading import load_model
+from bitladder.models.target import find_target
 from bitladder.recipe import DataSpec, MeasureSpec
-from bitladder.sensitivity.modelopt import freeze_outside
 from conftest import measure_text, source_of, spec
 
 DEMO = Path(bitladder.__file__).parent / "demo"
@@ -18,22 +25,22 @@ MODEL = DEMO / "qwen2_5_vl_digits"
 
 @pytest.fixture(scope="module")
 def data():
-    processor = calibration.load_processor(MODEL)
+    processor = load_processor(MODEL)
     source = DataSpec(kind="image_text", path=str(DEMO / "data" / "calibration.jsonl"))
-    return calibration.load_data(source, processor, samples=8, sequence_length=64, batch_size=4, seed=0)
+    return load_data(source, processor, samples=8, sequence_length=64, batch_size=4, seed=0)
 
 
 @pytest.fixture(scope="module")
 def measured(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("positions")
-    target, spec = targets.find_target(MODEL), MeasureSpec(engine="modelopt", method="gradient")
-    measurement = sensitivity.measure(MODEL, source_of(MODEL), target, data, spec, output)
-    return measurement, sensitivity.read_amax(measurement, output)
+    target, spec = find_target(MODEL), MeasureSpec(engine="modelopt", method="gradient")
+    measurement = measure(MODEL, source_of(MODEL), target, data, spec, output)
+    return measurement, read_amax(measurement, output)
 
 
 def by_hand(data, amax, name):
     """Σ (∂loss/∂y · Δy)² of one module in each batch: everywhere, and at positions that hold a piece of a picture."""
-    model = targets.load_model(MODEL, torch.float32)
+    model = load_model(MODEL, torch.float32)
     linear = model.get_submodule(name)
     weight_scale, input_scale = (numerics.scale_of(amax[f"{name}.{kind}"]) for kind in ("weight_amax", "input_amax"))
     kept = {}
@@ -87,10 +94,10 @@ def test_text_has_no_scores_apart(llama, text_file, tmp_path):
 
 
 def test_kl_scores_are_not_told_apart(data, tmp_path):
-    measurement = sensitivity.measure(
+    measurement = measure(
         MODEL,
         source_of(MODEL),
-        targets.find_target(MODEL),
+        find_target(MODEL),
         data,
         MeasureSpec(engine="modelopt", method="kl_div", score_samples=4),
         tmp_path,
@@ -141,8 +148,8 @@ def test_bits_schemes_weigh_positions_too(measured):
 
 def test_no_gradient_enters_the_vision_tower(data):
     """The scores need none; ModelOpt would run its backward pass through the tower for the patch embedding's sake."""
-    model = targets.load_model(MODEL, torch.float32)
-    freeze_outside(model, targets.find_target(MODEL).language_model)
+    model = load_model(MODEL, torch.float32)
+    freeze_outside(model, find_target(MODEL).language_model)
     batch = data.batches[0]
     model(**batch.inputs, labels=batch.labels).loss.backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from bitladder.prediction import LEVEL, KlMap, leave_one_out
+from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out
 
 SCORES = [1e-4, 3e-4, 1e-3, 4e-3, 2e-2]
 

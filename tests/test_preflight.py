@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import broken_checkpoints as broken
 from bitladder.errors import BitladderError, ModelError
-from bitladder.runtimes import files as checkpoint_files
 from bitladder.runtimes.architectures import QWEN2_VL_RENAMES, architecture
+from bitladder.runtimes.files import _SCAN_BYTES, Tensor, _tensors_in
 from bitladder.runtimes.preflight import RUNTIMES, preflight
-from bitladder.runtimes.rules import VllmRules
+from bitladder.runtimes.vllm.rules import VllmRules
 from conftest import TEXT, llama_config, llava_config, qwen2_5_vl_config, qwen2_vl_config, qwen3_vl_config, save_model
 
 ALL = (*broken.GOOD, *broken.CASES)
@@ -391,7 +391,7 @@ def full_size(directory: Path, good: Path) -> None:
 def test_only_headers_and_scales_are_read_unless_asked(good, tmp_path, monkeypatch):
     full_size(tmp_path / "full_size", good["full"])
     assert (tmp_path / "full_size" / broken.WEIGHTS).stat().st_size > 4e9
-    monkeypatch.setattr(checkpoint_files.Tensor, "finite", lambda _: pytest.fail("a weight was read"))
+    monkeypatch.setattr(Tensor, "finite", lambda _: pytest.fail("a weight was read"))
     for result in preflight(tmp_path / "full_size"):
         assert result.findings == ()
         assert len(result.layers) == 7 * 36 + 5 * 32 + 2
@@ -410,14 +410,14 @@ def test_only_headers_and_scales_are_read_unless_asked(good, tmp_path, monkeypat
 )
 def test_nan_and_infinity_are_found_anywhere(tmp_path, dtype, fine, odd):
     """Also where a block of the scan ends, and the largest finite number isn't taken for one."""
-    size = 3 * checkpoint_files._SCAN_BYTES + 24
-    for place in (0, checkpoint_files._SCAN_BYTES - 1, size // 2, size - 1):
+    size = 3 * _SCAN_BYTES + 24
+    for place in (0, _SCAN_BYTES - 1, size // 2, size - 1):
         values = torch.zeros(size, dtype=torch.float32)
         values[place] = fine
         for value, finite in ((fine, True), (odd, False)):
             values[place] = value
             save_file({"x": values.to(dtype)}, tmp_path / "x.safetensors")
-            (tensor,) = checkpoint_files._tensors_in(tmp_path / "x.safetensors")
+            (tensor,) = _tensors_in(tmp_path / "x.safetensors")
             assert tensor.finite() == finite
 
 

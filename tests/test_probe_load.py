@@ -9,9 +9,11 @@ import torch
 import broken_checkpoints
 from bitladder.errors import BitladderError, ModelError
 from bitladder.records import CheckpointManifest, KvScale, ModuleRecord
-from bitladder.runtimes import load, vllm_load
 from bitladder.runtimes.child import Outcome
-from bitladder.runtimes.load import Attention, Cast, Copy, Facts, Failure, Layer, Parameter, Tensor, Tokenizer
+from bitladder.runtimes.vllm import child_load as vllm_load
+from bitladder.runtimes.vllm import load
+from bitladder.runtimes.vllm.facts import Attention, Cast, Copy, Facts, Failure, Layer, Parameter, Tensor, Tokenizer
+from bitladder.runtimes.vllm.load import findings, judge, load_all, probe, probed_layers
 
 ATTENTION, FUSED = "model.layers.3.self_attn", "m.layers.3.self_attn.qkv_proj"
 Q, K, V = (f"{ATTENTION}.{name}_proj" for name in "qkv")
@@ -92,16 +94,16 @@ def manifest(formats=None, kv=False):
 
 def judged(found, promised=None):
     """Return `[(class, severity, where)]`."""
-    return [(f.error_class, f.severity, f.where) for f in load.findings(found, promised)]
+    return [(f.error_class, f.severity, f.where) for f in findings(found, promised)]
 
 
 def test_nothing_is_found_where_nothing_is_wrong():
     assert judged(facts(), manifest()) == []
     assert judged(facts()) == []
-    rows = load.probed_layers(facts(), manifest())
+    rows = probed_layers(facts(), manifest())
     assert [row.name for row in rows] == [Q, K, V]
     assert {(r.runtime_name, r.promised, r.format, r.kernel) for r in rows} == {(FUSED, "fp8", "fp8", "SomeFp8Kernel")}
-    assert {row.promised for row in load.probed_layers(facts(), None)} == {None}
+    assert {row.promised for row in probed_layers(facts(), None)} == {None}
 
 
 @pytest.mark.parametrize("kind", ["weight", "weight_scale", "input_scale", "bias"])
@@ -233,7 +235,7 @@ def test_an_exception_is_classified_and_names_the_tensor_it_stopped_at():
     error = failure("AssertionError", line="assert self.data.shape == loaded_weight.shape")
     found = facts(errors=(error,), last_tensor=f"{K}.weight_scale", reached="model")
     assert judged(found, manifest()) == [("shape", "error", f"{K}.weight_scale")]
-    assert "assert self.data.shape" in load.findings(found, None)[0].problem
+    assert "assert self.data.shape" in findings(found, None)[0].problem
     assert not found.loaded
 
 
@@ -258,14 +260,14 @@ def test_a_tokenizer_of_nothing():
 
 def test_a_damaged_manifest_is_a_finding(tmp_path):
     (tmp_path / CheckpointManifest.FILE_NAME).write_text("{")
-    result = load.judge(tmp_path, facts(), version="0", device="cpu")
+    result = judge(tmp_path, facts(), version="0", device="cpu")
     assert (result.verdict, result.scheme, result.manifest_sha256) == ("missing_file", None, None)
     manifest().write(tmp_path / CheckpointManifest.FILE_NAME)
-    result = load.judge(tmp_path, facts(), version="0", device="cpu")
+    result = judge(tmp_path, facts(), version="0", device="cpu")
     assert (result.verdict, result.scheme) == ("ok", "half")
     assert result.manifest_sha256 == manifest().fingerprint()
     (tmp_path / "zz.safetensors").touch()
-    result = load.judge(tmp_path, facts(), version="0", device="cpu")
+    result = judge(tmp_path, facts(), version="0", device="cpu")
     assert [(f.error_class, f.where, f.severity) for f in result.findings] == [
         ("unexpected_file", "zz.safetensors", "error")
     ]
@@ -307,7 +309,7 @@ def test_one_child_for_all_and_a_new_one_for_the_rest_when_it_dies(children, thr
         outcome(facts(), facts(done=False, reached="model", seconds={}), returncode=-11, output="segmentation fault"),
         outcome(facts()),
     ]
-    results = load.probe_all(three, Path("python"), isolated=False, timeout=10)
+    results = load_all(three, Path("python"), isolated=False, timeout=10)
     assert asked == [(["a", "b", "c"], 30), (["c"], 10)]
     assert [(r.checkpoint, r.verdict) for r in results] == [("a", "ok"), ("b", "runtime_bug"), ("c", "ok")]
     assert "signal 11" in results[1].findings[0].problem
@@ -322,7 +324,7 @@ def test_a_child_each(children, three):
         outcome(timed_out=True, returncode=-9, output="slow"),
         outcome(returncode=1, error=failure("ModuleNotFoundError", "No module named 'vllm'").model_dump()),
     ]
-    results = load.probe_all(three, Path("python"), timeout=10)
+    results = load_all(three, Path("python"), timeout=10)
     assert asked == [(["a"], 10), (["b"], 10), (["c"], 10)]
     assert [r.verdict for r in results] == ["out_of_memory", "timeout", "no_runtime"]
     assert results[1].reached == "nothing"
@@ -330,13 +332,13 @@ def test_a_child_each(children, three):
 
 def test_wrong_directories_and_interpreters(tmp_path):
     with pytest.raises(ModelError, match="does not exist"):
-        load.probe(tmp_path / "none", Path(sys.executable))
+        probe(tmp_path / "none", Path(sys.executable))
     with pytest.raises(BitladderError, match="no Python interpreter"):
-        load.probe(tmp_path, tmp_path / "python")
+        probe(tmp_path, tmp_path / "python")
 
 
 def test_an_environment_without_vllm_is_a_result(tmp_path):
-    result = load.probe(tmp_path, Path(sys.executable))
+    result = probe(tmp_path, Path(sys.executable))
     assert (result.verdict, result.version, result.layers) == ("no_runtime", "none", ())
     assert "make vllm-env" in result.findings[0].remedy
 
@@ -425,7 +427,7 @@ def results(tmp_path_factory, vllm_python, good):
     for case in ALL:
         made[case.name] = directory / case.name
         case.make(good[case.base], made[case.name])
-    found = load.probe_all([*made.values(), *good.values()], vllm_python, isolated=False, timeout=60)
+    found = load_all([*made.values(), *good.values()], vllm_python, isolated=False, timeout=60)
     return dict(zip([*made, *(f"good {name}" for name in good)], found, strict=True))
 
 
@@ -491,12 +493,12 @@ def test_the_missing_tensor_is_named(results):
 
 @vllm
 def test_alone_a_checkpoint_is_judged_as_among_others(vllm_python, good, results):
-    alone = load.probe(good["top50"], vllm_python)
+    alone = probe(good["top50"], vllm_python)
     assert alone.fingerprint() == results["good top50"].fingerprint()
     assert alone.run.phases[0].seconds > 0
 
 
 @vllm
 def test_a_time_limit_is_a_result(vllm_python, good):
-    result = load.probe(good["top50"], vllm_python, timeout=0.5)
+    result = probe(good["top50"], vllm_python, timeout=0.5)
     assert (result.verdict, result.reached) == ("timeout", "nothing")

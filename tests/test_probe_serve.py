@@ -8,27 +8,22 @@ import pytest
 import torch
 
 import broken_checkpoints
-from bitladder import calibration, evaluation, logprobs
+from bitladder.data.pairs import prompt_inputs
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import load_data
 from bitladder.errors import BitladderError, ModelError, ProbeFailed
+from bitladder.evaluation import logprobs
+from bitladder.evaluation.reading import load_checkpoint
+from bitladder.evaluation.reference import Reference
 from bitladder.recipe import DataSpec
 from bitladder.records import CheckpointManifest, ModuleRecord
-from bitladder.runtimes import serve
 from bitladder.runtimes.child import Outcome
-from bitladder.runtimes.classify import classify, classify_exit
-from bitladder.runtimes.serve import (
-    Answer,
-    Failure,
-    Layer,
-    Question,
-    Run,
-    Runtime,
-    ScoredSequence,
-    Scores,
-    Served,
-    ServeJob,
-    SpeedJob,
-    Timings,
-)
+from bitladder.runtimes.judging import MAX_NOISE, MIN_REPEATED, TOLERANCE_FLOOR, tolerance
+from bitladder.runtimes.vllm.exceptions import classify, classify_exit
+from bitladder.runtimes.vllm.job import Question, ScoredSequence, ServeJob, SpeedJob
+from bitladder.runtimes.vllm.serve import answer, judge, probe, serve_all
+from bitladder.runtimes.vllm.serve import serve as serve_now
+from bitladder.runtimes.vllm.served import Answer, Failure, Layer, Run, Runtime, Scores, Served, Timings
 
 SOURCE, DATA = broken_checkpoints.SOURCE, broken_checkpoints.DEMO / "data"
 CPU = Runtime(version="0.32.0", device="cpu", gpu=False, threads=2, versions={})
@@ -56,7 +51,7 @@ def served(*values, **fields):
 
 
 def judged(run, source=None, job=JOB, **options):
-    return serve.judge(run, job, checkpoint="x", version="0.32.0", source=source, **options)
+    return judge(run, job, checkpoint="x", version="0.32.0", source=source, **options)
 
 
 def test_what_agrees_passes_and_says_how_far_it_is():
@@ -67,16 +62,16 @@ def test_what_agrees_passes_and_says_how_far_it_is():
     assert (difference.split, difference.tokens) == ("prose", 3)
     assert difference.mean_abs_difference == pytest.approx(0.01 / 3)
     assert difference.source_mean_abs_difference == pytest.approx(0.001)
-    assert difference.tolerance == serve.TOLERANCE_FLOOR
+    assert difference.tolerance == TOLERANCE_FLOOR
     assert [a.text for a in result.answers] == ["A cat."]
     assert result.stage == "generate"
 
 
 def test_the_tolerance_is_a_multiple_of_the_originals_noise_that_has_an_end():
-    assert serve.tolerance(0.0045, cpu_fp8_kv=False) == pytest.approx(0.0225)
-    assert serve.tolerance(0.0045, cpu_fp8_kv=True) == pytest.approx(0.0675)
-    assert serve.tolerance(5.0, cpu_fp8_kv=False) == serve.tolerance(serve.MAX_NOISE, cpu_fp8_kv=False)
-    assert serve.tolerance(None, cpu_fp8_kv=True) == serve.MAX_NOISE
+    assert tolerance(0.0045, cpu_fp8_kv=False) == pytest.approx(0.0225)
+    assert tolerance(0.0045, cpu_fp8_kv=True) == pytest.approx(0.0675)
+    assert tolerance(5.0, cpu_fp8_kv=False) == tolerance(MAX_NOISE, cpu_fp8_kv=False)
+    assert tolerance(None, cpu_fp8_kv=True) == MAX_NOISE
 
 
 @pytest.mark.parametrize(("runtime", "verdict"), [(CPU, "ok"), (GPU, "wrong_output")])
@@ -124,13 +119,13 @@ def test_other_tokens_than_ours_are_not_compared_but_named():
 
 
 def test_one_token_over_and_over_is_an_error_only_where_the_original_says_something():
-    stuck = Answer(text="!!!!!!!!", token_ids=(0,) * serve.MIN_REPEATED)
+    stuck = Answer(text="!!!!!!!!", token_ids=(0,) * MIN_REPEATED)
     run = Run(served(answers=(stuck,)), EXPECTED)
     assert judged(run, Run(served(), EXPECTED)).verdict == "wrong_output"
     assert judged(run, Run(served(answers=(stuck,)), EXPECTED)).findings == ()
     (finding,) = judged(run).findings
     assert finding.severity == "warning"
-    short = Answer(text="7 7", token_ids=(7,) * (serve.MIN_REPEATED - 1))
+    short = Answer(text="7 7", token_ids=(7,) * (MIN_REPEATED - 1))
     assert judged(Run(served(answers=(short,)), EXPECTED), Run(served(), EXPECTED)).findings == ()
 
 
@@ -251,9 +246,9 @@ def test_real_errors_get_their_class(kind, message, expected):
 
 
 def load(kind, name, samples):
-    return calibration.load_data(
+    return load_data(
         DataSpec(kind=kind, path=str(DATA / name)),
-        calibration.load_processor(SOURCE),
+        load_processor(SOURCE),
         samples=samples,
         sequence_length=64,
         batch_size=4,
@@ -292,7 +287,7 @@ def test_a_picture_is_one_placeholder_in_the_prompt_and_many_for_the_model(job):
 def test_log_probabilities_are_those_that_the_loss_is_made_of(job, sets):
     rows = logprobs.log_probs(SOURCE, list(sets.values()))
     assert [len(row) for row in rows] == [len(sequence.counted) for sequence in job.sequences]
-    with evaluation.Reference.compute(SOURCE, sets["captions"]) as reference:
+    with Reference.compute(SOURCE, sets["captions"]) as reference:
         values = [value for row in rows[8:] for value in row]
         assert math.exp(-math.fsum(values) / len(values)) == pytest.approx(reference.perplexity, rel=1e-5)
 
@@ -300,9 +295,9 @@ def test_log_probabilities_are_those_that_the_loss_is_made_of(job, sets):
 def test_a_job_that_the_model_cannot_hold_is_refused(job, tmp_path):
     long = ServeJob(speed=SpeedJob(prompt_tokens=2000, output_tokens=100))
     with pytest.raises(ModelError, match="holds 2048 tokens, the job needs 2100"):
-        serve.serve(SOURCE, tmp_path, long)
+        serve_now(SOURCE, tmp_path, long)
     with pytest.raises(ModelError, match="no config.json"):
-        serve.probe(tmp_path, tmp_path, job)
+        probe(tmp_path, tmp_path, job)
 
 
 # --- vLLM ---
@@ -324,7 +319,7 @@ def probes(vllm_python, good, schemes, job, sets, tmp_path_factory):
     directories = list(schemes.values())
     data = list(sets.values())
     expected = {directory: logprobs.log_probs(directory, data) for directory in [SOURCE, *directories]}
-    return serve.probe_all([*directories, broken], vllm_python, job, source=SOURCE, expected=expected, timeout=220)
+    return serve_all([*directories, broken], vllm_python, job, source=SOURCE, expected=expected, timeout=220)
 
 
 @pytest.mark.slow
@@ -339,7 +334,7 @@ def test_every_scheme_is_served_as_its_files_say(probes, schemes):
         assert result.scheme == name
         assert [d.split for d in result.log_probs] == ["digits", "captions"]
         for difference in result.log_probs:
-            assert 0 < difference.mean_abs_difference <= difference.tolerance < serve.MAX_NOISE
+            assert 0 < difference.mean_abs_difference <= difference.tolerance < MAX_NOISE
         assert all(layer.format == layer.promised for layer in result.layers)
         fast = [layer for layer in result.layers if layer.format == "fp8"]
         assert {layer.kernel for layer in fast} == {"PerTensorTorchFP8ScaledMMLinearKernel"}
@@ -361,10 +356,10 @@ def test_the_kv_cache_is_counted_and_its_dtype_said(probes):
 
 @pytest.mark.slow
 def test_pictures_are_answered_as_by_our_own_evaluation(probes, schemes, sets):
-    samples, processor = sets["digits"].samples, calibration.load_processor(SOURCE)
-    inputs = calibration.prompt_inputs(samples, processor)
+    samples, processor = sets["digits"].samples, load_processor(SOURCE)
+    inputs = prompt_inputs(samples, processor)
     for directory, result in zip(schemes.values(), probes.results, strict=False):
-        model = evaluation.load_checkpoint(directory)
+        model = load_checkpoint(directory)
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
         ours = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -384,10 +379,10 @@ def test_nan_is_seen_in_scores_and_in_answers(probes):
 
 
 def test_a_time_limit_is_a_result_with_what_was_printed(vllm_python, good):
-    result = serve.probe(good["full"], vllm_python, ServeJob(), timeout=0.5)
+    result = probe(good["full"], vllm_python, ServeJob(), timeout=0.5)
     assert (result.verdict, result.reached, result.scheme) == ("timeout", "started", "full")
     with pytest.raises(ProbeFailed, match="killed at the time limit"):
-        serve.answer(good["full"], vllm_python, ServeJob(), timeout=0.5)
+        answer(good["full"], vllm_python, ServeJob(), timeout=0.5)
 
 
 def test_a_damaged_manifest_is_a_finding_and_stops_nothing(good, tmp_path):
@@ -397,7 +392,7 @@ def test_a_damaged_manifest_is_a_finding_and_stops_nothing(good, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(good["full"], damaged)
     (damaged / CheckpointManifest.FILE_NAME).write_text("{")
-    first, second = serve.probe_all([damaged, good["full"]], without, ServeJob()).results
+    first, second = serve_all([damaged, good["full"]], without, ServeJob()).results
     assert [f.where for f in first.findings if f.error_class == "missing_file"] == [CheckpointManifest.FILE_NAME]
     assert first.scheme is None
     assert second.scheme == "full"
@@ -407,8 +402,8 @@ def test_a_python_without_vllm_is_a_result_and_one_that_is_not_there_an_error(tm
     without = tmp_path / "python"
     without.write_text("#!/bin/sh\necho\n")
     without.chmod(0o755)
-    probes = serve.probe_all([SOURCE], without, ServeJob(), source=SOURCE)
+    probes = serve_all([SOURCE], without, ServeJob(), source=SOURCE)
     assert probes.results[0].verdict == probes.source.verdict == "no_runtime"
     assert "make vllm-env" in probes.results[0].findings[0].remedy
     with pytest.raises(BitladderError, match="no Python interpreter"):
-        serve.probe(SOURCE, tmp_path / "nowhere", ServeJob())
+        probe(SOURCE, tmp_path / "nowhere", ServeJob())

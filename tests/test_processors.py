@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 import bitladder
 import conftest
-from bitladder.calibration import has_template, load_data, load_processor, prompt_inputs
-from bitladder.calibration.processors import template_of
+from bitladder.data.pairs import prompt_inputs
+from bitladder.data.processors import has_template, load_processor, template_of
+from bitladder.data.samples import load_data
 from bitladder.errors import DataError, ModelError
 from bitladder.recipe import DataSpec
 

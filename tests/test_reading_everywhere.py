@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from bitladder import evaluation
-from bitladder.calibration import messages
+from bitladder.data import messages
 from bitladder.errors import DataError, ModelError
-from bitladder.runtimes import files
+from bitladder.evaluation.reading import _use_generation_config
+from bitladder.runtimes.files import _has_chat_template, _read_json
+from bitladder.runtimes.findings import Findings
 
 DEEP = "[" * 100_000
 
@@ -16,23 +17,23 @@ DEEP = "[" * 100_000
 def test_preflight_waits_for_no_pipe(tmp_path):
     for name in ("config.json", "tokenizer_config.json"):
         os.mkfifo(tmp_path / name)
-    findings = files.Findings()
-    assert files._read_json(tmp_path / "config.json", findings) is None
+    findings = Findings()
+    assert _read_json(tmp_path / "config.json", findings) is None
     assert len(findings.found) == 1
-    assert not files._has_chat_template(tmp_path)
+    assert not _has_chat_template(tmp_path)
 
 
 def test_preflight_takes_no_text_nested_without_end(tmp_path):
     (tmp_path / "config.json").write_text(DEEP)
-    findings = files.Findings()
-    assert files._read_json(tmp_path / "config.json", findings) is None
+    findings = Findings()
+    assert _read_json(tmp_path / "config.json", findings) is None
     assert len(findings.found) == 1
 
 
 def test_evaluation_waits_for_no_pipe(tmp_path):
     os.mkfifo(tmp_path / "generation_config.json")
     with pytest.raises(ModelError, match="generation_config.json is damaged"):
-        evaluation._use_generation_config(SimpleNamespace(can_generate=lambda: True), tmp_path)
+        _use_generation_config(SimpleNamespace(can_generate=lambda: True), tmp_path)
 
 
 def test_a_conversation_in_a_string_is_nested_within_reason():

@@ -55,7 +55,7 @@ from bitladder.records import (
     Verification,
     digest_of,
 )
-from bitladder.report import content
+from bitladder.report import types
 from bitladder.storage import sha256_of_bytes
 
 DOCUMENTATION = Path(__file__).parent.parent / "docs" / "records.md"
@@ -280,7 +280,7 @@ def test_there_is_a_sample_of_every_record() -> None:
     }
 
 
-@pytest.mark.parametrize("kind", [*types_of(records), *types_of(content)], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*types_of(records), *types_of(types)], ids=lambda kind: kind.__name__)
 def test_every_field_is_documented_in_the_section_of_its_class(kind: type[Part]) -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| ([^|]*)\|$", section_of(kind.__name__), re.M)
     documented = [name for name, type_, meaning, _ in rows if type_.strip() and meaning.strip()]
@@ -288,7 +288,7 @@ def test_every_field_is_documented_in_the_section_of_its_class(kind: type[Part])
     assert documented == fields
 
 
-@pytest.mark.parametrize("kind", [*types_of(records), *types_of(content)], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*types_of(records), *types_of(types)], ids=lambda kind: kind.__name__)
 def test_whether_a_field_may_be_null_is_documented(kind: type[Part]) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section_of(kind.__name__), re.M))
     nullable = {name for name, field in kind.model_fields.items() if "None" in str(field.annotation)}
@@ -296,7 +296,7 @@ def test_whether_a_field_may_be_null_is_documented(kind: type[Part]) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [k for k in [*types_of(records), *types_of(content)] if issubclass(k, Record)], ids=lambda k: k.__name__
+    "kind", [k for k in [*types_of(records), *types_of(types)] if issubclass(k, Record)], ids=lambda k: k.__name__
 )
 def test_volatile_fields_are_documented(kind: type[Record]) -> None:
     line = re.search(r"^Not in the fingerprint: (.*)\.$", section_of(kind.__name__), re.M)

@@ -6,9 +6,9 @@ import pytest
 
 from bitladder import planning
 from bitladder.errors import PlanError
+from bitladder.planning.refinement import refine
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16
-from bitladder.refinement import refine
 from test_planning import measurement_of, random_measurement
 
 

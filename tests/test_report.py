@@ -33,7 +33,7 @@ from bitladder.records import (
     Verification,
 )
 from bitladder.report import Report, batch_standard_error, build_report, closing_table, render_markdown, write_report
-from bitladder.report.content import rank_correlation
+from bitladder.report.groups import rank_correlation
 
 LAYERS = 2
 KINDS = {"self_attn.qkv_proj": 300, "self_attn.o_proj": 100, "mlp.gate_up_proj": 400, "mlp.down_proj": 200}

@@ -12,14 +12,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from bitladder import report as package
-from bitladder.report import (
-    closing_table,
-    compare_runs,
-    render_card,
-    render_html,
-    render_markdown,
-    write_figures,
-)
+from bitladder.report import closing_table, compare_runs, render_card, render_html, render_markdown, write_figures
 from bitladder.report.escaping import code, fence, prose, text
 from test_report import make_report
 from test_report_evidence import report_with as report_with_controls

@@ -8,23 +8,24 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from bitladder import (
-    calibration,
-    checkpoint,
-    evaluation,
-    numerics,
-    pipeline,
-    planning,
-    rounding,
-    sensitivity,
-    targets,
-)
+from bitladder import planning
+from bitladder.checkpoints.export import export, export_all
+from bitladder.data.batches import Batch
 from bitladder.errors import EngineError, MeasurementError, RecordError
+from bitladder.evaluation.evaluate import evaluate_checkpoint
+from bitladder.evaluation.reference import Reference
+from bitladder.evaluation.simulation import Simulation
 from bitladder.formats import FP8
+from bitladder.formats import grids as numerics
+from bitladder.measured import read_amax, read_codes
+from bitladder.measuring import layers, rounding
+from bitladder.models.loading import load_model
 from bitladder.recipe import HeldOutSpec, MeasureSpec
 from bitladder.records import CheckpointManifest, Measurement
-from bitladder.sensitivity import layers
-from bitladder.simulation import Simulation
+from bitladder.steps.export import export as export_step
+from bitladder.steps.measure import take_over
+from bitladder.steps.plan import plan
+from bitladder.steps.run import run as run_step
 from bitladder.storage import sha256_of_file
 from bitladder.verification import verify
 from conftest import load_text, measure_text, spec
@@ -120,8 +121,8 @@ def test_every_module_has_its_codes_and_a_smaller_error(compensated):
 def test_products_are_those_of_the_inputs_that_count(llama, text_file, compensated):
     """The recorded errors again, from transformers' own forward pass and nothing of ours but the numbers' grid."""
     measurement, output = compensated
-    amax, codes = sensitivity.read_amax(measurement, output), sensitivity.read_codes(measurement, output)
-    model = targets.load_model(llama, torch.float32)
+    amax, codes = read_amax(measurement, output), read_codes(measurement, output)
+    model = load_model(llama, torch.float32)
     seen = {}
     for module in measurement.rounding.modules:
         hook = lambda _, inputs, name=module.name: seen.setdefault(name, []).append(inputs[0].flatten(0, 1))  # noqa: E731
@@ -158,9 +159,9 @@ def test_scores_are_those_of_the_codes(llama, text_file, tmp_path, method):
     assert total < before
     if method != "kl_div":
         return
-    amax, codes = sensitivity.read_amax(measurement, tmp_path), sensitivity.read_codes(measurement, tmp_path)
+    amax, codes = read_amax(measurement, tmp_path), read_codes(measurement, tmp_path)
     simulation = Simulation(llama, measurement, amax, "cpu", codes)
-    with evaluation.Reference.compute(llama, load_text(llama, text_file), split="calibration") as reference:
+    with Reference.compute(llama, load_text(llama, text_file), split="calibration") as reference:
         for candidate in measurement.candidates[:3]:
             scheme = planning.plan(measurement, spec("one", include=[candidate.group]))
             kl = simulation.results([reference], scheme)[0].value
@@ -171,32 +172,32 @@ def test_scores_are_those_of_the_codes(llama, text_file, tmp_path, method):
 def exported(llama, compensated, tmp_path_factory):
     """(schemes, {name: directory}) with compensated codes."""
     measurement, directory = compensated
-    amax, codes = sensitivity.read_amax(measurement, directory), sensitivity.read_codes(measurement, directory)
+    amax, codes = read_amax(measurement, directory), read_codes(measurement, directory)
     schemes = planning.plan_all(measurement, [spec("half", coverage=0.5), spec("all", coverage=1.0)])
     output = tmp_path_factory.mktemp("exported")
     directories = {scheme.name: output / scheme.name for scheme in schemes}
-    checkpoint.export_all(schemes, measurement, amax, llama, directories, codes=codes)
+    export_all(schemes, measurement, amax, llama, directories, codes=codes)
     return schemes, directories
 
 
 def test_checkpoints_hold_the_codes_and_verify(llama, compensated, exported):
     measurement, directory = compensated
     schemes, directories = exported
-    codes = sensitivity.read_codes(measurement, directory)
+    codes = read_codes(measurement, directory)
     for scheme in schemes:
         manifest = CheckpointManifest.read(directories[scheme.name] / CheckpointManifest.FILE_NAME)
         tensors = load_file(directories[scheme.name] / "model.safetensors")
         assert {module.rounding for module in manifest.modules} == {"compensated"}
         for module in manifest.modules:
             assert torch.equal(tensors[module.tensor].view(torch.uint8), codes.read(module.name).view(torch.uint8))
-    assert verify(schemes, measurement, sensitivity.read_amax(measurement, directory), llama, directories).ok
+    assert verify(schemes, measurement, read_amax(measurement, directory), llama, directories).ok
 
 
 def test_files_have_the_layout_of_nearest_codes(llama, text_file, exported, tmp_path):
     measurement = measure_text(llama, text_file, tmp_path / "nearest", engine="native")
-    amax = sensitivity.read_amax(measurement, tmp_path / "nearest")
+    amax = read_amax(measurement, tmp_path / "nearest")
     scheme = planning.plan(measurement, spec("all", coverage=1.0))
-    checkpoint.export(scheme, measurement, amax, llama, tmp_path / "all")
+    export(scheme, measurement, amax, llama, tmp_path / "all")
     nearest, ours = (load_file(path / "model.safetensors") for path in (tmp_path / "all", exported[1]["all"]))
     assert {name: (t.dtype, t.shape) for name, t in nearest.items()} == {
         name: (t.dtype, t.shape) for name, t in ours.items()
@@ -212,7 +213,7 @@ def test_files_have_the_layout_of_nearest_codes(llama, text_file, exported, tmp_
 @pytest.mark.parametrize("how", ["nearest", "far"])
 def test_other_codes_are_found(llama, compensated, exported, tmp_path, how):
     measurement, directory = compensated
-    amax = sensitivity.read_amax(measurement, directory)
+    amax = read_amax(measurement, directory)
     schemes, directories = exported
     shutil.copytree(directories["all"], tmp_path / "all")
     path = tmp_path / "all/model.safetensors"
@@ -236,22 +237,22 @@ def test_other_codes_are_found(llama, compensated, exported, tmp_path, how):
 
 def test_a_simulated_scheme_equals_the_exported_checkpoint(llama, text_file, compensated, exported):
     measurement, directory = compensated
-    amax, codes = sensitivity.read_amax(measurement, directory), sensitivity.read_codes(measurement, directory)
+    amax, codes = read_amax(measurement, directory), read_codes(measurement, directory)
     data = load_text(llama, text_file, samples=4, avoid=measurement.calibration)
     simulation = Simulation(llama, measurement, amax, "cpu", codes)
-    with evaluation.Reference.compute(llama, data) as reference:
+    with Reference.compute(llama, data) as reference:
         for scheme in exported[0]:
-            on_disk = evaluation.evaluate_checkpoint([reference], exported[1][scheme.name])
+            on_disk = evaluate_checkpoint([reference], exported[1][scheme.name])
             assert simulation.results([reference], scheme) == on_disk.results
 
 
 def test_codes_of_the_wrong_kind_are_refused(llama, compensated, measured, tmp_path):
     measurement, directory = compensated
-    amax = sensitivity.read_amax(measurement, directory)
+    amax = read_amax(measurement, directory)
     scheme = planning.plan(measurement, spec("all", coverage=1.0))
     with pytest.raises(MeasurementError, match="no codes were given, the measurement has compensated ones"):
-        checkpoint.export(scheme, measurement, amax, llama, tmp_path / "x")
-    codes = sensitivity.read_codes(measurement, directory)
+        export(scheme, measurement, amax, llama, tmp_path / "x")
+    codes = read_codes(measurement, directory)
     with pytest.raises(MeasurementError, match="compensated codes were given, the measurement has no"):
         Simulation(llama, measured[0], amax, "cpu", codes)
 
@@ -264,10 +265,10 @@ def test_changed_code_files_are_refused(compensated, tmp_path):
         file.seek(-1, 2)
         file.write(b"\x01")
     with pytest.raises(RecordError, match="is not the file that measurement.json was written with"):
-        sensitivity.read_codes(measurement, tmp_path)
+        read_codes(measurement, tmp_path)
     first.unlink()
     with pytest.raises(RecordError, match="is missing; run `bitladder measure` again"):
-        sensitivity.read_codes(measurement, tmp_path)
+        read_codes(measurement, tmp_path)
 
 
 @pytest.mark.parametrize("engine", ["native", "modelopt"])
@@ -304,7 +305,7 @@ def test_pictures_count_and_padding_does_not(tmp_path):
     others = []
     for batch, mask in zip(data.batches, padded, strict=True):
         ids = batch.inputs["input_ids"].masked_fill(mask, 5)  # another token where nothing counts
-        others.append(calibration.Batch({**batch.inputs, "input_ids": ids}, batch.labels))
+        others.append(Batch({**batch.inputs, "input_ids": ids}, batch.labels))
     found = [
         measured_by("native", MODEL, some, tmp_path / name, rounding="compensated").rounding.modules
         for name, some in (("one", data), ("other", dataclasses.replace(data, batches=tuple(others))))
@@ -333,11 +334,11 @@ def test_a_run_keeps_its_codes_or_measures_again(llama, text_file, tmp_path):
         return work
 
     first = run("first", measurement=COMPENSATED)
-    pipeline.run(first)
+    run_step(first)
     assert first.done[0] == "measure"
     assert "Codes: compensated (GPTQ), damping 0.1" in (tmp_path / "first/report.md").read_text()
     again = run("first", measurement=COMPENSATED)
-    pipeline.run(again)
+    run_step(again)
     assert again.done == []
 
     path = sorted((tmp_path / "first/codes").iterdir())[1]
@@ -345,15 +346,15 @@ def test_a_run_keeps_its_codes_or_measures_again(llama, text_file, tmp_path):
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     other = run("other")
     with pytest.raises(RecordError, match="does not hold the codes that .* was written with; copy it too"):
-        pipeline.take_over(other, tmp_path / "first/measurement.json")
+        take_over(other, tmp_path / "first/measurement.json")
     damaged = run("first", measurement=COMPENSATED)
-    pipeline.run(damaged)
+    run_step(damaged)
     assert damaged.done == ["measure"]  # the same bytes as before: what came of them is still valid
     assert path.read_bytes() == whole
 
-    pipeline.take_over(other, tmp_path / "first/measurement.json")
-    pipeline.plan(other)
-    pipeline.export(other)
+    take_over(other, tmp_path / "first/measurement.json")
+    plan(other)
+    export_step(other)
     name = "checkpoints/full/model.safetensors"
     assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
@@ -375,12 +376,12 @@ def test_a_stray_file_among_the_codes_changes_nothing(name, llama, compensated, 
     }
     save_file(wrong, tmp_path / "measured" / "codes" / name)
     amax, codes = (
-        sensitivity.read_amax(measurement, directory),
-        sensitivity.read_codes(measurement, tmp_path / "measured"),
+        read_amax(measurement, directory),
+        read_codes(measurement, tmp_path / "measured"),
     )
-    right = sensitivity.read_codes(measurement, directory)
+    right = read_codes(measurement, directory)
     for module in wrong:
         assert torch.equal(codes.read(module).view(torch.uint8), right.read(module).view(torch.uint8))
     scheme = planning.plan(measurement, spec("full", coverage=1.0))
-    checkpoint.export(scheme, measurement, amax, llama, tmp_path / "full", codes=codes)
+    export(scheme, measurement, amax, llama, tmp_path / "full", codes=codes)
     assert verify([scheme], measurement, amax, llama, {"full": tmp_path / "full"}).ok

@@ -8,12 +8,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from bitladder import controls, planning, sensitivity, targets
-from bitladder.calibration import Batch, DataSet
+from bitladder import planning
+from bitladder.data.batches import Batch, DataSet
 from bitladder.errors import MeasurementError, ModelError, RecordError
+from bitladder.measured import read_amax
+from bitladder.measuring.measure import measure
+from bitladder.measuring.modelopt import _Session
+from bitladder.measuring.partial import Partial
+from bitladder.models.loading import load_model
+from bitladder.models.target import find_target
+from bitladder.planning import controls
 from bitladder.recipe import MeasureSpec
 from bitladder.records import BF16, Measurement
-from bitladder.sensitivity.modelopt import _Session
 from conftest import load_text, measure_text, qwen2_5_vl_config, save_model, source_of
 
 
@@ -21,7 +27,7 @@ def direct_auto_quantize(directory, data, method):
     """ModelOpt called directly, as its documentation shows: its state."""
     import modelopt.torch.quantization as mtq
 
-    model = targets.load_model(directory, torch.float32)
+    model = load_model(directory, torch.float32)
     if method == "gradient":
         step = {
             "forward_step": lambda m, batch: m(**batch.inputs, labels=batch.labels),
@@ -100,7 +106,7 @@ def test_sharing_moves_only_fused_groups_scales(llama, text_file, tmp_path, meas
             if len(set(values)) > 1:
                 moved.add(group.name)
     assert moved == {group.name for group in shared.groups if len(group.modules) > 1}
-    weights = targets.load_model(llama, torch.float32)
+    weights = load_model(llama, torch.float32)
     for group in shared.groups:
         for module in group.modules:
             assert float(own[f"{module.name}.weight_amax"]) == float(
@@ -115,7 +121,7 @@ def test_sharing_moves_only_fused_groups_scales(llama, text_file, tmp_path, meas
 def test_input_amax_is_the_largest_activation(llama, text_file, measured):
     measurement, directory = measured
     amax = load_file(directory / "measurement.safetensors")
-    model = targets.load_model(llama, torch.float32)
+    model = load_model(llama, torch.float32)
     seen: dict[str, float] = {}
 
     def watch(name):
@@ -160,10 +166,10 @@ def test_padding_changes_nothing(llama, text_file, tmp_path):
     for name, data in (("plain", plain), ("padded", DataSet((padded,), plain.summary))):
         for method in ("gradient", "kl_div"):
             results.append(
-                sensitivity.measure(
+                measure(
                     llama,
                     source_of(llama),
-                    targets.find_target(llama),
+                    find_target(llama),
                     data,
                     MeasureSpec(engine="modelopt", method=method),
                     tmp_path / name / method,
@@ -208,7 +214,7 @@ def test_a_killed_run_resumes_with_the_same_bytes(method, moment, llama, text_fi
 
 
 def test_leftovers_of_other_settings_are_not_reused(llama, text_file, tmp_path):
-    partial = sensitivity.Partial(tmp_path / "measuring", "a key of other settings")
+    partial = Partial(tmp_path / "measuring", "a key of other settings")
     partial.keep_scores(0, {})
     measured = measure_text(llama, text_file, tmp_path)
     assert all(score > 0 for candidate in measured.candidates for score in candidate.scores)
@@ -317,22 +323,22 @@ def test_gpu_asked_for_but_absent(llama, text_file, tmp_path):
 def test_amax_must_belong_to_the_measurement(measured, tmp_path):
     measurement, directory = measured
     kinds = {"k_proj": ("k_amax",), "v_proj": ("v_amax",)}
-    assert set(sensitivity.read_amax(measurement, directory)) == {
+    assert set(read_amax(measurement, directory)) == {
         f"{module.name}.{kind}"
         for group in measurement.groups
         for module in group.modules
         for kind in ("weight_amax", "input_amax", *kinds.get(module.name.rpartition(".")[2], ()))
     }
     with pytest.raises(RecordError, match="missing"):
-        sensitivity.read_amax(measurement, tmp_path)
+        read_amax(measurement, tmp_path)
     tensors = load_file(directory / "measurement.safetensors")
     save_file({name: value * 2 for name, value in tensors.items()}, tmp_path / "measurement.safetensors")
     with pytest.raises(RecordError, match="not the file"):
-        sensitivity.read_amax(measurement, tmp_path)
+        read_amax(measurement, tmp_path)
     with pytest.raises(MeasurementError, match="planning"):
-        sensitivity.read_amax(measurement.model_copy(update={"amax_sha256": None}), directory)
+        read_amax(measurement.model_copy(update={"amax_sha256": None}), directory)
     with pytest.raises(MeasurementError, match="share_fused_scales"):
-        sensitivity.read_amax(measurement.model_copy(update={"fused_scales_shared": False}), directory)
+        read_amax(measurement.model_copy(update={"fused_scales_shared": False}), directory)
 
 
 def test_measurement_file_is_plain_json(measured):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from bitladder import cli, formats, importing, planning
-from bitladder.planning import points, solver
+from bitladder import cli, formats, planning
+from bitladder.planning import importing, points, solver
 from bitladder.planning.options import options_of
 from bitladder.planning.relaxation import Relaxation
 from bitladder.records import BF16

@@ -15,12 +15,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import bitladder
-from bitladder import pipeline, verification
-from bitladder.calibration import load_processor
+from bitladder import verification
+from bitladder.data.processors import load_processor
 from bitladder.errors import BitladderError, ModelError, UnsupportedModel
+from bitladder.models.loading import load_config, load_model
 from bitladder.models.sources import side_files
-from bitladder.targets import find_target, load_config, load_model
-from bitladder.weights import INDEX_FILE, SINGLE_FILE, WeightFiles
+from bitladder.models.target import find_target
+from bitladder.models.weights import INDEX_FILE, SINGLE_FILE, WeightFiles
+from bitladder.steps.export import export
+from bitladder.steps.measure import measure
+from bitladder.steps.plan import plan
+from bitladder.steps.verify import verify
 from conftest import llama_config, llava_config, measure_text, save_model
 from test_pipeline import work_of
 
@@ -109,7 +114,7 @@ def test_only_what_the_index_names_is_the_model(shards, sharded_llama, text_file
     loaded = load_model(shards, torch.bfloat16).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in right.items() if name in loaded)
     work = work_of((shards, text_file, text_file), tmp_path / "out", held_out={"samples": 4, "sequence_length": 24})
-    for step in (pipeline.measure, pipeline.plan, pipeline.export, pipeline.verify):
+    for step in (measure, plan, export, verify):
         result = step(work)
     assert result.ok
     written = {path.name for path in (tmp_path / "out/checkpoints/full").iterdir()}
@@ -151,7 +156,7 @@ def test_a_null_section_about_quantisation_is_none(model, llama, text_file, tmp_
     edit(model, **changes)
     assert find_target(model) == find_target(llama)
     work = work_of((model, text_file, text_file), tmp_path / "out", held_out={"samples": 4, "sequence_length": 24})
-    for step in (pipeline.measure, pipeline.plan, pipeline.export, pipeline.verify):
+    for step in (measure, plan, export, verify):
         step(work)
 
 

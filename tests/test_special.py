@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers
 
-from bitladder import logprobs
-from bitladder.calibration import load_data, load_processor, pairs
-from bitladder.calibration.special import begun_once, prefix_of
+from bitladder.data import pairs
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import load_data
+from bitladder.data.special import begun_once, prefix_of
 from bitladder.errors import DataError
+from bitladder.evaluation import logprobs
 from bitladder.recipe import DataSpec
 from conftest import make_text, put_first, save_tokenizer
 from test_calibration import DEMO, load, text_spec

@@ -8,12 +8,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bitladder import sensitivity, targets, weights
 from bitladder.errors import EngineError, MeasurementError, ModelError
+from bitladder.measuring import layers, native
+from bitladder.measuring.job import Job
+from bitladder.measuring.layers import DeviceMemory, StreamedLayers, open_without_layers
+from bitladder.measuring.measure import settings_sha256
+from bitladder.models import weights
+from bitladder.models.loading import load_model
+from bitladder.models.target import find_target
 from bitladder.recipe import MeasureSpec
 from bitladder.runinfo import no_progress
-from bitladder.sensitivity import Job, layers, native
-from bitladder.sensitivity.layers import DeviceMemory, StreamedLayers, open_without_layers
 from conftest import load_text, save_model, source_of
 from test_native import FAMILIES, measured_by, pairs
 from test_positions import MODEL
@@ -22,7 +26,7 @@ SMALL = 0.5  # GB: less than anything is measured in
 
 
 def stream(directory, dtype=torch.float32):
-    return StreamedLayers.open(directory, targets.find_target(directory), dtype, DeviceMemory("cpu", SMALL))
+    return StreamedLayers.open(directory, find_target(directory), dtype, DeviceMemory("cpu", SMALL))
 
 
 @pytest.fixture
@@ -74,7 +78,7 @@ def test_what_is_opened_without_layers_is_what_transformers_loads(tmp_path, fami
     cls, config = FAMILIES[family]
     save_model(cls, config(), tmp_path, tokenizer=False)
     streamed = stream(tmp_path, dtype)
-    loaded = targets.load_model(tmp_path, dtype)
+    loaded = load_model(tmp_path, dtype)
     expected = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
     inside = f"{streamed.path}."
     found = [*streamed.model.named_parameters(), *streamed.model.named_buffers()]
@@ -125,7 +129,7 @@ def test_an_unfilled_buffer_is_refused(llama, monkeypatch):
 
 
 def test_what_fits_is_decided_by_the_limit(llama):
-    job = Job(targets.find_target(llama), (), (torch.Size([2, 24]),), MeasureSpec(), "cpu", no_progress)
+    job = Job(find_target(llama), (), (torch.Size([2, 24]),), MeasureSpec(), "cpu", no_progress)
     assert DeviceMemory("cpu", 2.0).fits(llama, job, torch.float32)
     assert not DeviceMemory("cpu", SMALL).fits(llama, job, torch.float32)
     assert DeviceMemory("cpu", None).fits(llama, job, torch.float32)
@@ -133,16 +137,14 @@ def test_what_fits_is_decided_by_the_limit(llama):
 
 def test_what_a_layer_takes_at_work_has_to_fit_too(llama):
     """60 times its input [rows, tokens, 64]: 2.0 GB for 131,072 tokens in float32, half of it in BF16."""
-    job = Job(
-        targets.find_target(llama), (), (torch.Size([1, 8]), torch.Size([128, 1024])), MeasureSpec(), "cpu", no_progress
-    )
+    job = Job(find_target(llama), (), (torch.Size([1, 8]), torch.Size([128, 1024])), MeasureSpec(), "cpu", no_progress)
     for limit, dtype, fits in ((2.0, torch.float32, False), (2.1, torch.float32, True), (2.0, torch.bfloat16, True)):
         assert DeviceMemory("cpu", limit).fits(llama, job, dtype) is fits
 
 
 def test_a_layer_in_fp8_has_to_fit_too(llama, monkeypatch):
     monkeypatch.setattr(layers, "_WORKING_BYTES", 0)
-    target = targets.find_target(llama)
+    target = find_target(llama)
     job = Job(target, (), (torch.Size([1, 1]),), MeasureSpec(), "cpu", no_progress)
     weights_bytes = 4 * sum(value.numel() for value in load_file(llama / "model.safetensors").values())
     layer_bytes = 4 * sum(group.weight_elements for group in target.groups) // 3  # three layers, alike
@@ -154,8 +156,7 @@ def test_a_layer_in_fp8_has_to_fit_too(llama, monkeypatch):
 def test_the_limit_is_no_part_of_the_key(llama, text_file):
     data = load_text(llama, text_file)
     keys = {
-        sensitivity.settings_sha256(source_of(llama), data, MeasureSpec(engine="native", memory_gb=limit))
-        for limit in (None, 1.0)
+        settings_sha256(source_of(llama), data, MeasureSpec(engine="native", memory_gb=limit)) for limit in (None, 1.0)
     }
     assert len(keys) == 1
 

@@ -7,8 +7,9 @@ import transformers
 from safetensors.torch import load_file
 
 from bitladder.errors import ModelError, UnsupportedModel
-from bitladder.targets import checkpoint_tensor_names, find_target, load_config, load_model, most_positions
-from bitladder.weights import WeightFiles
+from bitladder.models.loading import checkpoint_tensor_names, load_config, load_model, most_positions
+from bitladder.models.target import find_target
+from bitladder.models.weights import WeightFiles
 from conftest import (
     llama_config,
     llava_config,

@@ -10,12 +10,13 @@ import os
 import datasets
 import pytest
 
-from bitladder.calibration import load_processor, text
-from bitladder.calibration.pairs import samples_of
-from bitladder.calibration.text import data_set_rows, jsonl_rows, read_text
+from bitladder.data import text
+from bitladder.data.pairs import samples_of
+from bitladder.data.processors import load_processor
+from bitladder.data.text import data_set_rows, jsonl_rows, read_text
 from bitladder.errors import DataError
 from bitladder.recipe import DataSpec
-from bitladder.report.render import data_kind
+from bitladder.report.numbers import data_kind
 from conftest import make_text, save_tokenizer
 from test_calibration import load, text_spec
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from bitladder import planning, uncertainty
+from bitladder import planning
+from bitladder.planning import uncertainty
 from bitladder.records import Candidate, Measurement, QuantGroup, QuantModule
 from conftest import spec
 from test_report import make_measurement

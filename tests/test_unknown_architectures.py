@@ -13,12 +13,17 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bitladder import checkpoint, evaluation, sensitivity, targets, verification
+from bitladder import verification
+from bitladder.checkpoints.export import export
+from bitladder.evaluation.evaluate import evaluate_checkpoint
+from bitladder.evaluation.reference import Reference
+from bitladder.measured import read_amax
+from bitladder.models.target import find_target
 from bitladder.planning import _with_vllms_names, plan
 from bitladder.records import Candidate, DataSummary, Measurement
 from bitladder.runtimes.architectures import architecture, uneven_layers
 from bitladder.runtimes.preflight import RUNTIMES, preflight
-from bitladder.runtimes.rules import VllmRules
+from bitladder.runtimes.vllm.rules import VllmRules
 from conftest import TEXT, load_text, measure_text, save_model, source_of, spec
 
 LINEAR_ATTENTION = dict(
@@ -109,7 +114,7 @@ def vlm(name, directory):
 
 def made_up(source):
     """Return a measurement of random scores, and amax values that fit the weights."""
-    target, pick = targets.find_target(source), random.Random(0)
+    target, pick = find_target(source), random.Random(0)
     tensors = load_file(source / "model.safetensors")
     amax = {}
     for group in target.groups:
@@ -144,7 +149,7 @@ def exported(source, directory):
     schemes = [plan(measurement, spec("half", coverage=0.5)), plan(measurement, spec("full", coverage=1.0))]
     places = {scheme.name: directory / scheme.name for scheme in schemes}
     for scheme in schemes:
-        checkpoint.export(scheme, measurement, amax, source, places[scheme.name])
+        export(scheme, measurement, amax, source, places[scheme.name])
     found = verification.verify(schemes, measurement, amax, source, places)
     assert [finding for result in found.checkpoints for finding in result.findings] == []
     return measurement, places
@@ -180,13 +185,13 @@ GROUPS = {
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_are_what_is_fused_in_the_architecture(name, tmp_path):
     found = {}
-    for group in targets.find_target(text_model(name, tmp_path)).groups:
+    for group in find_target(text_model(name, tmp_path)).groups:
         found[group.name.rpartition(".")[2]] = [module.name.rpartition(".")[2] for module in group.modules]
     assert found == found | GROUPS[name]
 
 
 def test_a_fused_layer_with_one_awkward_shape_stays_as_it_is(tmp_path):
-    target = targets.find_target(text_model("qwen3_5", tmp_path))  # four heads: in_proj_a is [4, 64]
+    target = find_target(text_model("qwen3_5", tmp_path))  # four heads: in_proj_a is [4, 64]
     left = {m.name.rpartition(".")[2]: m.reason for m in target.untouched}
     assert "[4, 64] of model.layers.0.linear_attn.in_proj_b" in left["in_proj_a"]
     assert left["in_proj_a"] == left["in_proj_b"]
@@ -198,21 +203,21 @@ def test_what_is_fused_on_disk_goes_all_the_way(name, text_file, tmp_path):
     source = text_model(name, tmp_path / "source")
     measurement = measure_text(source, text_file, tmp_path / "m")
     scheme = plan(measurement, spec("half", coverage=0.5))
-    amax = sensitivity.read_amax(measurement, tmp_path / "m")
-    checkpoint.export(scheme, measurement, amax, source, tmp_path / "half")
+    amax = read_amax(measurement, tmp_path / "m")
+    export(scheme, measurement, amax, source, tmp_path / "half")
     (result,) = verification.verify([scheme], measurement, amax, source, {"half": tmp_path / "half"}).checkpoints
     assert result.findings == ()
     assert [errors(tmp_path / "half", runtime)[0] for runtime in RUNTIMES] == [[], [], []]
     held_out = load_text(source, text_file, samples=4)
-    with evaluation.Reference.compute(source, held_out) as reference:
-        kl = evaluation.evaluate_checkpoint([reference], tmp_path / "half").result("kl")
+    with Reference.compute(source, held_out) as reference:
+        kl = evaluate_checkpoint([reference], tmp_path / "half").result("kl")
     assert 0 < kl.value < 1
 
 
 def test_modelopts_engine_groups_as_the_runtime_does(text_file, tmp_path):
     source = text_model("deepseek_v3", tmp_path / "source")  # ModelOpt's own rules keep the down projections apart
     measurement = measure_text(source, text_file, tmp_path / "m", engine="modelopt", method="kl_div")
-    amax = sensitivity.read_amax(measurement, tmp_path / "m")
+    amax = read_amax(measurement, tmp_path / "m")
     group = next(group for group in measurement.groups if group.name.endswith("layers.1.self_attn.fused_qkv_a_proj"))
     for which in ("weight_amax", "input_amax"):
         first, second = (amax[f"{module.name}.{which}"] for module in group.modules)

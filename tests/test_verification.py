@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitladder import checkpoint, planning, sensitivity
+from bitladder import planning
+from bitladder.checkpoints.export import export
+from bitladder.measured import read_amax
 from bitladder.records import CheckpointManifest
 from bitladder.storage import sha256_of_file
 from bitladder.verification import compare, examine, verify
@@ -18,12 +20,12 @@ from conftest import spec
 def ladder(llama, measured, tmp_path_factory):
     """(measurement, amax, schemes, {name: directory}) with two intact checkpoints."""
     measurement, directory = measured
-    amax = sensitivity.read_amax(measurement, directory)
+    amax = read_amax(measurement, directory)
     output = tmp_path_factory.mktemp("ladder")
     schemes = planning.plan_all(measurement, [spec("low", coverage=0.3), spec("high", coverage=0.7)])
     directories = {scheme.name: output / scheme.name for scheme in schemes}
     for scheme in schemes:
-        checkpoint.export(scheme, measurement, amax, llama, directories[scheme.name])
+        export(scheme, measurement, amax, llama, directories[scheme.name])
     return measurement, amax, schemes, directories
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitladder import checkpoint, planning, sensitivity
+from bitladder import planning
+from bitladder.checkpoints.export import export
+from bitladder.measured import read_amax
 from bitladder.records import CheckpointManifest, FileDigest
 from bitladder.storage import sha256_of_file
 from bitladder.verification import verify
@@ -26,9 +28,9 @@ def exported(sharded_llama, text_file, tmp_path_factory):
     """(function that verifies a directory, intact checkpoint)."""
     output = tmp_path_factory.mktemp("exported")
     measurement = measure_text(sharded_llama, text_file, output, samples=2)
-    amax = sensitivity.read_amax(measurement, output)
+    amax = read_amax(measurement, output)
     scheme = planning.plan(measurement, spec("half", coverage=0.5, kv_cache="fp8"))
-    checkpoint.export(scheme, measurement, amax, sharded_llama, output / "half")
+    export(scheme, measurement, amax, sharded_llama, output / "half")
 
     def findings(directory):
         return verify([scheme], measurement, amax, sharded_llama, {"half": directory}).checkpoints[0].findings

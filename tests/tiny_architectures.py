@@ -19,8 +19,8 @@ import transformers
 import yaml
 
 import bitladder
-from bitladder import pipeline
 from bitladder.recipe import read_recipe
+from bitladder.steps.workspace import Workspace
 
 EMBEDDED = Path(bitladder.__file__).parent / "demo" / "qwen2_5_vl_digits"  # its tokenizer serves all of them
 DATA = {"kind": "text", "path": "package:demo/data/captions.txt"}
@@ -368,7 +368,7 @@ def why_it_does_not_run(name: str, directory: Path) -> str | None:
     return None
 
 
-def workspace(model: Path, output: Path, engine: str) -> pipeline.Workspace:
+def workspace(model: Path, output: Path, engine: str) -> Workspace:
     """Return the workspace of a short recipe on text: half of the searched weights in FP8, and all."""
     samples = {"data": DATA, "samples": 8, "sequence_length": 32, "batch_size": 4}
     recipe = {
@@ -382,4 +382,4 @@ def workspace(model: Path, output: Path, engine: str) -> pipeline.Workspace:
     }
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
-    return pipeline.Workspace(read_recipe(path), output)
+    return Workspace(read_recipe(path), output)

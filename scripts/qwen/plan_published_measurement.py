@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from bitladder import importing, planning
+from bitladder import planning
+from bitladder.planning import importing
 from bitladder.recipe import SchemeSpec, parse_schemes
 from bitladder.records import Candidate, Measurement, QuantGroup, QuantModule, Scheme
 

@@ -3,7 +3,7 @@
     scripts/qwen/qwen2_5_vl_3b_autoquant_fp8_schemes.py --schemes top25,top50,full
     scripts/qwen/qwen2_5_vl_3b_autoquant_fp8_schemes.py --scheme-name fp8_12bits --auto-quantize-bits 12
 
-The flags become a recipe, which `bitladder.pipeline` runs. A later call keeps the schemes of the calls before it, and
+The flags become a recipe, which `bitladder.steps` runs. A later call keeps the schemes of the calls before it, and
 what it isn't told it takes from them: the measurement, above all. `docs/guide.md`, "Qwen2.5-VL-3B-Instruct".
 """
 
@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
-from bitladder import pipeline
 from bitladder.errors import BitladderError, RecipeError
+from bitladder.measured import MEASUREMENT_FILE
 from bitladder.recipe import PAIR_KINDS, SCHEME_PLACE, Recipe, parse_recipe
 from bitladder.records import Measurement, RunState
 from bitladder.report import closing_table
-from bitladder.sensitivity import MEASUREMENT_FILE
+from bitladder.steps.run import run as run_step
+from bitladder.steps.workspace import Workspace
 
 DATA = Path(__file__).resolve().parents[2] / "recipes" / "data"
 OUT_ROOT = Path("models/qwen2_5_vl_3b_instruct")
@@ -258,9 +259,9 @@ def run(flags: argparse.Namespace) -> None:
                 tasks[phase] = bars.add_task(phase, total=total)
             bars.update(tasks[phase], completed=done, total=total)
 
-        work = pipeline.Workspace(recipe, records, progress)
+        work = Workspace(recipe, records, progress)
         try:
-            result = pipeline.run(work, measurement)
+            result = run_step(work, measurement)
         except BitladderError:
             if "measure" not in work.done:  # what was refused is no setting for the next call
                 work.state = work.state.model_copy(update={"recipe": earlier})

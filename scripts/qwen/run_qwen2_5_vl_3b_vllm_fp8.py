@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from bitladder.errors import BitladderError, ModelError
-from bitladder.runtimes import serve
 from bitladder.runtimes.child import installed_version, vllm_version
+from bitladder.runtimes.vllm.job import Question, ServeJob
+from bitladder.runtimes.vllm.serve import answer, check_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT_ROOT = Path("models/qwen2_5_vl_3b_instruct")
@@ -62,16 +63,16 @@ def answers(flags: argparse.Namespace, prompts: list[str]) -> tuple[str, ...]:
     if directory is None:
         directory = flags.out_root / "quantized" / f"{flags.scheme_name.removesuffix(SUFFIX)}{SUFFIX}"
     directory = directory.expanduser().resolve()
-    serve.check_checkpoint(directory)
+    check_checkpoint(directory)
     if flags.image is not None and not flags.image.is_file():
         raise ModelError(f"image {flags.image} does not exist")
     image = None if flags.image is None else str(flags.image.resolve())
-    job = serve.ServeJob(
-        questions=tuple(serve.Question(prompt, image) for prompt in prompts),
+    job = ServeJob(
+        questions=tuple(Question(prompt, image) for prompt in prompts),
         max_tokens=flags.max_tokens,
         kv_cache_dtype=flags.kv_cache_dtype,
     )
-    return serve.answer(directory, vllm_python(flags.python), job)
+    return answer(directory, vllm_python(flags.python), job)
 
 
 def main() -> None:

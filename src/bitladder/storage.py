@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bitladder.errors import LowMemory, OutputError
-from bitladder.reading import open_file, read_bytes
+from bitladder.reading import open_file, read_bytes, read_text
 
 TEMPORARY_PREFIX = ".bitladder-tmp-"
 _SEAL = ".sha256"  # of the files that say what another file's digest is
@@ -213,7 +213,7 @@ def check_memory() -> None:
 def _peak_addresses() -> int | None:
     """Return the most bytes of addresses that this process had at one time; None: the system doesn't say."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = read_text(Path("/proc/self/status"))
     except OSError:
         return None
     found = re.search(r"^VmPeak:\s+(\d+) kB", status, re.MULTILINE)

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from bitladder.errors import ModelError, UnsupportedModel
+from bitladder.models.weights import INDEX_FILE, PROVENANCE_FILE, WeightFiles
 from bitladder.reading import check_regular, read_json
 from bitladder.records import CheckpointManifest
 from bitladder.storage import scratch_directory
-from bitladder.weights import INDEX_FILE, PROVENANCE_FILE, WeightFiles
 
 # Files that come along with a model, by name: tokenizer, processor, templates, generation, code, licence and notices.
 _SIDE_FILES = re.compile(
@@ -143,7 +143,7 @@ def check_fit(model: Any, weights: WeightFiles, table: dict[str, str]) -> None:
     Args:
         model: built from the configuration, on the meta device.
         weights: its files.
-        table: which parameter each tensor becomes (`targets.checkpoint_tensor_names`).
+        table: which parameter each tensor becomes (`models.loading.checkpoint_tensor_names`).
 
     Raises:
         ModelError: tensors are missing, left over or of another shape.

@@ -22,9 +22,9 @@ from bitladder.planning import ranges
 from bitladder.planning.frontier import TradeOff
 from bitladder.planning.options import check_usable
 from bitladder.planning.patterns import matching_groups
+from bitladder.planning.prediction import KlMap
 from bitladder.planning.pricing import density_order, price
 from bitladder.planning.solver import Solver
-from bitladder.prediction import KlMap
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
 

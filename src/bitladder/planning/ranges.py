@@ -8,7 +8,7 @@ from fractions import Fraction
 from bitladder.errors import InfeasibleTarget
 from bitladder.formats import FORMATS, bits_of
 from bitladder.planning.frontier import TradeOff
-from bitladder.prediction import KlMap
+from bitladder.planning.prediction import KlMap
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement
 

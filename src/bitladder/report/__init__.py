@@ -1,18 +1,22 @@
 """Records -> one page: `build_report(...) -> Report`, written as `report.json`, `report.md` and `report.html`.
 
-A report is a record itself, made of records and nothing else: no model, no torch, no clock. `content` decides what it
-says, `verdict` what follows from it, `render` how that reads (with `report.md.jinja`), for a page and for a terminal;
+A report is a record itself, made of records and nothing else: no model, no torch, no clock. `build` decides what it
+says, `verdict` what follows from it, `tables` how that reads (with `report.md.jinja`), for a page and for a terminal;
 `page` makes it HTML with plots, `figures` files for papers, `card` a checkpoint's model card.
 """
 
 from pathlib import Path
 
+from bitladder.report.build import build_report
 from bitladder.report.card import render_card
 from bitladder.report.compare import compare_runs
-from bitladder.report.content import Report, batch_standard_error, build_report
 from bitladder.report.figures import write_figures
+from bitladder.report.groups import batch_standard_error
+from bitladder.report.markdown import JSON_FILE, render_markdown
+from bitladder.report.numbers import STAGES
 from bitladder.report.page import render_html
-from bitladder.report.render import JSON_FILE, STAGES, closing_table, render_markdown
+from bitladder.report.terminal import closing_table
+from bitladder.report.types import Report
 from bitladder.storage import atomic_write
 
 MARKDOWN_FILE = "report.md"

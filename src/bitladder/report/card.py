@@ -7,9 +7,12 @@ from typing import Any
 import yaml
 
 from bitladder.records import BF16
-from bitladder.report import render
-from bitladder.report.content import Report, ReportedScheme
 from bitladder.report.escaping import Markdown
+from bitladder.report.ladder import Ladder
+from bitladder.report.markdown import template
+from bitladder.report.numbers import data_names
+from bitladder.report.tables import controls, evaluation_table, held_out, layer_counts, runtimes
+from bitladder.report.types import Report, ReportedScheme
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _TAGS = ("fp8", "mixed-precision", "modelopt", "vllm", "bitladder")
@@ -33,9 +36,9 @@ def render_card(report: Report, name: str) -> str:
             "evaluations": tuple(evaluation for evaluation in report.evaluations if evaluation.scheme == name),
         }
     )
-    ladder = render.Ladder(alone)
+    ladder = Ladder(alone)
     groups = [group for group in report.groups if group.formats[name] == BF16]
-    return render.template("card.md.jinja").render(
+    return template("card.md.jinja").render(
         report=alone,
         scheme=scheme,
         metadata=Markdown(yaml.safe_dump(_metadata(report), sort_keys=False)),
@@ -44,12 +47,12 @@ def render_card(report: Report, name: str) -> str:
         modules=_modules(scheme, quantised=True) + _modules(scheme, quantised=False),
         left=[module for group in groups for module in group.modules],
         formats=" and ".join(count.format.upper() for count in scheme.format_counts if count.format != BF16),
-        calibration=render.data_names(report.calibration, quote="`"),
-        layers=render.layer_counts(alone),
-        evaluation=render.evaluation_table(alone, ladder) if scheme.results else "",
-        held_out=[(entry["evaluation"].split, entry["evaluation"].data) for entry in render.held_out(alone)],
-        controls=render.controls(alone, ladder),
-        runtimes=render.runtimes(alone),
+        calibration=data_names(report.calibration, quote="`"),
+        layers=layer_counts(alone),
+        evaluation=evaluation_table(alone, ladder) if scheme.results else "",
+        held_out=[(entry["evaluation"].split, entry["evaluation"].data) for entry in held_out(alone)],
+        controls=controls(alone, ladder),
+        runtimes=runtimes(alone),
     )
 
 

@@ -9,9 +9,10 @@ from pathlib import PurePath
 
 from bitladder.errors import RecordError
 from bitladder.records import KL
-from bitladder.report.content import MAX_MOVED, Report, ReportedGroup, rank_correlation, ranks_of
 from bitladder.report.escaping import text
-from bitladder.report.render import KL_EXPONENT, NONE, data_names, exact, markdown_table, percent, power_of_ten
+from bitladder.report.groups import MAX_MOVED, rank_correlation, ranks_of
+from bitladder.report.numbers import KL_EXPONENT, NONE, data_names, exact, markdown_table, percent, power_of_ten
+from bitladder.report.types import Report, ReportedGroup
 
 
 def compare_runs(first: Report, second: Report, names: tuple[str, str]) -> str:

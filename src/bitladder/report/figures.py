@@ -7,8 +7,8 @@ from typing import Any
 
 from bitladder.errors import RecordError
 from bitladder.records import BF16
-from bitladder.report.content import Report
 from bitladder.report.page import plot_data
+from bitladder.report.types import Report
 from bitladder.storage import atomic_write
 
 _STYLE: dict[Any, Any] = {

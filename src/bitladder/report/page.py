@@ -13,9 +13,10 @@ from typing import Any
 from markupsafe import Markup
 
 from bitladder.records import KL, EvalResult
-from bitladder.report import render
-from bitladder.report.content import GroupSensitivity, Report, ReportedGroup, ReportedScheme
 from bitladder.report.escaping import Markdown, prose
+from bitladder.report.markdown import page_context, template
+from bitladder.report.numbers import CONTROLS
+from bitladder.report.types import GroupSensitivity, Report, ReportedGroup, ReportedScheme
 
 _LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a group's name
 _BITS_PER_BYTE = 8
@@ -26,9 +27,9 @@ def render_html(report: Report) -> str:
     from plotly.offline import get_plotlyjs
 
     here = Path(__file__).parent
-    page = render.template("page.html.jinja", table=html_table, inline=inline)
+    page = template("page.html.jinja", table=html_table, inline=inline)
     return page.render(
-        render.page_context(report),
+        page_context(report),
         plotly=Markup(get_plotlyjs()),
         style=Markup((here / "page.css").read_text(encoding="utf-8")),
         script=Markup((here / "page.js").read_text(encoding="utf-8")),
@@ -87,7 +88,7 @@ def plot_data(report: Report) -> dict[str, Any]:
         "arms": [
             {
                 "name": arm.name,
-                "kind": render.CONTROLS[arm.control],
+                "kind": CONTROLS[arm.control],
                 "bits": arm.effective_bits,
                 "bytes": _bytes_of(report, arm.effective_bits),
                 "kl": _kl_of(arm.results),

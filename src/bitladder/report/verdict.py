@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bitladder.records import KL, EvalResult, Throughput
 
 if TYPE_CHECKING:  # a report holds its verdict
-    from bitladder.report.content import Report, ReportedProbe, ReportedScheme
+    from bitladder.report.types import Report, ReportedProbe, ReportedScheme
 
 # Nats per token. llama.cpp's README of `perplexity` has 0.0055 for q6_K and 0.0108 for q5_K_M of LLaMA 3 8B, which its
 # users take for nearly lossless; q4_K_M, which they don't, has 0.031.

@@ -100,7 +100,7 @@ def run_child(
 
     Args:
         python: the interpreter of the runtime's environment.
-        script: the child's file name, e.g. `vllm_load.py`; it is called with the paths of the job and the result.
+        script: the child's file name, e.g. `child_load.py`; it is called with the paths of the job and the result.
         job: what to do, as JSON.
         timeout: seconds until the child and its own children are killed.
         environment: variables set for the child unless the caller's environment has them.

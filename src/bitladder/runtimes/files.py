@@ -5,25 +5,24 @@ What can't be read is a finding, not an exception: a pre-flight says everything 
 
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from bitladder import reading
 from bitladder.errors import ModelError, RecordError
-from bitladder.headers import read_header
-from bitladder.records import CheckpointManifest, ErrorClass, ProbeFinding
-from bitladder.runtimes.rules import CONFIG_FILE, LEGACY_FILE
+from bitladder.models.headers import read_header
+from bitladder.records import CheckpointManifest
+from bitladder.runtimes.config import CONFIG_FILE, LEGACY_FILE
+from bitladder.runtimes.findings import EXPORT_AGAIN, Findings
 
 INDEX_FILE = "model.safetensors.index.json"
-EXPORT_AGAIN = "export the scheme again"
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("tekken.json",), ("vocab.json", "merges.txt"))
 _PROCESSOR_FILES = (("preprocessor_config.json",), ("processor_config.json",))
 _HUB_FILES = (".cache/huggingface/", ".git/", ".gitattributes")  # what a hub's clients leave; no runtime reads it
 _SCAN_BYTES = 1 << 20  # what a cache holds, and a multiple of every dtype's bytes
-
 E4M3 = "F8_E4M3"
 SIXTEEN_BIT = ("BF16", "F16", "F32")  # dtypes of weights that aren't quantised
 # dtype -> (integer of its width, bits of the magnitude, least magnitude that is NaN or infinite). E4M3 has no infinity,
@@ -92,55 +91,6 @@ class Tensor:
 def _tensors_in(path: Path) -> list[Tensor]:
     """Return the tensors of one file; raises ModelError where it isn't whole."""
     return [Tensor(t.name, path, t.dtype, t.shape, t.begin, t.end) for t in read_header(path).values()]
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """What is wrong, the same wherever it is."""
-
-    error_class: ErrorClass
-    severity: Literal["error", "warning"]
-    problem: str
-    remedy: str
-
-
-@dataclass
-class Findings:
-    """What was found, in the order of the checks; the same problem in many places is one finding."""
-
-    found: dict[_Problem, list[str]] = field(default_factory=dict)
-
-    def error(self, error_class: ErrorClass, where: str, problem: str, remedy: str) -> None:
-        """Add something that goes wrong."""
-        self.found.setdefault(_Problem(error_class, "error", problem, remedy), []).append(where)
-
-    def warn(self, error_class: ErrorClass, where: str, problem: str, remedy: str) -> None:
-        """Add something that is odd, and works."""
-        self.found.setdefault(_Problem(error_class, "warning", problem, remedy), []).append(where)
-
-    @property
-    def failed(self) -> bool:
-        """Whether there is an error."""
-        return any(problem.severity == "error" for problem in self.found)
-
-    def records(self) -> tuple[ProbeFinding, ...]:
-        """Return the findings, each with the first place, and how many more there are."""
-        return tuple(
-            ProbeFinding(
-                error_class=problem.error_class,
-                severity=problem.severity,
-                where=places[0],
-                problem=problem.problem
-                if len(places) == 1
-                else f"{problem.problem}; the same in {len(places) - 1} more, the last {places[-1]}",
-                remedy=problem.remedy,
-            )
-            for problem, places in self.found.items()
-        )
-
-    def copy(self) -> "Findings":
-        """Return the same findings, to be added to."""
-        return Findings({problem: [*places] for problem, places in self.found.items()})
 
 
 def _read_json(path: Path, findings: Findings) -> dict[str, Any] | None:

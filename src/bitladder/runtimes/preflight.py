@@ -27,18 +27,11 @@ from bitladder.errors import BitladderError, ModelError
 from bitladder.reading import open_file
 from bitladder.records import BF16, CheckpointManifest, ProbedLayer, ProbeResult
 from bitladder.runtimes.architectures import SCALES, Architecture, architecture, architecture_name, uneven_layers
-from bitladder.runtimes.files import E4M3, EXPORT_AGAIN, SCALE_DTYPE, SIXTEEN_BIT, Files, Findings, Tensor, read_files
-from bitladder.runtimes.rules import (
-    CONFIG_FILE,
-    LEGACY_FILE,
-    RULES,
-    Decision,
-    Quantisation,
-    Rules,
-    RuntimeLayer,
-    inline,
-    nested,
-)
+from bitladder.runtimes.base import Decision, Rules, RuntimeLayer
+from bitladder.runtimes.config import CONFIG_FILE, LEGACY_FILE, Quantisation, inline, nested
+from bitladder.runtimes.files import E4M3, SCALE_DTYPE, SIXTEEN_BIT, Files, Tensor, read_files
+from bitladder.runtimes.findings import EXPORT_AGAIN, Findings
+from bitladder.runtimes.registry import RULES
 
 RUNTIMES = tuple(RULES)
 FP8 = "fp8"  # as our formats are called

@@ -1,6 +1,6 @@
 """Re-reads exported checkpoints against their schemes, and against each other: `verify(...) -> Verification`.
 
-A second opinion: no code of `checkpoint` is shared, no manifest believed. What a checkpoint must hold is described
+A second opinion: no code of `checkpoints` is shared, no manifest believed. What a checkpoint must hold is described
 from source, scheme and measurement alone (`expected`); then all of its directory is compared with that (`checks`),
 tensor by tensor, every shard opened once:
 
@@ -135,7 +135,7 @@ def verify(
     Args:
         schemes: what was planned.
         measurement: what they were planned from.
-        amax: its amax values (`sensitivity.read_amax`).
+        amax: its amax values (`measured.read_amax`).
         source: the original model's directory.
         directories: `{scheme name: checkpoint directory}`.
         progress: told of every checkpoint.

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from bitladder import numerics
 from bitladder.errors import RecordError
+from bitladder.formats import grids as numerics
 from bitladder.records import CheckpointManifest, Finding, Measurement, Scheme
 from bitladder.runinfo import one_core_each
 from bitladder.storage import sha256_of_file

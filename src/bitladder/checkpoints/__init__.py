@@ -1,0 +1,1 @@
+"""Schemes -> Hugging Face checkpoints in ModelOpt's layout."""

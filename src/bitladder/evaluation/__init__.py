@@ -1,0 +1,1 @@
+"""Exported files against the original, on held-out data."""

@@ -1,0 +1,175 @@
+"""Evaluates exported checkpoints against the original, from the files, on held-out data.
+
+`Reference.compute(original, data)` runs the original on one held-out set; `evaluate_checkpoint(references, directory)`
+reads a checkpoint's files once and compares on every set. transformers' own loader would cast the FP8 codes and drop
+the scales, so the files are read here: weights dequantised, and every quantised linear's input rounded through E4M3
+with its *stored* scale.
+
+Arithmetic is float32. The noise floor of each metric is that of the original loaded in BF16 (which keeps the rotary
+frequencies in float32, as serving does; casting the float32 model would round them too). Over rows r with n_r
+counted tokens and sums x_r, a mean is Σ x_r / Σ n_r and its standard error (tokens of one row are not independent)
+
+    sqrt(R / (R - 1) · Σ (x_r - mean · n_r)²) / Σ n_r
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitladder.errors import StaleRecord
+from bitladder.evaluation.metrics import EXPORT_AGAIN, Sums
+from bitladder.evaluation.reading import FakeQuantLinear, load_checkpoint, quantised_tensors
+from bitladder.evaluation.reference import Reference, compare_with, on_split
+from bitladder.models.weights import WeightFiles
+from bitladder.records import CheckpointManifest, EvalResult, Evaluation
+from bitladder.runinfo import Meter, Progress, no_progress
+
+ARITHMETIC = (
+    "float32; weights dequantised, inputs of quantised linears rounded to E4M3 with the stored scale; "
+    "noise floor: the original loaded in BF16"
+)
+
+
+@torch.no_grad()
+def compare(
+    reference: Reference, directory: Path, name: str, progress: Progress = no_progress
+) -> tuple[tuple[EvalResult, ...], int]:
+    """Return the results of any FP8 checkpoint directory in ModelOpt's layout, and how many of its modules are FP8.
+
+    Args:
+        reference: the original on the same data.
+        directory: the exported checkpoint; a manifest isn't needed.
+        name: what it is called in the progress.
+        progress: told of every batch.
+
+    Raises:
+        ModelError: the files are not a whole checkpoint, or give NaN or Inf.
+    """
+    model = load_checkpoint(directory, device=reference.device)
+    quantised = sum(isinstance(module, FakeQuantLinear) for module in model.modules())
+    return tuple(compare_loaded(reference, model, str(directory), name, progress)), quantised
+
+
+@torch.no_grad()
+def compare_loaded(
+    reference: Reference, model: Any, origin: str, name: str, progress: Progress = no_progress, *, answer: bool = True
+) -> list[EvalResult]:
+    """Return the results of a loaded model on one held-out set.
+
+    Args:
+        reference: the original on the set.
+        model: what `load_checkpoint` gives, on the reference's device.
+        origin: where it comes from, for errors.
+        name: what it is called in the progress.
+        progress: told of every batch.
+        answer: whether the set's task is done as well.
+
+    Raises:
+        ModelError: it gives NaN or Inf.
+    """
+    phase = f"{name}{on_split(reference.split)}"
+    sums = compare_with(model, reference.data, reference.store, reference.device, origin, progress, f"evaluate {phase}")
+    results = _results(reference, sums)
+    if answer and reference.task is not None:
+        right = reference.task.correct(model, reference.device, progress, f"answer: {phase}")
+        results.append(_accuracy(reference, right))
+    return results
+
+
+def evaluate_checkpoint(
+    references: Sequence[Reference], directory: Path, progress: Progress = no_progress
+) -> Evaluation:
+    """Return the checkpoint's KL to the original, perplexity, agreement, and task accuracy where there is a task.
+
+    Args:
+        references: the original on each held-out set, at least one, all on one device.
+        directory: the exported checkpoint.
+        progress: told of every batch.
+
+    Raises:
+        RecordError: no manifest. StaleRecord: the manifest is of other files. ModelError: see `compare`.
+    """
+    manifest = CheckpointManifest.read(directory / CheckpointManifest.FILE_NAME)
+    differing = sorted(
+        set(quantised_tensors(WeightFiles.open(directory))) ^ {module.tensor for module in manifest.modules}
+    )
+    if differing:
+        raise StaleRecord(
+            f"{directory}: the files and {CheckpointManifest.FILE_NAME} disagree whether {differing[0]} is FP8; "
+            f"{EXPORT_AGAIN}"
+        )
+    meter = Meter()
+    with meter.phase(f"evaluate {manifest.scheme}"):
+        model = load_checkpoint(directory, device=references[0].device)
+        results = [
+            result
+            for reference in references
+            for result in compare_loaded(reference, model, str(directory), manifest.scheme, progress)
+        ]
+    return Evaluation(
+        scheme=manifest.scheme,
+        manifest_sha256=manifest.fingerprint(),
+        model_sha256=manifest.source_sha256,
+        data={reference.split: reference.data.summary for reference in references},
+        arithmetic=ARITHMETIC,
+        results=tuple(results),
+        run=meter.info(),
+    )
+
+
+def _results(reference: Reference, sums: Sums) -> list[EvalResult]:
+    rows, floor = len(sums.tokens), reference.bf16
+    kl, kl_error = sums.ratio(sums.kl)
+    perplexity, perplexity_error = sums.perplexity()
+    agreement, agreement_error = sums.ratio(sums.agree)
+    return [
+        EvalResult(
+            metric="kl",
+            split=reference.split,
+            unit="nats per token",
+            value=kl,
+            standard_error=kl_error,
+            samples=rows,
+            noise_floor=floor.ratio(floor.kl)[0],
+        ),
+        EvalResult(
+            metric="perplexity",
+            split=reference.split,
+            unit="",
+            value=perplexity,
+            standard_error=perplexity_error,
+            samples=rows,
+            noise_floor=floor.perplexity()[0],
+            reference=reference.perplexity,
+        ),
+        EvalResult(
+            metric="top1_agreement",
+            split=reference.split,
+            unit="share of tokens",
+            value=agreement,
+            standard_error=agreement_error,
+            samples=rows,
+            noise_floor=floor.ratio(floor.agree)[0],
+        ),
+    ]
+
+
+def _accuracy(reference: Reference, right: int) -> EvalResult:
+    assert reference.task is not None
+    assert reference.correct is not None
+    assert reference.bf16_correct is not None
+    count = len(reference.task.samples)
+    share = right / count
+    return EvalResult(
+        metric="task_accuracy",
+        split=reference.split,
+        unit="share of samples",
+        value=share,
+        standard_error=math.sqrt(share * (1 - share) / count),
+        samples=count,
+        noise_floor=reference.bf16_correct / count,
+        reference=reference.correct / count,
+    )

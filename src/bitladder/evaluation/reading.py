@@ -1,0 +1,148 @@
+"""A checkpoint's files -> a model that computes what they say."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitladder.errors import ModelError
+from bitladder.evaluation.metrics import EXPORT_AGAIN
+from bitladder.formats import grids as numerics
+from bitladder.formats.kv_cache import Fp8Cache
+from bitladder.models.kv_layers import cache_inputs, layer_index
+from bitladder.models.loading import checkpoint_tensor_names, load_model
+from bitladder.models.weights import WeightFiles, all_finite, read_config
+from bitladder.reading import check_regular
+
+_SCALE_NAMES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale")
+_KV_SCALE_NAMES = ("k_scale", "v_scale")
+
+
+class FakeQuantLinear(nn.Module):
+    """A linear module with dequantised weights [out_features, in_features] and a static FP8 input."""
+
+    def __init__(self, linear: nn.Linear, input_scale: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("input_scale", input_scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product of the rounded input [..., in_features]: [..., out_features]."""
+        assert isinstance(self.input_scale, torch.Tensor)
+        return nn.functional.linear(numerics.fake_quantise(x, self.input_scale), self.weight, self.bias)
+
+
+def quantised_tensors(files: WeightFiles) -> list[str]:
+    """Return the names of the weights that are stored as codes, sorted."""
+    return sorted(name for name, info in files.tensors.items() if info.dtype == "F8_E4M3")
+
+
+def _scale(files: WeightFiles, weight: str, kind: str) -> torch.Tensor:
+    """Return the scalar `kind` (weight_scale, input_scale) of an FP8 weight."""
+    name = f"{weight.removesuffix('.weight')}.{kind}"
+    if name not in files.tensors:
+        file = files.directory / files.tensors[weight].file
+        raise ModelError(f"{file}: {weight} is FP8, but its {name} is missing; {EXPORT_AGAIN}")
+    scale = files.load(name)
+    if scale.dtype != torch.float32 or scale.numel() != 1 or not 0 < float(scale) < math.inf:
+        file = files.directory / files.tensors[name].file
+        raise ModelError(f"{file}: {name} is not one positive float32 number; {EXPORT_AGAIN}")
+    return scale.reshape(())
+
+
+def _use_generation_config(model: Any, directory: Path) -> None:
+    """Give the model the directory's generation_config.json, which a load from tensors passes over.
+
+    Without it a checkpoint would stop at other tokens, and repeat itself more freely, than the original it is compared
+    with.
+    """
+    path = directory / "generation_config.json"
+    if not path.exists() or not model.can_generate():
+        return
+    from transformers import GenerationConfig
+
+    try:
+        check_regular(path)
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} is damaged ({str(error).strip().splitlines()[0]}); {EXPORT_AGAIN}") from error
+
+
+def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """Return the model that an exported directory holds, with dequantised weights and fake-quantised inputs.
+
+    Raises:
+        ModelError: a scale or weight is missing or left over, or is not what it should be; names file and tensor.
+    """
+    files = WeightFiles.open(directory)
+    codes = quantised_tensors(files)
+    if codes and "quantization_config" not in read_config(directory):
+        raise ModelError(f"{directory / 'config.json'} has no quantization_config, but weights are FP8; {EXPORT_AGAIN}")
+    state, input_scales, used = {}, {}, set()
+    for name in codes:
+        file = directory / files.tensors[name].file
+        prefix = name.removesuffix(".weight")
+        used |= {f"{prefix}.weight_scale", f"{prefix}.input_scale"}
+        state[name] = numerics.dequantise(files.load(name), _scale(files, name, "weight_scale"), dtype)
+        if not all_finite(state[name]):
+            raise ModelError(f"{file}: {name} holds NaN or overflows {dtype}; {EXPORT_AGAIN}")
+        input_scales[name] = _scale(files, name, "input_scale")
+    kv_scales = [name for name in files.tensors if name.rpartition(".")[2] in _KV_SCALE_NAMES]
+    _check_kv_scales(directory, files, kv_scales)
+    used.update(kv_scales)
+    for name, info in files.tensors.items():
+        if name in input_scales or name in used:
+            continue
+        if name.rpartition(".")[2] in _SCALE_NAMES:
+            raise ModelError(f"{directory / info.file}: {name} belongs to no FP8 weight; {EXPORT_AGAIN}")
+        state[name] = files.load(name)
+    names = sorted(state)
+    model = load_model(directory, dtype, state_dict=state)
+    _use_generation_config(model, directory)
+    modules = checkpoint_tensor_names(model, names)
+    for name, scale in input_scales.items():
+        path = modules.get(name, "").removesuffix(".weight")
+        linear = model.get_submodule(path) if path else None
+        if not isinstance(linear, nn.Linear):
+            file = directory / files.tensors[name].file
+            raise ModelError(f"{file}: {name} is FP8, but it is no linear module's weight; {EXPORT_AGAIN}")
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, FakeQuantLinear(linear, scale))
+    layers: dict[int, dict[str, torch.Tensor]] = {}
+    for name in kv_scales:
+        weight, _, kind = name.rpartition(".")
+        layer = layer_index(model, modules[f"{weight}.weight"].removesuffix(".weight"))
+        layers.setdefault(layer, {})[kind] = _scale(files, f"{weight}.weight", kind).to(device)
+    model.kv_scales = {layer: (pair["k_scale"], pair["v_scale"]) for layer, pair in layers.items()}
+    return model.to(device).eval()
+
+
+def _check_kv_scales(directory: Path, files: WeightFiles, kv_scales: list[str]) -> None:
+    """Check that keys and values have scales exactly where config.json says that the KV cache is FP8."""
+    asked = read_config(directory).get("quantization_config", {}).get("kv_cache_scheme") is not None
+    if asked and not kv_scales:
+        raise ModelError(
+            f"{directory / 'config.json'} asks for an FP8 KV cache, but keys and values have no scales; {EXPORT_AGAIN}"
+        )
+    for name in kv_scales:
+        if not asked:
+            file = directory / files.tensors[name].file
+            raise ModelError(f"{file}: {name} is there, but config.json asks for no FP8 KV cache; {EXPORT_AGAIN}")
+        prefix, _, kind = name.rpartition(".")
+        leaf, other = ("k_proj", "v_proj.v_scale") if kind == "k_scale" else ("v_proj", "k_proj.k_scale")
+        partner = f"{prefix.removesuffix(leaf)}{other}"
+        if not prefix.endswith(f".{leaf}") or partner not in files.tensors:
+            file = directory / files.tensors[name].file
+            raise ModelError(f"{file}: {name} has no partner {partner}; {EXPORT_AGAIN}")
+
+
+def cached(model: Any) -> dict[str, Any]:
+    """Return what a loaded checkpoint is called with for its whole input to go through a new cache, as it asks for.
+
+    That is an FP8 one, or none at all: what is in 16 bits isn't changed by being stored.
+    """
+    scales = getattr(model, "kv_scales", None)
+    return cache_inputs(model, Fp8Cache(model.config, scales) if scales else None)

@@ -1,0 +1,48 @@
+"""The FP8 KV cache: which modules make keys and values, and what the cache sees.
+
+transformers hands every layer's new keys and values (after the rotary embedding, as they would be cached) to
+`Cache.update`, which returns what attention reads. `AmaxCache` looks at them there while calibrating; `Fp8Cache` rounds
+them there while evaluating, as a runtime does that reads back what it stored. Queries stay as they are. Both are made
+for the model's configuration: layers of a hybrid that aren't attention keep states of other kinds in the same cache.
+
+In a measurement a layer's values lie beside those of its modules, as "<k_proj>.k_amax" and "<v_proj>.v_amax"; in a
+checkpoint its scales lie beside the weights, as "<k_proj>.k_scale" and "<v_proj>.v_scale" (ModelOpt's names).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from bitladder.errors import ModelError
+from bitladder.formats import grids as numerics
+
+KEY_MODULE, VALUE_MODULE = "k_proj", "v_proj"
+
+
+class Fp8Cache(DynamicCache):  # type: ignore[misc]
+    """A cache that rounds the keys and values that it stores through E4M3 with the scales of a checkpoint.
+
+    Other states (of linear attention, state spaces, convolutions) stay as they are, as in a runtime.
+
+    Args:
+        config: of the model.
+        scales: `{layer index: (key scale, value scale)}`.
+    """
+
+    def __init__(self, config: Any, scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__(config=config)
+        self.scales = scales
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all keys and values so far [batch, heads, tokens, head size], as they are read back."""
+        if layer_idx not in self.scales:
+            raise ModelError(f"the KV cache is FP8, but layer {layer_idx} has no scales; export this scheme again")
+        key_scale, value_scale = self.scales[layer_idx]
+        keys = numerics.fake_quantise(key_states, key_scale)
+        values = numerics.fake_quantise(value_states, value_scale)
+        read: tuple[torch.Tensor, torch.Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
+        return read

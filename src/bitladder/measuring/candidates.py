@@ -1,0 +1,215 @@
+"""A searched module in FP8: in the original's place, or beside it (`Tapped`), where its error meets the gradient.
+
+A module takes on a class derived from its own while it is needed, with its FP8 form as an attribute; ModelOpt's dynamic
+modules work alike. So a layer's code is the same in every layer, and torch can compile it once for all of them.
+"""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bitladder.errors import EngineError
+from bitladder.formats import get_format
+from bitladder.formats import grids as numerics
+from bitladder.measured import Amax, Codes, codes_of
+from bitladder.measuring.scores import token_directions, token_scores
+from bitladder.models.anatomy import PLAIN, Layout, tokens_first
+from bitladder.records import QuantGroup
+
+FORMAT = "fp8"
+_FP8_CAPABILITY = (8, 9)  # of the first NVIDIA GPUs that multiply FP8 numbers
+_FP8_MULTIPLE = 16  # torch._scaled_mm takes matrices whose sides are multiples of this
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8:
+    """What a linear module is in FP8.
+
+    weight: [out_features, in_features], codes where the device multiplies them, else values rounded through FP8.
+    weight_scale, input_amax, input_scale: float32 scalars; modules of a group that share an amax share its tensors.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    input_amax: torch.Tensor
+    input_scale: torch.Tensor
+
+    def input_of(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the module's input x [..., in_features] as it is multiplied: codes [rows, in_features], or like x."""
+        if self.weight.dtype == numerics.E4M3_DTYPE:
+            return numerics.quantise(x.reshape(-1, x.shape[-1]), self.input_amax)
+        return numerics.fake_quantise(x, self.input_scale)
+
+    def output_of(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return the module's output [..., out_features] from its input [..., in_features]."""
+        product = _product(self.input_of(x), self.weight, self.input_scale, self.weight_scale, bias, x.dtype)
+        return product.view(*x.shape[:-1], len(self.weight))
+
+
+def _product(
+    seen: torch.Tensor,
+    weight: torch.Tensor,
+    input_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return a module's output in FP8 from what `Fp8.input_of` gave, [rows, out_features] or [..., out_features]."""
+    if weight.dtype != numerics.E4M3_DTYPE:
+        return functional.linear(seen, weight, bias)
+    return torch._scaled_mm(seen, weight.t(), scale_a=input_scale, scale_b=weight_scale, bias=bias, out_dtype=dtype)
+
+
+def fp8_of(model: nn.Module, group: QuantGroup, amax: Amax, codes: Codes | None) -> dict[str, Fp8]:
+    """Return what a group's modules are in FP8, by name; their weights must be at hand."""
+    inputs: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
+    found = {}
+    for module in group.modules:
+        weight: Any = model.get_parameter(f"{module.name}.weight")
+        weight_amax = amax[f"{module.name}.weight_amax"].to(weight.device, non_blocking=True)
+        weight_scale = numerics.scale_of(weight_amax)
+        stored = codes_of(module.name, weight, weight_amax, get_format(FORMAT), codes)
+        if not _multiplies_fp8(weight):
+            stored = numerics.dequantise(stored, weight_scale, weight.dtype)
+        input_amax = amax[f"{module.name}.input_amax"]
+        known = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
+        if known not in inputs:
+            moved = input_amax.to(weight.device, non_blocking=True)
+            inputs[known] = moved, numerics.scale_of(moved)
+        found[module.name] = Fp8(stored, weight_scale, *inputs[known])
+    return found
+
+
+def _multiplies_fp8(weight: torch.Tensor) -> bool:
+    return (
+        weight.is_cuda
+        and weight.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(weight.device) >= _FP8_CAPABILITY
+        and all(size % _FP8_MULTIPLE == 0 for size in weight.shape)
+    )
+
+
+class InFp8(nn.Linear):
+    """A linear module that gives what it would in FP8."""
+
+    fp8: Fp8
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [..., out_features] from [..., in_features]."""
+        return self.fp8.output_of(x, self.bias)
+
+
+class LastInput:
+    """The input seen last, and what it is in FP8: modules that are fused by the runtime share both."""
+
+    def __init__(self) -> None:
+        self._known: tuple[weakref.ref[torch.Tensor], torch.Tensor, torch.Tensor] | None = None  # input, amax, in FP8
+
+    def of(self, fp8: Fp8, x: torch.Tensor) -> torch.Tensor:
+        """Return `fp8.input_of(x)`."""
+        known = self._known
+        if known is None or known[0]() is not x or known[1] is not fp8.input_amax:
+            self._known = known = weakref.ref(x), fp8.input_amax, fp8.input_of(x)
+        return known[2]
+
+
+class Tapped(nn.Linear):
+    """A linear module whose backward pass also gives what every token adds to the module's score.
+
+    It arrives as the gradient of the `sink` that the module was given before it ran: [rows, tokens], in float64; what
+    several runs in one pass add is summed. `layout` says which dimensions of its output these are; `copied`, that the
+    layer changes the output in place.
+    """
+
+    name: str  # read for an error alone: torch would compile a layer for every name
+    fp8: Fp8
+    directional: bool
+    last_input: LastInput
+    sink: torch.Tensor | None = None
+    layout: Layout = PLAIN
+    copied: bool = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [rows, tokens, out_features] from [rows, tokens, in_features]."""
+        output = super().forward(x)
+        if not output.requires_grad:
+            return output
+        sink = self.sink
+        if sink is None:
+            raise EngineError(f"{self.name} runs outside its own layer; use engine: modelopt")
+        fp8 = self.fp8
+        with torch.no_grad():
+            # Where torch compiles, it finds equal inputs itself.
+            seen = fp8.input_of(x) if torch.compiler.is_compiling() else self.last_input.of(fp8, x)
+        tapped: torch.Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
+            output,
+            sink,
+            seen,
+            fp8.weight,
+            fp8.input_scale,
+            fp8.weight_scale,
+            self.bias,
+            self.directional,
+            self.layout,
+            self.copied,
+        )
+        return tapped
+
+
+class _Tap(torch.autograd.Function):
+    """Lets a module's output through; the gradient of `sink` is what every token adds to the score."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: torch.Tensor,
+        sink: torch.Tensor,
+        seen: torch.Tensor,
+        weight: torch.Tensor,
+        input_scale: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        directional: bool,
+        layout: Layout,
+        copied: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(output, seen, weight, input_scale, weight_scale, bias)
+        ctx.directional, ctx.layout, ctx.shape = directional, layout, sink.shape
+        return output.clone() if copied else output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        output, seen, weight, input_scale, weight_scale, bias = ctx.saved_tensors
+        quantised = _product(seen, weight, input_scale, weight_scale, bias, output.dtype).view_as(output)
+        by_token = token_directions if ctx.directional else token_scores
+        scores = tokens_first(by_token(gradient, quantised - output), ctx.layout, ctx.shape)
+        if scores.dim() > len(ctx.shape):
+            scores = scores.flatten(len(ctx.shape)).sum(-1)
+        return gradient, scores, *(None,) * 8
+
+
+@contextlib.contextmanager
+def taken(linear: Any, kind: type[nn.Linear], **attributes: Any) -> Iterator[None]:
+    """Let a linear module be of a class derived from its own and `kind`, with these attributes, for a while."""
+    plain = type(linear)
+    linear.__class__ = _derived(kind, plain)  # type: ignore[arg-type]
+    for name, value in attributes.items():
+        setattr(linear, name, value)
+    try:
+        yield
+    finally:
+        linear.__class__ = plain
+        for name in attributes:
+            delattr(linear, name)
+
+
+@functools.cache
+def _derived(kind: Any, plain: Any) -> Any:
+    return type(f"{kind.__name__}{plain.__name__}", (kind, plain), {})

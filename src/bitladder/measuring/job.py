@@ -1,0 +1,63 @@
+"""What an engine is given, and what it gives back."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from bitladder.data.batches import Batch, DataSet
+from bitladder.errors import MeasurementError
+from bitladder.models.target import Target
+from bitladder.recipe import MeasureSpec
+from bitladder.runinfo import Progress
+
+RawScore = tuple[float, ...]  # (score,) or (score, what of it lies at image-token positions)
+BatchScores = dict[str, dict[str, RawScore]]  # group -> format -> raw score of one batch
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an engine is asked to do."""
+
+    target: Target
+    batches: tuple[Batch, ...]  # all are calibrated on
+    scored: tuple[torch.Size, ...]  # [rows, tokens] of each batch that is scored: the first so many
+    spec: MeasureSpec
+    device: str
+    progress: Progress
+
+    @property
+    def score_batches(self) -> int:
+        """How many batches are scored."""
+        return len(self.scored)
+
+
+def score_batch_count(data: DataSet, spec: MeasureSpec) -> int:
+    """Return how many of the batches are scored: the fewest that hold as many samples as were asked for.
+
+    Raises:
+        MeasurementError: more samples are to be scored than there are.
+    """
+    if spec.score_samples is None:
+        return len(data.batches)
+    if spec.score_samples > data.summary.samples:
+        raise MeasurementError(
+            f"measurement.score_samples is {spec.score_samples}, calibration.samples is {data.summary.samples}; "
+            "score at most as many as are calibrated"
+        )
+    held = itertools.accumulate(len(batch.labels) for batch in data.batches)
+    return next(count for count, samples in enumerate(held, start=1) if samples >= spec.score_samples)
+
+
+def score_weights(method: str, batches: tuple[Batch, ...]) -> tuple[str, tuple[float, ...]]:
+    """Return the unit of a sensitivity, and the weight of each batch's raw score in it.
+
+    ModelOpt's gradient score of a batch is Σ (∂loss/∂y · Δy)² with `loss` the mean over the batch's n tokens: it
+    shrinks with n², so a batch of few tokens would weigh most. n² / Σn makes it the score of the summed loss, per
+    token. A KL score, estimated by `fisher` or exact, is a sum over tokens: 1 / Σn.
+    """
+    tokens = [batch.loss_tokens for batch in batches]
+    total = sum(tokens)
+    if method == "gradient":
+        return "nats² per token", tuple(n * n / total for n in tokens)
+    return "nats per token", tuple(1.0 / total for _ in tokens)

@@ -1,0 +1,212 @@
+"""One sensitivity measurement of a model: `measure(...) -> Measurement`.
+
+An engine gives amax values and raw scores, batch by batch; this module turns them into records, and keeps what is
+done in `measuring/` beside the result, so that a killed run goes on where it stopped and ends with the same bytes.
+
+    measuring/key.json             what the files in here belong to
+    measuring/amax.safetensors     after calibration
+    measuring/codes/               where codes are compensated, one file per decoder layer
+    measuring/scores-00007.json    one per scored batch
+    measurement.safetensors        amax of every searched module
+    codes/                         the codes of every searched weight, where they are compensated
+    measurement.json               the Measurement, written last
+"""
+
+import gc
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from bitladder.data.batches import DataSet
+from bitladder.device import measuring_device, resolve_dtype
+from bitladder.errors import EngineError, MeasurementError
+from bitladder.formats import get_format
+from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, codes_files
+from bitladder.measuring.job import Job, score_batch_count, score_weights
+from bitladder.measuring.partial import PARTIAL, Partial
+from bitladder.models.target import Target
+from bitladder.recipe import MeasureSpec, WorkersSpec
+from bitladder.records import Candidate, FileDigest, Measurement, ModelSource, Rounding, digest_of
+from bitladder.runinfo import Meter, Progress, no_progress
+from bitladder.storage import atomic_path, discard, sha256_of_file, unseal
+
+
+def settings_sha256(source: ModelSource, data: DataSet, spec: MeasureSpec) -> str:
+    """Return the digest of everything that decides a measurement: model, data, settings."""
+    return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"})])
+
+
+def check_engine(spec: MeasureSpec, target: Target) -> None:
+    """Look whether a model can be measured as asked.
+
+    Raises:
+        EngineError: layers that have to run one by one, and can't.
+    """
+    from bitladder.measuring import compensation, layers, native
+
+    remedies = {native.REMEDY: spec.engine == "native", compensation.REMEDY: spec.rounding == "compensated"}
+    for remedy in (remedy for remedy, is_needed in remedies.items() if is_needed):
+        problem = layers.why_not_by_layers(target, remedy)
+        if problem is not None:
+            raise EngineError(problem)
+
+
+def measure(
+    directory: Path,
+    source: ModelSource,
+    target: Target,
+    data: DataSet,
+    spec: MeasureSpec,
+    output: Path,
+    progress: Progress = no_progress,
+    workers: WorkersSpec | None = None,
+) -> Measurement:
+    """Measure the sensitivity of every quant group once; write `measurement.json` and `measurement.safetensors`.
+
+    Args:
+        directory: the model's files.
+        source: their identity (`weights.model_source`).
+        target: what is searched (`models.target.find_target`).
+        data: calibration batches.
+        spec: engine, method, formats, arithmetic.
+        output: where the two files go; `measuring/` in it holds what is done so far.
+        progress: told of every calibrated and scored batch.
+        workers: processes that share the work; None: this one does it alone. The result is the same.
+
+    Raises:
+        ModelError: NaN or Inf in weights. MeasurementError: NaN or Inf in activations or scores; no group that has a
+            scale; workers that don't come up, or die again and again.
+    """
+    from bitladder.measuring import checks, compensation, layers, modelopt, native, parallel
+
+    for name in spec.formats:
+        get_format(name)
+    workers = workers or WorkersSpec()
+    problem = workers.problem(spec)
+    if problem is not None:
+        raise MeasurementError(problem)
+    meter = Meter()
+    device = measuring_device(spec, workers)
+    dtype = resolve_dtype(spec.dtype, device)
+    key = settings_sha256(source, data, spec)
+    partial = Partial(output / PARTIAL, key)
+    count = score_batch_count(data, spec)
+    scored = tuple(batch.labels.shape for batch in data.batches[:count])
+    job = Job(target, data.batches, scored, spec, device, progress)
+
+    memory = layers.DeviceMemory(device, spec.memory_gb)
+
+    def opened(remedy: str) -> layers.Layers:
+        with meter.phase("load model"):
+            return layers.open_layers(directory, job, dtype, memory, remedy)
+
+    with memory.enforced():
+        if partial.amax() is None or any(partial.scores(batch) is None for batch in range(count)):
+            if workers.count:
+                parallel.run(workers, directory, source, dtype, job, partial, meter)
+            elif spec.engine == "native":
+                native.run(opened(native.REMEDY), job, partial, meter)
+            else:
+                with meter.phase("load model"):
+                    model = layers.load_whole(directory, target, dtype, device)
+                modelopt.run(model, job, partial, meter)
+                del model
+            _free_memory()
+        amax = partial.amax()
+        assert amax is not None
+        target = checks.with_scales(target, amax)
+        job, amax = replace(job, target=target), checks.of_target(amax, target)
+        rounding = None
+        if spec.rounding == "compensated":
+            if spec.engine != "native":  # which has made the codes already, and scored them
+                compensation.run(opened(compensation.REMEDY), job, partial, amax, meter)
+                _free_memory()
+            rounding = _keep_codes(partial, output, data, spec)
+    unit, weights = score_weights(spec.method, data.batches[:count])
+    batches = [partial.scores(batch) or {} for batch in range(count)]
+    raw = [score for batch in batches for formats in batch.values() for score in formats.values()]
+    apart = all(len(score) == 2 for score in raw) and any(score[1] > 0 for score in raw)
+    candidates = tuple(
+        Candidate(
+            group=group.name,
+            format=name,
+            weight_bits=group.weight_elements * get_format(name).bits,
+            scores=tuple(_finite(batch[group.name][name][0], group.name, name) for batch in batches),
+            image_scores=tuple(batch[group.name][name][1] for batch in batches) if apart else (),
+        )
+        for group in target.groups
+        for name in spec.formats
+    )
+    if all(score == 0 for candidate in candidates for score in candidate.scores):
+        raise MeasurementError("all scores are zero: no token counted for the loss, or no gradient reached the groups")
+    with atomic_path(output / AMAX_FILE) as temporary:
+        save_file(dict(sorted(amax.items())), temporary)
+    measurement = Measurement(
+        model=source,
+        calibration=data.summary,
+        engine=spec.engine,
+        method=spec.method,
+        fused_scales_shared=spec.share_fused_scales,
+        compute_dtype=str(dtype).removeprefix("torch."),
+        score_unit=unit,
+        score_weights=weights,
+        formats=spec.formats,
+        groups=target.groups,
+        candidates=candidates,
+        untouched=target.untouched,
+        amax_sha256=sha256_of_file(output / AMAX_FILE),
+        rounding=rounding,
+        settings_sha256=key,
+        run=meter.info(),
+    )
+    measurement.write(output / MEASUREMENT_FILE)
+    if rounding is None:
+        discard(output / CODES)  # of an earlier measurement
+    partial.remove()
+    return measurement
+
+
+def _free_memory() -> None:
+    """Give back what deleted models hold: their modules and hooks refer to each other, so `del` frees nothing yet."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _keep_codes(partial: Partial, output: Path, data: DataSet, spec: MeasureSpec) -> Rounding:
+    """Move the finished codes to where they stay, and return their record."""
+    from bitladder.measuring import compensation
+
+    made, kept = partial.directory / CODES, output / CODES
+    if made.exists():
+        unseal(made)
+        discard(kept)
+        os.replace(made, kept)
+    paths = codes_files(kept)
+    return Rounding(
+        method="compensated",
+        damping=spec.damping,
+        samples=data.summary.samples,
+        scored=spec.engine == "native",
+        files=tuple(
+            FileDigest(name=path.name, bytes=path.stat().st_size, sha256=sha256_of_file(path)) for path in paths
+        ),
+        modules=tuple(module for path in paths for module in compensation.read_modules(path)),
+    )
+
+
+def _finite(score: float, group: str, format_name: str) -> float:
+    """Return the score.
+
+    Raises:
+        MeasurementError: it is NaN or Inf.
+    """
+    if not math.isfinite(score):
+        raise MeasurementError(
+            f"the score of {group} in {format_name} is {score}; "
+            "measure in float32 (measurement.dtype) or check the calibration data"
+        )
+    return score

@@ -1,0 +1,75 @@
+"""What an unfinished measurement keeps, so that a killed run goes on where it was."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from bitladder.measured import CODES, Amax, Codes, codes_files
+from bitladder.measuring.job import BatchScores
+from bitladder.reading import read_json, read_tensors, read_text
+from bitladder.storage import atomic_path, atomic_write, discard, seal, unsealed
+
+PARTIAL = "measuring"
+
+
+class Partial:
+    """What a measurement has so far, on disk."""
+
+    def __init__(self, directory: Path, key: str) -> None:
+        self.directory = directory.absolute()  # other processes may stand elsewhere
+        path = directory / "key.json"
+        damaged = unsealed(directory)
+        if path in damaged or not path.exists() or read_text(path) != json.dumps({"key": key}):
+            discard(directory)
+            directory.mkdir(parents=True)
+            self._keep_text(path, json.dumps({"key": key}))
+        else:
+            for one in damaged:  # what was in it is found again
+                discard(one)
+
+    @staticmethod
+    def _keep_text(path: Path, text: str) -> None:
+        atomic_write(path, text)
+        seal(path)
+
+    def codes_file(self, layer: int) -> Path:
+        """Return where the codes of a decoder layer's modules are kept, once they are made."""
+        return self.directory / CODES / f"layer-{layer:05}.safetensors"
+
+    def codes(self) -> "Codes":
+        """Return the codes that are made so far."""
+        return Codes.in_files(codes_files(self.directory / CODES))
+
+    def amax(self) -> Amax | None:
+        """Return the amax values of a finished calibration, or None."""
+        path = self.directory / "amax.safetensors"
+        return read_tensors(path) if path.exists() else None
+
+    def keep_amax(self, amax: Amax) -> None:
+        """Store the amax values."""
+        path = self.directory / "amax.safetensors"
+        with atomic_path(path) as temporary:
+            save_file(amax, temporary)
+        seal(path)
+
+    def scores(self, batch: int) -> BatchScores | None:
+        """Return the scores of a finished batch, or None."""
+        path = self.directory / f"scores-{batch:05}.json"
+        if not path.exists():
+            return None
+        scores: BatchScores = read_json(path)
+        return scores
+
+    def keep_scores(self, batch: int, scores: BatchScores) -> None:
+        """Store the scores of one batch (floats survive JSON exactly)."""
+        self._keep_text(self.directory / f"scores-{batch:05}.json", json.dumps(scores))
+
+    def remove(self) -> None:
+        """Remove everything, once the measurement is written."""
+        discard(self.directory)
+
+
+def forget_partial(output: Path) -> None:
+    """Remove what an unfinished measurement in `output` has so far."""
+    discard(output / PARTIAL)

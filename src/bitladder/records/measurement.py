@@ -1,0 +1,220 @@
+"""Records of a measurement: model, data, groups, scores."""
+
+import math
+from typing import Any, Literal, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from bitladder.errors import MeasurementError
+from bitladder.records.base import FileDigest, Part, Record, RunInfo
+
+Counted = Literal["assistant turns", "all tokens"]
+
+
+class ModelSource(Part):
+    """Which model this is, down to the bytes of its weights."""
+
+    path: str
+    revision: str | None = None
+    architecture: str
+    model_type: str
+    sha256: str = Field(description="SHA-256 over the names and digests of the config and weight files")
+    files: tuple[FileDigest, ...] = ()
+    provenance: str | None = Field(default=None, description="where the weights come from, by its file PROVENANCE")
+
+    @model_serializer(mode="wrap")
+    def _without_unknown_provenance(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if self.provenance is None:  # digests stay what they were before there was such a file
+            content.pop("provenance", None)
+        return content
+
+
+class DataSummary(Part):
+    """What a data set gave: enough to make it again and to see that it is the same.
+
+    Several sets in one have `kind: mixed`; `samples`, `tokens` and `sample_ids` are those of all, `sequence_length` and
+    `batch_size` the greatest, `seed` the first one's.
+    """
+
+    source: str
+    kind: str
+    sha256: str = Field(description="SHA-256 of the token ids and masks (and pixels) that the model is given")
+    samples: int
+    tokens: int = Field(description="positions that count for the loss")
+    sequence_length: int
+    batch_size: int
+    seed: int
+    sample_ids: tuple[str, ...] = Field(default=(), description="digest of each sample's source, to prove a split")
+    parts: tuple["DataSummary", ...] = Field(default=(), description="the sets of a mixture, without sample_ids")
+    counted: Counted | None = Field(default=None, description="kind messages only: which tokens count for the loss")
+    null_rows: int = Field(default=0, description="rows of a data set that were read and left out, as they hold null")
+
+    @model_serializer(mode="wrap")
+    def _without_empty_parts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if not self.parts:  # a single set keeps its bytes and digests of before there were several
+            content.pop("parts", None)
+        if self.counted is None:
+            content.pop("counted", None)
+        if not self.null_rows:
+            content.pop("null_rows", None)
+        return content
+
+
+class QuantModule(Part):
+    """One linear module: its path in the loaded model, and its weight's tensor name in the source files."""
+
+    name: str
+    tensor: str | None = Field(default=None, description="None where only a published manifest is known")
+    shape: tuple[int, int] | None = Field(default=None, description="[out_features, in_features]")
+
+
+class QuantGroup(Part):
+    """Modules that the runtime fuses (q/k/v, gate/up), so that they share one format and its scales."""
+
+    name: str
+    modules: tuple[QuantModule, ...]
+    weight_elements: int = Field(gt=0)
+
+
+class UntouchedModule(Part):
+    """A linear module that isn't searched, and why."""
+
+    name: str
+    checkpoint_name: str = Field(description="its weight's tensor name in the source files, without `.weight`")
+    reason: str
+
+
+class Candidate(Part):
+    """One format of one group: what it costs, and what it did to the loss or the output in every scoring batch."""
+
+    group: str
+    format: str
+    weight_bits: int = Field(description="all weights of the group together, in bits")
+    scores: tuple[float, ...] = Field(description="raw, one per scoring batch")
+    image_scores: tuple[float, ...] = Field(
+        default=(), description="the part of each score that image-token positions carry; empty where it isn't known"
+    )
+
+
+class RoundedModule(Part):
+    """What one module's compensated codes do, on the calibration tokens that they were made from."""
+
+    name: str
+    codes_sha256: str = Field(description="of the codes, row by row, one byte an element")
+    largest_shift: float = Field(description="largest |code · scale - weight|, in units of the scale")
+    output_error: float = Field(description="|X (W - Q)| / |X W|, every token's input at unit length")
+    nearest_output_error: float = Field(description="the same with the nearest codes")
+
+
+class Rounding(Part):
+    """How the codes were chosen where they are not the nearest ones."""
+
+    method: Literal["compensated"]
+    damping: float
+    samples: int = Field(description="calibration samples")
+    scored: bool = Field(description="whether the scores are those of these codes; else of the nearest ones")
+    files: tuple[FileDigest, ...] = Field(description="codes, one file a decoder layer, in the directory `codes`")
+    modules: tuple[RoundedModule, ...]
+
+
+class Measurement(Record):
+    """One sensitivity measurement: everything that planning and exporting need.
+
+    A group's sensitivity is Σ_batches `score_weights[b]` × `scores[b]`; see `measuring`.
+    """
+
+    volatile = frozenset({"run"})
+
+    model: ModelSource
+    calibration: DataSummary
+    engine: str
+    method: str
+    fused_scales_shared: bool
+    compute_dtype: str
+    score_unit: str
+    score_weights: tuple[float, ...]
+    formats: tuple[str, ...]
+    groups: tuple[QuantGroup, ...]
+    candidates: tuple[Candidate, ...]
+    untouched: tuple[UntouchedModule, ...]
+    amax_sha256: str | None = Field(description="SHA-256 of measurement.safetensors; None: no amax, so no export")
+    rounding: Rounding | None = Field(default=None, description="None: every weight to its nearest code")
+    settings_sha256: str = Field(default="", description="digest of the recipe's settings that led here")
+    run: RunInfo | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        groups = {group.name for group in self.groups}
+        if len(groups) != len(self.groups):
+            raise ValueError("two groups have the same name")
+        seen = set()
+        for candidate in self.candidates:
+            if candidate.group not in groups:
+                raise ValueError(f"candidate of unknown group {candidate.group}")
+            if len(candidate.scores) != len(self.score_weights):
+                raise ValueError(
+                    f"{candidate.group}: {len(candidate.scores)} scores, {len(self.score_weights)} batches"
+                )
+            if candidate.image_scores and len(candidate.image_scores) != len(self.score_weights):
+                raise ValueError(f"{candidate.group}: {len(candidate.image_scores)} image scores")
+            seen.add((candidate.group, candidate.format))
+        missing = [(g, f) for g in sorted(groups) for f in self.formats if (g, f) not in seen]
+        if missing or len(seen) != len(self.candidates):
+            raise ValueError(f"candidates don't cover every group and format once: {missing[:3]}")
+        return self
+
+    @property
+    def searched_weights(self) -> int:
+        """Number of weight elements in the searched groups: the denominator of effective bits and coverage."""
+        return sum(group.weight_elements for group in self.groups)
+
+    def sensitivity(self, candidate: Candidate, image_weight: float = 1.0) -> float:
+        """Return the candidate's predicted damage in `score_unit`: the weighted sum of its raw batch scores.
+
+        Args:
+            candidate: one of this measurement's.
+            image_weight: what image-token positions count for; text positions count for 1.
+
+        Raises:
+            MeasurementError: `image_weight` isn't 1, and the scores of image positions are not known apart.
+        """
+        return math.fsum(
+            w * s for w, s in zip(self.score_weights, self.batch_scores(candidate, image_weight), strict=True)
+        )
+
+    def batch_scores(self, candidate: Candidate, image_weight: float = 1.0) -> tuple[float, ...]:
+        """Return the candidate's raw score of each batch, image-token positions weighted; see `measuring`."""
+        if image_weight == 1.0:
+            return candidate.scores
+        if not candidate.image_scores:
+            raise MeasurementError(
+                f"image_weight {image_weight:g} was asked for, but this measurement ({self.engine}, {self.method}) has "
+                "no scores of image positions apart; measure on image+text with method: fisher, or leave it at 1"
+            )
+        return tuple(
+            (score - image) + image_weight * image
+            for score, image in zip(candidate.scores, candidate.image_scores, strict=True)
+        )
+
+    def weigh_images(self, image_weight: float) -> "Measurement":
+        """Return this measurement with image-token positions weighted; see `measuring`. Its fingerprint differs.
+
+        Raises:
+            MeasurementError: the scores of image positions are not known apart.
+        """
+        if image_weight == 1.0:
+            return self
+        weighed = tuple(
+            candidate.model_copy(update={"scores": self.batch_scores(candidate, image_weight), "image_scores": ()})
+            for candidate in self.candidates
+        )
+        return self.model_copy(update={"candidates": weighed})
+
+    def by_group(self) -> dict[str, dict[str, Candidate]]:
+        """Return the candidates as `{group name: {format: candidate}}`, in the order of `groups`."""
+        table: dict[str, dict[str, Candidate]] = {group.name: {} for group in self.groups}
+        for candidate in self.candidates:
+            table[candidate.group][candidate.format] = candidate
+        return table

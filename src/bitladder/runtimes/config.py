@@ -1,0 +1,67 @@
+"""What a checkpoint's JSON says of its quantisation, in ModelOpt's two layouts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+CONFIG_FILE, LEGACY_FILE = "config.json", "hf_quant_config.json"
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What a configuration file asks for."""
+
+    file: str
+    algorithm: str | None
+    excludes: tuple[str, ...]
+    kv_cache: str | None
+    method: str  # quant_method; hf_quant_config.json is always ModelOpt's
+    well_formed: bool  # whether the exclusions are a list of names, as runtimes insist
+
+
+def _section(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _quantisation(file: str, algorithm: object, excludes: object, kv_cache: object, method: object) -> Quantisation:
+    names = [] if excludes is None else excludes
+    well_formed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return Quantisation(
+        file=file,
+        algorithm=None if algorithm is None else str(algorithm),
+        excludes=tuple(names) if isinstance(names, list) and well_formed else (),
+        kv_cache=None if kv_cache is None else str(kv_cache),
+        method=str(method),
+        well_formed=well_formed,
+    )
+
+
+def inline(config: Mapping[str, Any]) -> Quantisation | None:
+    """Return what config.json asks for. Source: vllm model_executor/model_loader/weight_utils.py, get_quant_config."""
+    text = _section(config.get("text_config"))
+    section = config.get("quantization_config") or text.get("quantization_config") or config.get("compression_config")
+    if not isinstance(section, dict):
+        return None
+    if "quantization" in section:
+        return nested(section, CONFIG_FILE)
+    cache = _section(section.get("kv_cache_scheme"))
+    eight_bit = (cache.get("type"), cache.get("num_bits")) == ("float", 8)
+    return _quantisation(
+        CONFIG_FILE,
+        section.get("quant_algo"),
+        section.get("ignore"),
+        "FP8" if eight_bit else None,
+        section.get("quant_method", "modelopt"),
+    )
+
+
+def nested(content: Mapping[str, Any], file: str) -> Quantisation:
+    """Return what hf_quant_config.json asks for."""
+    section = _section(content.get("quantization"))
+    return _quantisation(
+        file,
+        section.get("quant_algo"),
+        section.get("exclude_modules"),
+        section.get("kv_cache_quant_algo"),
+        "modelopt",
+    )

@@ -1,0 +1,59 @@
+"""TensorRT-LLM's rules: which layers it would run quantised."""
+
+from fnmatch import fnmatchcase
+
+from bitladder.runtimes.architectures import QWEN2_VL_RENAMES, Architecture
+from bitladder.runtimes.base import Decision, Rules, RuntimeLayer
+
+_KERNEL_MULTIPLE = 16  # FP8 products of cuBLAS want dimensions of 16 bytes (cuBLAS documentation, cublasLtMatmul)
+
+
+class TensorRtLlmRules(Rules):
+    """TensorRT-LLM's: shell wildcards over the whole name, a fused layer as soon as one of its modules is hit.
+
+    The language model of a vision-language model is a model of its own there, so its modules are called
+    `model.layers...`; the vision tower and the output matrix are never quantised.
+
+    Source: NVIDIA/TensorRT-LLM, tensorrt_llm/models/modeling_utils.py at 01ea6d79d454
+    (QuantConfig.is_module_excluded_from_quantization), _torch/models/modeling_utils.py at cb4c622cf5bb
+    (apply_quant_config_exclude_modules), quantization/modelopt_config.py at 2edf354d4b92 (which file wins),
+    _torch/model_config.py at 008e0af8980f, _torch/models/modeling_qwen2vl.py (Qwen2VisionModelBase), and
+    _torch/modules/linear.py at 00bbf71e7964 (FP8QDQLinearMethod: cuBLAS).
+    """
+
+    runtime = "tensorrt_llm"
+    version = "main at 008e0af8980f"
+    fp8_method = "FP8QDQLinearMethod"
+    legacy_first = True
+    kernel_multiple = _KERNEL_MULTIPLE
+    known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_BLOCK_SCALES", "NVFP4", "MIXED_PRECISION"})
+
+    @classmethod
+    def algorithm(cls, name: str | None) -> str | None:
+        """Return `quant_algo` if it is a name of TensorRT-LLM's QuantAlgo, letter by letter."""
+        return name if name == "FP8" or name in cls.known_algorithms else None
+
+    @classmethod
+    def reproduced(cls, need: Architecture) -> bool:
+        """Return whether it is a language model, or Qwen2-VL or Qwen2.5-VL."""
+        return need.renames in ((), QWEN2_VL_RENAMES) and super().reproduced(need)
+
+    def name(self, module: str) -> str:
+        """Return the name in the language model alone."""
+        return module.removeprefix("language_model.")
+
+    def never_quantised(self, module: str) -> bool:
+        """Return whether it is the output matrix, or in the vision tower."""
+        return module == self.need.head or (self.need.vision is not None and module.startswith(self.need.vision))
+
+    def decide(self, layer: RuntimeLayer) -> Decision:
+        """Decide by the fused name and those of its modules: one hit is enough."""
+        names = (layer.name, *(self.name(module) for module in layer.modules))
+        listed = dict.fromkeys(name for name in names if name in self.written)
+        wild = [pattern for pattern in self.wild if any(fnmatchcase(name, pattern) for name in names)]
+        hits = tuple(sorted({*listed, *wild}, key=self.patterns.index))
+        return Decision("excluded" if hits else "quantised", hits)
+
+    def hits(self, pattern: str, name: str) -> bool:
+        """Return whether the pattern matches the whole name."""
+        return pattern == name or (pattern in self.wild and fnmatchcase(name, pattern))

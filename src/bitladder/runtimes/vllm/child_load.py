@@ -1,0 +1,546 @@
+"""Child script: what vLLM's own loader makes of checkpoints, without an engine. `python child_load.py JOB RESULT`.
+
+It goes the engine's way as far as the weights lie in their final form: configuration -> tokenizer and processor ->
+model class -> weight loader -> process_weights_after_loading. Nothing is judged here; `load.py` does that. What is
+written down is what vLLM itself doesn't say:
+
+- which checkpoint tensor was copied into which elements of which parameter, seen below torch's dispatcher. Elements
+  that no copy reached and that still hold the poison (NaN) or vLLM's initial value were never loaded;
+- copies and casts across the FP8 boundary, which torch does without a scale;
+- the scales of each shard, before vLLM merges those of a fused layer.
+
+Job: `{"directories": [path, ...]}`. Result: `{"runtime": {...}, "checkpoints": [facts, ...]}`, written after every
+step. Runs under vLLM's environment: the standard library, torch and vllm only.
+
+Source of the order of steps: vllm v1/engine/llm_engine.py (LLMEngine.__init__) and
+model_executor/model_loader/base_loader.py (BaseModelLoader.load_model), vLLM 0.25.1 and 0.32.0.
+"""
+
+import contextlib
+import gc
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+FP8_NAN = 0x7F  # OCP OFP8: E4M3 (fn) has one NaN, S.1111.111
+FP8_MAGNITUDE = 0x7F  # all but the sign
+TEXT = "List the digits."  # that any tokenizer makes tokens of
+MAX_VALUES = 1024  # a parameter with "scale" in its name and no more elements than this is written down in full
+# Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`.
+KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op")
+
+Facts = dict[str, Any]
+
+
+class Report:
+    """The result file, rewritten whole after each step; what was finished is put into JSON only once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runtime: Facts = {}
+        self.error: Facts | None = None
+        self._current: Facts | None = None
+        self._finished: list[str] = []
+
+    def begin(self) -> Facts:
+        """Return the place for the next checkpoint's facts."""
+        self._current = {}
+        return self._current
+
+    def finish(self) -> None:
+        """Close the current checkpoint."""
+        self._finished.append(json.dumps(self._current))
+        self._current = None
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file in one step, so that a killed child leaves a whole one."""
+        entries = [*self._finished, *([] if self._current is None else [json.dumps(self._current)])]
+        head = json.dumps({"runtime": self.runtime, "error": self.error})
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text(f'{head[:-1]}, "checkpoints": [{", ".join(entries)}]}}', encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def error_facts(step: str, error: BaseException) -> Facts:
+    """Return an exception as JSON: its type, text, whole traceback, and the line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return {
+        "step": step,
+        "type": type(error).__name__,
+        "message": str(error),
+        "line": (frames[-1].line or "") if frames else "",
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return e.g. `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def address(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the first byte of a tensor's data and the byte after the last, as its strides reach."""
+    if not tensor.numel():
+        return (0, 0)
+    begin = tensor.data_ptr()
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (reach + 1) * tensor.element_size()
+
+
+class Parameters:
+    """The model's parameters and buffers by the place of their data, with the copies that each received."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.facts: dict[str, Facts] = {}
+        self._places: list[tuple[int, int, str, int]] = []
+        for name, tensor in self._tensors(model):
+            self.facts[name] = {
+                "dtype": dtype_name(tensor.dtype),
+                "shape": list(tensor.shape),
+                "copies": [],
+            }
+            begin, end = address(tensor)
+            if end > begin:
+                self._places.append((begin, end, name, tensor.element_size()))
+        self._places.sort()
+
+    @staticmethod
+    def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from model.named_parameters()
+        yield from model.named_buffers()
+
+    def record(self, tensor: str, target: torch.Tensor) -> str | None:
+        """Note that `tensor` was copied into `target`; return the parameter that it is part of, if any."""
+        begin, end = address(target)
+        for first, last, name, size in self._places:
+            if first <= begin and end <= last and end > begin:
+                copy = {"tensor": tensor, "begin": (begin - first) // size, "end": (end - first) // size}
+                self.facts[name]["copies"].append(copy)
+                return name
+        return None
+
+
+class Watch(TorchDispatchMode):
+    """Sees every copy and cast while weights are loaded, and which tensor of the checkpoint they belong to."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.parameters = parameters
+        self.tensors: dict[str, Facts] = {}
+        self.casts: list[Facts] = []
+        self.used: set[str] = set()
+        self._current = ""
+        self._places: dict[str, tuple[int, int]] = {}
+
+    def follow(self, weights: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the loader's tensors, and remember where each lies."""
+        for name, tensor in weights:
+            self._current = name
+            self._places[name] = address(tensor)
+            self.tensors[name] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+            yield name, tensor
+
+    def _name_of(self, source: torch.Tensor) -> str:
+        """Return the checkpoint tensor that `source` is a view of; a copy of one belongs to the latest."""
+        begin, end = address(source)
+        candidates = [self._current, *self._places]
+        inside = (
+            n for n in candidates if n in self._places and self._places[n][0] <= begin and end <= self._places[n][1]
+        )
+        return next(inside, self._current)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation; note it if it copies or casts."""
+        before = args[0].dtype if function is torch.ops.aten._to_copy.default else None
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.copy_.default:
+            self._note_copy(args[0], args[1])
+        elif before is not None:
+            self._note_cast(self._name_of(args[0]), None, before, result.dtype)
+        return result
+
+    def _note_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        name = self._name_of(source)
+        parameter = self.parameters.record(name, target)
+        if parameter is not None:
+            self.used.add(name)
+        self._note_cast(name, parameter, source.dtype, target.dtype)
+
+    def _note_cast(self, name: str, parameter: str | None, before: torch.dtype, after: torch.dtype) -> None:
+        if before != after and (before in FLOAT8 or after in FLOAT8):
+            self.casts.append(
+                {"tensor": name, "parameter": parameter, "before": dtype_name(before), "after": dtype_name(after)}
+            )
+
+
+def is_scale(name: str) -> bool:
+    """Return whether a parameter holds scales; those keep vLLM's own initial value, which its code looks at."""
+    return "scale" in name.rpartition(".")[2]
+
+
+def poison(model: torch.nn.Module) -> None:
+    """Fill every floating-point parameter but scales with NaN, so that what isn't loaded shows."""
+    for name, parameter in model.named_parameters():
+        if is_scale(name) or parameter.is_meta:
+            continue
+        if parameter.dtype in FLOAT8:
+            parameter.data.view(torch.uint8).fill_(FP8_NAN)
+        elif parameter.is_floating_point():
+            parameter.data.fill_(float("nan"))
+
+
+def is_nan(tensor: torch.Tensor) -> torch.Tensor:
+    """Return where a tensor is NaN; E4M3 has no such operation on every device, its codes are compared."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return (tensor.view(torch.uint8) & FP8_MAGNITUDE) == FP8_NAN
+    return torch.isnan(tensor.float() if tensor.dtype in FLOAT8 else tensor)
+
+
+def gaps(copies: list[Facts], elements: int) -> list[tuple[int, int]]:
+    """Return the ranges of elements that no copy reached."""
+    found, position = [], 0
+    for copy in sorted(copies, key=lambda copy: copy["begin"]):
+        if copy["begin"] > position:
+            found.append((position, copy["begin"]))
+        position = max(position, copy["end"])
+    return found + ([(position, elements)] if position < elements else [])
+
+
+def unloaded(name: str, tensor: torch.Tensor, copies: list[Facts]) -> list[tuple[int, int]]:
+    """Return the ranges that no copy reached and that nothing else filled: they hold the poison, or are scales."""
+    if not tensor.is_floating_point():
+        return []
+    flat = tensor.detach().reshape(-1)
+    return [
+        (begin, end)
+        for begin, end in gaps(copies, tensor.numel())
+        if is_scale(name) or bool(is_nan(flat[begin:end]).all())
+    ]
+
+
+def inspect_parameters(model: torch.nn.Module, parameters: Parameters) -> None:
+    """Add to each parameter's facts what was never loaded, its scales, and how many of its values aren't finite."""
+    for name, tensor in model.named_parameters():
+        facts = parameters.facts.get(name)
+        if facts is None or tensor.is_meta or not tensor.is_floating_point():
+            continue
+        facts["unloaded"] = unloaded(name, tensor, facts["copies"])
+        flat = tensor.detach().reshape(-1)
+        if is_scale(name) and tensor.numel() <= MAX_VALUES:
+            facts["values"] = [repr(value) for value in flat.float().tolist()]  # JSON has no NaN
+        elif tensor.dtype in FLOAT8 or not math.isfinite(flat.sum(dtype=torch.float32)):  # one pass where all is well
+            missing = sum(end - begin for begin, end in facts["unloaded"])
+            facts["nan"] = int(is_nan(flat).sum()) - missing
+            facts["inf"] = 0 if tensor.dtype in FLOAT8 else int(torch.isinf(flat).sum())
+
+
+def class_name(value: Any) -> str:
+    """Return the name of a value's class."""
+    return type(value).__name__
+
+
+def kernel_of(method: Any) -> str | None:
+    """Return the class of the kernel that a quant method chose, or None where it has none of its own."""
+    found = None
+    for _ in KERNEL_ATTRIBUTES:  # e.g. method.fp8_linear.kernel: as deep as there are names
+        inner = next((getattr(method, a) for a in KERNEL_ATTRIBUTES if getattr(method, a, None) is not None), None)
+        if inner is None:
+            break
+        found, method = class_name(inner), inner
+    return found
+
+
+def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the layers with a KV cache."""
+    for name, module in model.named_modules():
+        if hasattr(module, "kv_cache_dtype") and hasattr(module, "_k_scale"):
+            yield name, module
+
+
+def quantised_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the layers with a quant method (linear ones, experts, a language head), without attention, embeddings."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    attention = {name for name, _ in attention_layers(model)}
+    for name, module in model.named_modules():
+        if name in attention or not isinstance(getattr(module, "quant_method", None), QuantizeMethodBase):
+            continue
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            continue
+        yield name, module
+
+
+def packed_modules(model: torch.nn.Module) -> dict[str, list[str]]:
+    """Return the checkpoint's names of the modules that a layer fuses, in order, by the layer's own name."""
+    packed: dict[str, list[str]] = {}
+    for module in model.modules():
+        packed.update(getattr(module, "packed_modules_mapping", None) or {})
+    return {layer: list(names) for layer, names in packed.items() if len(names) > 1}
+
+
+def layer_facts(model: torch.nn.Module) -> list[Facts]:
+    """Return how each layer will be run: quant method, type, the modules that it fuses and their output features."""
+    found, packed = [], packed_modules(model)
+    for name, module in quantised_layers(model):
+        widths = getattr(module, "logical_widths", None) or getattr(module, "output_sizes", None) or []
+        weight = getattr(module, "weight", None)
+        found.append(
+            {
+                "name": name,
+                "type": class_name(module),
+                "method": class_name(module.quant_method),
+                "shards": packed.get(name.rpartition(".")[2], []),
+                "widths": [int(width) for width in widths],
+                "created_dtype": None if weight is None else dtype_name(weight.dtype),
+                "kernel": None,
+                "dtype": None,
+            }
+        )
+    return found
+
+
+def finish_layers(model: torch.nn.Module, layers: list[Facts]) -> None:
+    """Add kernel and dtype as they are after vLLM's post-processing."""
+    modules = dict(model.named_modules())
+    for facts in layers:
+        weight = getattr(modules[facts["name"]], "weight", None)
+        facts["kernel"] = kernel_of(modules[facts["name"]].quant_method)
+        facts["dtype"] = None if weight is None else dtype_name(weight.dtype)
+
+
+def attention_facts(model: torch.nn.Module) -> list[Facts]:
+    """Return the KV cache's dtype and scales of each attention layer, as they will be used."""
+    return [
+        {
+            "name": name,
+            "kv_cache_dtype": str(module.kv_cache_dtype),
+            "k_scale": float(module._k_scale.max()),
+            "v_scale": float(module._v_scale.max()),
+        }
+        for name, module in attention_layers(model)
+    ]
+
+
+@contextlib.contextmanager
+def requantising(found: list[list[int]]) -> Iterator[None]:
+    """Note the shape of every weight that vLLM quantises anew while loading, and do it on CPUs.
+
+    vLLM's CPU build lacks the operation (`static_scaled_fp8_quant`), its GPU builds have it: loading would stop here
+    for a reason that isn't the checkpoint's.
+    """
+    import vllm._custom_ops as operations
+    from vllm.platforms import current_platform
+
+    original = operations.scaled_fp8_quant
+
+    def quantise(tensor: torch.Tensor, scale: torch.Tensor | None = None, **options: Any) -> Any:
+        found.append(list(tensor.shape))
+        if scale is None or not current_platform.is_cpu():
+            return original(tensor, scale, **options)
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        return (tensor.float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
+
+    operations.scaled_fp8_quant = quantise
+    try:
+        yield
+    finally:
+        operations.scaled_fp8_quant = original
+
+
+def start_process_group(store: Path) -> None:
+    """Make the process group of one process that vLLM's layers ask for their rank; once a process.
+
+    Args:
+        store: a file that doesn't exist yet, through which the group's processes would meet.
+    """
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.distributed.parallel_state import model_parallel_is_initialized
+    from vllm.platforms import current_platform
+
+    if model_parallel_is_initialized():
+        return
+    if current_platform.is_cuda_alike():
+        torch.cuda.set_device(0)
+    init_distributed_environment(1, 0, f"file://{store}", 0, current_platform.dist_backend)
+    initialize_model_parallel(1, 1)
+
+
+def processor_facts(model_config: Any) -> Facts:
+    """Make the tokenizer, and for a model that takes images its processor, as the engine does before it loads weights.
+
+    Returns:
+        How many tokens the tokenizer knows, and how many it makes of `TEXT`: without its files transformers may build
+        one that knows none.
+
+    Raises:
+        Exception: whatever vLLM or transformers raise.
+    """
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if model_config.is_multimodal_model:
+        MULTIMODAL_REGISTRY.create_processor(model_config).info.get_hf_processor()
+    return {"vocabulary": len(tokenizer), "text_tokens": len(tokenizer.encode(TEXT))}
+
+
+class Probe:
+    """Takes one checkpoint through vLLM's steps."""
+
+    def __init__(self, directory: str, facts: Facts, save: Callable[[], None], scratch: Path) -> None:
+        self.directory = directory
+        self.scratch = scratch
+        self.facts = facts
+        self._save = save
+        facts.update(
+            directory=directory, reached="start", errors=[], layers=[], parameters={}, tensors={}, unused=[],
+            casts=[], requantised=[], attention=[], config={}, seconds={}, last_tensor=None, tokenizer=None,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """Do every step; a step that fails ends it, but for the processor, whose failure hides nothing behind it."""
+        config = self._step("configuration", self._configure)
+        if config is None:
+            return
+        self.facts["tokenizer"] = self._step("processor", lambda: processor_facts(config.model_config))
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(config):
+            self._load(config)
+
+    def _step(self, name: str, body: Callable[[], Any]) -> Any:
+        """Return what a step returns, or None when it raised, which is noted."""
+        start = time.perf_counter()
+        try:
+            value = body()
+            self.facts["reached"] = name
+        except Exception as error:
+            self.facts["errors"].append(error_facts(name, error))
+            value = None
+        self.facts["seconds"][name] = round(time.perf_counter() - start, 3)
+        self._save()
+        return value
+
+    def _configure(self) -> Any:
+        from vllm.engine.arg_utils import EngineArgs
+
+        config = EngineArgs(model=self.directory, enforce_eager=True).create_engine_config()
+        model = config.model_config
+        self.facts["config"] = {
+            "quantization": model.quantization,
+            "quant_config": None if config.quant_config is None else class_name(config.quant_config),
+            "architectures": list(model.architectures or []),
+            "dtype": dtype_name(model.dtype),
+            "kv_cache_dtype": str(config.cache_config.cache_dtype),
+            "tied": bool(getattr(model.hf_config, "tie_word_embeddings", False)),
+            "kv_cache_promised": getattr(config.quant_config, "kv_cache_quant_method", None),
+        }
+        return config
+
+    def _load(self, config: Any) -> None:
+        from vllm.model_executor.model_loader import get_model_loader
+        from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+        from vllm.utils.torch_utils import set_default_torch_dtype
+
+        model_config = config.model_config
+        device = torch.device(config.load_config.device or config.device_config.device)
+
+        def create() -> Any:
+            start_process_group(self.scratch / "group")
+            with set_default_torch_dtype(model_config.dtype), device:
+                return initialize_model(vllm_config=config, model_config=model_config)
+
+        def post_process() -> bool:
+            with set_default_torch_dtype(model_config.dtype), requantising(self.facts["requantised"]):
+                process_weights_after_loading(model, model_config, device)
+            return True
+
+        loader = self._step("loader", lambda: get_model_loader(config.load_config))
+        model = None if loader is None else self._step("model", create)
+        if model is None:
+            return
+        self.facts.update(layers=layer_facts(model), attention=attention_facts(model))
+        if self._load_weights(loader, model, model_config) and self._step("post-processing", post_process):
+            finish_layers(model, self.facts["layers"])
+            self.facts["attention"] = attention_facts(model)
+            self.facts["reached"] = "inspection"
+
+    def _load_weights(self, loader: Any, model: torch.nn.Module, model_config: Any) -> bool:
+        from vllm.utils.torch_utils import set_default_torch_dtype
+
+        poison(model)
+        parameters = Parameters(model)
+        watch = Watch(parameters)
+        original: Any = model.load_weights
+
+        def load(weights: Any) -> Any:
+            with watch:
+                return original(watch.follow(weights))
+
+        def body() -> bool:
+            with set_default_torch_dtype(model_config.dtype):
+                loader.load_weights(model, model_config)
+            return True
+
+        object.__setattr__(model, "load_weights", load)
+        done = bool(self._step("weights", body))
+        object.__delattr__(model, "load_weights")
+        self.facts.update(
+            tensors=watch.tensors, casts=watch.casts, unused=[n for n in watch.tensors if n not in watch.used]
+        )
+        if not done:
+            self.facts["last_tensor"] = next(reversed(watch.tensors), None)
+        inspect_parameters(model, parameters)
+        self.facts["parameters"] = parameters.facts
+        return done
+
+
+def runtime_facts() -> Facts:
+    """Return vLLM's version and the device that it chose."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    return {
+        "version": vllm.__version__,
+        "torch": torch.__version__,
+        "device": str(current_platform.device_type),
+        "device_name": str(current_platform.get_device_name()),
+    }
+
+
+def main(job: Path, result: Path) -> None:
+    """Probe the job's directories one after the other, and write what was found after each step."""
+    # A script's directory comes first on the path; the modules beside this one must not hide installed ones.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    directories = json.loads(job.read_text(encoding="utf-8"))["directories"]
+    report = Report(result)
+    report.write()
+    try:
+        report.runtime = runtime_facts()
+    except Exception as error:
+        report.error = error_facts("import", error)
+        report.write()
+        return
+    for directory in directories:
+        facts = report.begin()
+        Probe(directory, facts, report.write, result.parent).run()
+        facts["done"] = True
+        report.finish()
+        gc.collect()  # a model refers to itself in places
+        gc.freeze()  # what is left is modules: the next collection needn't look at them
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,84 @@
+"""Evaluate the control arms of every scheme."""
+
+import itertools
+import time
+from collections.abc import Sequence
+
+from bitladder.evaluation.evaluate import ARITHMETIC
+from bitladder.planning import controls
+from bitladder.recipe import ControlSpec
+from bitladder.records import ControlArm, Evidence, Measurement, Scheme, digest_of
+from bitladder.runinfo import Meter
+from bitladder.steps.originals import Originals
+from bitladder.steps.simulated import simulation_of
+from bitladder.steps.workspace import Workspace
+
+EVIDENCE_FILE = "evidence.json"
+
+
+def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Evidence | None:
+    """Evaluate the control arms of every scheme in memory, as far as time allows, unless that was done.
+
+    Returns None where there are none: none are asked for, or no scheme leaves a choice.
+
+    Args:
+        work: the recipe and its output directory.
+        originals: the original on the held-out sets, where another step needs it as well.
+
+    Raises:
+        BitladderError: see `controls.arms` and `simulation`.
+    """
+    spec, measurement, schemes = work.recipe.controls, work.measurement(), work.schemes()
+    path = work.output / EVIDENCE_FILE
+    arms = control_arms(measurement, schemes, spec)
+    if not arms:
+        path.unlink(missing_ok=True)
+        return None
+    if originals is None:
+        with Originals(work) as originals:
+            return evaluate_controls(work, originals)
+    key = digest_of([*originals.settings(), spec.model_dump_json(), *(arm.fingerprint() for arm in arms)])
+    evidence = work.known(Evidence, path)
+    if evidence is None or evidence.settings_sha256 != key:
+        evidence = Evidence(
+            measurement_sha256=measurement.fingerprint(),
+            settings_sha256=key,
+            data={split: data.summary for split, data in originals.data.items()},
+            arithmetic=ARITHMETIC,
+            arms=(),
+        )
+    found = list(evidence.arms)
+    if len(found) + len(evidence.left_out) == len(arms):
+        return evidence
+    meter, start = Meter(), time.monotonic()
+    references = originals.references(meter)
+    with meter.phase("control arms"):
+        simulation = simulation_of(work, measurement, references[0].device)
+        for index, arm in enumerate(arms[len(found) :], start=len(found)):
+            work.progress("control arms", index, len(arms))
+            if time.monotonic() - start > spec.max_seconds:
+                break
+            found.append(ControlArm(scheme=arm, results=simulation.results(references, arm)))
+            evidence.model_copy(update={"arms": tuple(found)}).write(path)  # a killed run goes on after it
+        work.progress("control arms", len(arms), len(arms))
+    left_out = tuple(arm.name for arm in arms[len(found) :])
+    evidence = evidence.model_copy(update={"arms": tuple(found), "left_out": left_out, "run": meter.info()})
+    evidence.write(path)
+    work.finished("controls", meter.phases)
+    return evidence
+
+
+def control_arms(measurement: Measurement, schemes: Sequence[Scheme], spec: ControlSpec) -> tuple[Scheme, ...]:
+    """Return the control arms of all schemes, the first of each before any second: short of time, all have some."""
+    rows = [controls.arms(measurement, scheme, kinds=spec.kinds, seeds=spec.seeds) for scheme in schemes]
+    return tuple(arm for column in itertools.zip_longest(*rows) for arm in column if arm is not None)
+
+
+def evidence_of(work: Workspace, measurement: Measurement, schemes: Sequence[Scheme]) -> Evidence | None:
+    """Return the control arms of these very schemes, where they were evaluated."""
+    path = work.output / EVIDENCE_FILE
+    if not path.exists():
+        return None
+    known = Evidence.read(path)
+    wanted = {arm.fingerprint() for arm in control_arms(measurement, schemes, work.recipe.controls)}
+    return known if {arm.scheme.fingerprint() for arm in known.arms} <= wanted else None

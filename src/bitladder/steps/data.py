@@ -1,0 +1,127 @@
+"""The samples that a recipe names, each set read once."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bitladder.data import generation
+from bitladder.data.batches import DataSet, interleaved
+from bitladder.data.processors import load_processor, tokenizer_of
+from bitladder.data.samples import GENERATED_SOURCE, load_data
+from bitladder.errors import DataError, StaleRecord
+from bitladder.models.loading import embedding_rows
+from bitladder.recipe import GENERATED, MESSAGES, PAIR_KINDS, DataSpec, HeldOutSpec, SampleSpec
+from bitladder.records import DataSummary, Measurement, digest_of
+from bitladder.runinfo import Meter
+from bitladder.steps.workspace import Workspace
+
+
+def calibration_data(work: Workspace) -> DataSet:
+    """Return the recipe's calibration batches; several sets are interleaved, and have no sample in common.
+
+    Raises:
+        BitladderError: see `data.samples.load_data` and `generation`.
+    """
+    processor = load_processor(work.model_directory)
+    return interleaved(calibration_sets(work, work.recipe.calibration, processor))
+
+
+def calibration_sets(work: Workspace, specs: Sequence[SampleSpec], processor: Any) -> list[DataSet]:
+    """Return the batches of calibration sets, none of which has a sample of one before."""
+    sets: list[DataSet] = []
+    for spec in specs:
+        seen = interleaved(sets).summary if sets else None
+        sets.append(load_set(work, spec, spec.data, processor, seen))
+    return sets
+
+
+def load_set(
+    work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, processor: Any, avoid: DataSummary | None
+) -> DataSet:
+    """Return one set's batches, of samples that `avoid` doesn't have; a process reads each once."""
+    key = digest_of([spec.model_dump_json(), source.model_dump_json(), *(avoid.sample_ids if avoid else ())])
+    if key not in work.loaded:
+        check_asked_length(work, spec.sequence_length, source)
+        found = load_data(
+            source,
+            processor,
+            samples=spec.samples,
+            sequence_length=spec.sequence_length,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            avoid=avoid,
+            vocabulary=embedding_rows(work.model_directory),
+            written=_written_rows(work, spec, source, processor) if source.kind == GENERATED else None,
+        )
+        _check_width(work, source, max(batch.labels.shape[1] for batch in found.batches))
+        if found.summary.null_rows:
+            work.tell(f"{source.path}: {found.summary.null_rows} of the rows that were read hold null and are left out")
+        work.loaded[key] = found
+    return work.loaded[key]
+
+
+def check_asked_length(work: Workspace, length: int, source: DataSpec) -> None:
+    """Raise for rows longer than the model has positions for, before any is made; not where it is only a bound."""
+    limit = work.most_positions
+    if source.kind not in (*PAIR_KINDS, MESSAGES) and limit is not None and length > limit:
+        raise DataError(
+            f"sequence_length {length} is more than the {limit} positions that the model knows "
+            f"(max_position_embeddings); set sequence_length to at most {limit}"
+        )
+
+
+def _check_width(work: Workspace, source: DataSpec, width: int) -> None:
+    """Raise for samples of more tokens than the model has positions for.
+
+    Args:
+        work: the recipe and its output directory.
+        source: where they come from.
+        width: tokens of the longest sample.
+    """
+    limit = work.most_positions
+    if limit is not None and width > limit:
+        remedy = (
+            "use smaller pictures or shorter texts" if source.kind in PAIR_KINDS else f"set sequence_length: {limit}"
+        )
+        raise DataError(
+            f"{source.path or GENERATED_SOURCE}: a sample has {width} tokens, more than the {limit} "
+            f"positions that the model knows (max_position_embeddings); {remedy}"
+        )
+
+
+def _written_rows(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, processor: Any) -> torch.Tensor:
+    """Return the rows [samples, sequence_length] that the model wrote, which it does once."""
+    tokenizer = tokenizer_of(processor)
+    start, kept = generation.start_of(tokenizer)
+    writing = generation.Writing(
+        samples=spec.samples,
+        sequence_length=spec.sequence_length,
+        seed=spec.seed,
+        temperature=1.0 if source.temperature is None else source.temperature,
+        start=start,
+        kept=kept,
+        known_tokens=len(tokenizer),
+        dtype=work.recipe.measurement.dtype,
+        device=work.recipe.measurement.device,
+    )
+    path = generation.file_of(work.output, writing, work.source().sha256)
+    if not path.exists():
+        meter = Meter()
+        with meter.phase(generation.PHASE):
+            generation.write(work.model_directory, writing, path, work.progress)
+        work.finished("generate", meter.phases)
+    return generation.read(path, writing)
+
+
+def scored_calibration_data(work: Workspace, measurement: Measurement) -> DataSet:
+    """Return the calibration batches that were scored.
+
+    Raises:
+        StaleRecord: the data isn't what was measured on.
+    """
+    data = calibration_data(work)
+    if data.summary.sha256 != measurement.calibration.sha256:
+        raise StaleRecord("the calibration data is not what was measured on; measure again")
+    return dataclasses.replace(data, batches=data.batches[: len(measurement.score_weights)])

@@ -1,0 +1,136 @@
+"""Measure once, or take over what somebody measured."""
+
+from pathlib import Path
+from typing import Any
+
+from bitladder.data import generation
+from bitladder.data.batches import DataSet
+from bitladder.errors import MeasurementError, RecordError, StaleRecord
+from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, copy_codes, read_codes
+from bitladder.measuring.measure import measure as measure_now
+from bitladder.measuring.measure import settings_sha256
+from bitladder.measuring.partial import forget_partial
+from bitladder.models.kv_layers import check_layers
+from bitladder.reading import read_bytes
+from bitladder.recipe import Recipe
+from bitladder.records import Measurement, ModelSource
+from bitladder.steps.data import calibration_data
+from bitladder.steps.look import look
+from bitladder.steps.workspace import Workspace
+from bitladder.storage import atomic_write
+
+
+def measure(work: Workspace) -> Measurement:
+    """Measure once, or return the measurement that is there and valid.
+
+    Raises:
+        BitladderError: see `measuring.measure`.
+    """
+    look(work)
+    source, directory, data = work.source(), work.model_directory, calibration_data(work)
+    path = work.output / MEASUREMENT_FILE
+    key = settings_sha256(source, data, work.recipe.measurement)
+    if path.exists():
+        known = Measurement.read(path)
+        amax = work.output / AMAX_FILE
+        has_amax = amax.is_file() and work.cache.sha256(amax) == known.amax_sha256
+        has_codes = codes_are_intact(work, known, work.output)
+        if known.settings_sha256 == key and has_amax and has_codes:
+            forget_partial(work.output)  # of a run that was killed when it had measured
+            work.note_measured_with(deciding(work.recipe))  # nor had it noted this
+            return known
+        work.tell(f"measuring again: {why_again(work, known, source, data, has_amax=has_amax, has_codes=has_codes)}")
+    target = work.target
+    if any(spec.kv_cache == "fp8" for spec in work.recipe.scheme_specs()):
+        check_layers(target.groups)
+    measurement = measure_now(
+        directory, source, target, data, work.recipe.measurement, work.output, work.progress, work.recipe.workers
+    )
+    work.note_measured_with(deciding(work.recipe))
+    work.finished("measure", measurement.run.phases if measurement.run else ())
+    return measurement
+
+
+def deciding(recipe: Recipe) -> dict[str, Any]:
+    """Return the sections of a recipe that decide its measurement."""
+    return recipe.model_dump(mode="json", include={"model", "calibration", "measurement"})
+
+
+def why_again(
+    work: Workspace,
+    known: Measurement,
+    source: ModelSource,
+    data: DataSet,
+    *,
+    has_amax: bool,
+    has_codes: bool,
+) -> str:
+    """Say in a line what is not as it was when the measurement that is there was made."""
+    before = work.state.measured_with
+    changes = _changes(before, deciding(work.recipe)) if before else []
+    if known.model.sha256 != source.sha256:
+        changes.append("the model's files are others")
+    if known.calibration.sha256 != data.summary.sha256 and not any(line.startswith("calibration") for line in changes):
+        changes.append("the calibration samples are others")
+    if not has_amax:
+        changes.append(f"{AMAX_FILE} is missing or damaged")
+    if not has_codes:
+        changes.append(f"{CODES} is missing or damaged")
+    return ", ".join(changes) or "the settings are others than those that it was made with"
+
+
+def _changes(before: Any, after: Any, name: str = "") -> list[str]:
+    """Return what differs between two parts of a recipe, as lines like "calibration.samples 48 → 40"."""
+    if before == after:
+        return []
+    if isinstance(before, list) and isinstance(after, list):
+        if len(before) != len(after):
+            return [f"{name}: {len(before)} → {len(after)} entries"]
+        names = [f"{name}[{index}]" for index in range(len(after))] if len(after) > 1 else [name]
+        pairs = list(zip(names, before, after, strict=True))
+    elif isinstance(before, dict) and isinstance(after, dict):
+        keys = dict.fromkeys((*before, *after))
+        pairs = [(f"{name}.{key}" if name else key, before.get(key), after.get(key)) for key in keys]
+    else:
+        return [f"{name} {before} → {after}"]
+    return [line for part, old, new in pairs for line in _changes(old, new, part)]
+
+
+def codes_are_intact(work: Workspace, measurement: Measurement, directory: Path) -> bool:
+    """Return whether the compensated codes of a measurement, where it has some, lie in `directory` as they were."""
+    try:
+        read_codes(measurement, directory, work.cache.sha256)
+    except RecordError:
+        return False
+    return True
+
+
+def take_over(work: Workspace, path: Path) -> Measurement:
+    """Use the measurement at `path`, with `measurement.safetensors` beside it, instead of measuring.
+
+    Raises:
+        RecordError: it isn't one, or its amax file is missing or another's. StaleRecord: it is of another model.
+        MeasurementError: it was imported without amax values, so that nothing can be exported from it.
+    """
+    known, source = Measurement.read(path), work.source()
+    amax = path.parent / AMAX_FILE
+    if known.amax_sha256 is None:
+        raise MeasurementError(f"{path} has no amax values ({known.engine}): it is good for planning only; measure")
+    if known.model.sha256 != source.sha256:
+        raise StaleRecord(
+            f"{path} was measured on other weights ({known.model.path}) than {source.path} has; measure, or name the "
+            "model that it is of"
+        )
+    if not amax.is_file() or work.cache.sha256(amax) != known.amax_sha256:
+        raise RecordError(f"{amax} is missing or not the one that {path} was written with; copy both files together")
+    if not codes_are_intact(work, known, path.parent):
+        raise RecordError(f"{path.parent / CODES} does not hold the codes that {path} was written with; copy it too")
+    own = work.output / MEASUREMENT_FILE
+    if path.resolve() != own.resolve():
+        atomic_write(work.output / AMAX_FILE, read_bytes(amax))
+        copy_codes(known, path.parent, work.output)
+        generation.copy_rows(path.parent, work.output)
+        known.write(own)
+        work.note_measured_with({})  # another recipe's, which isn't known here
+        work.finished("measure", known.run.phases if known.run else ())
+    return known

@@ -1,0 +1,71 @@
+"""The original on every held-out set, run once and only where something needs it."""
+
+from contextlib import ExitStack
+from typing import Self
+
+from bitladder.data.batches import DataSet
+from bitladder.data.processors import load_processor
+from bitladder.device import resolve_device
+from bitladder.evaluation.evaluate import ARITHMETIC
+from bitladder.evaluation.reference import Reference
+from bitladder.evaluation.task import Task
+from bitladder.runinfo import Meter
+from bitladder.steps.data import load_set
+from bitladder.steps.workspace import Workspace
+
+
+class Originals:
+    """The original on every held-out set, run once and only when it is needed. A context manager.
+
+    Evaluating the checkpoints and the control arms needs the same outputs, gigabytes of them.
+    """
+
+    def __init__(self, work: Workspace) -> None:
+        self.work = work
+        processor = load_processor(work.model_directory)
+        calibrated = work.measurement().calibration
+        self._stack = ExitStack()
+        self._references: list[Reference] = []
+        self._tasks: list[Task | None] = []
+        self.data: dict[str, DataSet] = {}
+        for spec in work.recipe.held_out:
+            data = load_set(work, spec, spec.data or work.recipe.calibration[0].data, processor, calibrated)
+            self.data[spec.name] = data
+            exact = spec.task == "exact_match"
+            self._tasks.append(Task.exact_match(data.samples, processor) if exact else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def settings(self) -> list[str]:
+        """Return what an evaluation depends on beside the checkpoint."""
+        parts = [
+            part
+            for spec in self.work.recipe.held_out
+            for part in (spec.name, self.data[spec.name].summary.sha256, str(spec.task))
+        ]
+        return [self.work.measurement().model.sha256, ARITHMETIC, *parts]
+
+    def references(self, meter: Meter) -> list[Reference]:
+        """Return the original's outputs on every set.
+
+        Raises:
+            ModelError: it can't be loaded, or gives NaN or Inf.
+        """
+        if not self._references:
+            device = resolve_device(self.work.recipe.measurement.device)
+            with meter.phase("evaluate original"):
+                for (split, data), task in zip(self.data.items(), self._tasks, strict=True):
+                    reference = Reference.compute(
+                        self.work.model_directory,
+                        data,
+                        task=task,
+                        split=split,
+                        device=device,
+                        progress=self.work.progress,
+                    )
+                    self._references.append(self._stack.enter_context(reference))
+        return self._references

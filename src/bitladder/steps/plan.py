@@ -1,0 +1,42 @@
+"""Plan every scheme of a recipe."""
+
+from bitladder import planning
+from bitladder.measured import kv_amax, read_amax
+from bitladder.records import Scheme
+from bitladder.runinfo import Meter
+from bitladder.steps.kl_points import fitted_kl_map
+from bitladder.steps.refine import refine_schemes
+from bitladder.steps.simulated import SIMULATED_FILE
+from bitladder.steps.workspace import Workspace
+from bitladder.storage import discard
+
+
+def plan(work: Workspace) -> tuple[Scheme, ...]:
+    """Plan every scheme of the recipe (it takes well under a second) and write those that changed.
+
+    Where one is asked for by KL, a few schemes are simulated first: `measure_kl_points`. Where the recipe wants schemes
+    refined, that follows: `refine_schemes`.
+
+    Raises:
+        PlanError: infeasible, or two schemes are equal. MeasurementError: keys and values of some layer have no scale,
+            and an FP8 KV cache is asked for.
+    """
+    kl_map, meter = fitted_kl_map(work), Meter()
+    with meter.phase("plan"):
+        measurement = work.measurement()
+        schemes = planning.plan_all(measurement, work.recipe.scheme_specs(), kl_map)
+        if any(scheme.kv_cache_format for scheme in schemes) and measurement.amax_sha256 is not None:
+            kv_amax(measurement, read_amax(measurement, work.output))  # all layers have scales
+    if work.recipe.refine.evaluations:
+        schemes = refine_schemes(work, schemes)
+    changed = []
+    for scheme in schemes:
+        path = work.scheme_file(scheme.name)
+        if work.known(Scheme, path) != scheme:
+            changed.append((path, scheme))
+    for path, scheme in changed:
+        scheme.write(path)
+    if changed:
+        work.finished("plan", meter.phases)
+    discard(work.output / SIMULATED_FILE)  # it has served
+    return schemes

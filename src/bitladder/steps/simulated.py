@@ -1,0 +1,54 @@
+"""The KL of schemes that are simulated in memory, each kept as soon as it is known."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from bitladder.data.batches import DataSet
+from bitladder.device import resolve_device
+from bitladder.evaluation.evaluate import ARITHMETIC
+from bitladder.evaluation.reference import Reference
+from bitladder.evaluation.simulation import Simulation
+from bitladder.measured import read_amax, read_codes
+from bitladder.records import Measurement, Scheme, SimulatedKls, digest_of
+from bitladder.steps.workspace import Workspace
+
+SIMULATED_FILE = "simulated.json"
+
+
+@contextmanager
+def kl_on(work: Workspace, measurement: Measurement, data: DataSet) -> Iterator[Callable[[Scheme], float]]:
+    """Give the KL of any scheme of the measurement on `data`, in nats per token, simulated in memory.
+
+    Each is kept as soon as it is known, so that a killed run doesn't simulate it again. The original runs on the data
+    only where something has to be simulated.
+
+    Raises:
+        BitladderError: see `simulation`.
+    """
+    path = work.output / SIMULATED_FILE
+    key = digest_of([measurement.fingerprint(), data.summary.sha256, str(len(data.batches)), ARITHMETIC])
+    known = work.known(SimulatedKls, path)
+    kls = dict(known.kl) if known is not None and known.settings_sha256 == key else {}
+    device = resolve_device(work.recipe.measurement.device)
+    with ExitStack() as stack:
+        prepared: list[tuple[Reference, Simulation]] = []
+
+        def kl(scheme: Scheme) -> float:
+            name = digest_of(f"{group} {format_}" for group, format_ in sorted(scheme.formats.items()))
+            if name not in kls:
+                if not prepared:
+                    reference = Reference.compute(work.model_directory, data, split="calibration", device=device)
+                    prepared.append((stack.enter_context(reference), simulation_of(work, measurement, device)))
+                reference, simulation = prepared[0]
+                kls[name] = simulation.results([reference], scheme)[0].value
+                SimulatedKls(settings_sha256=key, kl=kls).write(path)
+            return kls[name]
+
+        yield kl
+
+
+def simulation_of(work: Workspace, measurement: Measurement, device: str) -> Simulation:
+    """Return the original, ready to take any scheme with the codes and scales of the measurement."""
+    amax = read_amax(measurement, work.output)
+    codes = read_codes(measurement, work.output, work.cache.sha256)
+    return Simulation(work.model_directory, measurement, amax, device, codes)
