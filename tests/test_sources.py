@@ -92,6 +92,16 @@ def test_an_index_may_list_what_no_file_holds_and_the_model_does_not_need(shards
     refused(shards, "tensors are missing")
 
 
+def test_a_shard_may_have_the_name_of_a_single_file(shards, sharded_llama):
+    index = json.loads((shards / INDEX_FILE).read_text())
+    first = min(index["weight_map"].values())
+    (shards / first).rename(shards / SINGLE_FILE)
+    index["weight_map"] = {k: SINGLE_FILE if v == first else v for k, v in index["weight_map"].items()}
+    (shards / INDEX_FILE).write_text(json.dumps(index))
+    loaded, right = (load_model(directory, torch.bfloat16).state_dict() for directory in (shards, sharded_llama))
+    assert all(torch.equal(loaded[name], value) for name, value in right.items())
+
+
 def test_a_tensor_in_two_files_is_refused(shards):
     files = sorted(shards.glob("model-*.safetensors"))
     one, two = load_file(files[0]), load_file(files[1])

@@ -124,15 +124,18 @@ def check_side_files(directory: Path) -> None:
 def as_loaded(directory: Path) -> Iterator[Path]:
     """Yield a directory that holds nothing of a model but what transformers shall load: configuration and weights.
 
-    transformers prefers `model.safetensors` to the shards of an index, and applies an adapter that lies beside them.
+    transformers prefers `model.safetensors` to the shards of an index, one of which may be called so, and applies an
+    adapter that lies beside them.
     """
     weights = WeightFiles.open(directory)
+    indexed = (directory / INDEX_FILE).exists()
+    called = {name: f"shard-{number}.safetensors" if indexed else name for number, name in enumerate(weights.files)}
     with scratch_directory() as scratch:
         for name in (*weights.files, "config.json", _GENERATION_FILE):
             if (directory / name).exists():
-                (scratch / name).symlink_to((directory / name).resolve())
-        if (directory / INDEX_FILE).exists():  # of what the files hold, with the metadata that transformers insists on
-            table = {name: info.file for name, info in weights.tensors.items()}
+                (scratch / called.get(name, name)).symlink_to((directory / name).resolve())
+        if indexed:  # of what the files hold, with the metadata that transformers insists on
+            table = {name: called[info.file] for name, info in weights.tensors.items()}
             (scratch / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": table}), encoding="utf-8")
         yield scratch
 
