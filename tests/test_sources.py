@@ -260,6 +260,37 @@ def test_a_damaged_side_file_is_found_by_inspect(model, name, content):
     refused(model, name)
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("cache_implementation", "foo"),
+        ("compile_config", 3),
+        ("watermarking_config", "x"),
+        ("watermarking_config", {"a": 1}),
+        ("max_new_tokens", "x"),
+        ("num_return_sequences", 3),
+        ("self", 3),
+    ],
+)
+def test_a_value_for_generation_that_transformers_refuses_is_named_by_inspect(model, key, value):
+    wanted = {"eos_token_id": 0, key: value, "temperature": 0.7, "do_sample": False}
+    (model / "generation_config.json").write_text(json.dumps(wanted))
+    refused(model, "generation_config.json", f"; remove {key} from it")
+    del wanted[key]
+    (model / "generation_config.json").write_text(json.dumps(wanted))
+    find_target(model)
+
+
+def test_of_several_refused_values_for_generation_one_is_named_after_the_other(model):
+    wanted = {"cache_implementation": "foo", "compile_config": 3, "top_k": 5}
+    (model / "generation_config.json").write_text(json.dumps(wanted))
+    for key in ("cache_implementation", "compile_config"):
+        refused(model, f"; remove {key} from it")
+        del wanted[key]
+        (model / "generation_config.json").write_text(json.dumps(wanted))
+    find_target(model)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_code_that_comes_with_a_model_is_never_run(model, known, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
@@ -308,7 +339,7 @@ def test_every_loader_that_could_run_a_models_own_code_is_told_not_to():
                 options = {keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords}
                 assert options.get("trust_remote_code") is False, f"{path.name} line {call.lineno}"
                 loaders.append(path.name)
-    assert {"targets.py", "processors.py", "packaged.py"} <= set(loaders)
+    assert {"loading.py", "processors.py", "packaged.py"} <= set(loaders)
 
 
 @pytest.mark.parametrize("read", [load_config, load_processor])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitladder.errors import ModelError
+from bitladder.errors import ModelError, foreign
 from bitladder.evaluation.metrics import EXPORT_AGAIN
 from bitladder.formats import grids as numerics
 from bitladder.formats.kv_cache import Fp8Cache
@@ -64,11 +64,9 @@ def _use_generation_config(model: Any, directory: Path) -> None:
         return
     from transformers import GenerationConfig
 
-    try:
+    with foreign(ModelError, f"{path} is damaged", EXPORT_AGAIN):
         check_regular(path)
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{path} is damaged ({str(error).strip().splitlines()[0]}); {EXPORT_AGAIN}") from error
 
 
 def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:

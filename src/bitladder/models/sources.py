@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitladder.errors import ModelError, UnsupportedModel
+from bitladder.errors import ModelError, UnsupportedModel, foreign
 from bitladder.models.weights import INDEX_FILE, PROVENANCE_FILE, WeightFiles
 from bitladder.reading import check_regular, read_json
 from bitladder.records import CheckpointManifest
@@ -118,6 +118,35 @@ def check_side_files(directory: Path) -> None:
             raise ModelError(f"{path} is damaged ({error}); fetch it again") from error
         if not isinstance(content, dict):
             raise ModelError(f"{path} holds no JSON object; fetch it again")
+        if name == _GENERATION_FILE:
+            _check_generation(path, content)
+
+
+def _check_generation(path: Path, content: dict[str, Any]) -> None:
+    """Check that transformers, which reads it with the model, and vLLM with it, take every key's value.
+
+    Raises:
+        ModelError: one is refused; the message names the key.
+    """
+    from transformers import GenerationConfig
+
+    def reason(keys: Iterable[str]) -> str | None:
+        try:
+            with foreign(ModelError, "refused"):
+                GenerationConfig(**{key: content[key] for key in keys})
+        except ModelError as error:
+            return str(error).removeprefix("refused: ")
+        return None
+
+    why = reason(content)
+    if why is None:
+        return
+    others = {key: [other for other in content if other != key] for key in content}
+    odd = [key for key in content if reason(others[key]) is None] or [key for key in content if reason([key])]
+    raise ModelError(
+        f"transformers can't take {path} ({why.rstrip('.')}); "
+        + (f"remove {odd[0]} from it, or correct its value" if odd else "correct it")
+    )
 
 
 @contextlib.contextmanager
