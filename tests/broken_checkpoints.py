@@ -319,6 +319,17 @@ def poison(name: str, value: float) -> Callable[[Tensors], None]:
     return change
 
 
+def widen(*parts: str) -> Callable[[Tensors], None]:
+    """Store the 16-bit tensors whose names hold one of these in float64."""
+
+    def change(tensors: Tensors) -> None:
+        for name, value in tensors.items():
+            if value.dtype == torch.bfloat16 and any(part in name for part in parts):
+                tensors[name] = value.double()
+
+    return change
+
+
 def nan_codes(tensors: Tensors) -> None:
     tensors[f"{DOWN}.weight"].view(torch.uint8).view(-1)[11] = E4M3_NAN
 
@@ -646,6 +657,8 @@ GOOD: tuple[Case, ...] = (
         None,
         "the vision tower too, consistently: odd, but it runs",
     ),
+    Case("norms_in_float64", tensors_case(widen("norm")), None, None, "vLLM casts whatever it copies into 16 bits"),
+    Case("all_in_float64", tensors_case(widen("")), None, None, "linears, biases and the embedding too", "layer0_bf16"),
     Case("twelve_layers", twelve("model.layers.1.*"), None, None, "a wildcard that hits its layer alone"),
 )
 

@@ -405,6 +405,7 @@ def test_only_headers_and_scales_are_read_unless_asked(good, tmp_path, monkeypat
         (torch.bfloat16, -3.3e38, float("nan")),
         (torch.float16, -65504.0, float("-inf")),
         (torch.float32, 3.4e38, float("nan")),
+        (torch.float64, 3.4e38, float("inf")),
         (torch.float8_e4m3fn, -448.0, float("nan")),
     ],
 )

@@ -24,7 +24,9 @@ _PROCESSOR_FILES = (("preprocessor_config.json",), ("processor_config.json",))
 _HUB_FILES = (".cache/huggingface/", ".git/", ".gitattributes")  # what a hub's clients leave; no runtime reads it
 _SCAN_BYTES = 1 << 20  # what a cache holds, and a multiple of every dtype's bytes
 E4M3 = "F8_E4M3"
-SIXTEEN_BIT = ("BF16", "F16", "F32")  # dtypes of weights that aren't quantised
+# dtypes of weights that aren't quantised: runtimes cast them into 16 bits as they copy them.
+# Source: vllm model_executor/model_loader/weight_utils.py, default_weight_loader.
+SIXTEEN_BIT = ("BF16", "F16", "F32", "F64")
 # dtype -> (integer of its width, bits of the magnitude, least magnitude that is NaN or infinite). E4M3 has no infinity,
 # its NaN is 0x7F or 0xFF. Source: OCP OFP8 table 1; IEEE 754.
 _NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int, int]] = {
@@ -32,6 +34,7 @@ _NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int, int]] = {
     "BF16": (np.uint16, 0x7FFF, 0x7F80),
     "F16": (np.uint16, 0x7FFF, 0x7C00),
     "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
+    "F64": (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
 }
 _FLOATS: dict[str, Callable[[bytes], float]] = {  # dtype of a scale -> its first element
     "BF16": lambda data: float(struct.unpack("<f", b"\0\0" + data[:2])[0]),

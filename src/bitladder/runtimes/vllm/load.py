@@ -28,7 +28,7 @@ SCRIPT = "vllm/child_load.py"
 RUNTIME = "vllm"
 FP8 = "fp8"  # as our formats are called
 _E4M3 = "float8_e4m3fn"  # as torch calls what vLLM runs FP8 weights in
-_SIXTEEN_BIT = ("bfloat16", "float16", "float32")  # dtypes of a layer that isn't quantised
+_SIXTEEN_BIT = ("bfloat16", "float16", "float32", "float64")  # dtypes of a layer that isn't quantised
 # What vLLM's attention layers may be given besides k_scale and v_scale; ModelOpt writes neither, 1.0 is used.
 # Source: vllm model_executor/layers/quantization/kv_cache.py, BaseKVCacheMethod.create_weights.
 _OPTIONAL_SCALES = ("q_scale", "prob_scale")
