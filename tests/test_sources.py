@@ -201,6 +201,32 @@ def test_odd_architectures_are_refused(model, architectures):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("attn_implementation", "flash_attention_2"),
+        ("_attn_implementation", "flash_attention_2"),
+        ("attn_implementation", {"": "kernels-community/x"}),
+        ("_attn_implementation", 3),
+        ("return_dict", False),
+    ],
+)
+def test_a_key_that_a_model_cannot_be_run_with_is_to_be_removed(model, key, value):
+    edit(model, **{key: value})
+    refused(model, "config.json", f"Remove {key} from it", kind=UnsupportedModel)
+    edit(model, **{key: {"return_dict": True}.get(key, "eager")})
+    find_target(model)
+
+
+def test_outputs_without_names_are_refused_in_the_language_models_section_too(tmp_path):
+    save_model(transformers.LlavaForConditionalGeneration, llava_config(), tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    edit(tmp_path, text_config={**content["text_config"], "return_dict": False})
+    refused(tmp_path, "Remove return_dict from it", kind=UnsupportedModel)
+    edit(tmp_path, text_config=content["text_config"])
+    find_target(tmp_path)
+
+
 def test_a_head_that_is_stored_beside_tied_embeddings(tmp_path):
     untied = llama_config(tie_word_embeddings=False)
     model = save_model(transformers.LlamaForCausalLM, untied, tmp_path / "model", tokenizer=False)

@@ -13,6 +13,9 @@ from bitladder.models.weights import read_config
 
 _QUANTISATION_KEYS = ("quantization_config", "compression_config")
 LEGACY_QUANTISATION = "hf_quant_config.json"  # of ModelOpt's exports
+# Keys that say how attention is computed, and what they may say: other ways need packages, a GPU, or code of the Hub.
+_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
+_ATTENTION_WAYS = ("eager", "sdpa")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")  # keys of configurations
 _MOST_LAYERS = 10_000
 
@@ -67,6 +70,7 @@ def load_config(directory: Path) -> Any:
                 "to one that it has"
             ) from error
         raise
+    _check_how_it_runs(raw, config, directory)
     return _unquantised(config)
 
 
@@ -82,6 +86,33 @@ def _check_layers(config: Mapping[str, Any], directory: Path) -> None:
             number = section.get(key)
             if isinstance(number, int | float) and number > _MOST_LAYERS:
                 raise ModelError(f"{directory / 'config.json'}: {key} is {number}, no model has so many; correct it")
+
+
+def _check_how_it_runs(raw: Mapping[str, Any], config: Any, directory: Path) -> None:
+    """Refuse keys of config.json that say how a model is run, not what it is, and that it can't be run with here.
+
+    Args:
+        raw: what the file says.
+        config: what transformers makes of it.
+        directory: the model's.
+
+    Raises:
+        UnsupportedModel: the model runs once the key is removed.
+    """
+    file = directory / "config.json"
+    for key in _ATTENTION_KEYS:
+        value = raw.get(key)
+        ways = value.values() if isinstance(value, dict) else [value]
+        if any(way is not None and way not in _ATTENTION_WAYS for way in ways):
+            raise UnsupportedModel(
+                f"{file}: {key} is {str(value)[:60]}; attention is computed by {' or '.join(_ATTENTION_WAYS)} here. "
+                f"Remove {key} from it: the model stays the same"
+            )
+    if not (getattr(config, "return_dict", True) and getattr(config.get_text_config(), "return_dict", True)):
+        raise UnsupportedModel(
+            f"{file}: return_dict is false, so that the model's outputs have no names. Remove return_dict from it (from "
+            "text_config too): the model stays the same"
+        )
 
 
 def _quantised_by(config: Mapping[str, Any], directory: Path) -> str | None:
