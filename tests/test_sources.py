@@ -187,6 +187,46 @@ def test_quantised_models_are_refused_wherever_they_say_so(model, tmp_path):
     refused(vlm, "already quantised (gptq)", kind=UnsupportedModel)
 
 
+def mlx(name, value):
+    rows, bare = len(value), name.removesuffix(".weight")
+    ones = torch.ones(rows, 1).bfloat16()
+    return {name: torch.zeros(rows, 8, dtype=torch.uint32), f"{bare}.scales": ones, f"{bare}.biases": ones.clone()}
+
+
+def awq(name, value):
+    bare = name.removesuffix(".weight")
+    return {f"{bare}.qweight": torch.zeros(4, 4, dtype=torch.int32), f"{bare}.scales": torch.ones(4).half()}
+
+
+def packed(name, value):
+    bare = name.removesuffix(".weight")
+    return {f"{bare}.weight_packed": torch.zeros(4, 4, dtype=torch.int32)}
+
+
+def with_scale(name, value):
+    return {name: value, f"{name}_scale": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (mlx, "MLX"),
+        (awq, "AWQ"),
+        (packed, "compressed-tensors"),
+        (with_scale, "FP8"),
+        (lambda name, value: {name: value.to(torch.float8_e4m3fn)}, "F8_E4M3"),
+        (lambda name, value: {name: (10 * value).to(torch.int8)}, "I8"),
+        (lambda name, value: {name: torch.zeros(len(value), 4, dtype=torch.uint8)}, "U8"),
+    ],
+)
+def test_quantised_tensors_are_refused_where_the_configuration_does_not_say_so(model, change, says):
+    changed = {}
+    for name, value in load_file(model / SINGLE_FILE).items():
+        changed |= change(name, value) if value.ndim == 2 and ".layers.1." in name else {name: value}
+    save_file(changed, model / SINGLE_FILE, metadata={"format": "pt"})
+    refused(model, "already quantised (model.layers.1.", says, "start from the original", kind=UnsupportedModel)
+
+
 @pytest.mark.parametrize("content", ["[]", "7", '"x"', "{", ""])
 def test_an_odd_config_is_refused(model, content):
     (model / "config.json").write_text(content)
@@ -202,7 +242,7 @@ def test_odd_architectures_are_refused(model, architectures):
 
 
 @pytest.mark.parametrize(
-    "key, value",
+    ("key", "value"),
     [
         ("attn_implementation", "flash_attention_2"),
         ("_attn_implementation", "flash_attention_2"),
@@ -287,7 +327,7 @@ def test_a_damaged_side_file_is_found_by_inspect(model, name, content):
 
 
 @pytest.mark.parametrize(
-    "key, value",
+    ("key", "value"),
     [
         ("cache_implementation", "foo"),
         ("compile_config", 3),

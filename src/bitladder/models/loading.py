@@ -110,7 +110,7 @@ def _check_how_it_runs(raw: Mapping[str, Any], config: Any, directory: Path) -> 
             )
     if not (getattr(config, "return_dict", True) and getattr(config.get_text_config(), "return_dict", True)):
         raise UnsupportedModel(
-            f"{file}: return_dict is false, so that the model's outputs have no names. Remove return_dict from it (from "
+            f"{file}: return_dict is false, so that the model's outputs have no names. Remove return_dict from it (in "
             "text_config too): the model stays the same"
         )
 

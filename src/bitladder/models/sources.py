@@ -8,7 +8,7 @@ damaged one is found before anything is computed.
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +54,18 @@ _TEXT_FILES = (  # others that it opens by itself
     "spiece.model",
     "chat_template.jinja",
     PROVENANCE_FILE,
+)
+# Last parts of names that only quantised models' tensors have, and whose they are.
+_LEFT_OVER = {
+    **dict.fromkeys(("qweight", "qzeros", "g_idx"), "GPTQ or AWQ"),
+    **dict.fromkeys(("scales", "biases"), "MLX, GPTQ or AWQ"),
+    **dict.fromkeys(("weight_packed", "weight_shape", "weight_zero_point"), "compressed-tensors"),
+    **dict.fromkeys(("weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale"), "FP8, INT8 or FP4"),
+    **dict.fromkeys(("absmax", "quant_map", "SCB"), "bitsandbytes"),
+}
+_QUANTISED_DTYPES = frozenset(  # of weights; 32 bits hold several that are packed
+    ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F6_E2M3", "F6_E3M2")
+    + ("F4", "I8", "U8", "I32", "U32")
 )
 _GENERATION_FILE = "generation_config.json"
 _ADAPTER_FILE = "adapter_config.json"
@@ -167,6 +179,32 @@ def as_loaded(directory: Path) -> Iterator[Path]:
             table = {name: called[info.file] for name, info in weights.tensors.items()}
             (scratch / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": table}), encoding="utf-8")
         yield scratch
+
+
+def check_unquantised(weights: WeightFiles, table: Mapping[str, str]) -> None:
+    """Check, by the headers alone, that weights which config.json calls unquantised are so.
+
+    Args:
+        weights: the model's files.
+        table: which parameter each tensor becomes; see `check_fit`.
+
+    Raises:
+        UnsupportedModel: a tensor that only quantised models have, or a weight in 8 bits or fewer, or packed.
+    """
+    found = {name: _LEFT_OVER.get(name.rpartition(".")[2]) for name in weights.tensors if name not in table}
+    if not any(found.values()):
+        matrices = {name: info for name, info in weights.tensors.items() if len(info.shape) > 1}
+        found = {
+            name: f"stored as {info.dtype}"
+            for name, info in matrices.items()
+            if name.endswith(".weight") and info.dtype in _QUANTISED_DTYPES
+        }
+    for name, method in found.items():
+        if method is not None:
+            raise UnsupportedModel(
+                f"{weights.directory} is already quantised ({name}: {method}), though config.json has no "
+                "quantization_config; start from the original checkpoint"
+            )
 
 
 def check_fit(model: Any, weights: WeightFiles, table: dict[str, str]) -> None:

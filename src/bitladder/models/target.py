@@ -16,7 +16,7 @@ from bitladder.errors import UnsupportedModel
 from bitladder.models.anatomy import Anatomy, look
 from bitladder.models.fusing import Fusing
 from bitladder.models.loading import build_on_meta, checkpoint_tensor_names, image_token_ids
-from bitladder.models.sources import check_fit, check_head, check_side_files, split_when_loaded
+from bitladder.models.sources import check_fit, check_head, check_side_files, check_unquantised, split_when_loaded
 from bitladder.models.weights import SIXTEEN_BIT_DTYPES, WeightFiles, read_config
 from bitladder.records import QuantGroup, QuantModule, UntouchedModule
 
@@ -119,6 +119,7 @@ def find_target(directory: Path) -> Target:
             "dense decoder layers are"
         )
     table = checkpoint_tensor_names(model, weights.tensors)
+    check_unquantised(weights, table)
     check_fit(model, weights, table)
     tensor_of = {parameter: tensor for tensor, parameter in table.items()}
     check_head(model, weights, tensor_of)
