@@ -186,6 +186,41 @@ def test_what_is_too_long_is_cut_and_passed_over_where_nothing_counts(model, tmp
     assert load(path, tokenizer, samples=3, sequence_length=512).summary.samples == 3
 
 
+EMPTY = (
+    [{"role": "user", "content": ""}, {"role": "assistant", "content": " \n"}],
+    [{"role": "user", "content": [{"type": "text", "text": ""}]}],
+    [{"from": "human", "value": ""}],
+    [],
+)
+
+
+def test_conversations_in_which_nothing_is_said_are_left_out_and_alone_refused(model, tmp_path):
+    rows = [{"messages": turns} for turns in EMPTY]
+    with pytest.raises(DataError, match=r"holds no conversations: every one in it is empty; 4 were asked for: give"):
+        load(write(tmp_path / "empty.jsonl", rows), model(PLAIN))
+    tokenizer = model(PLAIN)
+    some = load(write(tmp_path / "some.jsonl", [*rows, *({"messages": turns} for turns in CHATS[:4])]), tokenizer)
+    assert all(":" in text and len(text) > 20 for text in texts(some, tokenizer))
+    thought = [{"role": "assistant", "content": "", "reasoning_content": "hm"}]
+    assert load(write(tmp_path / "thought.jsonl", [{"messages": thought}]), tokenizer, samples=1).summary.samples == 1
+
+
+@pytest.mark.parametrize("template", ["", " \n"])
+def test_an_empty_template_is_none(template, model, jsonl):
+    tokenizer = model(template)
+    with pytest.raises(DataError, match=r"has no chat template.* put one into chat_template\.jinja"):
+        load(jsonl, tokenizer)
+    assert chats_line(tokenizer).startswith("no chat template")
+
+
+def test_a_longer_sequence_is_advised_only_where_conversations_were_cut(model, jsonl):
+    with pytest.raises(DataError, match="have no token that counts.*ask for fewer samples, or give") as caught:
+        load(jsonl, model("{# nothing #}"))
+    assert "raise sequence_length" not in str(caught.value)
+    with pytest.raises(DataError, match="ask for fewer samples, raise sequence_length, or give"):
+        load(jsonl, model(MARKED), sequence_length=3)
+
+
 def test_held_out_conversations_are_others(model, jsonl, llama):
     tokenizer = model(PLAIN)
     calibration = load(jsonl, tokenizer, samples=6).summary

@@ -6,6 +6,8 @@ import gzip
 import json
 import lzma
 import os
+import shlex
+import subprocess
 
 import datasets
 import pytest
@@ -135,12 +137,27 @@ def test_what_is_no_file(kind, tokenizer, tmp_path):
         ('{"text": "a"}\n{"text": ', "line 2 is not JSON"),
         ("[" * 100000, "is a JSON array"),
         (jsonl(["a"]), "line 1 is not a JSON object"),
+        ('{"text": "a"}\n{"text": "b", "text": "c"}', r"line 2 can't be taken \(text is described twice\); correct or"),
+        ('{"text": "a", "x": ' + "[" * 100000 + "]" * 100000 + "}", r"can't be taken \(nested too deeply\)"),
     ],
 )
 def test_rows_that_hold_no_text_are_refused_with_their_line(content, words, tokenizer, tmp_path):
     with pytest.raises(DataError, match=words) as caught:
         load(text_spec(put(tmp_path / "d.jsonl", content), kind="jsonl"), tokenizer)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_joined_files_with_byte_order_marks_are_mended_by_the_command_that_is_printed(between, tokenizer, tmp_path):
+    half = codecs.BOM_UTF8 + jsonl({"text": line} for line in LINES[:30]).rstrip().encode()
+    path = put(tmp_path / "joined.jsonl", half + between.encode() + half.replace(codecs.BOM_UTF8, codecs.BOM_UTF8 * 2))
+    with pytest.raises(DataError, match=r"line 3[01] is not JSON: a byte order mark .*; remove it: sed -i") as caught:
+        load(text_spec(path, kind="jsonl"), tokenizer)
+    command = str(caught.value).rpartition("remove it: ")[2]
+    subprocess.run([*shlex.split(command), path], check=True)
+    assert codecs.BOM_UTF8 not in path.read_bytes()
+    held = jsonl([{"text": "a \ufeff b"}] * 60, ensure_ascii=False)  # in a string it is a character
+    assert load(text_spec(put(tmp_path / "held.jsonl", held), kind="jsonl"), tokenizer).summary.samples
 
 
 def test_nulls_and_empty_texts_of_a_data_set_are_left_out(tokenizer, tmp_path):

@@ -124,6 +124,14 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     return made
 
 
+def _says(turn: dict[str, Any]) -> bool:
+    """Return whether a turn holds anything: text, a call, or what only some templates know (reasoning)."""
+    content = turn.get("content") or ""
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    others = [value for key, value in turn.items() if key not in ("role", "name", "content")]
+    return any(text.strip() for text in texts) or any(others)
+
+
 def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
     function = call.get("function")
     if not isinstance(function, dict) or "arguments" not in function:
@@ -145,7 +153,7 @@ def _column(spec: DataSpec, row: dict[str, Any], where: str) -> str:
 
 
 def _conversation(spec: DataSpec, row: dict[str, Any], where: str, *, nullable: bool) -> Conversation | None:
-    """Return a row's conversation; None where it holds none."""
+    """Return a row's conversation; None where it holds none, or one in which nobody says or calls anything."""
     name = _column(spec, row, where)
     turns = row[name]
     if turns == [] or (turns is None and nullable):
@@ -156,6 +164,8 @@ def _conversation(spec: DataSpec, row: dict[str, Any], where: str, *, nullable: 
             '({"role", "content"} or {"from", "value"}); kind jsonl takes texts'
         )
     made = [_turn(turn, where) for turn in turns]
+    if not any(map(_says, made)):
+        return None
     system = row.get("system")
     if not isinstance(system, str | None):
         raise DataError(f"{where}: 'system' is {json.dumps(system, default=str)[:40]}; it must be text")
@@ -352,10 +362,16 @@ def load_conversations(
         DataError: no template, malformed data, or too few conversations.
     """
     found, nulls = conversations_of(spec, processor, pool_size(spec, samples, len(avoided)))
+    if not found:
+        raise DataError(
+            f"{spec.path} holds no conversations: every one in it is empty{' or null' * bool(nulls)}; {samples} were "
+            "asked for: give data in which something is said"
+        )
     random.Random(seed).shuffle(found)
     writer = Writer(processor)
     chosen: list[tuple[Conversation, Encoded]] = []
     passed: list[str] = []
+    cut = False  # whether one of these goes on
     left = [conversation for conversation in found if conversation.digest not in avoided]
     for conversation in left:
         encoded = writer.encode(conversation, sequence_length)
@@ -363,6 +379,7 @@ def load_conversations(
             chosen.append((conversation, encoded))
         else:
             passed.append(conversation.where)
+            cut = cut or len(encoded.ids) == sequence_length
         if len(chosen) == samples:
             break
     if len(chosen) < samples:
@@ -375,7 +392,7 @@ def load_conversations(
         )
         raise DataError(
             f"{spec.path} holds {len(found)} conversations{unused}{nothing}; {samples} were asked for: ask for fewer "
-            f"samples, {'raise sequence_length, ' if passed else ''}or give more data"
+            f"samples, {'raise sequence_length, ' if cut else ''}or give more data"
         )
     # Conversations of similar length share a batch: less padding, and padding is calibrated on too.
     chosen.sort(key=lambda one: len(one[1].ids))

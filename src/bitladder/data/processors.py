@@ -154,7 +154,13 @@ def tokenizer_of(processor: Any) -> Any:
 
 def has_template(processor: Any) -> bool:
     """Return whether a model's files hold a chat template."""
-    return any(getattr(one, "chat_template", None) for one in (processor, tokenizer_of(processor)))
+    return any(_templates(processor))
+
+
+def _templates(processor: Any) -> list[Any]:
+    """Return the processor's chat template and its tokenizer's, None where there is none or an empty one."""
+    found = [getattr(one, "chat_template", None) for one in (processor, tokenizer_of(processor))]
+    return [None if isinstance(one, str) and not one.strip() else one for one in found]
 
 
 def template_of(processor: Any) -> str:
@@ -165,7 +171,7 @@ def template_of(processor: Any) -> str:
     Raises:
         DataError: there is none, or none of them is the default.
     """
-    found = [getattr(one, "chat_template", None) for one in (processor, tokenizer_of(processor))]
+    found = _templates(processor)
     for template in found:
         if isinstance(template, str):
             return template

@@ -1,6 +1,7 @@
 """Text sources as rows of tokens: files, JSONL, data sets of the Hub."""
 
 import errno
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ _ROW_FILES = {
 }
 _ROWS_PER_SAMPLE = 8  # rows of a data set that one sample is chosen from; what lies beyond isn't read
 _OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # what keeps `datasets` off the Hub
+_MARK = "\ufeff"  # byte order mark
 _TRUE = ("1", "ON", "YES", "TRUE")  # huggingface_hub, constants.py
 _CHATS = ("messages", "conversations")  # fields in which chat data holds its turns
 
@@ -103,12 +105,18 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line)
+            row = parse_json(line, keys_once=True)
         except ValueError as error:
             if number == 1 and line.lstrip().startswith("["):
                 raise DataError(f"{path} is a JSON array; write one object a line: jq -c '.[]'") from None
-            reason = getattr(error, "msg", str(error))
-            raise DataError(f"{path} line {number} is not JSON ({reason}); one object a line is expected") from error
+            if not isinstance(error, json.JSONDecodeError):
+                raise DataError(f"{path} line {number} can't be taken ({error}); correct or remove it") from error
+            if line[error.pos : error.pos + 1] == _MARK:  # inside JSON's own strings it is a character like others
+                raise DataError(
+                    f"{path} line {number} is not JSON: a byte order mark stands in it, as where files that begin with "
+                    "one were joined; remove it: sed -i 's/\\xEF\\xBB\\xBF//g'"
+                ) from error
+            raise DataError(f"{path} line {number} is not JSON ({error.msg}); one object a line is expected") from error
         if isinstance(row, list) and row and isinstance(row[0], dict):
             raise DataError(f"{path} line {number} is a JSON array; write one object a line: jq -c '.[]'")
         if not isinstance(row, dict):

@@ -64,8 +64,7 @@ _LEFT_OVER = {
     **dict.fromkeys(("absmax", "quant_map", "SCB"), "bitsandbytes"),
 }
 _QUANTISED_DTYPES = frozenset(  # of weights; 32 bits hold several that are packed
-    ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F6_E2M3", "F6_E3M2")
-    + ("F4", "I8", "U8", "I32", "U32")
+    ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4", "I8", "U8", "I32", "U32")
 )
 _GENERATION_FILE = "generation_config.json"
 _ADAPTER_FILE = "adapter_config.json"
