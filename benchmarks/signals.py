@@ -40,6 +40,7 @@ import quality
 import torch
 
 from bitladder.device import deterministic, without_cudnn_attention
+from bitladder.formats import get_format
 from bitladder.measuring import candidates as taps
 from bitladder.measuring import native
 from bitladder.measuring.calls import hidden_of
@@ -125,10 +126,10 @@ class Taps(ExitStack):
         super().__init__()
         self.found: dict[str, tuple] = {}  # of the backward pass at hand
         for group in job.target.groups:
-            for name, fp8 in taps.fp8_of(model, group, amax, None).items():
+            for name, fp8 in taps.forms_of(model, group, get_format("fp8"), amax, None).items():
                 self.callback(model.get_submodule(name).register_forward_hook(self._hook(name, fp8)).remove)
 
-    def _hook(self, name: str, fp8: taps.Fp8):
+    def _hook(self, name: str, fp8: taps.Form):
         def tap(linear, inputs, output) -> None:
             if output.requires_grad:
                 x, exact = inputs[0].detach(), output.detach()

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import broken_checkpoints
 from bitladder.data.processors import load_processor
 from bitladder.data.samples import load_data
+from bitladder.formats.fp8_tensor import Fp8Tensor
 from bitladder.measuring.measure import measure
 from bitladder.models import weights
 from bitladder.models.target import find_target
@@ -197,6 +198,11 @@ def load_text(directory: Path, path: Path, samples: int = 6, length: int = 24, b
 
 def source_of(directory: Path):
     return weights.model_source(directory, path=str(directory), revision=None, cache=weights.DigestCache())
+
+
+def format_like(name: str, bits: int = 8):
+    """A format as `fp8` is, of another name and width, to be registered for a while."""
+    return type("Other", (Fp8Tensor,), {"name": name, "code_bits": bits})()
 
 
 def measure_text(directory: Path, path: Path, output: Path, progress=None, samples: int = 6, **spec):

@@ -9,9 +9,10 @@ import transformers
 import tiny_architectures
 from bitladder import cli
 from bitladder.errors import EngineError, UnsupportedModel
+from bitladder.formats import get_format
 from bitladder.measured import read_amax
 from bitladder.measuring import native
-from bitladder.measuring.candidates import InFp8, fp8_of, taken
+from bitladder.measuring.candidates import InForm, forms_of, taken
 from bitladder.measuring.job import Job
 from bitladder.measuring.layers import DeviceMemory, Layers
 from bitladder.measuring.tail import Tail
@@ -92,8 +93,8 @@ def test_kl_is_that_of_whole_models(name, text_file, tmp_path):
         own = model(**batch.inputs, use_cache=False).logits[:, :-1][batch.predicted].double().log_softmax(-1)
         for group, candidate in zip(target.groups, found.candidates, strict=True):
             with ExitStack() as stack:
-                for module, fp8 in fp8_of(model, group, amax, None).items():
-                    stack.enter_context(taken(model.get_submodule(module), InFp8, fp8=fp8))
+                for module, form in forms_of(model, group, get_format("fp8"), amax, None).items():
+                    stack.enter_context(taken(model.get_submodule(module), InForm, form=form))
                 other = model(**batch.inputs, use_cache=False).logits[:, :-1][batch.predicted].double().log_softmax(-1)
             kl = float((own.exp() * (own - other)).sum())
             assert candidate.scores[0] == pytest.approx(kl, rel=0.02), group.name

@@ -102,7 +102,7 @@ def test_compiled_layers_give_the_same_scores(model, method, compiling, monkeypa
     for one, other in zip(single, together, strict=True):
         for group, formats in one.items():
             assert other[group]["fp8"] == pytest.approx(formats["fp8"], rel=1e-5), group
-    assert not any(isinstance(module, taps.Tapped | taps.InFp8) for module in job.layers.model.modules())
+    assert not any(isinstance(module, taps.Tapped | taps.InForm) for module in job.layers.model.modules())
     assert not any("fp8" in module.__dict__ for module in job.layers.model.modules())
 
 

@@ -16,6 +16,7 @@ from bitladder.evaluation.simulation import Simulation
 from bitladder.measured import read_amax, read_codes
 from bitladder.measuring.checks import with_scales
 from bitladder.models.target import Target, find_target
+from bitladder.recipe import MeasureSpec
 from bitladder.records import CheckpointManifest, QuantGroup, QuantModule
 from bitladder.verification import verify
 from conftest import TEXT, load_text, measure_text, save_model, spec
@@ -171,7 +172,7 @@ def test_nan_is_an_error_before_a_group_is_left_alone():
     group = QuantGroup(name="layers.0.up_proj", modules=(QuantModule(name="layers.0.up_proj"),), weight_elements=1)
     amax = {"layers.0.up_proj.weight_amax": torch.tensor(0.0), "layers.0.up_proj.input_amax": torch.tensor(torch.nan)}
     with pytest.raises(MeasurementError, match="layers.0.up_proj: its activations hold NaN or Inf"):
-        with_scales(Target("", (group,), ()), amax)
+        with_scales(Target("", (group,), ()), amax, MeasureSpec())
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_a_group_stays_where_no_scale_is_a_number(weight, seen, reason):
         amax.pop(f"{names[0]}.{kind}_amax")
         if value is not None:
             amax[f"{names[0]}.{kind}_amax"] = torch.tensor(value)
-    found = with_scales(Target("", groups, ()), amax)
+    found = with_scales(Target("", groups, ()), amax, MeasureSpec())
     assert [group.name for group in found.groups] == [names[1]]  # whose scales are just numbers
     assert [(module.name, module.reason) for module in found.untouched] == [(names[0], reason)]
     scale = amax[f"{names[1]}.weight_amax"] / 448

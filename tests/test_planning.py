@@ -1,6 +1,5 @@
 """Plans are exact: against brute force on small cases, against HiGHS on 144 real groups; never over budget."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -26,7 +25,7 @@ from bitladder.records import (
     QuantModule,
     UntouchedModule,
 )
-from conftest import spec
+from conftest import format_like, spec
 
 MANIFEST = Path(__file__).parent / "data" / "qwen2_5_vl_3b_instruct_fp8_autoquant_manifest.json"
 BITS = {"fp8": 8, "int4": 4}
@@ -80,7 +79,7 @@ def random_measurement(rng, groups, names=("fp8",)):
 @pytest.fixture
 def int4(monkeypatch):
     """A second format beside fp8, as a runtime with 4-bit weights would have it."""
-    four = dataclasses.replace(formats.FP8, name="int4", bits=4)
+    four = format_like("int4", 4)
     monkeypatch.setitem(formats.FORMATS, "int4", four)
     return ("fp8", "int4")
 

@@ -223,7 +223,8 @@ each_record = pytest.mark.parametrize("record", SAMPLES, ids=lambda record: type
 def types_of(module: Any) -> list[type[Part]]:
     """The records and parts that a module defines."""
     found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Part)]
-    return [value for value in found if value.__module__ == module.__name__ and value is not Part]
+    inside = (module.__name__, f"{module.__name__}.")
+    return [v for v in found if (v.__module__ == inside[0] or v.__module__.startswith(inside[1])) and v is not Part]
 
 
 def section_of(name: str) -> str:

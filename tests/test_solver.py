@@ -1,6 +1,5 @@
 """Single budgets are solved without the whole frontier, and come out as they do with it: to the bit, ties included."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ from bitladder.planning import importing, points, solver
 from bitladder.planning.options import options_of
 from bitladder.planning.relaxation import Relaxation
 from bitladder.records import BF16
-from conftest import spec
+from conftest import format_like, spec
 from test_planning import BITS, MANIFEST, brute_force, measurement_of
 
 WIDTHS = {"a": 3, "b": 4, "c": 5, "d": 6, "e": 7, "fp8": 8, "g": 10, "h": 12}
@@ -26,7 +25,7 @@ WIDTHS = {"a": 3, "b": 4, "c": 5, "d": 6, "e": 7, "fp8": 8, "g": 10, "h": 12}
 @pytest.fixture(autouse=True)
 def many_formats(monkeypatch):
     for name, bits in WIDTHS.items():
-        monkeypatch.setitem(formats.FORMATS, name, dataclasses.replace(formats.FP8, name=name, bits=bits))
+        monkeypatch.setitem(formats.FORMATS, name, format_like(name, bits))
         monkeypatch.setitem(BITS, name, bits)
 
 
@@ -201,7 +200,7 @@ def test_options_that_another_one_betters_are_dropped():
 
 
 def test_of_equal_choices_the_first_format_wins(monkeypatch):
-    monkeypatch.setitem(formats.FORMATS, "twin", dataclasses.replace(formats.FP8, name="twin"))
+    monkeypatch.setitem(formats.FORMATS, "twin", format_like("twin"))
     monkeypatch.setitem(BITS, "twin", 8)
     for names in (("fp8", "twin"), ("twin", "fp8")):
         measurement = measurement_of([16] * 3, [{"fp8": 1.0, "twin": 1.0}] * 3, names)

@@ -19,7 +19,8 @@ from bitladder.evaluation.evaluate import evaluate_checkpoint
 from bitladder.evaluation.reference import Reference
 from bitladder.measured import read_amax
 from bitladder.models.target import find_target
-from bitladder.planning import _with_vllms_names, plan
+from bitladder.planning import plan
+from bitladder.planning.pricing import _with_vllms_names
 from bitladder.records import Candidate, DataSummary, Measurement
 from bitladder.runtimes.architectures import architecture, uneven_layers
 from bitladder.runtimes.preflight import RUNTIMES, preflight

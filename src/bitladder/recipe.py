@@ -195,6 +195,15 @@ class MeasureSpec(Section):
             return {"method": "gradient", **content}
         return content
 
+    @model_validator(mode="after")
+    def _codes_of_one_format(self) -> Self:
+        if self.rounding == "compensated" and len(self.formats) > 1:
+            raise ValueError(
+                f"rounding: compensated makes codes of one format, formats are {len(self.formats)} "
+                f"({', '.join(self.formats)}); name one, or use rounding: nearest"
+            )
+        return self
+
     @field_validator("formats")
     @classmethod
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -237,6 +246,11 @@ class WorkersSpec(Section):
             return (
                 f"workers.count is {self.count}, but measurement.engine: {measurement.engine} measures in one process; "
                 "use engine: native, or leave workers out"
+            )
+        if self.count and len(measurement.formats) > 1:
+            return (
+                f"workers.count is {self.count}, but measurement.formats are {len(measurement.formats)} "
+                f"({', '.join(measurement.formats)}); workers score in one: name one, or leave workers out"
             )
         if self.count and ":" in measurement.device:
             return f"measurement.device: {measurement.device} names one GPU, workers take one each; use device: cuda"

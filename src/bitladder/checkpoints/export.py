@@ -21,7 +21,7 @@ import torch
 from bitladder.checkpoints.config import CONFIG_FILE, QUANT_CONFIG_FILE, config_with_quantisation, quant_config
 from bitladder.checkpoints.writer import DTYPE_BYTES, Entry, digest_of_file, write_file, write_weights
 from bitladder.errors import MeasurementError, OutputError, StaleRecord
-from bitladder.formats import Format, get_format
+from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, Format, get_format
 from bitladder.formats import grids as numerics
 from bitladder.measured import Amax, Codes, check_codes, kv_amax
 from bitladder.models.sources import side_files
@@ -29,7 +29,7 @@ from bitladder.models.weights import INDEX_FILE, WeightFiles, read_config
 from bitladder.reading import read_bytes
 from bitladder.records import BF16, CheckpointManifest, KvScale, Measurement, ModuleRecord, QuantModule, Scheme
 from bitladder.runinfo import Progress, no_progress, one_core_each
-from bitladder.storage import atomic_directory, temporary_of
+from bitladder.storage import atomic_directory, sha256_of_bytes, temporary_of
 
 _CORES_PER_EXPORT = 4
 Quantised = Mapping[str, tuple[QuantModule, str]]  # tensor name of a quantised weight -> (module, format)
@@ -76,8 +76,8 @@ def _entries(
             continue
         module, name = quantised[info.name]
         format_ = get_format(name)
-        weight_amax, input_amax = amax[f"{module.name}.weight_amax"], amax[f"{module.name}.input_amax"]
-        entries += [
+        weight_amax = amax[format_.weight_key(module.name)]
+        entries.append(
             Entry(
                 info.name,
                 format_.code_dtype,
@@ -85,16 +85,26 @@ def _entries(
                 math.prod(info.shape),
                 info if codes is None else partial(codes.read, module.name),
                 partial(_codes, format_, weight_amax) if codes is None else None,
-            ),
-            Entry(f"{prefix}.weight_scale", "F32", (), 4, format_.scale(weight_amax)),
-            Entry(f"{prefix}.input_scale", "F32", (), 4, format_.scale(input_amax)),
-        ]
+            )
+        )
+        scales = _scales(format_, module.name, amax)
+        for part in format_.parts(info.shape):
+            entries.append(Entry(f"{prefix}.{part.name}", part.dtype, part.shape, part.bits // 8, scales[part.name]))
     entries.sort(key=lambda entry: (-DTYPE_BYTES.get(entry.dtype, 1), entry.name))
     return entries
 
 
-def _codes(format_: Format, amax: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return format_.codes(weight, amax)
+def _scales(format_: Format, module: str, amax: Amax) -> dict[str, torch.Tensor]:
+    """Return what is stored of a module beside its codes, `{part: scale}`."""
+    scales = {WEIGHT_SCALE: format_.scale(amax[format_.weight_key(module)])}
+    if not format_.dynamic_input:
+        scales[INPUT_SCALE] = format_.scale(amax[f"{module}.input_amax"])
+    return scales
+
+
+def _codes(format_: Format, amax: torch.Tensor, weight: torch.Tensor, row: int) -> torch.Tensor:
+    """Return the codes of some rows of a weight, the first of which is `row`."""
+    return format_.codes(weight, amax[row : row + len(weight)] if format_.channels else amax)
 
 
 def _check_destination(destination: Path) -> None:
@@ -160,9 +170,10 @@ def export(
             index_content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
             write_file(temporary / INDEX_FILE, json.dumps(index_content, indent=2).encode() + b"\n")
             files.append(digest_of_file(temporary, INDEX_FILE))
-        config = config_with_quantisation(read_config(source), scheme)
+        layers = {tensor.removesuffix(".weight"): name for tensor, (_, name) in quantised.items()}
+        config = config_with_quantisation(read_config(source), scheme, layers)
         write_file(temporary / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
-        write_file(temporary / QUANT_CONFIG_FILE, json.dumps(quant_config(scheme), indent=4).encode() + b"\n")
+        write_file(temporary / QUANT_CONFIG_FILE, json.dumps(quant_config(scheme, layers), indent=4).encode() + b"\n")
         for name in side_files(source):
             write_file(temporary / name, read_bytes(source / name))
         files += [digest_of_file(temporary, name) for name in (CONFIG_FILE, QUANT_CONFIG_FILE, *side_files(source))]
@@ -210,13 +221,16 @@ def _module_records(
 ) -> Iterator[ModuleRecord]:
     for tensor, (module, name) in quantised.items():
         format_ = get_format(name)
+        scales = _scales(format_, module.name, amax)
+        weight_scale, input_scale = scales[WEIGHT_SCALE], scales.get(INPUT_SCALE)
         yield ModuleRecord(
             name=module.name,
             tensor=tensor,
             format=name,
             dtype=format_.code_dtype,
-            weight_scale=float(format_.scale(amax[f"{module.name}.weight_amax"])),
-            input_scale=float(format_.scale(amax[f"{module.name}.input_amax"])),
+            weight_scale=None if format_.channels else float(weight_scale),
+            weight_scale_sha256=sha256_of_bytes(weight_scale.numpy().tobytes()) if format_.channels else None,
+            input_scale=None if input_scale is None else float(input_scale),
             rounding=rounding,
         )
 

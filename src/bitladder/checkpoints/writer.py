@@ -38,7 +38,8 @@ class Entry:
     shape: tuple[int, ...]
     bytes: int
     content: TensorInfo | torch.Tensor | Callable[[], torch.Tensor]  # the last: read when it is written
-    make: Callable[[torch.Tensor], torch.Tensor] | None = None  # from the source weight; None: its bytes as they are
+    make: Callable[[torch.Tensor, int], torch.Tensor] | None = None  # from rows of the source weight, and the first
+    # one's number; None: its bytes as they are
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
@@ -129,10 +130,11 @@ def write_weights(weights: WeightFiles, file: str, entries: Sequence[Entry], des
             else:
                 info = entry.content
                 columns = info.shape[1]
-                rows = max(1, _CODED_ELEMENTS // columns)
+                rows, first = max(1, _CODED_ELEMENTS // columns), 0
                 for block in _read(source, info, rows * columns * DTYPE_BYTES[info.dtype]):
                     weight = torch.from_numpy(block).view(_TORCH_DTYPE[info.dtype]).view(-1, columns)
-                    output.write(_bytes(entry.make(weight)))
+                    output.write(_bytes(entry.make(weight, first)))
+                    first += len(weight)
         return output.finish()
 
 

@@ -2,8 +2,8 @@
 
 `Reference.compute(original, data)` runs the original on one held-out set; `evaluate_checkpoint(references, directory)`
 reads a checkpoint's files once and compares on every set. transformers' own loader would cast the FP8 codes and drop
-the scales, so the files are read here: weights dequantised, and every quantised linear's input rounded through E4M3
-with its *stored* scale.
+the scales, so the files are read here: weights dequantised, and every quantised linear's input rounded through its
+format, with the *stored* scale where it has one.
 
 Arithmetic is float32. The noise floor of each metric is that of the original loaded in BF16 (which keeps the rotary
 frequencies in float32, as serving does; casting the float32 model would round them too). Over rows r with n_r
@@ -28,7 +28,7 @@ from bitladder.records import CheckpointManifest, EvalResult, Evaluation
 from bitladder.runinfo import Meter, Progress, no_progress
 
 ARITHMETIC = (
-    "float32; weights dequantised, inputs of quantised linears rounded to E4M3 with the stored scale; "
+    "float32; weights dequantised, inputs of quantised linears rounded as their format says; "
     "noise floor: the original loaded in BF16"
 )
 
@@ -37,7 +37,7 @@ ARITHMETIC = (
 def compare(
     reference: Reference, directory: Path, name: str, progress: Progress = no_progress
 ) -> tuple[tuple[EvalResult, ...], int]:
-    """Return the results of any FP8 checkpoint directory in ModelOpt's layout, and how many of its modules are FP8.
+    """Return the results of a checkpoint directory in ModelOpt's layout, and how many of its modules are quantised.
 
     Args:
         reference: the original on the same data.
@@ -98,7 +98,7 @@ def evaluate_checkpoint(
     )
     if differing:
         raise StaleRecord(
-            f"{directory}: the files and {CheckpointManifest.FILE_NAME} disagree whether {differing[0]} is FP8; "
+            f"{directory}: the files and {CheckpointManifest.FILE_NAME} disagree whether {differing[0]} is quantised; "
             f"{EXPORT_AGAIN}"
         )
     meter = Meter()

@@ -1,6 +1,7 @@
 """A checkpoint's files -> a model that computes what they say."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,48 +10,77 @@ from torch import nn
 
 from bitladder.errors import ModelError, foreign
 from bitladder.evaluation.metrics import EXPORT_AGAIN
-from bitladder.formats import grids as numerics
+from bitladder.formats import FORMATS, INPUT_SCALE, SCALE_NAMES, WEIGHT_SCALE, Format, Part, format_of_algorithm
 from bitladder.formats.kv_cache import Fp8Cache
 from bitladder.models.kv_layers import cache_inputs, layer_index
 from bitladder.models.loading import checkpoint_tensor_names, load_model
 from bitladder.models.weights import WeightFiles, all_finite, read_config
 from bitladder.reading import check_regular
 
-_SCALE_NAMES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale")
 _KV_SCALE_NAMES = ("k_scale", "v_scale")
 
 
 class FakeQuantLinear(nn.Module):
-    """A linear module with dequantised weights [out_features, in_features] and a static FP8 input."""
+    """A linear module with dequantised weights [out_features, in_features], whose input is rounded by its format."""
 
-    def __init__(self, linear: nn.Linear, input_scale: torch.Tensor) -> None:
+    def __init__(self, linear: nn.Linear, format_: Format, input_scale: torch.Tensor | None) -> None:
         super().__init__()
+        self.format = format_
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("input_scale", input_scale)
+        self.register_buffer(INPUT_SCALE, input_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product of the rounded input [..., in_features]: [..., out_features]."""
-        assert isinstance(self.input_scale, torch.Tensor)
-        return nn.functional.linear(numerics.fake_quantise(x, self.input_scale), self.weight, self.bias)
+        scale: Any = self.input_scale
+        return nn.functional.linear(self.format.round_input(x, scale), self.weight, self.bias)
 
 
 def quantised_tensors(files: WeightFiles) -> list[str]:
     """Return the names of the weights that are stored as codes, sorted."""
-    return sorted(name for name, info in files.tensors.items() if info.dtype == "F8_E4M3")
+    dtypes = {one.code_dtype for one in FORMATS.values()}
+    return sorted(name for name, info in files.tensors.items() if info.dtype in dtypes)
 
 
-def _scale(files: WeightFiles, weight: str, kind: str) -> torch.Tensor:
-    """Return the scalar `kind` (weight_scale, input_scale) of an FP8 weight."""
-    name = f"{weight.removesuffix('.weight')}.{kind}"
+def formats_of(directory: Path, codes: Iterable[str]) -> dict[str, Format]:
+    """Return the format of every stored weight by `config.json`: of each module in a mix, else of all.
+
+    Args:
+        directory: of the checkpoint.
+        codes: names of the weights that are stored as codes.
+
+    Raises:
+        ModelError: the configuration names none of ours, or not all modules of a mix.
+    """
+    section = read_config(directory).get("quantization_config") or {}
+    layers = section.get("quantized_layers") or {}
+    found = {}
+    for name in codes:
+        module = name.removesuffix(".weight")
+        algorithm = (layers.get(module) or {}).get("quant_algo") if layers else section.get("quant_algo")
+        format_ = format_of_algorithm(str(algorithm))
+        if format_ is None:
+            raise ModelError(
+                f"{directory / 'config.json'}: {module} is stored as codes, but its quant_algo is {algorithm}; known: "
+                f"{', '.join(one.modelopt_algorithm for one in FORMATS.values())}; {EXPORT_AGAIN}"
+            )
+        found[name] = format_
+    return found
+
+
+def _scale(files: WeightFiles, weight: str, part: Part) -> torch.Tensor:
+    """Return a part (weight_scale, input_scale, k_scale ...) of a weight: one positive number, or one a row."""
+    name = f"{weight.removesuffix('.weight')}.{part.name}"
     if name not in files.tensors:
         file = files.directory / files.tensors[weight].file
         raise ModelError(f"{file}: {weight} is FP8, but its {name} is missing; {EXPORT_AGAIN}")
     scale = files.load(name)
-    if scale.dtype != torch.float32 or scale.numel() != 1 or not 0 < float(scale) < math.inf:
+    right_shape = tuple(scale.shape) == part.shape if part.shape else scale.numel() == 1
+    if scale.dtype != torch.float32 or not right_shape or not bool(((scale > 0) & (scale < math.inf)).all()):
         file = files.directory / files.tensors[name].file
-        raise ModelError(f"{file}: {name} is not one positive float32 number; {EXPORT_AGAIN}")
-    return scale.reshape(())
+        wanted = f"{part.shape[0]} positive float32 numbers" if part.shape else "one positive float32 number"
+        raise ModelError(f"{file}: {name} is not {wanted}; {EXPORT_AGAIN}")
+    return scale.reshape(part.shape)
 
 
 def _use_generation_config(model: Any, directory: Path) -> None:
@@ -79,23 +109,28 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
     codes = quantised_tensors(files)
     if codes and "quantization_config" not in read_config(directory):
         raise ModelError(f"{directory / 'config.json'} has no quantization_config, but weights are FP8; {EXPORT_AGAIN}")
-    state, input_scales, used = {}, {}, set()
-    for name in codes:
-        file = directory / files.tensors[name].file
-        prefix = name.removesuffix(".weight")
-        used |= {f"{prefix}.weight_scale", f"{prefix}.input_scale"}
-        state[name] = numerics.dequantise(files.load(name), _scale(files, name, "weight_scale"), dtype)
+    formats = formats_of(directory, codes)
+    state: dict[str, torch.Tensor] = {}
+    input_scales: dict[str, torch.Tensor | None] = {}
+    used: set[str] = set()
+    for name, format_ in formats.items():
+        info = files.tensors[name]
+        parts = {part.name: _scale(files, name, part) for part in format_.parts(info.shape)}
+        used |= {f"{name.removesuffix('.weight')}.{part}" for part in parts}
+        state[name] = format_.restored(files.load(name), parts[WEIGHT_SCALE], dtype)
         if not all_finite(state[name]):
-            raise ModelError(f"{file}: {name} holds NaN or overflows {dtype}; {EXPORT_AGAIN}")
-        input_scales[name] = _scale(files, name, "input_scale")
+            raise ModelError(f"{directory / info.file}: {name} holds NaN or overflows {dtype}; {EXPORT_AGAIN}")
+        input_scales[name] = parts.get(INPUT_SCALE)
     kv_scales = [name for name in files.tensors if name.rpartition(".")[2] in _KV_SCALE_NAMES]
     _check_kv_scales(directory, files, kv_scales)
     used.update(kv_scales)
     for name, info in files.tensors.items():
         if name in input_scales or name in used:
             continue
-        if name.rpartition(".")[2] in _SCALE_NAMES:
-            raise ModelError(f"{directory / info.file}: {name} belongs to no FP8 weight; {EXPORT_AGAIN}")
+        if name.rpartition(".")[2] in SCALE_NAMES:
+            raise ModelError(
+                f"{directory / info.file}: {name} belongs to no weight whose format has it; {EXPORT_AGAIN}"
+            )
         state[name] = files.load(name)
     names = sorted(state)
     model = load_model(directory, dtype, state_dict=state)
@@ -108,12 +143,12 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
             file = directory / files.tensors[name].file
             raise ModelError(f"{file}: {name} is FP8, but it is no linear module's weight; {EXPORT_AGAIN}")
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, FakeQuantLinear(linear, scale))
+        setattr(model.get_submodule(parent), leaf, FakeQuantLinear(linear, formats[name], scale))
     layers: dict[int, dict[str, torch.Tensor]] = {}
     for name in kv_scales:
         weight, _, kind = name.rpartition(".")
         layer = layer_index(model, modules[f"{weight}.weight"].removesuffix(".weight"))
-        layers.setdefault(layer, {})[kind] = _scale(files, f"{weight}.weight", kind).to(device)
+        layers.setdefault(layer, {})[kind] = _scale(files, f"{weight}.weight", Part(kind, "F32", ())).to(device)
     model.kv_scales = {layer: (pair["k_scale"], pair["v_scale"]) for layer, pair in layers.items()}
     return model.to(device).eval()
 

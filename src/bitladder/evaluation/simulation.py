@@ -90,14 +90,16 @@ class Simulation:
         """Return the module with the weights that its codes restore."""
         linear = self.model.get_submodule(module.name)
         format_ = get_format(format_name)
-        weight_amax = self.amax[f"{module.name}.weight_amax"].to(self.device)
-        input_amax = self.amax[f"{module.name}.input_amax"].to(self.device)
+        weight_amax = self.amax[format_.weight_key(module.name)].to(self.device)
+        input_scale = None
+        if not format_.dynamic_input:
+            input_scale = format_.scale(self.amax[f"{module.name}.input_amax"].to(self.device))
         codes = codes_of(module.name, linear.weight, weight_amax, format_, self.codes)
-        weight = numerics.dequantise(codes, format_.scale(weight_amax))
+        weight = format_.restored(codes, format_.scale(weight_amax))
         restored = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         restored.weight = nn.Parameter(weight, requires_grad=False)
         restored.bias = linear.bias
-        return FakeQuantLinear(restored, format_.scale(input_amax))
+        return FakeQuantLinear(restored, format_, input_scale)
 
     def _kv_scales(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Return `{layer index: (key scale, value scale)}`."""

@@ -1,57 +1,29 @@
-"""The number formats that a quant group can have: what a runtime reads, and what a search needs to know.
+"""The number formats that a quant group can have: what a file holds of one, and what a search needs to know.
 
-One entry a format: a per-tensor scale for weight and input, and codes of whole bytes. To add one, describe it here;
-planning, search, export and verification read this table.
+One file a format; planning, measuring, export, evaluation and verification read this table. To add one, describe it in
+a file beside these and list it here, and say in each of `runtimes` what it makes of it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 from bitladder.errors import RecipeError
-from bitladder.records import BF16, BF16_BITS
+from bitladder.formats.base import INPUT_SCALE, SCALE_NAMES, WEIGHT_SCALE, Format, Part
+from bitladder.formats.fp8_channel import Fp8Channel
+from bitladder.formats.fp8_tensor import Fp8Tensor
+from bitladder.records import BF16, BF16_BITS, QuantGroup
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = [
+    "FORMATS",
+    "INPUT_SCALE",
+    "SCALE_NAMES",
+    "WEIGHT_SCALE",
+    "Format",
+    "Part",
+    "code_bits",
+    "format_of_algorithm",
+    "get_format",
+    "group_bits",
+]
 
-
-@dataclass(frozen=True)
-class Format:
-    """One format of a linear module's weight and input."""
-
-    name: str
-    bits: int  # per weight element, without scales
-    scale_bytes: int  # per module, on disk
-    modelopt_config: str  # the name of ModelOpt's configuration, an attribute of modelopt.torch.quantization
-    modelopt_algorithm: str  # `quant_algo` in hf_quant_config.json
-    code_dtype: str  # of a stored weight, as safetensors spells it; one code an element
-    codes: "Callable[[Tensor, Tensor], Tensor]"  # (rows of a weight [rows, in_features], weight amax) -> codes
-    scale: "Callable[[Tensor], Tensor]"  # amax -> what is stored as weight_scale or input_scale: a float32 scalar
-
-
-def _e4m3_codes(weight: "Tensor", amax: "Tensor") -> "Tensor":
-    from bitladder.formats import grids
-
-    return grids.quantise(weight, amax)
-
-
-def _e4m3_scale(amax: "Tensor") -> "Tensor":
-    from bitladder.formats import grids
-
-    return grids.scale_of(amax)
-
-
-FP8 = Format(
-    name="fp8",
-    bits=8,
-    scale_bytes=8,
-    modelopt_config="FP8_DEFAULT_CFG",
-    modelopt_algorithm="FP8",
-    code_dtype="F8_E4M3",
-    codes=_e4m3_codes,
-    scale=_e4m3_scale,
-)
-FORMATS: dict[str, Format] = {FP8.name: FP8}
+FORMATS: dict[str, Format] = {one.name: one for one in (Fp8Tensor(), Fp8Channel())}
 
 
 def get_format(name: str) -> Format:
@@ -65,6 +37,28 @@ def get_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def bits_of(name: str) -> int:
-    """Return the bits per weight element of a format, `bf16` included."""
-    return BF16_BITS if name == BF16 else get_format(name).bits
+def format_of_algorithm(algorithm: str) -> Format | None:
+    """Return the format that ModelOpt's files call `algorithm`; None: none of ours."""
+    return next((one for one in FORMATS.values() if one.modelopt_algorithm == algorithm), None)
+
+
+def code_bits(name: str) -> int:
+    """Return the bits of a weight's element without scales in a format, `bf16` included."""
+    return BF16_BITS if name == BF16 else get_format(name).code_bits
+
+
+def group_bits(group: QuantGroup, name: str) -> int:
+    """Return the bits of a group's weights in a format, `bf16` included.
+
+    Where only a published manifest is known, shapes are not: scales that grow with a weight can't be counted then.
+
+    Raises:
+        RecipeError: no such format.
+    """
+    if name == BF16:
+        return group.weight_elements * BF16_BITS
+    format_ = get_format(name)
+    shapes = [module.shape for module in group.modules if module.shape is not None]
+    if len(shapes) < len(group.modules):
+        return group.weight_elements * format_.code_bits
+    return sum(format_.bits(shape) for shape in shapes)

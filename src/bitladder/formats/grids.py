@@ -13,6 +13,9 @@ E4M3_DTYPE = torch.float8_e4m3fn
 E4M3_MANTISSA_BITS = 3
 E4M3_MIN_EXPONENT = -6  # of the smallest normal value; below it the step stays that of subnormals, 2^-9
 
+# Below it amax / 448 is no normal float32 number, or 448 / amax no finite one.
+LEAST_AMAX = E4M3_MAX * 2 * torch.finfo(torch.float32).tiny
+
 
 def scale_of(amax: torch.Tensor) -> torch.Tensor:
     """Return the multiplier that restores values from codes, amax / 448, in float32 (any shape)."""
@@ -20,7 +23,7 @@ def scale_of(amax: torch.Tensor) -> torch.Tensor:
 
 
 def quantise(values: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-    """Return the E4M3 codes of `values` (any shape) for the scalar `amax` > 0, dtype float8_e4m3fn."""
+    """Return the E4M3 codes of `values` for `amax` > 0, a scalar or broadcast over them, dtype float8_e4m3fn."""
     # One float32 copy, changed in place: three times as fast as a new tensor a step.
     scaled = values.to(torch.float32, copy=True)
     return scaled.mul_(E4M3_MAX / amax.float()).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE)
@@ -32,7 +35,7 @@ def dequantise(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
 
 
 def fake_quantise(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return `values` rounded through E4M3 with the stored scalar `scale`, in their own dtype.
+    """Return `values` rounded through E4M3 with a scale, a scalar or broadcast over them, in their own dtype.
 
     Source: modelopt.torch.quantization.tensor_quant.fp8_eager with amax = 448 · scale.
     """

@@ -1,7 +1,7 @@
-"""A searched module in FP8: in the original's place, or beside it (`Tapped`), where its error meets the gradient.
+"""A searched module in a format: in the original's place, or beside it (`Tapped`), where its error meets the gradient.
 
-A module takes on a class derived from its own while it is needed, with its FP8 form as an attribute; ModelOpt's dynamic
-modules work alike. So a layer's code is the same in every layer, and torch can compile it once for all of them.
+A module takes on a class derived from its own while it is needed, with its quantised form as an attribute; ModelOpt's
+dynamic modules work alike. So a layer's code is the same in every layer, and torch can compile it once for all of them.
 """
 
 import contextlib
@@ -16,36 +16,39 @@ from torch import nn
 from torch.nn import functional
 
 from bitladder.errors import EngineError
-from bitladder.formats import get_format
+from bitladder.formats import Format
 from bitladder.formats import grids as numerics
 from bitladder.measured import Amax, Codes, codes_of
 from bitladder.measuring.scores import token_directions, token_scores
 from bitladder.models.anatomy import PLAIN, Layout, tokens_first
 from bitladder.records import QuantGroup
 
-FORMAT = "fp8"
 _FP8_CAPABILITY = (8, 9)  # of the first NVIDIA GPUs that multiply FP8 numbers
 _FP8_MULTIPLE = 16  # torch._scaled_mm takes matrices whose sides are multiples of this
 
 
 @dataclass(frozen=True, eq=False)
-class Fp8:
-    """What a linear module is in FP8.
+class Form:
+    """What a linear module is in a format.
 
-    weight: [out_features, in_features], codes where the device multiplies them, else values rounded through FP8.
-    weight_scale, input_amax, input_scale: float32 scalars; modules of a group that share an amax share its tensors.
+    weight: [out_features, in_features], codes where the device multiplies them, else values rounded through the format.
+    weight_scale: float32, a scalar or [out_features].
+    input_amax, input_scale: float32 scalars; modules of a group that share an amax share its tensors. None: the scale
+        is made of the input itself.
     """
 
+    format: Format
     weight: torch.Tensor
     weight_scale: torch.Tensor
-    input_amax: torch.Tensor
-    input_scale: torch.Tensor
+    input_amax: torch.Tensor | None
+    input_scale: torch.Tensor | None
 
     def input_of(self, x: torch.Tensor) -> torch.Tensor:
         """Return the module's input x [..., in_features] as it is multiplied: codes [rows, in_features], or like x."""
         if self.weight.dtype == numerics.E4M3_DTYPE:
+            assert self.input_amax is not None
             return numerics.quantise(x.reshape(-1, x.shape[-1]), self.input_amax)
-        return numerics.fake_quantise(x, self.input_scale)
+        return self.format.round_input(x, self.input_scale)
 
     def output_of(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return the module's output [..., out_features] from its input [..., in_features]."""
@@ -56,67 +59,76 @@ class Fp8:
 def _product(
     seen: torch.Tensor,
     weight: torch.Tensor,
-    input_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return a module's output in FP8 from what `Fp8.input_of` gave, [rows, out_features] or [..., out_features]."""
+    """Return a module's output in its format from what `Form.input_of` gave: [rows or ..., out_features]."""
     if weight.dtype != numerics.E4M3_DTYPE:
         return functional.linear(seen, weight, bias)
+    assert input_scale is not None
     return torch._scaled_mm(seen, weight.t(), scale_a=input_scale, scale_b=weight_scale, bias=bias, out_dtype=dtype)
 
 
-def fp8_of(model: nn.Module, group: QuantGroup, amax: Amax, codes: Codes | None) -> dict[str, Fp8]:
-    """Return what a group's modules are in FP8, by name; their weights must be at hand."""
+def forms_of(model: nn.Module, group: QuantGroup, format_: Format, amax: Amax, codes: Codes | None) -> dict[str, Form]:
+    """Return what a group's modules are in a format, by name; their weights must be at hand."""
     inputs: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
     found = {}
     for module in group.modules:
         weight: Any = model.get_parameter(f"{module.name}.weight")
-        weight_amax = amax[f"{module.name}.weight_amax"].to(weight.device, non_blocking=True)
-        weight_scale = numerics.scale_of(weight_amax)
-        stored = codes_of(module.name, weight, weight_amax, get_format(FORMAT), codes)
-        if not _multiplies_fp8(weight):
-            stored = numerics.dequantise(stored, weight_scale, weight.dtype)
+        weight_amax = amax[format_.weight_key(module.name)].to(weight.device, non_blocking=True)
+        weight_scale = format_.scale(weight_amax)
+        stored = codes_of(module.name, weight, weight_amax, format_, codes)
+        if not _multiplies(format_, weight):
+            stored = format_.restored(stored, weight_scale, weight.dtype)
+        if format_.dynamic_input:
+            found[module.name] = Form(format_, stored, weight_scale, None, None)
+            continue
         input_amax = amax[f"{module.name}.input_amax"]
         known = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
         if known not in inputs:
             moved = input_amax.to(weight.device, non_blocking=True)
-            inputs[known] = moved, numerics.scale_of(moved)
-        found[module.name] = Fp8(stored, weight_scale, *inputs[known])
+            inputs[known] = moved, format_.scale(moved)
+        found[module.name] = Form(format_, stored, weight_scale, *inputs[known])
     return found
 
 
-def _multiplies_fp8(weight: torch.Tensor) -> bool:
+def _multiplies(format_: Format, weight: torch.Tensor) -> bool:
+    """Return whether the device multiplies codes as they are: with one scale for each side, that it takes at once."""
     return (
         weight.is_cuda
+        and not format_.channels
+        and not format_.dynamic_input
         and weight.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(weight.device) >= _FP8_CAPABILITY
         and all(size % _FP8_MULTIPLE == 0 for size in weight.shape)
     )
 
 
-class InFp8(nn.Linear):
-    """A linear module that gives what it would in FP8."""
+class InForm(nn.Linear):
+    """A linear module that gives what it would in a format."""
 
-    fp8: Fp8
+    form: Form
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return [..., out_features] from [..., in_features]."""
-        return self.fp8.output_of(x, self.bias)
+        return self.form.output_of(x, self.bias)
 
 
 class LastInput:
-    """The input seen last, and what it is in FP8: modules that are fused by the runtime share both."""
+    """The input seen last, and what it is in the format: modules that are fused by the runtime share both."""
 
     def __init__(self) -> None:
-        self._known: tuple[weakref.ref[torch.Tensor], torch.Tensor, torch.Tensor] | None = None  # input, amax, in FP8
+        self._known: tuple[weakref.ref[torch.Tensor], torch.Tensor | None, torch.Tensor] | None = (
+            None  # input, form's amax, seen
+        )
 
-    def of(self, fp8: Fp8, x: torch.Tensor) -> torch.Tensor:
-        """Return `fp8.input_of(x)`."""
+    def of(self, form: Form, x: torch.Tensor) -> torch.Tensor:
+        """Return `form.input_of(x)`."""
         known = self._known
-        if known is None or known[0]() is not x or known[1] is not fp8.input_amax:
-            self._known = known = weakref.ref(x), fp8.input_amax, fp8.input_of(x)
+        if known is None or known[0]() is not x or known[1] is not form.input_amax:
+            self._known = known = weakref.ref(x), form.input_amax, form.input_of(x)
         return known[2]
 
 
@@ -129,7 +141,7 @@ class Tapped(nn.Linear):
     """
 
     name: str  # read for an error alone: torch would compile a layer for every name
-    fp8: Fp8
+    form: Form
     directional: bool
     last_input: LastInput
     sink: torch.Tensor | None = None
@@ -144,17 +156,17 @@ class Tapped(nn.Linear):
         sink = self.sink
         if sink is None:
             raise EngineError(f"{self.name} runs outside its own layer; use engine: modelopt")
-        fp8 = self.fp8
+        form = self.form
         with torch.no_grad():
             # Where torch compiles, it finds equal inputs itself.
-            seen = fp8.input_of(x) if torch.compiler.is_compiling() else self.last_input.of(fp8, x)
+            seen = form.input_of(x) if torch.compiler.is_compiling() else self.last_input.of(form, x)
         tapped: torch.Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
             output,
             sink,
             seen,
-            fp8.weight,
-            fp8.input_scale,
-            fp8.weight_scale,
+            form.weight,
+            form.input_scale,
+            form.weight_scale,
             self.bias,
             self.directional,
             self.layout,
@@ -173,7 +185,7 @@ class _Tap(torch.autograd.Function):
         sink: torch.Tensor,
         seen: torch.Tensor,
         weight: torch.Tensor,
-        input_scale: torch.Tensor,
+        input_scale: torch.Tensor | None,
         weight_scale: torch.Tensor,
         bias: torch.Tensor | None,
         directional: bool,

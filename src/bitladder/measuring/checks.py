@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 
 from bitladder.errors import MeasurementError, ModelError
+from bitladder.formats import get_format
+from bitladder.formats.grids import LEAST_AMAX
 from bitladder.measured import Amax
 from bitladder.models.loading import checkpoint_tensor_names
 from bitladder.models.target import ZERO_WEIGHTS, Target
 from bitladder.models.weights import WeightFiles, all_finite
+from bitladder.recipe import MeasureSpec
 from bitladder.records import QuantGroup, UntouchedModule
 
-# Below it amax / 448 is no normal float32 number, or 448 / amax no finite one.
-_LEAST_AMAX = 448 * 2 * torch.finfo(torch.float32).tiny
 _KV_SUFFIXES = (".k_amax", ".v_amax")
 
 
@@ -44,19 +45,22 @@ def check_weights(model: torch.nn.Module, directory: Path, target: Target) -> No
                 raise ModelError(f"{directory}: {module.tensor} is not what transformers loads into {module.name}")
 
 
-def with_scales(target: Target, amax: Amax) -> Target:
+def with_scales(target: Target, amax: Amax, spec: MeasureSpec) -> Target:
     """Return the target without the groups that have no scale; why not is said of each of their modules.
 
     Args:
         target: what was calibrated.
         amax: "<module>.weight_amax" and "<module>.input_amax" of all of its modules that samples reached.
+        spec: of which formats; where ModelOpt measures inputs without scales alone, it observes none.
 
     Raises:
         MeasurementError: NaN or Inf, or no group is left; the message names a module.
     """
     kept, left = [], []
+    observed = spec.engine == "native" or not all(get_format(name).dynamic_input for name in spec.formats)
     for group in target.groups:
-        reasons = {module.name: reason for module in group.modules if (reason := _why_no_scale(module.name, amax))}
+        found = {module.name: _why_no_scale(module.name, amax, observed) for module in group.modules}
+        reasons = {name: reason for name, reason in found.items() if reason is not None}
         if not reasons:
             kept.append(group)
         left += _left_alone(group, reasons)
@@ -68,7 +72,7 @@ def with_scales(target: Target, amax: Amax) -> Target:
     return dataclasses.replace(target, groups=tuple(kept), untouched=(*target.untouched, *left))
 
 
-def _why_no_scale(module: str, amax: Amax) -> str | None:
+def _why_no_scale(module: str, amax: Amax, observed: bool) -> str | None:
     """Return why a module has no FP8 scale, or None.
 
     Raises:
@@ -83,11 +87,13 @@ def _why_no_scale(module: str, amax: Amax) -> str | None:
             )
     if weights is not None and float(weights) == 0:
         return ZERO_WEIGHTS
+    if weights is not None and inputs is None and not observed:
+        return None
     if weights is None or inputs is None:
         return "reached by no calibration sample: no FP8 scale"
     if float(inputs) == 0:
         return "all zero in its input during calibration: no FP8 scale"
-    if min(float(weights), float(inputs)) < _LEAST_AMAX:
+    if min(float(weights), float(inputs)) < LEAST_AMAX:
         return f"too small (weights up to {float(weights):.1e}, inputs up to {float(inputs):.1e}): no FP8 scale"
     return None
 

@@ -24,8 +24,7 @@ from torch import nn
 
 from bitladder.device import OUT_OF_MEMORY, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import get_format
-from bitladder.formats import grids as numerics
+from bitladder.formats import Format, get_format
 from bitladder.measured import Amax
 from bitladder.measuring.calls import by_layer, hidden_of
 from bitladder.measuring.job import Job
@@ -84,7 +83,7 @@ def _round_layers(
         job.progress("round", index, last + 1)
         layer_groups = groups[index] if index in missing else []
         with layers.loaded(index) as layer:
-            with _Products(layers, layer_groups, amax) as inputs:
+            with _Products(layers, layer_groups, get_format(job.spec.formats[0]), amax) as inputs:
                 for number, (found, mask) in enumerate(zip(calls, counted, strict=True)):
                     inputs.counted = mask
                     x = hidden[number].to(job.device)
@@ -98,19 +97,22 @@ def _round_layers(
 class _Products(ExitStack):
     """Adds up the products of inputs, group by group; a context manager, within which a layer runs on all batches."""
 
-    def __init__(self, layers: Layers, groups: list[QuantGroup], amax: Amax) -> None:
+    def __init__(self, layers: Layers, groups: list[QuantGroup], format_: Format, amax: Amax) -> None:
         super().__init__()
+        self.format = format_
         self.products: dict[str, torch.Tensor] = {}  # group -> [in_features, in_features] float32
         self.counted = torch.empty(0)  # mask [rows, tokens] of the batch at hand: all but padding
         for group in groups:
             name = group.modules[0].name  # all of a group have the same input, and its scale
             linear: Any = layers.model.get_submodule(name)
             layout = layers.anatomy.positions.get(name, PLAIN)
-            scale = numerics.scale_of(amax[f"{name}.input_amax"].to(linear.weight.device))
+            scale = None
+            if not format_.dynamic_input:
+                scale = format_.scale(amax[f"{name}.input_amax"].to(linear.weight.device))
             self.callback(linear.register_forward_pre_hook(self._hook(group.name, name, scale, layout)).remove)
 
     def _hook(
-        self, group: str, module: str, scale: torch.Tensor, layout: Layout | None
+        self, group: str, module: str, scale: torch.Tensor | None, layout: Layout | None
     ) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
         def add(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
             x = inputs[0] if layout is None else tokens_first(inputs[0], layout, self.counted.shape)
@@ -119,7 +121,7 @@ class _Products(ExitStack):
                     f"{module}: its input has shape {list(x.shape)}, [rows, tokens, features] was expected; "
                     "use rounding: nearest"
                 )
-            rows = numerics.fake_quantise(x[self.counted].flatten(0, -2).float(), scale)
+            rows = self.format.round_input(x[self.counted].flatten(0, -2).float(), scale)
             rows = nn.functional.normalize(rows, dim=-1)
             if group not in self.products:
                 self.products[group] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
@@ -147,23 +149,26 @@ def _write(
             raise EngineError(f"{group.name} doesn't run inside its layer; use rounding: nearest")
         weights: list[torch.Tensor] = [model.get_parameter(f"{module.name}.weight") for module in group.modules]
         # One call for all modules of a group: they share input and scale.
-        weight_amax = amax[f"{group.modules[0].name}.weight_amax"].to(product.device)
-        scale = format_.scale(weight_amax)
+        keys = [format_.weight_key(module.name) for module in group.modules]
+        each = [amax[key].to(product.device) for key in keys]
+        weight_amax = torch.cat(each) if format_.channels else each[0]
         try:
             codes = compensated_codes(torch.cat(weights), product, weight_amax, format_, job.spec.damping)
         except MeasurementError as error:
             raise MeasurementError(f"{group.name}: {error}") from error
         parts = torch.split(codes, [len(weight) for weight in weights])
-        for module, weight, part in zip(group.modules, weights, parts, strict=True):
+        for module, weight, part, own_amax in zip(group.modules, weights, parts, each, strict=True):
             tensors[module.name] = part.cpu().contiguous()
-            shift = (numerics.dequantise(part, scale) - weight.float()).abs().amax() / scale
+            scale = format_.scale(own_amax)
+            restored, nearest = (format_.restored(found, scale) for found in (part, format_.codes(weight, own_amax)))
+            shift = (restored - weight.float()).abs().amax(-1) / scale
             modules.append(
                 RoundedModule(
                     name=module.name,
                     codes_sha256=codes_sha256(tensors[module.name]),
-                    largest_shift=float(shift),
-                    output_error=output_error(weight, part, scale, product),
-                    nearest_output_error=output_error(weight, format_.codes(weight, weight_amax), scale, product),
+                    largest_shift=float(shift.amax()),
+                    output_error=output_error(weight, restored, product),
+                    nearest_output_error=output_error(weight, nearest, product),
                 )
             )
     with atomic_path(path) as temporary:

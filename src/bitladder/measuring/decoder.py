@@ -14,7 +14,6 @@ from torch.nn import functional
 from bitladder.data.batches import Batch
 from bitladder.errors import EngineError
 from bitladder.measuring.calls import LayerCall, LayerRecorder, by_layer, hidden_of
-from bitladder.measuring.candidates import FORMAT
 from bitladder.measuring.job import BatchScores, Job
 from bitladder.measuring.layers import Layers, last_position
 from bitladder.measuring.tail import Tail
@@ -235,10 +234,10 @@ def counted(hidden: torch.Tensor, current: Pass) -> torch.Tensor:
     return before.flatten(0, 1) if current.whole else before[current.batch.predicted.to(hidden.device)]
 
 
-def named(values: torch.Tensor, groups: Sequence[QuantGroup]) -> BatchScores:
+def named(values: torch.Tensor, groups: Sequence[QuantGroup], format_name: str) -> BatchScores:
     """Return a batch's scores from [groups, 1 or 2], which are waited for."""
     rows = zip(groups, values.cpu().tolist(), strict=True)
-    return {group.name: {FORMAT: tuple(row)} for group, row in rows}
+    return {group.name: {format_name: tuple(row)} for group, row in rows}
 
 
 def is_whole(batch: Batch) -> bool:
@@ -247,7 +246,7 @@ def is_whole(batch: Batch) -> bool:
 
 
 def copies_fit(layers: Layers, job: Job) -> bool:
-    """Return whether all searched weights are kept in FP8 too: making a layer's anew for every batch takes time."""
+    """Return whether all searched weights are kept in a format too: making a layer's anew takes time."""
     copies = sum(group.weight_elements for group in job.target.groups)
     copies *= 1 if layers.memory.is_gpu else next(layers.model.parameters()).element_size()
     return not layers.streamed and layers.memory.free() > copies + _COPIES_LEFT

@@ -5,7 +5,7 @@
 1. A forward pass, cut before every decoder layer: a layer's input is a leaf. The model's own norm and head follow for
    some rows at a time (all logits of a batch at once are large), and give the gradient by the last layer's output.
 2. Backward, layer by layer, by activations alone. On every searched module's output y stands a tap, which kept the
-   module's input in FP8. As soon as the gradient by y is known, the module's FP8 output less y is the error, and the
+   module's input quantised. As soon as the gradient by y is known, the module's FP8 output less y is the error, and the
    sum of (gradient x error)^2 is the module's score.
 
 No gradient of a weight is computed. What a layer's backward pass needs is kept from the forward pass as long as
@@ -35,9 +35,10 @@ from torch import nn
 from bitladder.data.batches import Batch
 from bitladder.device import deterministic
 from bitladder.errors import EngineError, MeasurementError
+from bitladder.formats import Format
 from bitladder.measured import Amax, Codes
 from bitladder.measuring.calls import LayerCall
-from bitladder.measuring.candidates import LastInput, Tapped, fp8_of, taken
+from bitladder.measuring.candidates import LastInput, Tapped, forms_of, taken
 from bitladder.measuring.decoder import (
     GROWTH,
     LAYERS_LEFT,
@@ -64,8 +65,8 @@ _COMPILED_FROM = 500_000  # tokens of a shape from which a dozen seconds of comp
 class _Taps:
     """The searched modules of layers that run with gradients, each of which gives its scores too."""
 
-    def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
-        self.model, self.amax, self.codes = layers.model, amax, codes
+    def __init__(self, layers: Layers, job: Job, format_: Format, amax: Amax, codes: Codes | None) -> None:
+        self.model, self.format, self.amax, self.codes = layers.model, format_, amax, codes
         self.anatomy = layers.anatomy
         self.shared = {"directional": job.spec.method != "gradient", "last_input": LastInput()}
         self.given: list[Any] = []  # modules that have a sink now
@@ -74,12 +75,12 @@ class _Taps:
         """Tap the modules of these groups, whose weights must be at hand, until the context is left."""
         stack = ExitStack()
         for group in groups:
-            for name, fp8 in fp8_of(self.model, group, self.amax, self.codes).items():
+            for name, form in forms_of(self.model, group, self.format, self.amax, self.codes).items():
                 linear, layout = self.model.get_submodule(name), self.anatomy.positions.get(name, PLAIN)
                 if layout is None:
                     raise EngineError(f"{name}: its output doesn't say what belongs to which token; use method: kl_div")
                 own = {"layout": layout, "copied": name in self.anatomy.overwritten}
-                stack.enter_context(taken(linear, Tapped, name=name, fp8=fp8, sink=None, **own, **self.shared))
+                stack.enter_context(taken(linear, Tapped, name=name, form=form, sink=None, **own, **self.shared))
         return stack
 
     def give_sinks(self, current: Pass, groups: Iterable[QuantGroup]) -> None:
@@ -123,11 +124,11 @@ def _read(current: Pass, groups: Sequence[QuantGroup], method: str) -> torch.Ten
 class GradientScorer(ExitStack):
     """Scores by `gradient` or `fisher`; a context manager, within which the searched modules are tapped."""
 
-    def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
+    def __init__(self, layers: Layers, job: Job, format_: Format, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
-        self.layers, self.job = layers, job
+        self.layers, self.job, self.format = layers, job, format_
         self.decoder = Decoder(layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM))
-        self.taps = _Taps(layers, job, amax, codes)
+        self.taps = _Taps(layers, job, format_, amax, codes)
         self.states = len(layers) + 1  # of each batch: every layer's input
         self.image_tokens = image_token_ids(layers.model.config)
         self.graphs: dict[torch.Size, _Graph] = {}  # by the shape of the batch; one at a time
@@ -148,7 +149,7 @@ class GradientScorer(ExitStack):
         """
         with compiling(self.decoder):
             values = self._values(batches)
-        return [bound(named, each, self.job.target.groups) for each in values]
+        return [bound(named, each, self.job.target.groups, self.format.name) for each in values]
 
     def _values(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Return the scores [groups, 2] of each batch."""

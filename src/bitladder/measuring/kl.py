@@ -1,6 +1,6 @@
-"""Scores by `kl_div`: nats between the original and the model with one group in FP8, added up over counted tokens.
+"""Scores by `kl_div`: nats between the original and the model with one group quantised, added up over counted tokens.
 
-A group in FP8 changes nothing before its own layer. So its layer runs a second time with the group in FP8, and what
+A group changes nothing before its own layer. So its layer runs a second time with the group quantised, and what
 that gives goes through the layers behind it beside the original: half a forward pass a group on average. What a layer's
 groups give goes on together, as one larger batch. What a model adds between two layers would be lost, so a model that
 does so is refused.
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from bitladder.data.batches import Batch
+from bitladder.formats import Format
 from bitladder.measured import Amax, Codes
 from bitladder.measuring.calls import LayerCall
-from bitladder.measuring.candidates import Fp8, InFp8, fp8_of, taken
+from bitladder.measuring.candidates import Form, InForm, forms_of, taken
 from bitladder.measuring.decoder import (
     ROWS_AT_ONCE,
     Decoder,
@@ -39,13 +40,15 @@ from bitladder.records import QuantGroup
 
 _KERNEL_ROWS_AT_ONCE = 1024  # of logits where kernels take them as they are: 311 MB, twice
 _COMPILED_FROM = 40_000  # tokens of a shape from which a dozen seconds of compiling layers are worth it
-_COMPILED_FORMS = 64  # of a layer at most: alone and with each of its groups in FP8, for every type of layer and shape
+_COMPILED_FORMS = (
+    64  # of a layer at most: alone and with each of its groups quantised, for every type of layer and shape
+)
 _TOKENS_TOGETHER = 16384  # of states that go through a layer together: fewer launches, and larger products
 
 
 @dataclass
 class _States:
-    """Hidden states of a batch with one of these groups in FP8, for each of them: [groups x rows, tokens, hidden]."""
+    """Hidden states of a batch with one of these groups quantised, for each: [groups x rows, tokens, hidden]."""
 
     groups: list[str]
     hidden: torch.Tensor
@@ -54,14 +57,16 @@ class _States:
 class KlScorer(ExitStack):
     """KL scores: nats, added up over the batch's counted tokens."""
 
-    def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
+    def __init__(self, layers: Layers, job: Job, format_: Format, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
-        self.layers, self.job, self.amax, self.codes = layers, job, amax, codes
+        self.layers, self.job, self.format, self.amax, self.codes = layers, job, format_, amax, codes
         self.decoder = Decoder(layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM))
-        self.states = len(job.target.groups) + 1  # of each batch: the original's, and with every group in FP8
-        self.forms: dict[str, dict[str, Fp8]] = {}  # group -> its modules in FP8, where all of them fit
+        self.states = len(job.target.groups) + 1  # of each batch: the original's, and with every group quantised
+        self.forms: dict[str, dict[str, Form]] = {}  # group -> its modules quantised, where all of them fit
         if copies_fit(layers, job):
-            self.forms = {group.name: fp8_of(layers.model, group, amax, codes) for group in job.target.groups}
+            self.forms = {
+                group.name: forms_of(layers.model, group, format_, amax, codes) for group in job.target.groups
+            }
         if self.decoder.compiled:
             config: Any = torch._dynamo.config
             self.enter_context(config.patch(recompile_limit=_COMPILED_FORMS))
@@ -88,7 +93,7 @@ class KlScorer(ExitStack):
         return [self._batch_scores(current, known) for current, known in zip(passes, states, strict=True)]
 
     def _through(self, passes: Sequence[Pass]) -> list[list[_States]]:
-        """Bring the batches behind the last layer, and return each one's hidden states with every group in FP8.
+        """Bring the batches behind the last layer, and return each one's hidden states with every group quantised.
 
         What the groups of a layer give goes through the layers behind it together, as one larger batch.
         """
@@ -98,7 +103,7 @@ class KlScorer(ExitStack):
             with self.layers.loaded(index) as layer:
                 fresh: list[dict[str, torch.Tensor]] = [{} for _ in passes]
                 for group in self.decoder.groups.get(index, ()):
-                    with self._in_fp8(group):
+                    with self._in_format(group):
                         for current, found in zip(passes, fresh, strict=True):
                             found[group.name] = self.decoder.run(layer, current.output, current.calls[index])
                 for current, known, found, size in zip(passes, states, fresh, sizes, strict=True):
@@ -128,12 +133,12 @@ class KlScorer(ExitStack):
         return current.copies[copies][index]
 
     @contextlib.contextmanager
-    def _in_fp8(self, group: QuantGroup) -> Iterator[None]:
-        """Let the group's modules give what they would in FP8."""
-        forms = self.forms.get(group.name) or fp8_of(self.layers.model, group, self.amax, self.codes)
+    def _in_format(self, group: QuantGroup) -> Iterator[None]:
+        """Let the group's modules give what they would quantised."""
+        forms = self.forms.get(group.name) or forms_of(self.layers.model, group, self.format, self.amax, self.codes)
         with ExitStack() as stack:
-            for name, fp8 in forms.items():
-                stack.enter_context(taken(self.layers.model.get_submodule(name), InFp8, fp8=fp8))
+            for name, form in forms.items():
+                stack.enter_context(taken(self.layers.model.get_submodule(name), InForm, form=form))
             yield
 
     def _batch_scores(self, current: Pass, states: list[_States]) -> Callable[[], BatchScores]:
@@ -142,7 +147,7 @@ class KlScorer(ExitStack):
         others = [counted(part, current) for each in states for part in each.hidden.chunk(len(each.groups))]
         values = dict(zip(names, self._kl(original, others), strict=True))
         groups = self.job.target.groups
-        return bound(named, torch.stack([values[group.name] for group in groups])[:, None], groups)
+        return bound(named, torch.stack([values[group.name] for group in groups])[:, None], groups, self.format.name)
 
     def _kl(self, original: torch.Tensor, others: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return KL(original || other) in nats, added up over the rows, for each of `others` [counted, hidden]."""

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from bitladder.data.batches import DataSet
 from bitladder.device import measuring_device, resolve_dtype
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import get_format
+from bitladder.formats import get_format, group_bits
 from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, codes_files
 from bitladder.measuring.job import Job, score_batch_count, score_weights
 from bitladder.measuring.partial import PARTIAL, Partial
@@ -105,7 +105,9 @@ def measure(
             return layers.open_layers(directory, job, dtype, memory, remedy)
 
     with memory.enforced():
-        if partial.amax() is None or any(partial.scores(batch) is None for batch in range(count)):
+        if partial.amax() is None or not all(
+            partial.scored(batch, name) for batch in range(count) for name in spec.formats
+        ):
             if workers.count:
                 parallel.run(workers, directory, source, dtype, job, partial, meter)
             elif spec.engine == "native":
@@ -118,7 +120,7 @@ def measure(
             _free_memory()
         amax = partial.amax()
         assert amax is not None
-        target = checks.with_scales(target, amax)
+        target = checks.with_scales(target, amax, spec)
         job, amax = replace(job, target=target), checks.of_target(amax, target)
         rounding = None
         if spec.rounding == "compensated":
@@ -134,7 +136,7 @@ def measure(
         Candidate(
             group=group.name,
             format=name,
-            weight_bits=group.weight_elements * get_format(name).bits,
+            weight_bits=group_bits(group, name),
             scores=tuple(_finite(batch[group.name][name][0], group.name, name) for batch in batches),
             image_scores=tuple(batch[group.name][name][1] for batch in batches) if apart else (),
         )

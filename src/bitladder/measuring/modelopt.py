@@ -81,7 +81,7 @@ class _Session:
         self.places = {module: place for place, module in enumerate(self.model.modules())}
         amax = self._read_amax(groups) if self.known_amax is None else self.known_amax
         sharing = self.job.spec.share_fused_scales
-        target = with_scales(self.job.target, shared(amax, self.job.target.groups) if sharing else amax)
+        target = with_scales(self.job.target, shared(amax, self.job.target.groups) if sharing else amax, self.job.spec)
         for group in self.job.target.groups:
             if group not in target.groups:
                 self._disable(groups.pop(group.name))
@@ -130,7 +130,7 @@ class _Session:
     def recipe(self, hparam: Any, format_name: str) -> Any:
         """Return ModelOpt's name for one of our formats, as this hyperparameter knows it."""
         wanted = get_format(format_name).modelopt_config
-        return next(choice for choice in hparam.choices if str(choice).startswith(wanted.removesuffix("_CFG")))
+        return next(choice for choice in hparam.choices if str(choice).partition("(")[0] == wanted)
 
     @contextlib.contextmanager
     def _active(self, hparam: Any, recipe: Any) -> Iterator[None]:
@@ -147,6 +147,8 @@ class _Session:
 
         for hparam in groups.values():
             for name in self.job.spec.formats:
+                if get_format(name).channels and get_format(name).dynamic_input:
+                    continue  # nothing of it is shared
                 with self._active(hparam, self.recipe(hparam, name)):
                     preprocess_linear_fusion(hparam.quant_modules)
 
@@ -166,19 +168,21 @@ class _Session:
                 with self._active(hparam, self.recipe(hparam, name)):
                     for module in group.modules:
                         linear: Any = self.model.get_submodule(module.name)
-                        yield f"{module.name}.weight_amax", linear.weight_quantizer
-                        yield f"{module.name}.input_amax", linear.input_quantizer
+                        yield get_format(name).weight_key(module.name), linear.weight_quantizer
+                        if not get_format(name).dynamic_input:
+                            yield f"{module.name}.input_amax", linear.input_quantizer
 
     def _read_amax(self, groups: dict[str, Any]) -> Amax:
         return {
-            key: quantiser.amax.detach().float().reshape(()).cpu().clone()
+            key: _as_kept(key, quantiser.amax.detach().float()).cpu().clone()
             for key, quantiser in self._quantisers(groups)
             if quantiser.amax is not None
         }
 
     def _install_amax(self, groups: dict[str, Any], amax: Amax) -> None:
         for key, quantiser in self._quantisers(groups):
-            quantiser.amax = amax[key].to(self.job.device)
+            kept = amax[key].to(self.job.device)
+            quantiser.amax = kept[:, None] if kept.dim() else kept
 
     def score(self, gradient: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
         """Stand in for ModelOpt's score of one module's output, with image-token positions apart: [2]."""
@@ -226,6 +230,11 @@ class _Session:
         loss = self.forward_step(model, batch).loss
         with deterministic():
             loss.backward()
+
+
+def _as_kept(key: str, amax: torch.Tensor) -> torch.Tensor:
+    """Return an amax of ModelOpt's as measurements keep it: a scalar, or [out_features] of rows."""
+    return amax.reshape(-1) if key.endswith(".row_amax") else amax.reshape(())
 
 
 @contextlib.contextmanager

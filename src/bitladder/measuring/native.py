@@ -23,6 +23,7 @@ from torch import nn
 from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, without_cudnn_attention
 from bitladder.errors import MeasurementError
+from bitladder.formats import Format, get_format
 from bitladder.measured import Amax, Codes
 from bitladder.measuring import compensation
 from bitladder.measuring.amax import RunningAmax, amax_of
@@ -71,19 +72,23 @@ def calibrate(layers: Layers, job: Job) -> Amax:
                 layers.model(**batch.to(job.device).inputs, **through_cache)
                 cache.forget()
                 last.clear()
-            amax = _weight_amax(layers.model, job.target.groups)
+            amax = _weight_amax(layers.model, job.target.groups, job.spec.formats)
     job.progress("calibrate", total, total)
     amax |= seen.values()
     if job.spec.share_fused_scales:
         amax |= shared(amax, job.target.groups)
-    amax = {key: value.reshape(()).cpu().clone() for key, value in amax.items()}
+    amax = {key: value.cpu().clone() for key, value in amax.items()}
     return amax | kv_cache_amax(layers.model, job.target, cache)
 
 
-def _weight_amax(model: Any, groups: Iterable[QuantGroup]) -> Amax:
-    """Return the amax of the weights of these groups."""
-    names = [module.name for group in groups for module in group.modules]
-    return {f"{name}.weight_amax": amax_of(model.get_parameter(f"{name}.weight")).float() for name in names}
+def _weight_amax(model: Any, groups: Iterable[QuantGroup], formats: Iterable[str]) -> Amax:
+    """Return the amax of the weights of these groups, a scalar each, and what a format scales by beside it."""
+    weights = {m.name: model.get_parameter(f"{m.name}.weight") for group in groups for m in group.modules}
+    found = {f"{name}.weight_amax": amax_of(weight).float() for name, weight in weights.items()}
+    for format_ in map(get_format, formats):
+        if format_.channels:
+            found |= {format_.weight_key(name): format_.amax_of(weight) for name, weight in weights.items()}
+    return found
 
 
 def _calibrate_streamed(layers: Layers, job: Job, cache: AmaxCache) -> Amax:
@@ -97,7 +102,7 @@ def _calibrate_streamed(layers: Layers, job: Job, cache: AmaxCache) -> Amax:
             decoder.begin(current, **cache_inputs(layers.model, cache))
         for index in range(len(layers)):
             with layers.loaded(index) as layer:
-                amax |= _weight_amax(layers.model, decoder.groups.get(index, ()))
+                amax |= _weight_amax(layers.model, decoder.groups.get(index, ()), job.spec.formats)
                 for current in passes:
                     current.output = decoder.run(layer, current.output, current.calls[index])
                     cache.forget()
@@ -142,9 +147,9 @@ def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
             if amax is None:
                 with meter.phase("calibrate"):
                     amax = calibrate(layers, job)
-                    with_scales(job.target, amax)  # NaN is found before anything is kept
+                    with_scales(job.target, amax, job.spec)  # NaN is found before anything is kept
                 partial.keep_amax(amax)
-            job = dataclasses.replace(job, target=with_scales(job.target, amax))
+            job = dataclasses.replace(job, target=with_scales(job.target, amax, job.spec))
             codes = None
             if job.spec.rounding == "compensated":
                 compensation.run(layers, job, partial, amax, meter)
@@ -156,22 +161,44 @@ def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
 
 
 def scorer(
-    layers: Layers, job: Job, amax: Amax, codes: Codes | None
+    layers: Layers, job: Job, format_: Format, amax: Amax, codes: Codes | None
 ) -> AbstractContextManager["GradientScorer | KlScorer"]:
-    """Return what scores batches: a context, within which `.scores(batches)` takes some, on the job's device."""
-    return (KlScorer if job.spec.method == "kl_div" else GradientScorer)(layers, job, amax, codes)
+    """Return what scores batches in a format: a context, within which `.scores(batches)` takes some."""
+    return (KlScorer if job.spec.method == "kl_div" else GradientScorer)(layers, job, format_, amax, codes)
 
 
 def _score(layers: Layers, job: Job, partial: Partial, amax: Amax, codes: Codes | None) -> None:
-    missing = [index for index in range(job.score_batches) if partial.scores(index) is None]
-    job.progress("score", job.score_batches - len(missing), job.score_batches)
-    with scorer(layers, job, amax, codes) as scoring:
+    """Score every batch in one format after the other: a module is tapped in one format at a time."""
+    total = job.score_batches * len(job.spec.formats)
+    done = sum(partial.scored(index, name) for index in range(job.score_batches) for name in job.spec.formats)
+    for format_ in map(get_format, job.spec.formats):
+        missing = [index for index in range(job.score_batches) if not partial.scored(index, format_.name)]
+        job.progress("score", done, total)
+        if missing:
+            _score_in(format_, missing, layers, job, partial, amax, codes, (done, total))
+        done += len(missing)
+    job.progress("score", total, total)
+
+
+def _score_in(
+    format_: Format,
+    missing: list[int],
+    layers: Layers,
+    job: Job,
+    partial: Partial,
+    amax: Amax,
+    codes: Codes | None,
+    progress: tuple[int, int],
+) -> None:
+    """Score these batches in a format; `progress`: how many batches and formats were done before, and of how many."""
+    done, total = progress
+    with scorer(layers, job, format_, amax, codes) as scoring:
         before: list[tuple[int, Callable[[], BatchScores]]] = []  # whose scores the GPU is still at
 
         def settle() -> None:
             for index, wait in before:
                 partial.keep_scores(index, wait())
-                job.progress("score", index + 1, job.score_batches)
+                job.progress("score", done + missing.index(index) + 1, total)
             before.clear()
 
         for _, chunk in _chunks(missing, layers, job.batches, scoring.states):
@@ -181,4 +208,3 @@ def _score(layers: Layers, job: Job, partial: Partial, amax: Amax, codes: Codes 
             if not layers.memory.is_gpu:
                 settle()  # a CPU has done it already
         settle()
-    job.progress("score", job.score_batches, job.score_batches)

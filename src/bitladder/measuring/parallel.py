@@ -32,6 +32,7 @@ import torch
 from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, without_cudnn_attention
 from bitladder.errors import BitladderError, MeasurementError, ModelError
+from bitladder.formats import get_format
 from bitladder.measured import Amax, Codes, codes_files
 from bitladder.measuring import compensation, native
 from bitladder.measuring.amax import RunningAmax
@@ -84,7 +85,7 @@ def run(
             with pool.phase(meter, "calibrate"):
                 amax = _calibrate(pool, job, workers.count)
             partial.keep_amax(amax)
-        job = dataclasses.replace(job, target=with_scales(job.target, amax))
+        job = dataclasses.replace(job, target=with_scales(job.target, amax, job.spec))
         rounded: tuple[RoundedModule, ...] = ()
         if job.spec.rounding == "compensated":
             rounded = _round(pool, job, partial, amax, meter)
@@ -110,7 +111,7 @@ def _calibrate(pool: "_Pool", job: Job, count: int) -> Amax:
         done += len(call.args[0])
         job.progress("calibrate", done, total)
     largest = seen.values()
-    with_scales(job.target, largest)  # NaN is found before anything is kept
+    with_scales(job.target, largest, job.spec)  # NaN is found before anything is kept
     return largest
 
 
@@ -414,7 +415,7 @@ class _Worker:
         """
         if not partial.directory.is_dir():
             raise MeasurementError(_not_shared(partial.directory))
-        job = dataclasses.replace(self.job, batches=batches, target=with_scales(self.job.target, amax))
+        job = dataclasses.replace(self.job, batches=batches, target=with_scales(self.job.target, amax, self.job.spec))
         compensation.run(self.layers, job, partial, amax, Meter())
 
     def prepare(self, amax: Amax, directory: Path, rounded: tuple[RoundedModule, ...]) -> None:
@@ -434,8 +435,10 @@ class _Worker:
             if tuple(module for path in files for module in compensation.read_modules(path)) != rounded:
                 raise MeasurementError(_not_shared(directory))
             codes = Codes.in_files(files)
-        job = dataclasses.replace(self.job, target=with_scales(self.job.target, amax))
-        self.scorer = native.scorer(self.layers, job, amax, codes).__enter__()  # for the rest of its life
+        job = dataclasses.replace(self.job, target=with_scales(self.job.target, amax, self.job.spec))
+        (name,) = job.spec.formats
+        scorer = native.scorer(self.layers, job, get_format(name), amax, codes)
+        self.scorer = scorer.__enter__()  # for the rest of its life
 
     def score(self, batch: Batch) -> BatchScores:
         """Return a batch's scores."""

@@ -54,16 +54,23 @@ class Partial:
         seal(path)
 
     def scores(self, batch: int) -> BatchScores | None:
-        """Return the scores of a finished batch, or None."""
+        """Return the scores of a batch, in those formats in which it was scored, or None."""
         path = self.directory / f"scores-{batch:05}.json"
         if not path.exists():
             return None
         scores: BatchScores = read_json(path)
         return scores
 
+    def scored(self, batch: int, format_name: str) -> bool:
+        """Return whether a batch was scored in a format."""
+        known = self.scores(batch)
+        return known is not None and all(format_name in formats for formats in known.values())
+
     def keep_scores(self, batch: int, scores: BatchScores) -> None:
-        """Store the scores of one batch (floats survive JSON exactly)."""
-        self._keep_text(self.directory / f"scores-{batch:05}.json", json.dumps(scores))
+        """Store the scores of one batch beside those in other formats (floats survive JSON exactly)."""
+        known = self.scores(batch) or {}
+        merged = {group: known.get(group, {}) | formats for group, formats in scores.items()}
+        self._keep_text(self.directory / f"scores-{batch:05}.json", json.dumps(merged))
 
     def remove(self) -> None:
         """Remove everything, once the measurement is written."""

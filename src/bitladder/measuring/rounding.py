@@ -14,7 +14,6 @@ import torch
 
 from bitladder.errors import MeasurementError
 from bitladder.formats import Format
-from bitladder.formats import grids as numerics
 
 _COLUMNS_AT_ONCE = 128  # errors are spread at once within so many columns, and over the rest by one product
 
@@ -27,7 +26,7 @@ def compensated_codes(
     Args:
         weight: [out_features, in_features]; modules that share input and scale may be stacked.
         hessian: Xᵀ X of its inputs, [in_features, in_features] float32, on the same device.
-        amax: of the weight, a scalar: the scale is what `format_` makes of it.
+        amax: of the weight, as `format_` scales by it.
         format_: one whose code of an element depends on that element and the scale alone.
         damping: this share of the mean of the hessian's diagonal is added to it. More of it trusts the calibration
             tokens less; what is infinite rounds to nearest.
@@ -40,7 +39,7 @@ def compensated_codes(
     order = torch.argsort(diagonal, descending=True, stable=True)
     factor = _inverse_factor(hessian, order, float(diagonal.mean()) * damping)
     rest = weight.detach().float().t()[order]  # [in_features, out_features]: a column is a row here, in one piece
-    codes = torch.empty(rest.shape, dtype=format_.codes(rest[:1], amax).dtype, device=rest.device)
+    codes = torch.empty(rest.shape, dtype=format_.codes(rest[0], amax).dtype, device=rest.device)
     for start in range(0, len(rest), _COLUMNS_AT_ONCE):
         end = min(start + _COLUMNS_AT_ONCE, len(rest))
         block, local = rest[start:end], factor[start:end, start:end]
@@ -48,7 +47,7 @@ def compensated_codes(
         for index in range(end - start):
             code = format_.codes(block[index], amax)
             codes[start + index] = code
-            errors[index] = (block[index] - numerics.dequantise(code, scale)) / local[index, index]
+            errors[index] = (block[index] - format_.restored(code, scale)) / local[index, index]
             block[index + 1 :].addr_(local[index, index + 1 :], errors[index], alpha=-1)
         rest[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
     found = torch.empty_like(codes)
@@ -72,9 +71,9 @@ def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) 
     return inverse.flip(0, 1)
 
 
-def output_error(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Return |X (W - Q)| / |X W| over the tokens of the hessian: what the codes do to the output, relative to it."""
+def output_error(weight: torch.Tensor, restored: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Return |X (W - Q)| / |X W| over the tokens of the hessian, Q being what the codes restore."""
     exact = weight.detach().float()
-    difference = exact - numerics.dequantise(codes, scale)
+    difference = exact - restored
     squares = [float(((rows @ hessian) * rows).sum(dtype=torch.float64)) for rows in (difference, exact)]
     return (max(squares[0], 0.0) / squares[1]) ** 0.5 if squares[1] > 0 else 0.0

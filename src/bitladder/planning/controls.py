@@ -45,10 +45,8 @@ def arms(measurement: Measurement, scheme: Scheme, *, kinds: Sequence[str], seed
     if unknown:
         raise PlanError(f"control {unknown[0]!r} is unknown; known: {', '.join(KINDS)}")
     formats = {name for name in scheme.formats.values() if name != BF16}
-    if len(formats) > 1:
-        raise PlanError(f"scheme {scheme.name} has {len(formats)} formats; control arms need a scheme of one")
-    if BF16 not in scheme.formats.values():
-        return ()
+    if len(formats) > 1 or BF16 not in scheme.formats.values():
+        return ()  # which groups are quantised is what an arm chooses otherwise, not in which of several formats
     (name,) = formats
     taken = {frozenset(scheme.quantised_groups())}
     found = []

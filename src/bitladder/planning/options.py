@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.errors import MeasurementError
-from bitladder.formats import bits_of
+from bitladder.formats import group_bits
 from bitladder.records import BF16, BF16_BITS, Measurement
 
 
@@ -83,14 +83,14 @@ def check_usable(measurement: Measurement) -> None:
     """
     if not measurement.candidates:
         raise MeasurementError("the measurement has no quant group or no format: nothing to plan; measure again")
-    size = {group.name: group.weight_elements for group in measurement.groups}
+    groups = {group.name: group for group in measurement.groups}
     for candidate in measurement.candidates:
         score = measurement.sensitivity(candidate)
         if not math.isfinite(score):
             raise MeasurementError(f"the score of {candidate.group} in {candidate.format} is {score}; measure again")
-        wanted = size[candidate.group] * bits_of(candidate.format)
+        wanted = group_bits(groups[candidate.group], candidate.format)
         if candidate.weight_bits != wanted:
             raise MeasurementError(
                 f"{candidate.group} in {candidate.format} is recorded with {candidate.weight_bits} bits, but its "
-                f"{size[candidate.group]} weights take {wanted}; measure again"
+                f"{groups[candidate.group].weight_elements} weights take {wanted}; measure again"
             )

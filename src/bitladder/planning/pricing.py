@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.errors import InfeasibleTarget, PlanError
-from bitladder.formats import bits_of, get_format
+from bitladder.formats import get_format, group_bits
 from bitladder.models.fusing import Fusing
 from bitladder.planning.options import check_usable
 from bitladder.records import BF16, BF16_BITS, Measurement, QuantGroup, Scheme
@@ -74,14 +74,14 @@ def price(
     excluded: list[str] = []
     for group in measurement.groups:
         format_name = formats[group.name]
-        bits = group.weight_elements * bits_of(format_name)
+        bits = group_bits(group, format_name)
         weight_bits += bits
         weight_bytes += -(-bits // 8)
         if format_name == BF16:
             excluded += [(m.tensor or m.name).removesuffix(".weight") for m in group.modules]
         else:
             quantised += group.weight_elements
-            weight_bytes += len(group.modules) * get_format(format_name).scale_bytes
+            weight_bytes += _uncounted_scale_bytes(group, format_name)
     if not quantised:
         raise InfeasibleTarget(f"scheme {name} would quantise nothing; ask for more")
     return Scheme(
@@ -119,3 +119,9 @@ def _with_vllms_names(architecture: str, modules: Sequence[str]) -> tuple[str, .
     layers = [layer for layer in fusing.layers(modules) if layer.shards]
     names = [*modules, *(x.name for x in layers if not x.packed or len(x.modules) < len(x.shards))]
     return tuple(dict.fromkeys([*names, *map(fusing.asked_as, names)]))
+
+
+def _uncounted_scale_bytes(group: QuantGroup, format_name: str) -> int:
+    """Return the bytes of the scales that don't grow with a weight, which effective bits leave out."""
+    parts = [p for m in group.modules for p in get_format(format_name).parts(m.shape or (1, 1)) if not p.shape]
+    return sum(part.bits for part in parts) // 8

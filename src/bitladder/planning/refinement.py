@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from bitladder.errors import PlanError
-from bitladder.formats import bits_of
+from bitladder.formats import group_bits
 from bitladder.planning.pricing import density_order, price
 from bitladder.planning.solver import Solver
 from bitladder.records import BF16, Measurement, Scheme
@@ -149,6 +149,6 @@ def _optimum(measurement: Measurement, scheme: Scheme, damage: Mapping[str, floa
     part = measurement.model_copy(
         update={"groups": groups, "candidates": candidates, "formats": (name,), "score_weights": (1.0,)}
     )
-    chosen = Solver(part).least_score(sum(g.weight_elements * bits_of(scheme.formats[g.name]) for g in groups))
+    chosen = Solver(part).least_score(sum(group_bits(g, scheme.formats[g.name]) for g in groups))
     assert chosen is not None  # the scheme's own choice fits
     return {**scheme.formats, **chosen}

@@ -14,8 +14,9 @@ class ModuleRecord(Part):
     tensor: str
     format: str
     dtype: str
-    weight_scale: float
-    input_scale: float
+    weight_scale: float | None = Field(description="None: one a row, of which the digest is kept")
+    weight_scale_sha256: str | None = Field(default=None, description="of the rows' scales, float32; else None")
+    input_scale: float | None = Field(description="None: made of the input itself when it is served")
     rounding: Literal["nearest", "compensated"] = "nearest"
 
 

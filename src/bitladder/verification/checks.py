@@ -2,6 +2,7 @@
 
 import filecmp
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ EXPORT_AGAIN = "remove its directory and export this scheme again"
 MANIFEST = CheckpointManifest.FILE_NAME
 # float32 rounding of code · scale and of the division that made the code, relative to the half step
 _STEP_TOLERANCE = 1 + 1e-5
+# Of a row of zeros: below it 448 / amax is no finite float32 number, or amax / 448 no normal one.
+_LEAST_AMAX = 448 * 2 * torch.finfo(torch.float32).tiny
 _BLOCK = 1 << 18  # codes compared at a time: what a cache holds
 _THREADS = min(8, os.cpu_count() or 1)
 _SHOWN = 3  # differences of one JSON file
@@ -42,6 +45,7 @@ class Examination:
     bytes_identical: int = 0
     stored_bytes: int = 0  # of all tensors, as they must be stored
     weight_amax: dict[str, float] = field(default_factory=dict)  # group -> of the source's weights
+    row_scales: dict[str, torch.Tensor] = field(default_factory=dict)  # weight -> what its rows' scales must be
 
     def part(self) -> "Examination":
         """Return an empty examination of the same checkpoint, to be merged."""
@@ -55,6 +59,7 @@ class Examination:
         self.codes += part.codes
         self.bytes_identical += part.bytes_identical
         self.stored_bytes += part.stored_bytes
+        self.row_scales |= part.row_scales
         for group, amax in part.weight_amax.items():
             self.weight_amax[group] = max(amax, self.weight_amax.get(group, 0.0))
 
@@ -86,7 +91,7 @@ def check(
         weights = _weights(exam, expected, measurement, tensors, originals)
         scales = _scales(exam, expected, tensors, weights)
     if expected.has_index:
-        total = exam.stored_bytes + 4 * len(expected.all_scales)
+        total = exam.stored_bytes + 4 * sum(math.prod(scale.shape) for scale in expected.all_scales.values())
         _json(exam, INDEX, {"metadata": {"total_size": total}, "weight_map": expected.placed})
     if manifest is not None:
         _manifest(exam, expected, manifest, measurement, scales)
@@ -163,9 +168,12 @@ def _weights(
         if entry.is_quantised and entry.group is not None:
             # Weights are measured in the arithmetic of the measurement, to which they were cast.
             part.weight_amax[entry.group] = float(original.abs().max().to(dtype))
+            if expected.scales[_scale_name(name)].rows_of is not None:
+                rows = original.to(dtype).abs().amax(1).float().clamp_min(_LEAST_AMAX)
+                part.row_scales[name] = rows / torch.tensor(torch.finfo(torch.float8_e4m3fn).max)
         if name in tensors.files:
             part.tensors = 1
-            _weight(part, name, entry, tensors, original)
+            _weight(part, name, entry, expected, tensors, original)
         return part
 
     with one_core_each(_THREADS) as pool:
@@ -174,7 +182,9 @@ def _weights(
     return {group: scale_of(amax) for group, amax in exam.weight_amax.items()}
 
 
-def _weight(exam: Examination, name: str, entry: Weight, tensors: Tensors, original: torch.Tensor) -> None:
+def _weight(
+    exam: Examination, name: str, entry: Weight, expected: Expected, tensors: Tensors, original: torch.Tensor
+) -> None:
     """Compare one tensor with the source's."""
     tensor, file = tensors.get(name), tensors.file(name)
     if entry.module:
@@ -187,12 +197,17 @@ def _weight(exam: Examination, name: str, entry: Weight, tensors: Tensors, origi
         exam.find(file, name, f"is {tensor.dtype} {list(tensor.shape)}, the scheme {says} {list(original.shape)}")
     elif entry.is_quantised:
         scale = tensors.get(_scale_name(name)) if _scale_name(name) in tensors.files else None
-        if scale is not None and scale.numel() == 1 and scale.dtype == torch.float32:
-            _codes(exam, name, entry, tensor, float(scale), original)
+        shape = expected.scales[_scale_name(name)].shape
+        if scale is not None and tuple(scale.shape) == shape and scale.dtype == torch.float32:
+            _codes(exam, name, entry, tensor, scale, original)
     elif not torch.equal(bytes_of(tensor), bytes_of(original)):
         exam.find(file, name, "differs from the source, though the scheme leaves it alone")
     else:
         exam.bytes_identical += tensor.nbytes
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(bytes_of(tensor).numpy().data).hexdigest()
 
 
 def _scale_name(name: str) -> str:
@@ -200,18 +215,19 @@ def _scale_name(name: str) -> str:
 
 
 def _codes(
-    exam: Examination, name: str, entry: Weight, codes: torch.Tensor, scale: float, original: torch.Tensor
+    exam: Examination, name: str, entry: Weight, codes: torch.Tensor, scale: torch.Tensor, original: torch.Tensor
 ) -> None:
     """Check that every code restores its source weight: within half an E4M3 step, or as far off as was recorded."""
     exam.codes += codes.numel()
-    step, rounded, wrong = torch.tensor(scale), entry.rounded, 0
+    rounded, wrong = entry.rounded, 0
     largest = torch.finfo(codes.dtype).max
     if rounded is not None and hashlib.sha256(bytes_of(codes).numpy().data).hexdigest() != rounded.codes_sha256:
         exam.find(entry.file, name, "its codes are not the compensated ones of the measurement")
-    flat, source = codes.view(-1), original.reshape(-1)
-    for start in range(0, len(flat), _BLOCK):
-        some = flat[start : start + _BLOCK]
-        restored, wanted = some.float() * step, source[start : start + _BLOCK].float()
+    at_once = max(1, _BLOCK // codes.shape[1])
+    for start in range(0, len(codes), at_once):
+        rows = slice(start, start + at_once)
+        some, step = codes[rows], scale[rows, None] if scale.dim() else scale
+        restored, wanted = some.float() * step, original[rows].float()
         if not bool(torch.isfinite(restored).all()):
             exam.find(entry.file, name, "holds NaN codes")
             return
@@ -228,26 +244,34 @@ def _codes(
 
 def _scales(
     exam: Examination, expected: Expected, tensors: Tensors, weights: dict[str, float]
-) -> Callable[[Scale], float]:
+) -> Callable[[Scale], float | torch.Tensor]:
     """Check every scale's dtype, shape and value; return what gives the value that one must have."""
 
-    def wanted(scale: Scale) -> float:
+    def wanted(scale: Scale) -> float | torch.Tensor:
+        if scale.rows_of is not None:
+            return exam.row_scales[scale.rows_of]
         return weights[scale.group] if scale.value is None else scale.value
 
     for name, scale in expected.all_scales.items():
         value: float | None = None
         if name in tensors.files:
             exam.tensors += 1
-            stored, file = tensors.get(name), tensors.file(name)
-            if stored.dtype != torch.float32 or stored.shape != ():
-                exam.find(file, name, f"is {stored.dtype} {list(stored.shape)}, not one float32 number")
-            elif float(stored) != wanted(scale):
-                value = float(stored)
-                origin = "the source's weights give" if scale.value is None else "what calibration saw gives"
-                usable = "" if 0 < value < float("inf") else " (a scale is finite and positive)"
-                exam.find(file, name, f"is {value}{usable}, {origin} {wanted(scale)}")
+            stored, file, right = tensors.get(name), tensors.file(name), torch.as_tensor(wanted(scale))
+            origin = "the source's weights give" if scale.value is None else "what calibration saw gives"
+            if stored.dtype != torch.float32 or tuple(stored.shape) != scale.shape:
+                numbers = f"{scale.shape[0]} float32 numbers" if scale.shape else "one float32 number"
+                exam.find(file, name, f"is {stored.dtype} {list(stored.shape)}, not {numbers}")
+            elif scale.shape:
+                wrong = (stored != right).nonzero().flatten().tolist()
+                if wrong:
+                    first, own = float(stored[wrong[0]]), float(right[wrong[0]])
+                    where = f"{len(wrong):,} of {len(stored):,} rows have another scale"
+                    exam.find(file, name, f"{where}: row {wrong[0]} has {first}, {origin} {own}")
             else:
                 value = float(stored)
+                if value != wanted(scale):
+                    usable = "" if 0 < value < float("inf") else " (a scale is finite and positive)"
+                    exam.find(file, name, f"is {value}{usable}, {origin} {wanted(scale)}")
         if name in expected.kv_scales:
             exam.digests[f"{scale.module} (KV cache)"] = str(value)
     if exam.scheme.kv_cache_format is not None and not expected.kv_scales:
@@ -260,7 +284,7 @@ def _manifest(
     expected: Expected,
     manifest: CheckpointManifest,
     measurement: Measurement,
-    wanted: Callable[[Scale], float],
+    wanted: Callable[[Scale], float | torch.Tensor],
 ) -> None:
     """Check that the manifest says what is expected, field by field but for the files."""
     for what, found, own in (
@@ -276,14 +300,17 @@ def _manifest(
     modules = {}
     for name, entry in expected.weights.items():
         if entry.is_quantised:
-            scales = expected.scales[_scale_name(name)], expected.scales[f"{name.removesuffix('.weight')}.input_scale"]
+            weight_scale = wanted(expected.scales[_scale_name(name)])
+            by_row = isinstance(weight_scale, torch.Tensor)
+            input_scale = expected.scales.get(f"{name.removesuffix('.weight')}.input_scale")
             modules[name] = {
                 "name": entry.module,
                 "tensor": name,
                 "format": exam.scheme.formats[entry.group or ""],
                 "dtype": "F8_E4M3",
-                "weight_scale": wanted(scales[0]),
-                "input_scale": wanted(scales[1]),
+                "weight_scale": None if by_row else weight_scale,
+                "weight_scale_sha256": _digest(weight_scale) if isinstance(weight_scale, torch.Tensor) else None,
+                "input_scale": None if input_scale is None else wanted(input_scale),
                 "rounding": "nearest" if entry.rounded is None else "compensated",
             }
     meant = {

@@ -18,13 +18,36 @@ from bitladder.records import BF16, Measurement, RoundedModule, Scheme
 from bitladder.verification.reading import INDEX, Tensors
 
 CONFIG, LEGACY = "config.json", "hf_quant_config.json"
-_ALGORITHMS = {"fp8": "FP8"}  # our format -> `quant_algo`
 _KV_FORMATS = (None, "fp8")
 _KV_MODULES = ("k_proj", "v_proj")
 # Source: modelopt 0.47.0, torch/export/convert_hf_config.py and quant_utils.py; tests compare with its export.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 _E4M3 = {"dynamic": False, "num_bits": 8, "type": "float"}
 _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a file holds of a format: its `quant_algo`, what a weight's scale is for, whether an input has one."""
+
+    algorithm: str
+    by_row: bool
+    input_scale: bool
+    weights: dict[str, Any]  # in `config_groups`
+    grouped_alone: bool  # whether `config_groups` are written where a checkpoint has this format only
+
+
+# Source: modelopt 0.47.0, torch/export/convert_hf_config.py.
+_LAYOUTS = {
+    "fp8": _Layout("FP8", by_row=False, input_scale=True, weights=_E4M3, grouped_alone=True),
+    "fp8_pc_pt": _Layout(
+        "FP8_PER_CHANNEL_PER_TOKEN",
+        by_row=True,
+        input_scale=False,
+        weights={**_E4M3, "strategy": "channel"},
+        grouped_alone=False,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +63,14 @@ class Weight:
 
 @dataclass(frozen=True)
 class Scale:
-    """A float32 scalar; `value` None: what the source's weights of the group give."""
+    """A float32 scalar, or one number a row; `value` None: what the source's weights of group or rows give."""
 
     file: str
     group: str
     module: str
     value: float | None
+    rows_of: str | None = None  # the weight of whose rows it is
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,21 +134,40 @@ def _kv_scales(
                 yield f"{prefix}.{which}_scale", Scale(files.file(module.tensor), group.name, module.name, value)
 
 
-def _quantisation(scheme: Scheme) -> tuple[dict[str, Any], dict[str, Any]]:
+def _quantisation(scheme: Scheme, measurement: Measurement) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return `quantization_config` and `hf_quant_config.json`."""
-    (algorithm,) = {_ALGORITHMS[name] for name in scheme.formats.values() if name != BF16}
+    layers = {
+        (module.tensor or module.name).removesuffix(".weight"): scheme.formats[group.name]
+        for group in measurement.groups
+        for module in group.modules
+        if scheme.formats[group.name] != BF16
+    }
+    used = list(dict.fromkeys(layers.values()))
+    algorithm = "MIXED_PRECISION" if len(used) > 1 else _LAYOUTS[used[0]].algorithm
     names = list(scheme.exclude_modules)
     section: dict[str, Any] = {
         "quant_method": "modelopt",
         "quant_algo": algorithm,
         "producer": _PRODUCER,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": _E4M3, "input_activations": _E4M3}},
         "ignore": names,
     }
+    groups = {
+        f"group_{index}": {
+            "targets": sorted(m for m, own in layers.items() if own == name) if len(used) > 1 else ["Linear"],
+            "weights": _LAYOUTS[name].weights,
+            "input_activations": _E4M3,
+        }
+        for index, name in enumerate(used)
+    }
+    if len(used) > 1 or _LAYOUTS[used[0]].grouped_alone:
+        section["config_groups"] = groups
     if scheme.kv_cache_format is not None:
         section["kv_cache_scheme"] = _E4M3
     kv_cache = None if scheme.kv_cache_format is None else "FP8"
-    legacy = {"quant_algo": algorithm, "kv_cache_quant_algo": kv_cache, "exclude_modules": names}
+    legacy: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": kv_cache, "exclude_modules": names}
+    if len(used) > 1:
+        each = {module: {"quant_algo": _LAYOUTS[name].algorithm} for module, name in layers.items()}
+        section["quantized_layers"] = legacy["quantized_layers"] = each
     return section, {"producer": _PRODUCER, "quantization": legacy}
 
 
@@ -133,7 +177,7 @@ def check_scheme(scheme: Scheme, measurement: Measurement) -> None:
     Raises:
         StaleRecord: it isn't.
     """
-    known = {BF16, *_ALGORITHMS}
+    known = {BF16, *_LAYOUTS}
     problem = None
     if scheme.measurement_sha256 != measurement.fingerprint():
         problem = "was planned from another measurement"
@@ -181,18 +225,23 @@ def expect(
     for group in measurement.groups:
         is_quantised = scheme.formats[group.name] != BF16
         # What a runtime fuses has one input, and one scale for it.
-        inputs = [_number(amax, f"{module.name}.input_amax") for module in group.modules] if is_quantised else []
+        has_input = is_quantised and _LAYOUTS[scheme.formats[group.name]].input_scale
+        inputs = [_number(amax, f"{module.name}.input_amax") for module in group.modules] if has_input else []
         for module in group.modules:
             if module.tensor not in weights:
                 raise StaleRecord(f"{source} has no tensor {module.tensor}, which was measured; measure again")
             name, file = module.tensor, originals.file(module.tensor)
             weights[name] = Weight(file, group.name, module.name, is_quantised, rounded.get(module.name))
             if is_quantised:
-                prefix = name.removesuffix(".weight")
-                scales[f"{prefix}.weight_scale"] = Scale(file, group.name, module.name, None)
-                scales[f"{prefix}.input_scale"] = Scale(file, group.name, module.name, scale_of(max(inputs)))
+                prefix, layout = name.removesuffix(".weight"), _LAYOUTS[scheme.formats[group.name]]
+                rows = (originals.shape(name)[0],) if layout.by_row else ()
+                scales[f"{prefix}.weight_scale"] = Scale(
+                    file, group.name, module.name, None, name if layout.by_row else None, rows
+                )
+                if layout.input_scale:
+                    scales[f"{prefix}.input_scale"] = Scale(file, group.name, module.name, scale_of(max(inputs)))
     config = read_json(source / CONFIG)
-    section, legacy = _quantisation(scheme)
+    section, legacy = _quantisation(scheme, measurement)
     return Expected(
         weights=weights,
         scales=scales,

@@ -40,6 +40,10 @@ class Tensors:
         tensor: torch.Tensor = self.files[name][1].get_tensor(name)
         return tensor
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, without reading it."""
+        return tuple(self.files[name][1].get_slice(name).get_shape())
+
     def file(self, name: str) -> str:
         """Return the name of the file that holds a tensor."""
         return self.files[name][0] if name in self.files else "*.safetensors"
