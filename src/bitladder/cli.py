@@ -316,7 +316,7 @@ def preflight(
     targets: Targets,
     output: Output = None,
     runtime: Annotated[
-        list[str] | None, typer.Option("--runtime", help="vllm, sglang or tensorrt_llm; may be repeated; default all.")
+        list[str] | None, typer.Option("--runtime", help="vllm, sglang, tensorrt_llm or vllm==0.25.1; may be repeated.")
     ] = None,
     read_weights: Annotated[
         bool, typer.Option("--read-weights", help="Also look for NaN in the weights: reads every byte.")

@@ -16,7 +16,8 @@ from typing import Any
 
 from bitladder.models.fusing import Fusing
 
-SCALES = ("weight_scale", "input_scale")  # of a quantised linear, beside its `weight`
+INPUT_SCALE = "input_scale"
+SCALES = ("weight_scale", INPUT_SCALE)  # of a quantised linear, beside its `weight`
 _KV_SCALES = ("k_scale", "v_scale")
 # Where hybrid models list what their layers are. Source: transformers' configurations of hybrid models.
 _LISTS_OF_KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern", "block_types")

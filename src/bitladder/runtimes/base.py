@@ -1,15 +1,42 @@
-"""How runtimes read a ModelOpt FP8 checkpoint, where they differ: which configuration, which exclusions, which names.
+"""How runtimes read a ModelOpt checkpoint, where they differ: which configuration, formats, exclusions, names.
 
-One class of rules a runtime, applied to the modules that an architecture has (`architectures.py`).
+One class of rules a runtime, applied to the modules that an architecture has (`architectures.py`). What a runtime makes
+of a format is its row in the runtime's `SUPPORT`; what the format is, `bitladder.formats` says.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
 
+from bitladder.formats import get_format
+from bitladder.records import BF16
 from bitladder.runtimes.architectures import Architecture
+
+MIX = "MIXED_PRECISION"  # the `quant_algo` of a checkpoint whose modules each name their own
+UNIFORM = get_format("fp8").modelopt_algorithm  # what is meant where no algorithm is said
+
+
+@dataclass(frozen=True)
+class Support:
+    """How a runtime runs a format.
+
+    Attributes:
+        method: its class that does.
+        capability: least compute capability of an NVIDIA GPU, times ten; None: not known here.
+        multiple: of a layer's two dimensions; None: any will do.
+        source: where that is read.
+        in_mix: whether it also does where the checkpoint is a mix; otherwise it leaves such layers in 16 bits.
+        caveat: what other versions do with such layers of a mix, to be warned of; None: nothing else.
+    """
+
+    method: str
+    capability: int | None
+    multiple: int | None
+    source: str
+    in_mix: bool = True
+    caveat: str | None = None
 
 
 @dataclass(frozen=True)
@@ -28,10 +55,19 @@ class RuntimeLayer:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the exclusions make of a layer, and which of them hit it."""
+    """What a configuration makes of a layer.
+
+    Attributes:
+        outcome: "mixed" where the modules of a fused layer are decided differently.
+        patterns: the exclusions that hit it, or, of a layer that a mix quantises, the entries that list it.
+        format: in which it runs.
+        dropped: of a layer that is listed in a mix: why it runs in 16 bits all the same.
+    """
 
     outcome: Literal["quantised", "excluded", "mixed"]
     patterns: tuple[str, ...] = ()
+    format: str = BF16
+    dropped: str | None = None
 
 
 class Rules(ABC):
@@ -39,14 +75,26 @@ class Rules(ABC):
 
     runtime: ClassVar[str]
     version: ClassVar[str]
-    fp8_method: ClassVar[str]
+    SUPPORT: ClassVar[Mapping[str, Support | str]]  # format -> how it runs, or why it doesn't
     other_method: ClassVar[str] = "UnquantizedLinearMethod"
     legacy_first: ClassVar[bool] = False  # whether hf_quant_config.json wins over config.json
-    kernel_multiple: ClassVar[int | None] = None  # of a layer's two dimensions; None: any will do
     known_algorithms: ClassVar[frozenset[str]]  # besides FP8 with one scale a tensor
 
-    def __init__(self, need: Architecture, excludes: Sequence[str]) -> None:
+    def __init__(
+        self, need: Architecture, excludes: Sequence[str], algorithms: str | Mapping[str, str] = UNIFORM
+    ) -> None:
+        """Make the rules for one model.
+
+        Args:
+            need: the model.
+            excludes: as the configuration has them.
+            algorithms: one for all, or, of a mix, that of each module that it lists, in ModelOpt's names.
+        """
         self.need = need
+        self.uniform = self.format_of(algorithms) if isinstance(algorithms, str) else None
+        listed = {} if isinstance(algorithms, str) else algorithms
+        self.entries = {self.entry(module): module for module in listed}
+        self.mix = {self.entry(module): self.format_of(algorithm) for module, algorithm in listed.items()}
         self.written = {pattern: exclude for exclude in excludes for pattern in self.mapped(exclude)}
         self.patterns = tuple(self.written)
         self.wild = frozenset(pattern for pattern in self.patterns if any(mark in pattern for mark in "*?["))
@@ -55,6 +103,23 @@ class Rules(ABC):
     @abstractmethod
     def algorithm(cls, name: str | None) -> str | None:
         """Return the runtime's reading of `quant_algo`; None: it refuses."""
+
+    @classmethod
+    def format_of(cls, algorithm: str) -> str:
+        """Return our name of an algorithm's format, or the algorithm itself where it isn't among `SUPPORT`."""
+        names = (name for name in cls.SUPPORT if get_format(name).modelopt_algorithm == algorithm)
+        return next(names, algorithm)
+
+    @classmethod
+    def why_no_mix(cls, formats: frozenset[str]) -> str | None:
+        """Return why the runtime refuses a mix of these formats; None: it doesn't."""
+        return None
+
+    @classmethod
+    def method(cls, format_name: str) -> str:
+        """Return the runtime's class that runs a format."""
+        support = cls.SUPPORT.get(format_name)
+        return support.method if isinstance(support, Support) else cls.other_method
 
     @classmethod
     def reproduced(cls, need: Architecture) -> bool:
@@ -67,6 +132,35 @@ class Rules(ABC):
     def mapped(self, exclude: str) -> tuple[str, ...]:
         """Return what the runtime makes of one exclusion before it matches."""
         return (exclude,)
+
+    def entry(self, module: str) -> str:
+        """Return what the runtime makes of a module's name in the list of a mix before it looks layers up."""
+        return module
+
+    def listed(self, layer: RuntimeLayer) -> dict[str, str]:
+        """Return the entries of a mix that decide about a layer, and their formats."""
+        names = (layer.name, *(self.name(module) for module in layer.modules))
+        return {name: self.mix[name] for name in names if name in self.mix}
+
+    def quantised(self, layer: RuntimeLayer) -> Decision:
+        """Decide about a layer that nothing excludes."""
+        if self.uniform is not None:
+            return Decision("quantised", (), self.uniform)
+        listed = self.listed(layer)
+        entries, formats = tuple(listed), set(listed.values())
+        if not listed:
+            return Decision("excluded")
+        if len(formats) > 1:
+            return Decision("mixed", entries)
+        (name,) = formats
+        support = self.SUPPORT.get(name)
+        if isinstance(support, Support) and support.in_mix:
+            return Decision("quantised", entries, name)
+        return Decision("excluded", entries, dropped=support if isinstance(support, str) else self.drops(name))
+
+    def drops(self, format_name: str) -> str:
+        """Say that a mix's layers of a format stay in 16 bits."""
+        return f"{self.runtime} {self.version} leaves {format_name} in 16 bits where a checkpoint mixes formats"
 
     def name(self, module: str) -> str:
         """Return the runtime's name of a module, fused ones apart."""
@@ -109,6 +203,24 @@ class Rules(ABC):
             if pattern in names or written == self.need.head.rpartition(".")[2] or self._hits_any(pattern, names)
         }
         return sorted(set(self.written.values()) - useful)
+
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """Return the names under which the runtime looks a layer or module up in the list of a mix."""
+        return (name,)
+
+    def unlisted(self, layer: RuntimeLayer) -> list[str]:
+        """Return the modules of a layer that a mix names neither by themselves nor by their fused layer."""
+        if any(name in self.mix for name in self.spellings(layer.name)):
+            return []
+        names = {module: self.spellings(self.name(module)) for module in layer.modules}
+        return [module for module, found in names.items() if not any(name in self.mix for name in found)]
+
+    def useless_entries(self) -> list[str]:
+        """Return the modules that a mix lists, as they are written, that are none of the runtime's."""
+        names = {self.name(module) for layer in self.layers for module in layer.modules}
+        names |= {layer.name for layer in self.layers} | {self.need.head, self.name(self.need.head)}
+        known = {found for name in names for found in self.spellings(self.need.fusing.asked_as(name))}
+        return sorted(written for entry, written in self.entries.items() if entry not in known)
 
     def _hits_any(self, pattern: str, names: set[str]) -> bool:
         return any(self.hits(pattern, name) for name in names)

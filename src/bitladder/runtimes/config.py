@@ -17,13 +17,25 @@ class Quantisation:
     kv_cache: str | None
     method: str  # quant_method; hf_quant_config.json is always ModelOpt's
     well_formed: bool  # whether the exclusions are a list of names, as runtimes insist
+    layers: Mapping[str, str] | None = None  # of a mix: module -> algorithm; None: it lists none, or not as it should
 
 
 def _section(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _quantisation(file: str, algorithm: object, excludes: object, kv_cache: object, method: object) -> Quantisation:
+def _layers(listed: object) -> dict[str, str] | None:
+    """Return the algorithm of each module that a mix lists; None: the list is none, or empty."""
+    entries = {str(name): _section(entry).get("quant_algo") for name, entry in _section(listed).items()}
+    if not entries or not all(isinstance(algorithm, str) for algorithm in entries.values()):
+        return None
+    return {name: str(algorithm) for name, algorithm in entries.items()}
+
+
+def _quantisation(
+    file: str, section: Mapping[str, Any], excludes: object, kv_cache: object, method: object
+) -> Quantisation:
+    algorithm = section.get("quant_algo")
     names = [] if excludes is None else excludes
     well_formed = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return Quantisation(
@@ -33,6 +45,7 @@ def _quantisation(file: str, algorithm: object, excludes: object, kv_cache: obje
         kv_cache=None if kv_cache is None else str(kv_cache),
         method=str(method),
         well_formed=well_formed,
+        layers=_layers(section.get("quantized_layers")),
     )
 
 
@@ -48,7 +61,7 @@ def inline(config: Mapping[str, Any]) -> Quantisation | None:
     eight_bit = (cache.get("type"), cache.get("num_bits")) == ("float", 8)
     return _quantisation(
         CONFIG_FILE,
-        section.get("quant_algo"),
+        section,
         section.get("ignore"),
         "FP8" if eight_bit else None,
         section.get("quant_method", "modelopt"),
@@ -60,7 +73,7 @@ def nested(content: Mapping[str, Any], file: str) -> Quantisation:
     section = _section(content.get("quantization"))
     return _quantisation(
         file,
-        section.get("quant_algo"),
+        section,
         section.get("exclude_modules"),
         section.get("kv_cache_quant_algo"),
         "modelopt",

@@ -3,7 +3,6 @@
 What can't be read is a finding, not an exception: a pre-flight says everything that it can.
 """
 
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("tekken.json",),
 _PROCESSOR_FILES = (("preprocessor_config.json",), ("processor_config.json",))
 _HUB_FILES = (".cache/huggingface/", ".git/", ".gitattributes")  # what a hub's clients leave; no runtime reads it
 _SCAN_BYTES = 1 << 20  # what a cache holds, and a multiple of every dtype's bytes
-E4M3 = "F8_E4M3"
 # dtypes of weights that aren't quantised: runtimes cast them into 16 bits as they copy them.
 # Source: vllm model_executor/model_loader/weight_utils.py, default_weight_loader.
 SIXTEEN_BIT = ("BF16", "F16", "F32", "F64")
@@ -36,11 +34,11 @@ _NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int, int]] = {
     "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
     "F64": (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
 }
-_FLOATS: dict[str, Callable[[bytes], float]] = {  # dtype of a scale -> its first element
-    "BF16": lambda data: float(struct.unpack("<f", b"\0\0" + data[:2])[0]),
-    "F16": lambda data: float(struct.unpack_from("<e", data)[0]),
-    "F32": lambda data: float(struct.unpack_from("<f", data)[0]),
-    "F64": lambda data: float(struct.unpack_from("<d", data)[0]),
+_FLOATS: dict[str, Callable[[bytes], "np.ndarray[Any, Any]"]] = {  # dtype of scales -> their elements
+    "BF16": lambda data: (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32),
+    "F16": lambda data: np.frombuffer(data, "<f2"),
+    "F32": lambda data: np.frombuffer(data, "<f4"),
+    "F64": lambda data: np.frombuffer(data, "<f8"),
 }
 SCALE_DTYPE = "F32"
 
@@ -61,8 +59,8 @@ class Tensor:
         """Whether vLLM takes it for one number. Source: vllm model_executor/parameter.py, PerTensorScaleParameter."""
         return self.shape in ((), (1,))
 
-    def number(self, file: BinaryIO) -> float | None:
-        """Return the first element of a floating-point tensor, read from its opened file; None: another dtype."""
+    def numbers(self, file: BinaryIO) -> "np.ndarray[Any, Any] | None":
+        """Return the elements of a floating-point tensor, in a row, read from its opened file; None: another dtype."""
         if self.dtype not in _FLOATS:
             return None
         file.seek(self.begin)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final, Literal
 
-from bitladder.records import BF16, LogProbDifference, ProbedLayer, ProbeFinding, Throughput
+from bitladder.records import LogProbDifference, ProbedLayer, ProbeFinding, Throughput
 from bitladder.runtimes.vllm.job import ServeJob, SpeedJob
 from bitladder.runtimes.vllm.served import Answer, Run, Served
 
@@ -26,7 +26,6 @@ TOLERANCE_FLOOR: Final = 0.01  # nats per token
 MAX_NOISE: Final = 0.1  # nats per token
 MAX_LOSS: Final = 1.0  # nats per token of real text. All of a language model in FP8 costs hundredths of a nat
 MIN_REPEATED: Final = 8  # tokens of an answer that are all the same; a count or a row of dashes may be shorter
-FORMAT_OF_DTYPE: Final = {"float8_e4m3fn": "fp8", "float16": BF16, "bfloat16": BF16, "float32": BF16}
 EXPORT_AGAIN: Final = "export the checkpoint again, and see what `bitladder probe --stage load` says of each layer"
 
 
@@ -39,7 +38,8 @@ def format_findings(layers: Sequence[ProbedLayer]) -> Iterator[ProbeFinding]:
                 where=layer.name,
                 problem=f"the manifest promises {layer.promised}, vLLM runs {layer.format} "
                 f"({layer.method} of {layer.runtime_name})",
-                remedy="name it in exclude_modules (`ignore` in config.json) exactly if it is stored in 16 bits",
+                remedy="name it in exclude_modules (`ignore` in config.json) exactly if it is stored in 16 bits, and "
+                "in quantized_layers, where there is one, if it isn't",
             )
 
 

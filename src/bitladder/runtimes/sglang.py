@@ -2,9 +2,10 @@
 
 import re
 from functools import cached_property
+from typing import ClassVar
 
 from bitladder.runtimes.architectures import LLAVA_RENAMES, QWEN2_VL_RENAMES, Architecture
-from bitladder.runtimes.base import Decision, Rules, RuntimeLayer
+from bitladder.runtimes.base import MIX, Decision, Rules, RuntimeLayer, Support
 
 _PLAIN = re.compile(r"[\w.\-]+")  # a name without any sign that means something in a regular expression
 
@@ -13,16 +14,28 @@ class SglangRules(Rules):
     """SGLang's: whole parts of a name, all modules of a fused layer or none; then `*` over the name or one part of it.
 
     Source: sgl-project/sglang, python/sglang/srt/layers/quantization/modelopt/modelopt.py at 3d2509d8a2ca
-    (ModelOptQuantConfig), modelopt/schemes/modelopt_fp8.py at 578ca2f63399 (ModelOptFp8Config.from_config), utils.py
-    since pull request #23467 (is_layer_skipped, _module_path_match), models/qwen2_5_vl.py and qwen3_vl.py
-    (hf_to_sglang_mapper). An FP8 product that CUTLASS can't take goes to Triton (fp8_utils.py, apply_fp8_linear).
+    (ModelOptQuantConfig), modelopt/schemes/modelopt_fp8.py at 578ca2f63399 (ModelOptFp8Config.from_config),
+    modelopt/schemes/modelopt_mixed_precision.py at 717e1203914b (get_quant_method), utils.py since pull request
+    #23467 (is_layer_skipped, _module_path_match), models/qwen2_5_vl.py and qwen3_vl.py (hf_to_sglang_mapper). An FP8
+    product that CUTLASS can't take goes to Triton (fp8_utils.py, apply_fp8_linear).
     """
 
     runtime = "sglang"
     version = "main at 578ca2f63399"
-    fp8_method = "ModelOptFp8LinearMethod"
-    known_algorithms = frozenset({"NVFP4", "MIXED_PRECISION"})
+    SUPPORT: ClassVar = {
+        "fp8": Support("ModelOptFp8LinearMethod", 89, None, "modelopt/schemes/modelopt_fp8.py at 578ca2f63399"),
+        "fp8_pc_pt": "SGLang takes it for FP8 with one scale a tensor and one for its inputs, and in a mix for 16 bits",
+    }
+    known_algorithms = frozenset({"NVFP4", MIX})
+    _MIXED_WITH = frozenset({"NVFP4", "W4A16_NVFP4"})
     _VISION_QKV = ("attn.qkv", "attn.qkv_proj")
+
+    @classmethod
+    def why_no_mix(cls, formats: frozenset[str]) -> str | None:
+        """Return why a mix without four-bit layers is refused. Source: sglang 0.5.23, its choice of modelopt_mixed."""
+        if formats & cls._MIXED_WITH:
+            return None
+        return "SGLang takes a mix without NVFP4 for another kind of checkpoint, W4AFP8"
 
     @classmethod
     def algorithm(cls, name: str | None) -> str | None:
@@ -70,7 +83,7 @@ class SglangRules(Rules):
             if (pattern in plain if pattern in self._plain else self._globs(pattern, layer.name))
         )
         found = tuple(hits)
-        return Decision("excluded" if found else "quantised", found)
+        return Decision("excluded", found) if found else self.quantised(layer)
 
     @cached_property
     def _plain(self) -> frozenset[str]:

@@ -1,11 +1,13 @@
 """TensorRT-LLM's rules: which layers it would run quantised."""
 
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 from bitladder.runtimes.architectures import QWEN2_VL_RENAMES, Architecture
-from bitladder.runtimes.base import Decision, Rules, RuntimeLayer
+from bitladder.runtimes.base import MIX, Decision, Rules, RuntimeLayer, Support
 
 _KERNEL_MULTIPLE = 16  # FP8 products of cuBLAS want dimensions of 16 bytes (cuBLAS documentation, cublasLtMatmul)
+_LINEAR = "tensorrt_llm/_torch/modules/linear.py at 00bbf71e7964"
 
 
 class TensorRtLlmRules(Rules):
@@ -18,15 +20,22 @@ class TensorRtLlmRules(Rules):
     (QuantConfig.is_module_excluded_from_quantization), _torch/models/modeling_utils.py at cb4c622cf5bb
     (apply_quant_config_exclude_modules), quantization/modelopt_config.py at 2edf354d4b92 (which file wins),
     _torch/model_config.py at 008e0af8980f, _torch/models/modeling_qwen2vl.py (Qwen2VisionModelBase), and
-    _torch/modules/linear.py at 00bbf71e7964 (FP8QDQLinearMethod: cuBLAS).
+    _torch/modules/linear.py at 00bbf71e7964 (FP8QDQLinearMethod: cuBLAS; FP8RowwiseLinearMethod). Of a mix:
+    model_config.py (_build_modelopt_quant_config; a quant_cfg.json beside it isn't read here) and modeling_utils.py
+    (apply_layerwise_quant_config, then the exclusions).
     """
 
     runtime = "tensorrt_llm"
     version = "main at 008e0af8980f"
-    fp8_method = "FP8QDQLinearMethod"
+    SUPPORT: ClassVar = {
+        "fp8": Support("FP8QDQLinearMethod", None, _KERNEL_MULTIPLE, _LINEAR),
+        # the dimensions of fp8_rowwise_gemm weren't read: CUTLASS, too, moves 16 bytes at a time
+        "fp8_pc_pt": Support("FP8RowwiseLinearMethod", None, _KERNEL_MULTIPLE, _LINEAR),
+    }
     legacy_first = True
-    kernel_multiple = _KERNEL_MULTIPLE
-    known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_BLOCK_SCALES", "NVFP4", "MIXED_PRECISION"})
+    known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_BLOCK_SCALES", "NVFP4", MIX})
+    # what decides about a fused layer in a mix: the first entry that has one of these in its name
+    _DECIDING: ClassVar = {"gate_up_proj": ("gate_proj", "gate_up_proj"), "qkv_proj": ("q_proj",)}
 
     @classmethod
     def algorithm(cls, name: str | None) -> str | None:
@@ -52,7 +61,16 @@ class TensorRtLlmRules(Rules):
         listed = dict.fromkeys(name for name in names if name in self.written)
         wild = [pattern for pattern in self.wild if any(fnmatchcase(name, pattern) for name in names)]
         hits = tuple(sorted({*listed, *wild}, key=self.patterns.index))
-        return Decision("excluded" if hits else "quantised", hits)
+        return Decision("excluded", hits) if hits else self.quantised(layer)
+
+    def listed(self, layer: RuntimeLayer) -> dict[str, str]:
+        """Return the entry of a layer's own name; of a fused one the first that holds its deciding module's."""
+        parent, _, own = layer.name.rpartition(".")
+        if own not in self._DECIDING or not layer.shards:
+            return {layer.name: self.mix[layer.name]} if layer.name in self.mix else {}
+        names = [f"{parent}.{name}" for name in self._DECIDING[own]]
+        found = next((entry for entry in self.mix if any(name in entry for name in names)), None)
+        return {} if found is None else {found: self.mix[found]}
 
     def hits(self, pattern: str, name: str) -> bool:
         """Return whether the pattern matches the whole name."""

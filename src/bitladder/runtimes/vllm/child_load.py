@@ -229,6 +229,18 @@ def unloaded(name: str, tensor: torch.Tensor, copies: list[Facts]) -> list[tuple
     ]
 
 
+def odd_scales(values: torch.Tensor, copies: list[Facts]) -> list[tuple[int, str]]:
+    """Return (place, value) of the first number in each copy that isn't finite and positive, as no scale is."""
+    found = []
+    for copy in copies:
+        part = values[copy["begin"] : copy["end"]]
+        places = (~(torch.isfinite(part) & (part > 0))).nonzero()
+        if len(places):
+            place = int(places[0])
+            found.append((copy["begin"] + place, repr(float(part[place]))))
+    return found
+
+
 def inspect_parameters(model: torch.nn.Module, parameters: Parameters) -> None:
     """Add to each parameter's facts what was never loaded, its scales, and how many of its values aren't finite."""
     for name, tensor in model.named_parameters():
@@ -239,6 +251,8 @@ def inspect_parameters(model: torch.nn.Module, parameters: Parameters) -> None:
         flat = tensor.detach().reshape(-1)
         if is_scale(name) and tensor.numel() <= MAX_VALUES:
             facts["values"] = [repr(value) for value in flat.float().tolist()]  # JSON has no NaN
+        elif is_scale(name) and tensor.dtype not in FLOAT8:
+            facts["odd"] = odd_scales(flat.float(), facts["copies"])
         elif tensor.dtype in FLOAT8 or not math.isfinite(flat.sum(dtype=torch.float32)):  # one pass where all is well
             missing = sum(end - begin for begin, end in facts["unloaded"])
             facts["nan"] = int(is_nan(flat).sum()) - missing

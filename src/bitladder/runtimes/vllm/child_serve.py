@@ -138,6 +138,20 @@ def _kernel_of(method: Any) -> str | None:
     return None if found is None else type(found).__name__
 
 
+def _scaling(module: Any) -> dict[str, bool]:
+    """Return whether a layer's weight has a scale an output row, and whether its inputs are scaled as they come.
+
+    vLLM 0.32 says it in the quant method's `spec`; earlier releases have a method a format. Kernels may spread one
+    scale over all rows, so that the shape that is left doesn't tell.
+    """
+    method = module.quant_method
+    weight, inputs = (getattr(getattr(method, "spec", None), name, None) for name in ("weight", "activation"))
+    if weight is None or inputs is None:
+        rowwise = "PcPt" in type(method).__name__
+        return {"channels": rowwise, "dynamic_input": rowwise}
+    return {"channels": not weight.scale.group_shape.is_per_tensor(), "dynamic_input": not inputs.scale.static}
+
+
 def _bytes_of(tensors: Any) -> int:
     """Return the bytes of the tensors' storages, each counted once: tied weights share one."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -172,6 +186,7 @@ def layer_facts(model: Any, modules: Sequence[str]) -> Facts:
                 "method": type(module.quant_method).__name__,
                 "kernel": _kernel_of(module.quant_method),
                 "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
+                **_scaling(module),
             }
     names = {module: _runtime_name(model, layers, module) for module in modules}
     return {"layers": layers, "names": {module: name for module, name in names.items() if name is not None}}

@@ -88,6 +88,8 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("unexpected_tensor", r"^KeyError: .*(weight|bias|scale)\b", "vllm/model_executor/models/*.py, params_dict"),
     Rule("shape", r"Attempted to load weight \(", "vllm/.../weight_utils.py, default_weight_loader"),
     Rule("shape", r"size of tensor a .* must match|[Ss]hape mismatch|mat1 and mat2 shapes", "torch"),
+    # One number for a scale that has one an output row.
+    Rule("shape", r"narrow\(\) cannot be applied to a 0-dim tensor", "vllm/model_executor/parameter.py"),
     Rule("shape", r"exceeds dimension size|shape '.*' is invalid for input of size|output with shape", "torch"),
     Rule("shape", r"^AssertionError: assert .*\.(shape|numel|ndim|dim)\b", "vllm/model_executor/parameter.py"),
 )

@@ -37,7 +37,8 @@ class Parameter(_Fact):
     shape: tuple[int, ...]
     copies: tuple[Copy, ...] = ()
     unloaded: tuple[tuple[int, int], ...] = ()
-    values: tuple[float, ...] = ()  # of scales; others: empty
+    values: tuple[float, ...] = ()  # of scales, if they aren't too many; others: empty
+    odd: tuple[tuple[int, float], ...] = ()  # of very many scales: the first in each copy that can't be one, its place
     nan: int = 0
     inf: int = 0
 

@@ -23,11 +23,11 @@ from bitladder.runtimes.files import read_manifest
 from bitladder.runtimes.findings import Findings
 from bitladder.runtimes.vllm.exceptions import classify, classify_exit
 from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
+from bitladder.runtimes.vllm.formats import fitting, plain_format
 
 SCRIPT = "vllm/child_load.py"
 RUNTIME = "vllm"
-FP8 = "fp8"  # as our formats are called
-_E4M3 = "float8_e4m3fn"  # as torch calls what vLLM runs FP8 weights in
+_KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
 _SIXTEEN_BIT = ("bfloat16", "float16", "float32", "float64")  # dtypes of a layer that isn't quantised
 # What vLLM's attention layers may be given besides k_scale and v_scale; ModelOpt writes neither, 1.0 is used.
 # Source: vllm model_executor/layers/quantization/kv_cache.py, BaseKVCacheMethod.create_weights.
@@ -184,15 +184,24 @@ def _source_of(parameter: Parameter, index: int) -> str | None:
 def scale_findings(facts: Facts) -> Iterator[ProbeFinding]:
     """Yield loaded scales that no multiplier can have: NaN, infinite, zero, negative."""
     for parameter in facts.parameters.values():
-        for index, value in enumerate(parameter.values):
+        odd = dict(parameter.odd)
+        odd |= {i: value for i, value in enumerate(parameter.values) if not (math.isfinite(value) and value > 0)}
+        found: dict[str, list[float]] = {}
+        for index, value in odd.items():
             tensor = _source_of(parameter, index)
-            if tensor is not None and not (math.isfinite(value) and value > 0):
-                yield _error(
-                    "bad_scale",
-                    tensor,
-                    f"the scale is {value}; vLLM loads it without a word",
-                    f"{_EXPORT}; if the scale is the same then, measure again",
-                )
+            if tensor is not None:
+                found.setdefault(tensor, []).append(value)
+        for tensor, values in found.items():
+            one = next(copy for copy in parameter.copies if copy.tensor == tensor)
+            single = one.end - one.begin == 1
+            yield _error(
+                "bad_scale",
+                tensor,
+                f"the scale is {values[0]}; vLLM loads it without a word"
+                if single
+                else f"a scale of an output row is {values[0]}; vLLM loads it without a word",
+                f"{_EXPORT}; if the scale is the same then, measure again",
+            )
 
 
 def weight_findings(facts: Facts) -> Iterator[ProbeFinding]:
@@ -219,6 +228,8 @@ def unequal_findings(facts: Facts) -> Iterator[ProbeFinding]:
         }
         if kind not in ("weight_scale", "input_scale") or len(set(loaded.values())) < 2:
             continue
+        if any(copy.end - copy.begin > 1 for copy in parameter.copies):  # one an output row: nothing is merged
+            continue
         values = ", ".join(f"{tensor} {value:.6g}" for tensor, value in loaded.items())
         remedy = f"{_EXPORT} with one {kind} for the modules that are fused"
         if kind == "weight_scale":
@@ -231,11 +242,31 @@ def unequal_findings(facts: Facts) -> Iterator[ProbeFinding]:
             yield _warning("unequal_scales", module_of(name), f"vLLM takes the largest for all ({values})", remedy)
 
 
-def _format_of(dtype: str | None) -> str:
-    """Return our name for the format of a layer whose weight parameter was created with a dtype."""
-    if dtype == _E4M3:
-        return FP8
-    return BF16 if dtype is None or dtype in _SIXTEEN_BIT else dtype
+def running_format(facts: Facts, layer: Layer) -> str:
+    """Return our name of the format that vLLM made a layer for, by the dtype and the scales that it gave it."""
+    plain = plain_format(layer.created_dtype)
+    if plain is not None:
+        return plain
+    scale = facts.parameters.get(f"{layer.name}.weight_scale")
+    rows = facts.parameters[f"{layer.name}.weight"].shape[0]
+    dynamic = f"{layer.name}.input_scale" not in facts.parameters
+    channels = scale is not None and scale.elements == rows != max(len(layer.shards), 1)
+    found = fitting(str(layer.created_dtype), channels=channels, dynamic_input=dynamic)
+    if found:
+        return found[0]
+    scales = "no weight_scale" if scale is None else f"weight_scale {list(scale.shape)}"
+    return f"{layer.created_dtype} with {scales}, {'no' if dynamic else 'an'} input_scale"
+
+
+def stored_formats(facts: Facts, module: str) -> list[str]:
+    """Return the formats in which a module may be stored, by its dtype and scales; several where a scale is missing."""
+    dtype = facts.tensors[f"{module}.weight"].dtype
+    plain = plain_format(dtype)
+    if plain is not None:
+        return [plain]
+    scale = facts.tensors.get(f"{module}.weight_scale")
+    channels = None if scale is None else scale.shape not in ((), (1,))
+    return fitting(dtype, channels=channels) or [dtype]
 
 
 def _numbered_part(module: str) -> str:
@@ -277,7 +308,7 @@ def probed_layers(facts: Facts, manifest: CheckpointManifest | None) -> tuple[Pr
                 name=module,
                 runtime_name=layer.name,
                 promised=None if manifest is None else promised.get(module, BF16),
-                format=_format_of(layer.created_dtype),
+                format=running_format(facts, layer),
                 method=layer.method,
                 kernel=layer.kernel,
                 dtype=layer.dtype,
@@ -288,16 +319,16 @@ def probed_layers(facts: Facts, manifest: CheckpointManifest | None) -> tuple[Pr
 def format_findings(facts: Facts, layers: Iterable[ProbedLayer]) -> Iterator[ProbeFinding]:
     """Yield modules that vLLM runs in another format than the manifest promises, or (without one) than is stored."""
     for layer in layers:
-        stored = facts.tensors.get(f"{layer.name}.weight")
-        expected, says = layer.promised, "the manifest promises"
-        if expected is None and stored is not None:
-            expected, says = _format_of(stored.dtype), "the checkpoint stores"
-        if expected is not None and layer.format != expected:
+        expected, says = [] if layer.promised is None else [layer.promised], "the manifest promises"
+        if layer.promised is None and f"{layer.name}.weight" in facts.tensors:
+            expected, says = stored_formats(facts, layer.name), "the checkpoint stores"
+        if expected and layer.format not in expected:
             yield _error(
                 "wrong_format",
                 layer.name,
-                f"{says} {expected}, vLLM runs {layer.format} ({layer.method} of {layer.runtime_name})",
-                "name it in exclude_modules (`ignore` in config.json) exactly if it is stored in 16 bits",
+                f"{says} {expected[0]}, vLLM runs {layer.format} ({layer.method} of {layer.runtime_name})",
+                "name it in exclude_modules (`ignore` in config.json) exactly if it is stored in 16 bits, and in "
+                "quantized_layers, where there is one, if it isn't",
             )
 
 
@@ -312,14 +343,14 @@ def kv_findings(facts: Facts, manifest: CheckpointManifest | None) -> Iterator[P
     """Yield attention layers whose KV cache has another dtype than promised, or scales that were never loaded."""
     wanted = _kv_wanted(facts, manifest)
     for layer in facts.attention:
-        runs = layer.kv_cache_dtype.startswith(FP8)
+        runs = layer.kv_cache_dtype.startswith(_KV_FP8)
         scales = {kind: facts.parameters.get(f"{layer.name}.{kind}") for kind in _KV_SCALES}
         loaded = {kind for kind, parameter in scales.items() if parameter is not None and parameter.copies}
         if runs != wanted:
             yield _error(
                 "wrong_format",
                 layer.name,
-                f"the KV cache is promised in {FP8 if wanted else '16 bits'}, vLLM keeps it in "
+                f"the KV cache is promised in {_KV_FP8 if wanted else '16 bits'}, vLLM keeps it in "
                 f"{layer.kv_cache_dtype if runs else '16 bits'}",
                 "make kv_cache_scheme in config.json say what the checkpoint's scales are for",
             )

@@ -1,25 +1,40 @@
 """vLLM's rules: which layers it would run quantised."""
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import ClassVar
 
 from bitladder.runtimes.architectures import Architecture
-from bitladder.runtimes.base import Decision, Rules, RuntimeLayer
+from bitladder.runtimes.base import MIX, Decision, Rules, RuntimeLayer, Support
+
+_MODELOPT = "vllm {}, model_executor/layers/quantization/modelopt.py"
 
 
 class VllmRules(Rules):
     """vLLM's: a fused layer by its modules' exact names, all or none; then any substring; then wildcards.
 
+    In a mix a layer runs as its own name, or any of its modules', is listed; what isn't listed stays in 16 bits.
+
     Source: vllm 0.32.0, model_executor/layers/quantization/modelopt.py (ModelOptQuantConfigBase.is_layer_excluded,
-    apply_vllm_mapper, from_config; LINEAR_ALGOS), utils/quant_utils.py (is_layer_skipped). Its CUTLASS kernel pads
-    (kernels/linear/scaled_mm/cutlass.py), so any dimensions will do.
+    apply_vllm_mapper, from_config; LINEAR_ALGOS; ModelOptMixedPrecisionConfig._resolve_quant_algo, get_quant_method),
+    utils/quant_utils.py (is_layer_skipped). Its CUTLASS kernel pads (kernels/linear/scaled_mm/cutlass.py), so any
+    dimensions will do.
     """
 
     runtime = "vllm"
     version = "0.32.0"
-    fp8_method = "ModelOptLinearMethod"
-    known_algorithms = frozenset(
-        {"FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "MIXED_PRECISION"}
-    )
+    SUPPORT: ClassVar = {
+        "fp8": Support("ModelOptLinearMethod", 80, None, _MODELOPT.format(version)),
+        "fp8_pc_pt": Support(
+            "ModelOptLinearMethod",
+            80,
+            None,
+            _MODELOPT.format(version),
+            caveat="vLLM 0.25.1 takes these layers of a mix for 16-bit ones without a word; 0.32.0 runs them",
+        ),
+    }
+    known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", MIX})
     _NEVER = ("vision_tower", "vision_model", "vit_large_projector")
 
     @classmethod
@@ -40,8 +55,8 @@ class VllmRules(Rules):
         return (self.need.rename(exclude),)
 
     def never_quantised(self, module: str) -> bool:
-        """Return whether it belongs to a vision tower that vLLM knows by these names."""
-        return any(part in module for part in self._NEVER)
+        """Return whether it belongs to a vision tower that vLLM knows by these names; in a mix only the list counts."""
+        return self.uniform is not None and any(part in module for part in self._NEVER)
 
     def decide(self, layer: RuntimeLayer) -> Decision:
         """Decide by exact names first; only a whole fused name outranks its modules'."""
@@ -52,8 +67,66 @@ class VllmRules(Rules):
             if listed:
                 return Decision("excluded" if len(listed) == len(layer.shards) else "mixed", listed)
         hits = tuple(pattern for pattern in self.patterns if self.hits(pattern, name))
-        return Decision("excluded" if hits else "quantised", hits)
+        return Decision("excluded", hits) if hits else self.quantised(layer)
+
+    def entry(self, module: str) -> str:
+        """Return a listed module under vLLM's names."""
+        return self.need.rename(module)
+
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """Return a name in vLLM's and in transformers' spelling."""
+        return _spellings(name)
+
+    def listed(self, layer: RuntimeLayer) -> dict[str, str]:
+        """Return the layer's own entry, or those of its modules, or the first one below it."""
+        asked = self.need.fusing.asked_as
+        own = self._found([asked(layer.name)])
+        if own:
+            return dict([next(iter(own.items()))])
+        shards = self._found(map(asked, layer.shards))
+        below = next((self._below[name] for name in _spellings(asked(layer.name)) if name in self._below), None)
+        return shards or ({} if below is None else {below: self.mix[below]})
+
+    def _found(self, names: Iterable[str]) -> dict[str, str]:
+        return {entry: self.mix[entry] for name in names for entry in _spellings(name) if entry in self.mix}
+
+    @cached_property
+    def _below(self) -> dict[str, str]:
+        """What is above the entries of a mix -> the first entry below it."""
+        found: dict[str, str] = {}
+        for entry in self.mix:
+            parts = entry.split(".")
+            for end in range(1, len(parts)):
+                found.setdefault(".".join(parts[:end]), entry)
+        return found
 
     def hits(self, pattern: str, name: str) -> bool:
         """Return whether the pattern is anywhere in the name, or matches all of it as a wildcard."""
         return pattern in name or (pattern in self.wild and fnmatchcase(name, pattern))
+
+
+class VllmRules0251(VllmRules):
+    """vLLM 0.25.1's: a class a format, and a mix that knows FP8, NVFP4, W4A16_NVFP4 and MXFP8 alone.
+
+    Source: vllm 0.25.1, the same files (ModelOptMixedPrecisionConfig.get_quant_method).
+    """
+
+    version = "0.25.1"
+    SUPPORT: ClassVar = {
+        "fp8": Support("ModelOptFp8LinearMethod", 89, None, _MODELOPT.format(version)),
+        "fp8_pc_pt": Support("ModelOptFp8PcPtLinearMethod", 89, None, _MODELOPT.format(version), in_mix=False),
+    }
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """Return the names under which a layer is looked up in the list of a mix.
+
+    Source: vllm 0.32.0, ModelOptMixedPrecisionConfig._quantized_layer_prefix_candidates.
+    """
+    found = [name, "lm_head"] if name.endswith(".lm_head") else [name]
+    vllms, transformers = "language_model.model.", "model.language_model."
+    if name.startswith(vllms):
+        found.append(transformers + name.removeprefix(vllms))
+    elif name.startswith(transformers):
+        found.append(vllms + name.removeprefix(transformers))
+    return tuple(found)

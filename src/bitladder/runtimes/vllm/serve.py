@@ -37,7 +37,6 @@ from bitladder.runtimes.child import VLLM_ENVIRONMENT, first_line, installed_ver
 from bitladder.runtimes.files import read_manifest
 from bitladder.runtimes.findings import Findings
 from bitladder.runtimes.judging import (
-    FORMAT_OF_DTYPE,
     answer_findings,
     format_findings,
     log_prob_differences,
@@ -46,8 +45,9 @@ from bitladder.runtimes.judging import (
     throughput,
 )
 from bitladder.runtimes.vllm.exceptions import classify, classify_exit
+from bitladder.runtimes.vllm.formats import fitting, plain_format
 from bitladder.runtimes.vllm.job import LogProbs, ServeJob
-from bitladder.runtimes.vllm.served import NOT_INSTALLED, Probes, Run, Served
+from bitladder.runtimes.vllm.served import NOT_INSTALLED, Layer, Probes, Run, Served
 
 SCRIPT: Final = "vllm/child_serve.py"
 RUNTIME: Final = "vllm"
@@ -175,6 +175,15 @@ def failure_finding(served: Served) -> ProbeFinding | None:
     return ProbeFinding(error_class=error_class, where=where, problem=problem, remedy=remedy)
 
 
+def _running_format(layer: Layer) -> str:
+    """Return our name of the format that a layer runs in."""
+    if layer.dtype is None:
+        return "unknown"
+    plain = plain_format(layer.dtype)
+    found = fitting(layer.dtype, channels=layer.channels, dynamic_input=layer.dynamic_input)
+    return plain or (found[0] if found else f"{layer.dtype} with other scales than any known format's")
+
+
 def probed_layers(served: Served, manifest: CheckpointManifest | None) -> tuple[ProbedLayer, ...]:
     """Return one row per linear module of the checkpoint, as vLLM runs it."""
     promised = {} if manifest is None else {m.tensor.removesuffix(".weight"): m.format for m in manifest.modules}
@@ -186,7 +195,7 @@ def probed_layers(served: Served, manifest: CheckpointManifest | None) -> tuple[
                 name=module,
                 runtime_name=name,
                 promised=None if manifest is None else promised.get(module, BF16),
-                format=FORMAT_OF_DTYPE.get(layer.dtype or "", layer.dtype or "unknown"),
+                format=_running_format(layer),
                 method=layer.method,
                 kernel=layer.kernel,
                 dtype=layer.dtype,

@@ -1,0 +1,1 @@
+"""What pre-flight checks, by what is looked at; `preflight.py` makes one of all."""

@@ -1,0 +1,33 @@
+"""Which of our formats a layer of vLLM's runs in: told by dtype and scales, which every release has."""
+
+from bitladder.formats import get_format
+from bitladder.records import BF16
+from bitladder.runtimes.vllm.rules import VllmRules
+
+_SIXTEEN_BIT = ("bfloat16", "float16", "float32")
+_TORCH = {"F8_E4M3": "float8_e4m3fn"}  # a dtype as safetensors calls it -> as torch does
+
+
+def plain_format(dtype: str | None) -> str | None:
+    """Return the format of a weight's dtype (torch's name of it) by itself; None: scales tell which it is."""
+    if dtype is None or dtype in _SIXTEEN_BIT:
+        return BF16
+    return None if fitting(dtype) else dtype
+
+
+def fitting(dtype: str, *, channels: bool | None = None, dynamic_input: bool | None = None) -> list[str]:
+    """Return the formats, of those that vLLM runs, that store weights so.
+
+    Args:
+        dtype: of the codes, as torch calls it.
+        channels: whether there is a weight scale an output row; None: not known.
+        dynamic_input: whether inputs are scaled as they come; None: not known.
+    """
+    formats = [get_format(name) for name in VllmRules.SUPPORT]
+    return [
+        one.name
+        for one in formats
+        if _TORCH.get(one.code_dtype) == dtype
+        and channels in (None, one.channels)
+        and dynamic_input in (None, one.dynamic_input)
+    ]
