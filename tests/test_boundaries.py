@@ -46,6 +46,7 @@ NO_TORCH = (
     "steps.plan",
     "steps.report",
     "library",
+    "planning.prediction",
 )
 
 

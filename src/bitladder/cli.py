@@ -474,7 +474,8 @@ def report(
     recipe: RecipePath,
     output: Output = None,
     figures: Annotated[
-        bool, typer.Option("--figures", help="Also write the plots as SVG and PNG to figures/.")
+        bool,
+        typer.Option("--figures", help="Also write the plots as SVG and PNG to figures/ (bitladder[figures])."),
     ] = False,
 ) -> None:
     """Write report.html, report.md and report.json from the records that are there.

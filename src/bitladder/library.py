@@ -209,11 +209,13 @@ class Run:
         """Write the report and the model cards from the records that are there.
 
         Args:
-            figures: also write the plots as SVG and PNG to `figures/`.
+            figures: also write the plots as SVG and PNG to `figures/`, which needs `bitladder[figures]`.
         """
         from bitladder import report
         from bitladder.steps.report import make_report
 
+        if figures:
+            report.check_figures()
         with self._working(loading=False) as work:
             result = make_report(work)
             if figures:
