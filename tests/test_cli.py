@@ -201,7 +201,8 @@ def test_ctrl_c_that_a_library_swallows_still_ends_the_run(recipe, tmp_path):
     path = recipe(tmp_path)
     code = """
 import os, signal, sys
-from bitladder import cli, pipeline
+from bitladder import cli
+from bitladder.steps import run as steps
 
 def swallow(work):
     try:
@@ -211,7 +212,7 @@ def swallow(work):
     work.progress("calibrate", 0, 1)
     print("went on")
 
-pipeline.measure = swallow
+steps.measure = swallow
 cli.main()
 """
     result = subprocess.run(

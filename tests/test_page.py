@@ -1,6 +1,7 @@
 """report.html in a real Chromium: no error, every control works, and it stays readable whatever the run holds."""
 
 import html
+import importlib.util
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 
 import pytest
 
+from bitladder.errors import OutputError
 from bitladder.report import build_report, render_html, render_markdown, write_figures, write_report
 from bitladder.report.numbers import markdown_table
 from bitladder.report.page import html_table, inline, plot_data
@@ -291,3 +293,10 @@ def test_what_failed_is_said(opened):
     page = opened(failed_probe_report())
     assert "full" in page.locator(".verdict").inner_text()
     assert "missing_tensor" in page.locator("#schemes").inner_text()
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OutputError, match=r"pip install 'bitladder\[figures\]'"):
+        write_figures(report_with(), tmp_path / "figures")
+    assert not (tmp_path / "figures").exists()

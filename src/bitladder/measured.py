@@ -1,26 +1,29 @@
-"""What a measurement leaves beside its record: amax values and compensated codes, as tensors in files."""
+"""What a measurement leaves beside its record: amax values and compensated codes, as tensors in files.
+
+torch is imported where tensors are read: who plans or reports needs only the names of the files.
+"""
 
 import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Self
-
-import torch
+from typing import TYPE_CHECKING, Self
 
 from bitladder.errors import MeasurementError, RecordError
 from bitladder.formats import Format
-from bitladder.models.kv_layers import cached_layers
 from bitladder.reading import open_safetensors, read_tensors
 from bitladder.records import Measurement
 from bitladder.storage import atomic_path, discard, sha256_of_file
+
+if TYPE_CHECKING:
+    import torch
 
 MEASUREMENT_FILE = "measurement.json"
 AMAX_FILE = "measurement.safetensors"
 CODES = "codes"  # directory
 _CODES_FILE = re.compile(r"layer-\d+\.safetensors")
 # Float32 scalars: "<module>.weight_amax" and "<module>.input_amax"; keys and values as `formats.kv_cache` names them.
-Amax = dict[str, torch.Tensor]
+Amax = dict[str, "torch.Tensor"]
 
 
 class Codes:
@@ -45,7 +48,7 @@ class Codes:
                     found[module] = path
         return cls(found)
 
-    def read(self, module: str) -> torch.Tensor:
+    def read(self, module: str) -> "torch.Tensor":
         """Return a module's codes, [out_features, in_features], on the CPU."""
         with open_safetensors(self.files[module]) as file:
             codes: torch.Tensor = file.get_tensor(module)
@@ -82,8 +85,8 @@ def read_codes(
 
 
 def codes_of(
-    module: str, weight: torch.Tensor, amax: torch.Tensor, format_: Format, codes: Codes | None
-) -> torch.Tensor:
+    module: str, weight: "torch.Tensor", amax: "torch.Tensor", format_: Format, codes: Codes | None
+) -> "torch.Tensor":
     """Return the codes [out_features, in_features] that a module's weight is stored as, on the weight's device.
 
     Args:
@@ -116,12 +119,14 @@ def copy_codes(measurement: Measurement, source: Path, destination: Path) -> Non
             shutil.copyfile(source / CODES / entry.name, temporary)
 
 
-def kv_amax(measurement: Measurement, amax: Amax) -> dict[str, torch.Tensor]:
+def kv_amax(measurement: Measurement, amax: Amax) -> "dict[str, torch.Tensor]":
     """Return `{name in the checkpoint: amax}` of every layer's keys and values.
 
     Raises:
         MeasurementError: the measurement doesn't know them.
     """
+    from bitladder.models.kv_layers import cached_layers
+
     layers = cached_layers(measurement.groups)
     missing = [name for layer in layers for name in layer.amax_names if name not in amax]
     if missing or not layers:

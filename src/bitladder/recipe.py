@@ -563,8 +563,15 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"recipe {path} can't be read: {error.strerror}") from error
     except ValueError as error:
         raise RecipeError(f"{path} is not YAML that can be read: {error}") from error
-    recipe = parse_recipe(content, str(path))
-    base = path.resolve().parent
+    return with_absolute_paths(parse_recipe(content, str(path)), path.resolve().parent)
+
+
+def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
+    """Return the recipe with its paths made absolute: they are relative to `base`.
+
+    Raises:
+        RecipeError: no path of this system.
+    """
 
     def data(spec: DataSpec) -> DataSpec:
         if spec.kind == GENERATED:

@@ -12,10 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
-
-import psutil
-import torch
+from typing import Any, Self
 
 from bitladder.reading import read_text
 from bitladder.records import PhaseCost, RunInfo
@@ -43,6 +40,8 @@ def versions() -> dict[str, str]:
 def processor(device: str = "cpu") -> str:
     """Return the name of what computes on `device`: the GPU, or this machine's processor."""
     if device.startswith("cuda"):
+        import torch
+
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -54,6 +53,9 @@ def processor(device: str = "cpu") -> str:
 
 def hardware() -> str:
     """Return one line on the machine: processor, cores, memory, GPU."""
+    import psutil
+    import torch
+
     memory = psutil.virtual_memory().total / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {gpu}"
@@ -65,6 +67,8 @@ def one_core_each(threads: int) -> Iterator[ThreadPoolExecutor]:
 
     torch would otherwise give every thread as many helpers as there are cores, and they would wait for each other.
     """
+    import torch
+
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(max_workers=threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -94,6 +98,15 @@ def _peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _used_cuda() -> Any:
+    """Return `torch.cuda` where this process has used a GPU; None: it hasn't, or has not even imported torch.
+
+    A process that leaves the GPU to its workers should not claim a part of it.
+    """
+    torch: Any = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
 @dataclass(frozen=True)
 class Peaks:
     """The most memory that a process had at once, in bytes; `gpu` is None where it used none."""
@@ -104,18 +117,19 @@ class Peaks:
     @classmethod
     def read(cls) -> Self:
         """Return this process's peaks since the last `reset`; waits for its GPU."""
-        gpu = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-        if gpu:
-            torch.cuda.synchronize()
-        return cls(_peak_rss_bytes(), torch.cuda.max_memory_allocated() if gpu else None)
+        cuda = _used_cuda()
+        if cuda is None:
+            return cls(_peak_rss_bytes(), None)
+        cuda.synchronize()
+        return cls(_peak_rss_bytes(), cuda.max_memory_allocated())
 
     @staticmethod
     def reset() -> None:
         """Start counting anew."""
         _reset_peak_rss()
-        # A process that leaves the GPU to its workers should not claim a part of it.
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.reset_peak_memory_stats()
+        cuda = _used_cuda()
+        if cuda is not None:
+            cuda.reset_peak_memory_stats()
 
 
 class Meter:
@@ -154,6 +168,8 @@ class Meter:
 
     def info(self) -> RunInfo:
         """Return what was collected."""
+        import torch
+
         return RunInfo(
             started=self.started,
             hardware=hardware(),

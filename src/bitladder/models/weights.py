@@ -1,19 +1,24 @@
-"""A model directory's safetensors files: which tensors lie where, and what model this is, down to its bytes."""
+"""A model directory's safetensors files: which tensors lie where, and what model this is, down to its bytes.
+
+torch is imported where tensors are read: a plan or a report needs to know only which model it is of.
+"""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from bitladder.errors import ModelError
 from bitladder.models.headers import TensorInfo, read_header
 from bitladder.reading import open_file, read_json, read_text
 from bitladder.records import FileDigest, ModelSource, digest_of
 from bitladder.storage import sha256_of_file
+
+if TYPE_CHECKING:
+    import torch
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -22,36 +27,38 @@ _SHARD_NAME = re.compile(r"[^/\\\0.][^/\\\0]*\.safetensors")  # a plain file nam
 _HASHED_AT_ONCE = 4
 _BLOCK = 2**26  # values
 _ROWS = 16  # of a tensor, looked at together
-# Source: safetensors' own table of torch's dtypes (safetensors/torch.py).
+# torch's name of a dtype. Source: safetensors' own table (safetensors/torch.py).
 _DTYPES = {
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": "complex64",
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 SIXTEEN_BIT_DTYPES = ("BF16", "F16")
 
 
-def all_finite(values: torch.Tensor) -> bool:
+def all_finite(values: "torch.Tensor") -> bool:
     """Return whether no value (any shape) is NaN or Inf.
 
     Block by block: torch's own test of the whole takes several times its memory.
     """
+    import torch
+
     return all(bool(torch.isfinite(block).all()) for block in values.detach().flatten().split(_BLOCK))  # type: ignore[no-untyped-call]
 
 
@@ -111,7 +118,7 @@ class WeightFiles:
         """Return whether a directory has weights."""
         return (directory / INDEX_FILE).exists() or (directory / SINGLE_FILE).exists()
 
-    def load(self, name: str) -> torch.Tensor:
+    def load(self, name: str) -> "torch.Tensor":
         """Return one tensor, on the CPU: read from the disk where it is used, and private where it is written to.
 
         Only the tensor's own bytes are mapped. safetensors' reader parses the header of the whole file again.
@@ -119,8 +126,10 @@ class WeightFiles:
         Raises:
             ModelError: the file is gone or changed, or torch has no such dtype.
         """
+        import torch
+
         info = self.tensors[name]
-        dtype = _DTYPES.get(info.dtype)
+        dtype: Any = getattr(torch, _DTYPES.get(info.dtype, ""), None)
         if dtype is None:
             raise ModelError(f"{self.directory / info.file}: {name} is stored as {info.dtype}, which torch can't read")
         if info.begin == info.end:

@@ -10,7 +10,7 @@ from pathlib import Path
 from bitladder.report.build import build_report
 from bitladder.report.card import render_card
 from bitladder.report.compare import compare_runs
-from bitladder.report.figures import write_figures
+from bitladder.report.figures import check_figures, write_figures
 from bitladder.report.groups import batch_standard_error
 from bitladder.report.markdown import JSON_FILE, render_markdown
 from bitladder.report.numbers import STAGES
@@ -30,6 +30,7 @@ __all__ = [
     "Report",
     "batch_standard_error",
     "build_report",
+    "check_figures",
     "closing_table",
     "compare_runs",
     "render_card",

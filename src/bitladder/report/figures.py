@@ -1,11 +1,12 @@
 """The main plots as static files for papers: `write_figures(report, directory)`, SVG and PNG."""
 
+import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bitladder.errors import RecordError
+from bitladder.errors import OutputError, RecordError
 from bitladder.records import BF16
 from bitladder.report.page import plot_data
 from bitladder.report.types import Report
@@ -25,14 +26,25 @@ _SCHEMES, _CONTROLS = "#0072B2", "#D55E00"  # Okabe and Ito's palette for the co
 _MIB = 1 << 20
 
 
+def check_figures() -> None:
+    """Check that figures can be drawn.
+
+    Raises:
+        OutputError: matplotlib isn't installed, which nothing else needs.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OutputError("figures need matplotlib: pip install 'bitladder[figures]'; report.html has the plots anyway")
+
+
 def write_figures(report: Report, directory: Path) -> tuple[Path, ...]:
     """Write frontier, heat map and predicted-against-measured as `<name>.svg` and `<name>.png`; return their paths.
 
     What wasn't measured has no figure.
 
     Raises:
-        RecordError: nothing can be drawn. OutputError: no space, no permission.
+        RecordError: nothing can be drawn. OutputError: no space, no permission, no matplotlib.
     """
+    check_figures()
     import matplotlib
     from matplotlib.figure import Figure
 

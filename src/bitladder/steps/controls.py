@@ -1,19 +1,14 @@
 """Evaluate the control arms of every scheme."""
 
-import itertools
 import time
-from collections.abc import Sequence
 
 from bitladder.evaluation.evaluate import ARITHMETIC
-from bitladder.planning import controls
-from bitladder.recipe import ControlSpec
-from bitladder.records import ControlArm, Evidence, Measurement, Scheme, digest_of
+from bitladder.records import ControlArm, Evidence, digest_of
 from bitladder.runinfo import Meter
+from bitladder.steps.evidence import EVIDENCE_FILE, control_arms
 from bitladder.steps.originals import Originals
 from bitladder.steps.simulated import simulation_of
 from bitladder.steps.workspace import Workspace
-
-EVIDENCE_FILE = "evidence.json"
 
 
 def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Evidence | None:
@@ -66,19 +61,3 @@ def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Ev
     evidence.write(path)
     work.finished("controls", meter.phases)
     return evidence
-
-
-def control_arms(measurement: Measurement, schemes: Sequence[Scheme], spec: ControlSpec) -> tuple[Scheme, ...]:
-    """Return the control arms of all schemes, the first of each before any second: short of time, all have some."""
-    rows = [controls.arms(measurement, scheme, kinds=spec.kinds, seeds=spec.seeds) for scheme in schemes]
-    return tuple(arm for column in itertools.zip_longest(*rows) for arm in column if arm is not None)
-
-
-def evidence_of(work: Workspace, measurement: Measurement, schemes: Sequence[Scheme]) -> Evidence | None:
-    """Return the control arms of these very schemes, where they were evaluated."""
-    path = work.output / EVIDENCE_FILE
-    if not path.exists():
-        return None
-    known = Evidence.read(path)
-    wanted = {arm.fingerprint() for arm in control_arms(measurement, schemes, work.recipe.controls)}
-    return known if {arm.scheme.fingerprint() for arm in known.arms} <= wanted else None

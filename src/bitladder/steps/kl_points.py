@@ -65,10 +65,8 @@ def kl_point_schemes(measurement: Measurement) -> tuple[Scheme, ...]:
     return tuple(found.values())
 
 
-def fitted_kl_map(work: Workspace) -> KlMap | None:
-    """Return the map from predicted scores to KL where a scheme is asked for by KL."""
-    if all(spec.max_kl is None for spec in work.recipe.schemes):
-        return None
+def fitted_kl_map(work: Workspace) -> KlMap:
+    """Return the map from predicted scores to KL, for schemes that are asked for by KL."""
     points = measure_kl_points(work).points
     fitted = KlMap.fit([point.score for point in points], [point.kl for point in points])
     if fitted is None:

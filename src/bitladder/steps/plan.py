@@ -1,13 +1,9 @@
-"""Plan every scheme of a recipe."""
+"""Plan every scheme of a recipe; torch is imported only where something has to be simulated or scales looked at."""
 
 from bitladder import planning
-from bitladder.measured import kv_amax, read_amax
 from bitladder.records import Scheme
 from bitladder.runinfo import Meter
-from bitladder.steps.kl_points import fitted_kl_map
-from bitladder.steps.refine import refine_schemes
-from bitladder.steps.simulated import SIMULATED_FILE
-from bitladder.steps.workspace import Workspace
+from bitladder.steps.workspace import SIMULATED_FILE, Workspace
 from bitladder.storage import discard
 
 
@@ -21,13 +17,21 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
         PlanError: infeasible, or two schemes are equal. MeasurementError: keys and values of some layer have no scale,
             and an FP8 KV cache is asked for.
     """
-    kl_map, meter = fitted_kl_map(work), Meter()
+    kl_map, meter = None, Meter()
+    if any(spec.max_kl is not None for spec in work.recipe.schemes):
+        from bitladder.steps.kl_points import fitted_kl_map
+
+        kl_map = fitted_kl_map(work)
     with meter.phase("plan"):
         measurement = work.measurement()
         schemes = planning.plan_all(measurement, work.recipe.scheme_specs(), kl_map)
         if any(scheme.kv_cache_format for scheme in schemes) and measurement.amax_sha256 is not None:
+            from bitladder.measured import kv_amax, read_amax
+
             kv_amax(measurement, read_amax(measurement, work.output))  # all layers have scales
     if work.recipe.refine.evaluations:
+        from bitladder.steps.refine import refine_schemes
+
         schemes = refine_schemes(work, schemes)
     changed = []
     for scheme in schemes:

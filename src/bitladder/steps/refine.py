@@ -10,9 +10,7 @@ from bitladder.records import BF16, Measurement, Refinement, Refinements, Scheme
 from bitladder.runinfo import Meter
 from bitladder.steps.data import scored_calibration_data
 from bitladder.steps.simulated import kl_on
-from bitladder.steps.workspace import Workspace
-
-REFINEMENTS_FILE = "refinements.json"
+from bitladder.steps.workspace import REFINEMENTS_FILE, Workspace
 
 
 def refine_schemes(work: Workspace, schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:

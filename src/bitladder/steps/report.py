@@ -6,10 +6,9 @@ from bitladder import planning, report
 from bitladder.errors import InfeasibleTarget
 from bitladder.recipe import SchemeSpec
 from bitladder.records import CheckpointManifest, Evaluation, Measurement, Refinements, Scheme, Verification
-from bitladder.steps.controls import evidence_of
+from bitladder.steps.evidence import evidence_of
 from bitladder.steps.probes import probes
-from bitladder.steps.refine import REFINEMENTS_FILE
-from bitladder.steps.workspace import Workspace
+from bitladder.steps.workspace import REFINEMENTS_FILE, Workspace
 from bitladder.storage import atomic_write
 
 

@@ -10,9 +10,7 @@ from bitladder.evaluation.reference import Reference
 from bitladder.evaluation.simulation import Simulation
 from bitladder.measured import read_amax, read_codes
 from bitladder.records import Measurement, Scheme, SimulatedKls, digest_of
-from bitladder.steps.workspace import Workspace
-
-SIMULATED_FILE = "simulated.json"
+from bitladder.steps.workspace import SIMULATED_FILE, Workspace
 
 
 @contextmanager

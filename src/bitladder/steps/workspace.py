@@ -1,4 +1,7 @@
-"""One recipe and its output directory: all names of files in it, its lock, what it knows."""
+"""One recipe and its output directory: all names of files in it, its lock, what it knows.
+
+What needs torch is imported where it is used: `plan` and `report` work without it.
+"""
 
 import fcntl
 import json
@@ -8,14 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from bitladder import report
-from bitladder.data.batches import DataSet
 from bitladder.errors import ModelError, OutputError, RecordError, StaleRecord, reason_of
 from bitladder.measured import MEASUREMENT_FILE
-from bitladder.models.loading import most_positions as most_positions_of_loading
-from bitladder.models.target import Target, find_target
 from bitladder.models.weights import DigestCache, model_source
 from bitladder.reading import read_bytes
 from bitladder.recipe import SCHEME_PLACE, Recipe
@@ -32,6 +31,12 @@ from bitladder.records import (
 from bitladder.runinfo import Progress, no_progress
 from bitladder.storage import TEMPORARY_PREFIX, atomic_write, explain_os_errors, remove_leftovers, temporaries_in
 
+if TYPE_CHECKING:
+    from bitladder.data.batches import DataSet
+    from bitladder.models.target import Target
+
+REFINEMENTS_FILE = "refinements.json"
+SIMULATED_FILE = "simulated.json"
 LOCK_FILE = ".lock"
 _KEY_CHARACTERS = 12  # of the digest that tells one output's temporaries from another's
 RecordT = TypeVar("RecordT", bound=Record)
@@ -68,7 +73,7 @@ class Workspace:
     state: RunState = field(init=False)
     cache: DigestCache = field(init=False)
     done: list[str] = field(default_factory=list)  # the steps that this process had to do
-    loaded: dict[str, DataSet] = field(default_factory=dict)  # sets that this process has read
+    loaded: "dict[str, DataSet]" = field(default_factory=dict)  # sets that this process has read
     _told: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -162,14 +167,18 @@ class Workspace:
         return fetch_model(self.recipe.model.path, self.recipe.model.revision)
 
     @cached_property
-    def target(self) -> Target:
+    def target(self) -> "Target":
         """What of the model is searched."""
+        from bitladder.models.target import find_target
+
         return find_target(self.model_directory)
 
     @cached_property
     def most_positions(self) -> int | None:
         """How many tokens a sequence of the model may have; None: there is no limit."""
-        return most_positions_of_loading(self.model_directory)
+        from bitladder.models.loading import most_positions
+
+        return most_positions(self.model_directory)
 
     def source(self) -> ModelSource:
         """Return the identity of the model as it is now."""
@@ -213,6 +222,8 @@ class Workspace:
     def place_report(self) -> None:
         """Copy `report.md` to where the recipe's layout wants it."""
         if self.recipe.layout.report is not None:
+            from bitladder import report
+
             atomic_write(self._placed(self.recipe.layout.report), read_bytes(self.output / report.MARKDOWN_FILE))
 
     def measurement(self) -> Measurement:

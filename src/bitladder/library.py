@@ -1,0 +1,294 @@
+"""Bitladder as a library: `Run` does the steps of a recipe, `load` opens a checkpoint.
+
+The command line is made of these: one rule of what is done and still valid, one lock on the output directory. Nothing
+is printed, no bar is drawn and other libraries are kept quiet, unless it is asked for. Each step imports what it needs
+when it is called; planning and reporting need no torch.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitladder.errors import RecipeError
+from bitladder.recipe import Recipe, parse_recipe, read_recipe, resolve_path, with_absolute_paths
+from bitladder.runinfo import Progress, no_progress
+from bitladder.steps.workspace import Workspace
+
+if TYPE_CHECKING:
+    import torch
+
+    from bitladder.records import (
+        CheckpointManifest,
+        Evaluation,
+        Evidence,
+        Measurement,
+        ProbeResult,
+        Scheme,
+        Verification,
+    )
+    from bitladder.report import Report
+
+Tell = Callable[[str], None]
+
+
+def tell_nobody(line: str) -> None:
+    """Take a line for the user, and keep it."""
+
+
+class Run:
+    """A recipe and its output directory: each step is a method that returns its records.
+
+    What is done and still valid is not done again; what a step needs of an earlier one must be there (`run` does them
+    all, in order). Other processes are kept out of the output directory while a step works.
+    """
+
+    def __init__(
+        self,
+        recipe: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        output: str | os.PathLike[str] | None = None,
+        progress: Progress = no_progress,
+        tell: Tell = tell_nobody,
+        quiet: bool = True,
+    ) -> None:
+        """Read a recipe; nothing is computed and nothing written.
+
+        Args:
+            recipe: a YAML file, its paths relative to it; or what such a file holds, paths relative to the current
+                directory.
+            output: write here instead of the recipe's `output`; relative to the current directory.
+            progress: called with a phase, how much of it is done and of how much (0: not known).
+            tell: called with a line on what happens beside it (why something is measured again, say).
+            quiet: keep warnings, log lines and bars of other libraries back while a step works.
+
+        Raises:
+            RecipeError: the file is missing, or one line of it is wrong.
+        """
+        if isinstance(recipe, Mapping):
+            self.recipe = with_absolute_paths(parse_recipe(_plain(recipe), "recipe"), Path.cwd())
+        else:
+            self.recipe = read_recipe(Path(recipe))
+        self.output = Path(self.recipe.output if output is None else resolve_path(os.fspath(output), Path.cwd()))
+        self.done: tuple[str, ...] = ()  # the steps that the last call had to do
+        self.progress, self.tell, self._quiet = progress, tell, quiet
+
+    def __repr__(self) -> str:
+        return f"Run({self.recipe.model.path!r} -> {str(self.output)!r})"
+
+    @contextmanager
+    def _working(self, *, lock: bool = True, loading: bool = True, recipe: Recipe | None = None) -> Iterator[Workspace]:
+        """Yield a new workspace: files may have changed since the last call, so nothing of it is kept.
+
+        Args:
+            lock: keep other processes out; a step may do so by itself.
+            loading: whether a model may be loaded.
+            recipe: another one than the run's.
+        """
+        self.done = ()
+        work = Workspace(recipe or self.recipe, self.output, self.progress, self.tell)
+        with ExitStack() as stack:
+            stack.callback(lambda: setattr(self, "done", tuple(work.done)))
+            if self._quiet:
+                stack.enter_context(quiet_libraries(loading=loading))
+            if lock:
+                stack.enter_context(work.locked())
+            yield work
+
+    def checkpoint(self, scheme: str) -> Path:
+        """Return the directory of a scheme's checkpoint.
+
+        Raises:
+            RecipeError: the recipe has no such scheme.
+        """
+        names = [spec.name for spec in self.recipe.schemes]
+        if scheme not in names:
+            raise RecipeError(f"the recipe has no scheme {scheme!r}; it has {', '.join(names)}")
+        return Workspace(self.recipe, self.output).checkpoint_directory(scheme)
+
+    def run(self, measurement: str | os.PathLike[str] | None = None) -> "Report":
+        """Do every step that isn't done yet, and return the report.
+
+        Args:
+            measurement: a `measurement.json` (with its files beside it) to use instead of measuring.
+
+        Raises:
+            BitladderError: the first step that fails; what is finished stays.
+        """
+        from bitladder.steps.run import run
+
+        with self._working(lock=False) as work:  # `run` refuses what can't be attained before it locks
+            return run(work, None if measurement is None else Path(measurement))
+
+    def measure(self) -> "Measurement":
+        """Measure the sensitivity of every quant group, once."""
+        from bitladder.steps.measure import measure
+
+        with self._working() as work:
+            return measure(work)
+
+    def plan(self) -> "tuple[Scheme, ...]":
+        """Plan every scheme of the recipe."""
+        from bitladder.steps.plan import plan
+
+        simulated = self.recipe.refine.evaluations or any(spec.max_kl is not None for spec in self.recipe.schemes)
+        with self._working(loading=bool(simulated)) as work:
+            return plan(work)
+
+    def export(self) -> "dict[str, CheckpointManifest]":
+        """Write one checkpoint a scheme; return scheme -> manifest."""
+        from bitladder.steps.export import export
+
+        with self._working() as work:
+            return export(work)
+
+    def verify(self) -> "Verification":
+        """Read every byte of the checkpoints against their schemes, the source and each other.
+
+        Raises:
+            VerificationFailed: something is wrong; `verification.json` has all findings.
+        """
+        from bitladder.steps.verify import verify
+
+        with self._working() as work:
+            return verify(work)
+
+    def preflight(self) -> "tuple[ProbeResult, ...]":
+        """Say by each runtime's rules what it would do with each checkpoint; `ok` says whether it takes it."""
+        from bitladder.steps.preflight import preflight
+
+        with self._working() as work:
+            return preflight(work)
+
+    def probe(
+        self,
+        *,
+        python: str | os.PathLike[str] | None = None,
+        stage: str | None = None,
+        timeout: float | None = None,
+    ) -> "tuple[ProbeResult, ...]":
+        """Have vLLM load (and serve) each checkpoint; a failure is a result, whose `ok` is False.
+
+        Args:
+            python: the interpreter of vLLM's environment; None: the recipe's.
+            stage: `load` or `generate`; None: the recipe's, else `load`.
+            timeout: seconds for one checkpoint; None: the recipe's, else 1800.
+
+        Raises:
+            RecipeError: neither the recipe nor `python` names an environment, or there is no such stage.
+        """
+        from bitladder.steps.probe import probe
+
+        given = {"python": None if python is None else os.path.abspath(python), "stage": stage, "timeout": timeout}
+        given = {key: value for key, value in given.items() if value is not None}
+        recipe, known = self.recipe, self.recipe.runtimes.vllm
+        if given and (known is not None or python is not None):
+            vllm = {**(known.model_dump() if known else {}), **given}
+            recipe = parse_recipe({**recipe.model_dump(), "runtimes": {"vllm": vllm}}, "probe")
+        with self._working(recipe=recipe) as work:
+            return probe(work)
+
+    def evaluate(self) -> "dict[str, Evaluation]":
+        """Evaluate every checkpoint against the original on the held-out data; return scheme -> evaluation."""
+        from bitladder.steps.evaluate import evaluate
+
+        with self._working() as work:
+            return evaluate(work)
+
+    def controls(self) -> "Evidence | None":
+        """Evaluate other choices of groups at each scheme's bits; None where there are none."""
+        from bitladder.steps.controls import evaluate_controls
+
+        with self._working() as work:
+            return evaluate_controls(work)
+
+    def report(self, *, figures: bool = False) -> "Report":
+        """Write the report and the model cards from the records that are there.
+
+        Args:
+            figures: also write the plots as SVG and PNG to `figures/`, which needs `bitladder[figures]`.
+        """
+        from bitladder import report
+        from bitladder.steps.report import make_report
+
+        if figures:
+            report.check_figures()
+        with self._working(loading=False) as work:
+            result = make_report(work)
+            if figures:
+                report.write_figures(result, work.output / "figures")
+            return result
+
+
+def load(directory: str | os.PathLike[str], *, dtype: "str | torch.dtype" = "float32", device: str = "cpu") -> Any:
+    """Return the transformers model that a checkpoint is: weights as its codes say, inputs rounded as it asks for.
+
+    A model's own directory in 16 bits is loaded as it is.
+
+    Args:
+        directory: of the checkpoint.
+        dtype: of the arithmetic: `float32`, `bfloat16`, or a torch dtype.
+        device: a torch device, or `auto`: a GPU where there is one.
+
+    Raises:
+        ModelError: a file, tensor or scale is missing, or is not what it should be.
+    """
+    import torch
+
+    from bitladder.device import resolve_device, resolve_dtype
+    from bitladder.evaluation.reading import load_checkpoint
+
+    place = resolve_device(device)
+    if not isinstance(dtype, torch.dtype):
+        if dtype not in ("auto", "float32", "bfloat16"):
+            raise RecipeError(f"dtype {dtype!r} is unknown; use float32, bfloat16, auto, or a torch dtype")
+        dtype = resolve_dtype(dtype, place)
+    with quiet_libraries():
+        return load_checkpoint(Path(directory), dtype, place)
+
+
+def _plain(value: Any) -> Any:
+    """Return what a recipe's file would hold: paths as text, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+@contextmanager
+def quiet_libraries(*, loading: bool = True) -> Iterator[None]:
+    """Keep warnings, log lines and bars of other libraries back while the body runs; then all is as it was.
+
+    The settings are those of the process: threads beside this one are quiet too.
+
+    Args:
+        loading: whether the body may load a model: then transformers, which draws bars, is imported if it wasn't.
+    """
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(max(level, logging.WARNING))
+        try:
+            with _quiet_transformers() if loading else nullcontext():
+                yield
+        finally:
+            logging.disable(level)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging as chatter
+
+    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(verbosity)
+        if bars:
+            chatter.enable_progress_bar()

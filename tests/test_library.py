@@ -1,0 +1,266 @@
+"""Bitladder as a library, and the commands that plan and report: the same records, the same lock, nothing heavy."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers.utils import logging as transformers_logging
+
+import bitladder
+from bitladder.errors import BitladderError, ModelError, OutputError, RecipeError, RecordError
+from bitladder.library import quiet_libraries
+from bitladder.records import CheckpointManifest, Evaluation, Evidence, Measurement, ProbeResult, Scheme, Verification
+from bitladder.steps.workspace import Workspace
+from conftest import make_text
+
+MANIFEST = Path(__file__).parent / "data" / "qwen2_5_vl_3b_instruct_fp8_autoquant_manifest.json"
+HEAVY = ("torch", "transformers", "modelopt", "scipy")
+
+
+@pytest.fixture(scope="module")
+def content(llama, text_file, tmp_path_factory):
+    """What a recipe for the tiny Llama holds, without its output."""
+    other = tmp_path_factory.mktemp("other") / "held_out.txt"
+    other.write_text(make_text(300, seed=9))
+    data = {"samples": 4, "sequence_length": 24, "batch_size": 2}
+    return {
+        "model": {"path": llama},
+        "calibration": {"data": {"kind": "text", "path": text_file}, **data},
+        "held_out": {"data": {"kind": "text", "path": other}, **data},
+        "schemes": ({"name": "top50", "coverage": 0.5}, {"name": "full", "coverage": 1.0}),
+        "controls": {"kinds": ["inverse"]},
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(content, tmp_path_factory):
+    """A run, every step of which was done one by one, and what each returned."""
+    run = bitladder.Run({**content, "output": tmp_path_factory.mktemp("library") / "out"})
+    steps = ("measure", "plan", "export", "verify", "preflight", "evaluate", "controls", "report")
+    return run, {step: getattr(run, step)() for step in steps}
+
+
+def test_importing_the_package_imports_nothing_else_of_it():
+    code = "import sys, bitladder; print(dir(bitladder)); print([m for m in sys.modules if m.startswith('bitladder.')])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names, loaded = result.stdout.splitlines()
+    assert loaded == "[]"
+    assert "'Run'" in names
+    assert "'load'" in names
+    with pytest.raises(AttributeError, match="no attribute 'Rum'"):
+        _ = bitladder.Rum
+
+
+def test_every_step_returns_the_records_that_it_writes(finished):
+    run, found = finished
+    schemes = ("top50", "full")
+    assert found["measure"] == Measurement.read(run.output / "measurement.json")
+    assert found["plan"] == tuple(Scheme.read(run.output / "schemes" / f"{name}.json") for name in schemes)
+    for name in schemes:
+        assert run.checkpoint(name) == run.output / "checkpoints" / name
+        assert found["export"][name] == CheckpointManifest.read(run.checkpoint(name) / CheckpointManifest.FILE_NAME)
+        assert found["evaluate"][name] == Evaluation.read(run.output / "evaluations" / f"{name}.json")
+    assert found["verify"] == Verification.read(run.output / "verification.json")
+    assert found["verify"].ok
+    assert {(result.scheme, result.runtime) for result in found["preflight"]} >= {(name, "vllm") for name in schemes}
+    assert all(isinstance(result, ProbeResult) for result in found["preflight"])
+    assert found["controls"] == Evidence.read(run.output / "evidence.json")
+    assert found["report"].schemes[0].name == "top50"
+    assert (run.output / "report.html").is_file()
+
+
+def test_the_command_line_finds_what_the_library_did(finished, content, tmp_path):
+    run, _ = finished
+    recipe = tmp_path / "recipe.yaml"
+    plain = json.loads(json.dumps({**content, "output": run.output}, default=str))
+    recipe.write_text(yaml.safe_dump(plain))
+    again = bitladder.Run(recipe)
+    assert again.recipe == run.recipe
+    again.run()
+    assert again.done == ()
+
+
+def test_a_step_says_whether_it_had_to_be_done(content, tmp_path):
+    run = bitladder.Run({**content, "output": tmp_path / "out"})
+    run.measure()
+    assert run.done == ("measure",)
+    run.measure()
+    assert run.done == ()
+
+
+def test_a_changed_file_is_seen_by_the_next_call(content, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(make_text(200))
+    changed = {**content, "calibration": {**content["calibration"], "data": {"kind": "text", "path": text}}}
+    run = bitladder.Run({**changed, "output": tmp_path / "out"})
+    first = run.measure()
+    text.write_text(make_text(200, seed=5))
+    assert run.measure().calibration.sha256 != first.calibration.sha256
+
+
+def test_paths_of_a_mapping_are_relative_to_the_current_directory(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(make_text(20))
+    near = {**content["calibration"], "data": {"kind": "text", "path": "text.txt"}}
+    run = bitladder.Run({**content, "calibration": near, "output": "out"})
+    assert run.output == tmp_path / "out"
+    assert run.recipe.calibration[0].data.path == str(tmp_path / "text.txt")
+    assert bitladder.Run({**content, "output": "out"}, output="elsewhere").output == tmp_path / "elsewhere"
+
+
+def test_what_is_wrong_is_one_line(content, finished, tmp_path):
+    with pytest.raises(RecipeError, match="recipe: unknown key 'shemes'; did you mean 'schemes'"):
+        bitladder.Run({**content, "output": tmp_path, "shemes": []})
+    with pytest.raises(RecipeError, match="does not exist"):
+        bitladder.Run(tmp_path / "no.yaml")
+    run = bitladder.Run({**content, "output": tmp_path / "out"})
+    with pytest.raises(RecipeError, match="no scheme 'top5'; it has top50, full"):
+        run.checkpoint("top5")
+    with pytest.raises(RecordError, match="measurement.json does not exist"):
+        run.plan()
+    with pytest.raises(RecipeError, match="names no runtime"):
+        finished[0].probe()
+    with pytest.raises(RecipeError, match="probe: runtimes.vllm.stage: .*'load' or 'generate'.*got 'serve'"):
+        finished[0].probe(python="python", stage="serve")
+    with pytest.raises(BitladderError, match="no-such-python"):
+        finished[0].probe(python="no-such-python", stage="load")
+    with pytest.raises(RecipeError, match="dtype 'float64' is unknown"):
+        bitladder.load(tmp_path, dtype="float64")
+    with pytest.raises(ModelError, match="has neither"):
+        bitladder.load(tmp_path)
+    assert issubclass(RecipeError, bitladder.BitladderError)
+
+
+@pytest.mark.parametrize("step", ["measure", "plan", "export", "verify", "preflight", "evaluate", "controls", "report"])
+def test_every_step_is_locked(finished, step):
+    run, _ = finished
+    with (
+        Workspace(run.recipe, run.output).locked(),
+        pytest.raises(OutputError, match="another bitladder process is working"),
+    ):
+        getattr(run, step)()
+    with (
+        Workspace(run.recipe, run.output).locked(),
+        pytest.raises(OutputError, match="another bitladder process is working"),
+    ):
+        run.run()
+
+
+def test_a_checkpoint_is_the_model_that_it_was_exported_as(finished, llama):
+    run, found = finished
+    model = bitladder.load(run.checkpoint("top50"))
+    original = bitladder.load(llama)
+    names = {module.name for module in found["export"]["top50"].modules}
+    assert names
+    for name, module in original.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            same = torch.equal(module.weight, model.get_submodule(name).weight)
+            assert same == (name not in names), name
+    inputs = torch.tensor([[3, 5, 7]])
+    assert not torch.equal(model(inputs).logits, original(inputs).logits)
+    assert bitladder.load(run.checkpoint("top50"), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_nothing_is_printed_unless_asked_for(content, tmp_path):
+    code = (
+        "import json, sys, bitladder\n"
+        "run = bitladder.Run(json.loads(sys.argv[1]))\n"
+        "run.measure(), run.plan(), run.export(), bitladder.load(run.checkpoint('full'))\n"
+    )
+    told = json.dumps({**content, "output": tmp_path / "out"}, default=str)
+    plain = {key: value for key, value in os.environ.items() if key != "TRANSFORMERS_VERBOSITY"}
+    result = subprocess.run([sys.executable, "-c", code, told], capture_output=True, text=True, check=True, env=plain)
+    assert result.stdout + result.stderr == ""
+
+
+def test_progress_and_lines_are_told_to_who_asks(content, tmp_path):
+    phases, lines = [], []
+    run = bitladder.Run(
+        {**content, "output": tmp_path / "out"}, progress=lambda *told: phases.append(told), tell=lines.append
+    )
+    run.measure()
+    assert any(phase == "score" and done == total for phase, done, total in phases)
+    changed = {**content["calibration"], "samples": 6}
+    bitladder.Run({**content, "calibration": changed, "output": tmp_path / "out"}, tell=lines.append).measure()
+    assert lines == ["measuring again: calibration.samples 4 → 6"]
+
+
+def test_what_was_loud_before_is_loud_again():
+    transformers_logging.set_verbosity_info()
+    transformers_logging.enable_progress_bar()
+    try:
+        with quiet_libraries():
+            assert transformers_logging.get_verbosity() == transformers_logging.ERROR
+            assert not transformers_logging.is_progress_bar_enabled()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.warn("other", stacklevel=1)
+        assert not caught
+        assert transformers_logging.get_verbosity() == transformers_logging.INFO
+        assert transformers_logging.is_progress_bar_enabled()
+        with pytest.warns(UserWarning, match="other"):
+            warnings.warn("other", stacklevel=1)
+    finally:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+
+def test_the_code_of_the_guide_runs(llama, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "library.md").read_text()
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "model").symlink_to(llama)
+    (tmp_path / "calibration.txt").write_text(make_text(300))
+    (tmp_path / "held_out.txt").write_text(make_text(300, seed=9))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == page.count("```python") > 5
+    names = {}
+    for block in blocks:
+        exec(compile(block, "docs/library.md", "exec"), names)
+
+
+def loaded_by(*arguments):
+    """Run a command, and return which heavy packages it imported."""
+    code = (
+        "import sys, bitladder.cli\n"
+        "try:\n    bitladder.cli.main()\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        f"print('loaded:', *(name for name in {HEAVY} if name in sys.modules))\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1].split()[1:]
+
+
+@pytest.fixture(scope="module")
+def recipe(finished, content, tmp_path_factory):
+    """The recipe of the finished run, as a file."""
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps({**content, "output": finished[0].output}, default=str))))
+    return path
+
+
+def test_planning_and_reporting_commands_import_nothing_heavy(finished, recipe, tmp_path):
+    output = finished[0].output
+    (output / "schemes" / "full.json").unlink()
+    assert loaded_by("plan", recipe) == []
+    assert (output / "schemes" / "full.json").is_file()
+    assert loaded_by("plan", "--measurement", output / "measurement.json", "--coverage", "0.5") == []
+    assert loaded_by("frontier", output / "measurement.json") == []
+    (output / "report.html").unlink()
+    assert loaded_by("report", recipe) == []
+    assert (output / "report.html").is_file()
+    assert loaded_by("compare", output, output) == []
+    assert loaded_by("import", MANIFEST, tmp_path / "measurement.json") == []
+
+
+def test_the_test_above_can_fail(recipe):
+    assert "torch" in loaded_by("export", recipe)
