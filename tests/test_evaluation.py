@@ -15,7 +15,7 @@ from bitladder import planning
 from bitladder.checkpoints.export import export
 from bitladder.data.batches import Batch, DataSet
 from bitladder.errors import ModelError, StaleRecord
-from bitladder.evaluation import reading
+from bitladder.evaluation import evaluate, reading
 from bitladder.evaluation import reference as reference_module
 from bitladder.evaluation.evaluate import compare, evaluate_checkpoint
 from bitladder.evaluation.metrics import Sums, _kl
@@ -153,7 +153,7 @@ def test_every_held_out_set_is_evaluated_on_one_read_of_the_files(llama, text_fi
 
     with Reference.compute(llama, other, split="short") as short:
         wanted = compare(short, directory, "half")[0]
-        monkeypatch.setattr(reading, "load_checkpoint", lambda *a, **k: loaded.append(a) or load(*a, **k))
+        monkeypatch.setattr(evaluate, "load_checkpoint", lambda *a, **k: loaded.append(a) or load(*a, **k))
         both = evaluate_checkpoint([reference, short], directory, note)
     assert len(loaded) == 1
     assert list(both.data) == ["held_out", "short"]

@@ -17,7 +17,6 @@ from bitladder.evaluation.reading import cached
 from bitladder.evaluation.reference import Reference
 from bitladder.evaluation.simulation import Simulation
 from bitladder.measured import read_amax
-from bitladder.measuring import measure
 from bitladder.measuring.kv_amax import AmaxCache
 from bitladder.models.kv_layers import cache_inputs
 from bitladder.models.loading import image_token_ids, load_model
@@ -229,7 +228,7 @@ def test_an_fp8_cache_that_can_have_no_scales_is_refused_before_anything_is_meas
 ):
     """Mamba has no attention; Bloom makes keys and values with the queries, in one module."""
     source = save_model(getattr(transformers, cls), config(), tmp_path / "source")
-    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("the model was measured"))
+    monkeypatch.setattr("bitladder.steps.measure.measure_now", lambda *_: pytest.fail("the model was measured"))
     work = work_of((source, text_file, text_file), tmp_path / "run", kv_cache="fp8")
     with pytest.raises(UnsupportedModel, match=r"kv_cache: fp8 was asked for, but no .* set kv_cache: none"):
         measure_step(work)

@@ -42,7 +42,7 @@ from bitladder.records import (
     Scheme,
     Verification,
 )
-from bitladder.steps import workspace
+from bitladder.steps import data, workspace
 from bitladder.steps.evaluate import evaluate
 from bitladder.steps.export import export
 from bitladder.steps.look import look
@@ -705,7 +705,7 @@ def test_nulls_of_a_data_set_are_told(files, tmp_path):
 
 def test_each_set_is_read_once_by_a_run(files, tmp_path, monkeypatch):
     read, load = [], samples.load_data
-    monkeypatch.setattr(samples, "load_data", lambda source, *a, **k: read.append(source) or load(source, *a, **k))
+    monkeypatch.setattr(data, "load_data", lambda source, *a, **k: read.append(source) or load(source, *a, **k))
     run(work_of(files, tmp_path / "out", controls={"kinds": []}))
     assert len(read) == 2
 
