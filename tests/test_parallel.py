@@ -228,7 +228,7 @@ def test_workers_that_no_node_has_room_for_are_not_waited_for(room, left):
 
 def test_nan_and_larger_values_survive_the_merging_of_amax(monkeypatch):
     monkeypatch.setattr(parallel, "with_scales", lambda *_: None)
-    job = SimpleNamespace(batches=("one", "other"), target=None, progress=lambda *_: None)
+    job = SimpleNamespace(batches=("one", "other"), target=None, spec=None, progress=lambda *_: None)
     first = {"a": torch.tensor(1.0), "b": torch.tensor(float("nan")), "c": torch.tensor(3.0)}
     second = {"a": torch.tensor(2.0), "b": torch.tensor(1.0), "d": torch.tensor(4.0)}
     for order in ((first, second), (second, first)):
