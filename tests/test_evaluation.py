@@ -228,7 +228,7 @@ def fp8_embedding(tensors):
 DAMAGE = {
     "weight_scale missing": (lambda t, n: t.pop(n.replace(".weight", ".weight_scale")), "weight_scale is missing"),
     "input_scale missing": (lambda t, n: t.pop(n.replace(".weight", ".input_scale")), "input_scale is missing"),
-    "scale without codes": (lambda t, n: t.update({n: t[n].bfloat16()}), "belongs to no FP8 weight"),
+    "scale without codes": (lambda t, n: t.update({n: t[n].bfloat16()}), "belongs to no weight whose format has it"),
     "weight missing": (lambda t, n: t.pop("model.norm.weight"), "missing"),
     "extra tensor": (lambda t, n: t.update(spare=torch.ones(2)), "left over"),
     "zero scale": (lambda t, n: t[n.replace(".weight", ".input_scale")].zero_(), "not one positive float32"),

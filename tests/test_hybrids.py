@@ -21,7 +21,7 @@ from bitladder.measuring.kv_amax import AmaxCache
 from bitladder.models.kv_layers import cache_inputs
 from bitladder.models.loading import image_token_ids, load_model
 from bitladder.records import CheckpointManifest
-from bitladder.runtimes import preflight
+from bitladder.runtimes.checks import subject
 from bitladder.steps.measure import measure as measure_step
 from bitladder.steps.plan import plan
 from bitladder.verification import verify
@@ -249,4 +249,4 @@ def test_an_fp8_cache_that_lacks_a_layers_scales_is_refused_before_anything_is_e
 @pytest.mark.parametrize("attention", ["model.layers.1.self_attn", "backbone.layers.2.mixer"])
 def test_where_vllm_looks_for_an_attentions_scales(attention):
     """Nemotron-H's attention is called `mixer`."""
-    assert preflight._KV_SCALE.match(f"{attention}.k_proj.k_scale")["attention"] == attention
+    assert subject._KV_SCALE.match(f"{attention}.k_proj.k_scale")["attention"] == attention

@@ -251,7 +251,7 @@ def test_a_cluster_that_does_not_answer_is_named_at_once():
         code = f"""
 from bitladder.errors import MeasurementError
 from bitladder.recipe import WorkersSpec
-from bitladder.sensitivity import parallel
+from bitladder.measuring import parallel
 try:
     parallel._Pool(WorkersSpec(count=1, address="{address}"), 1, False, [])
 except MeasurementError as error:
@@ -302,7 +302,7 @@ def test_a_cluster_of_its_own_listens_on_this_machine_alone():
     code = """
 import os, psutil
 from bitladder.recipe import WorkersSpec
-from bitladder.sensitivity.parallel import _Pool
+from bitladder.measuring.parallel import _Pool
 with _Pool(WorkersSpec(count=1, threads=1), 1, False, []) as pool:
     pool.ray.get(pool.hired[0].actor.__ray_ready__.remote())
     me = psutil.Process()

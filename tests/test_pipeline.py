@@ -590,8 +590,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_pipeline
-from bitladder import pipeline
-from bitladder.pipeline import Workspace
+from bitladder.steps.run import run
+from bitladder.steps.workspace import Workspace
 from bitladder.recipe import Recipe
 
 def progress(phase, done, total):
