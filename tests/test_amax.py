@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitladder.measuring.amax import RunningAmax, amax_of
+from bitladder.formats.grids import amax_of
+from bitladder.measuring.amax import RunningAmax
 
 SEEN = [  # which tensors come in which of several passes, in which order
     pytest.param([["a", "b", "c"]] * 4, id="the same in every pass"),

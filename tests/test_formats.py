@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -111,8 +112,7 @@ def test_every_part_has_its_name_shape_and_bits(name):
     weight = torch.randn(shape)
     assert parts[WEIGHT_SCALE].shape == tuple(format_.scale(format_.amax_of(weight)).shape)
     assert (INPUT_SCALE in parts) == (not format_.dynamic_input)
-    stored = 8 * 48 * 32 + 32 * sum(48 if part.shape else 1 for part in parts.values())
-    assert format_.stored_bytes(shape) * 8 == stored
+    assert format_.tensor_scale_bytes == 4 * sum(part.shape == () for part in parts.values())
     assert format_.bits(shape) == 8 * 48 * 32 + (32 * 48 if format_.channels else 0)
     module = QuantModule(name="m", tensor="m.weight", shape=shape)
     group = QuantGroup(name="g", modules=(module, module), weight_elements=2 * 48 * 32)
@@ -237,9 +237,10 @@ def test_a_checkpoint_verifies_and_computes_what_was_simulated(llama, measured, 
     assert found.findings == ()
     assert found.codes_checked == sum(g.weight_elements for g in measurement.groups if scheme.formats[g.name] != BF16)
     size = sum(
-        get_format(scheme.formats[group.name]).stored_bytes(module.shape)
+        module.shape[0] * module.shape[1] + sum(4 * math.prod(part.shape) for part in format_.parts(module.shape))
         for group in measurement.groups
         if scheme.formats[group.name] != BF16
+        for format_ in [get_format(scheme.formats[group.name])]
         for module in group.modules
     )
     untouched = sum(2 * g.weight_elements for g in measurement.groups if scheme.formats[g.name] == BF16)

@@ -36,7 +36,6 @@ class Format(ABC):
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]  # as a report says it
     modelopt_config: ClassVar[str]  # ModelOpt's configuration, an attribute of modelopt.torch.quantization
     modelopt_algorithm: ClassVar[str]  # `quant_algo` in hf_quant_config.json
     code_dtype: ClassVar[str] = "F8_E4M3"  # of a stored weight, as safetensors spells it
@@ -53,9 +52,10 @@ class Format(ABC):
         """Return the bits of a weight: its codes, and scales that grow with it (a tensor's two numbers don't)."""
         return self.code_bits * math.prod(shape) + sum(part.bits for part in self.parts(shape) if part.shape)
 
-    def stored_bytes(self, shape: Sequence[int]) -> int:
-        """Return the bytes of a module on disk, every scale included."""
-        return (self.code_bits * math.prod(shape) + sum(part.bits for part in self.parts(shape))) // 8
+    @property
+    def tensor_scale_bytes(self) -> int:
+        """Bytes of a module's scales that don't grow with its weight, which `bits` leaves out."""
+        return sum(part.bits for part in self.parts((1, 1)) if not part.shape) // 8
 
     def config_group(self) -> dict[str, Any]:
         """Return what `config_groups` say of weights and inputs, in ModelOpt's words.
@@ -78,7 +78,7 @@ class Format(ABC):
 
     @abstractmethod
     def amax_of(self, weight: "torch.Tensor") -> "torch.Tensor":
-        """Return the amax of a weight [out_features, in_features] that its scale is made of, in its dtype."""
+        """Return the amax of a weight [out_features, in_features] that its scale is made of."""
 
     @abstractmethod
     def scale(self, amax: "torch.Tensor") -> "torch.Tensor":

@@ -10,17 +10,16 @@ Source: ModelOpt's FP8_PER_CHANNEL_PER_TOKEN_CFG; vLLM's ModelOptFp8PcPtLinearMe
 
 from typing import TYPE_CHECKING, Any
 
-from bitladder.formats.base import Format
+from bitladder.formats.e4m3 import E4m3
 
 if TYPE_CHECKING:
     import torch
 
 
-class Fp8Channel(Format):
+class Fp8Channel(E4m3):
     """See the module."""
 
     name = "fp8_pc_pt"
-    title = "FP8 per channel and token"
     modelopt_config = "FP8_PER_CHANNEL_PER_TOKEN_CFG"
     modelopt_algorithm = "FP8_PER_CHANNEL_PER_TOKEN"
     channels = True
@@ -35,26 +34,6 @@ class Fp8Channel(Format):
         from bitladder.formats import grids
 
         return weight.detach().abs().amax(-1).float().clamp_min(grids.LEAST_AMAX)
-
-    def scale(self, amax: "torch.Tensor") -> "torch.Tensor":
-        """Return amax / 448, [out_features]."""
-        from bitladder.formats import grids
-
-        return grids.scale_of(amax)
-
-    def codes(self, values: "torch.Tensor", amax: "torch.Tensor") -> "torch.Tensor":
-        """Return the nearest E4M3 codes of a weight [out_features, in_features], or of a column of it."""
-        from bitladder.formats import grids
-
-        return grids.quantise(values, amax[:, None] if values.dim() == 2 else amax)
-
-    def restored(
-        self, codes: "torch.Tensor", scale: "torch.Tensor", dtype: "torch.dtype | None" = None
-    ) -> "torch.Tensor":
-        """Return code · scale of its row."""
-        from bitladder.formats import grids
-
-        return grids.dequantise(codes, scale[:, None] if codes.dim() == 2 else scale, dtype or scale.dtype)
 
     def round_input(self, x: "torch.Tensor", scale: "torch.Tensor | None") -> "torch.Tensor":
         """Return the input, every token rounded with a scale of its own."""

@@ -1,4 +1,4 @@
-"""FP8 E4M3 numbers: scales, codes, and back. The only module that knows 448.
+"""FP8 E4M3 numbers: magnitudes, scales, codes, and back. The only module that knows 448.
 
 A value x of a tensor with amax a is stored as the E4M3 code nearest to x · (448 / a), saturated at ±448, and restored
 as code · (a / 448). Products and the division run in float32, as ModelOpt's fake quantisation does
@@ -15,6 +15,12 @@ E4M3_MIN_EXPONENT = -6  # of the smallest normal value; below it the step stays 
 
 # Below it amax / 448 is no normal float32 number, or 448 / amax no finite one.
 LEAST_AMAX = E4M3_MAX * 2 * torch.finfo(torch.float32).tiny
+
+
+def amax_of(values: torch.Tensor) -> torch.Tensor:
+    """Return the largest magnitude of `values` (any shape), a scalar of its dtype; NaN if it holds one."""
+    amax: torch.Tensor = torch.linalg.vector_norm(values.detach(), torch.inf)
+    return amax
 
 
 def scale_of(amax: torch.Tensor) -> torch.Tensor:

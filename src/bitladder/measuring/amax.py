@@ -8,12 +8,6 @@ import torch
 Key = TypeVar("Key", bound=Hashable)
 
 
-def amax_of(values: torch.Tensor) -> torch.Tensor:
-    """Return the largest magnitude of `values` (any shape), a scalar of its dtype; NaN if it holds one."""
-    amax: torch.Tensor = torch.linalg.vector_norm(values.detach(), torch.inf)
-    return amax
-
-
 class RunningAmax(Generic[Key]):
     """The largest of the magnitudes that were seen of each key.
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from bitladder.formats.grids import amax_of
 from bitladder.measured import Amax
-from bitladder.measuring.amax import RunningAmax, amax_of
+from bitladder.measuring.amax import RunningAmax
 from bitladder.models.kv_layers import cached_layers, layer_index
 from bitladder.models.target import Target
 

@@ -24,9 +24,10 @@ from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, without_cudnn_attention
 from bitladder.errors import MeasurementError
 from bitladder.formats import Format, get_format
+from bitladder.formats.grids import amax_of
 from bitladder.measured import Amax, Codes
 from bitladder.measuring import compensation
-from bitladder.measuring.amax import RunningAmax, amax_of
+from bitladder.measuring.amax import RunningAmax
 from bitladder.measuring.calls import shared
 from bitladder.measuring.checks import with_scales
 from bitladder.measuring.decoder import Decoder, Pass

@@ -81,7 +81,7 @@ def price(
             excluded += [(m.tensor or m.name).removesuffix(".weight") for m in group.modules]
         else:
             quantised += group.weight_elements
-            weight_bytes += _uncounted_scale_bytes(group, format_name)
+            weight_bytes += len(group.modules) * get_format(format_name).tensor_scale_bytes
     if not quantised:
         raise InfeasibleTarget(f"scheme {name} would quantise nothing; ask for more")
     return Scheme(
@@ -119,9 +119,3 @@ def _with_vllms_names(architecture: str, modules: Sequence[str]) -> tuple[str, .
     layers = [layer for layer in fusing.layers(modules) if layer.shards]
     names = [*modules, *(x.name for x in layers if not x.packed or len(x.modules) < len(x.shards))]
     return tuple(dict.fromkeys([*names, *map(fusing.asked_as, names)]))
-
-
-def _uncounted_scale_bytes(group: QuantGroup, format_name: str) -> int:
-    """Return the bytes of the scales that don't grow with a weight, which effective bits leave out."""
-    parts = [p for m in group.modules for p in get_format(format_name).parts(m.shape or (1, 1)) if not p.shape]
-    return sum(part.bits for part in parts) // 8
