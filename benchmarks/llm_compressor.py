@@ -90,7 +90,7 @@ def fused(measurement, directory: Path, output: Path) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from bitladder.formats import grids as numerics
+    from bitladder.formats import grids
     from bitladder.models.weights import SINGLE_FILE, WeightFiles
 
     files = WeightFiles.open(directory)
@@ -104,8 +104,8 @@ def fused(measurement, directory: Path, output: Path) -> int:
             if kind == "weight_scale" and any(not torch.equal(scale, largest) for scale in scales):
                 several += 1
                 for name, scale in zip(names, scales, strict=True):
-                    weight = numerics.dequantise(tensors[f"{name}.weight"], scale)
-                    tensors[f"{name}.weight"] = numerics.quantise(weight, largest[0] * numerics.E4M3_MAX)
+                    weight = grids.dequantise(tensors[f"{name}.weight"], scale)
+                    tensors[f"{name}.weight"] = grids.quantise(weight, largest[0] * grids.E4M3_MAX)
             tensors |= {f"{name}.{kind}": largest.clone() for name in names}
     shutil.rmtree(output, ignore_errors=True)
     shutil.copytree(directory, output, ignore=shutil.ignore_patterns("*.safetensors*"))

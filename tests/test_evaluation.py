@@ -21,7 +21,7 @@ from bitladder.evaluation.evaluate import compare, evaluate_checkpoint
 from bitladder.evaluation.metrics import Sums, _kl
 from bitladder.evaluation.reading import FakeQuantLinear
 from bitladder.evaluation.reference import Reference, compare_with
-from bitladder.formats import grids as numerics
+from bitladder.formats import grids
 from bitladder.measured import read_amax
 from bitladder.models import weights
 from bitladder.models.loading import load_model
@@ -309,9 +309,9 @@ def by_hand(source, destination, amax):
             if name in of_tensor:
                 weight_amax, input_amax = of_tensor[name]
                 prefix = name.removesuffix(".weight")
-                tensors[name] = numerics.quantise(tensors[name], weight_amax)
-                tensors[f"{prefix}.weight_scale"] = numerics.scale_of(weight_amax)
-                tensors[f"{prefix}.input_scale"] = numerics.scale_of(input_amax)
+                tensors[name] = grids.quantise(tensors[name], weight_amax)
+                tensors[f"{prefix}.weight_scale"] = grids.scale_of(weight_amax)
+                tensors[f"{prefix}.input_scale"] = grids.scale_of(input_amax)
         save_file(tensors, destination / file, metadata={"format": "pt"})
         placed.update(dict.fromkeys(tensors, file))
     if (source / weights.INDEX_FILE).exists():
@@ -342,7 +342,7 @@ def modelopt_with_shared_amax(source, batches):
         values = [torch.stack([getattr(x, f"{k}_quantizer").amax for x in linears]).max() for k in ("weight", "input")]
         for module, linear in zip(group.modules, linears, strict=True):
             # as a scale stores it: amax / 448 · 448 may differ in the last bit
-            stored = [numerics.scale_of(value) * numerics.E4M3_MAX for value in values]
+            stored = [grids.scale_of(value) * grids.E4M3_MAX for value in values]
             linear.weight_quantizer.amax, linear.input_quantizer.amax = stored
             amax[module.name] = (module.tensor, *values)
     return model.eval(), amax

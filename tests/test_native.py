@@ -15,8 +15,7 @@ from bitladder.data.batches import Batch
 from bitladder.data.processors import load_processor
 from bitladder.data.samples import load_data
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import get_format
-from bitladder.formats import grids as numerics
+from bitladder.formats import get_format, grids
 from bitladder.measured import read_amax
 from bitladder.measuring import kl, layers, native
 from bitladder.measuring.calls import hidden_of
@@ -367,10 +366,10 @@ def errors_of(model, group, amax, batch):
     def keep(name):
         def hook(linear, inputs, output):
             weight_scale, input_scale = (
-                numerics.scale_of(amax[f"{name}.{kind}"]) for kind in ("weight_amax", "input_amax")
+                grids.scale_of(amax[f"{name}.{kind}"]) for kind in ("weight_amax", "input_amax")
             )
-            weight = numerics.fake_quantise(linear.weight, weight_scale)
-            errors[name] = torch.nn.functional.linear(numerics.fake_quantise(inputs[0], input_scale), weight) - output
+            weight = grids.fake_quantise(linear.weight, weight_scale)
+            errors[name] = torch.nn.functional.linear(grids.fake_quantise(inputs[0], input_scale), weight) - output
 
         return hook
 

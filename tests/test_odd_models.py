@@ -8,7 +8,7 @@ from bitladder import planning
 from bitladder.checkpoints.export import export
 from bitladder.evaluation.evaluate import compare
 from bitladder.evaluation.reference import Reference
-from bitladder.formats import grids as numerics
+from bitladder.formats import grids
 from bitladder.measured import read_amax
 from bitladder.models.loading import load_model
 from bitladder.verification import verify
@@ -62,9 +62,9 @@ def test_the_gradient_is_that_of_an_output_before_the_model_adds_to_it(text_file
 
     linear.register_forward_hook(keep)
     model(**batch.inputs, labels=batch.labels).loss.backward()
-    weight_scale, input_scale = (numerics.scale_of(amax[f"{module}.{kind}_amax"]) for kind in ("weight", "input"))
-    weight = numerics.fake_quantise(linear.weight.detach(), weight_scale)
-    rounded = torch.nn.functional.linear(numerics.fake_quantise(kept["input"], input_scale), weight, linear.bias)
+    weight_scale, input_scale = (grids.scale_of(amax[f"{module}.{kind}_amax"]) for kind in ("weight", "input"))
+    weight = grids.fake_quantise(linear.weight.detach(), weight_scale)
+    rounded = torch.nn.functional.linear(grids.fake_quantise(kept["input"], input_scale), weight, linear.bias)
     expected = (kept["output"].grad * (rounded - kept["output"].detach())).square().sum()
     (score,) = next(candidate.scores for candidate in measurement.candidates if candidate.group == module)
     assert score == pytest.approx(float(expected), rel=1e-3)

@@ -10,7 +10,7 @@ from bitladder import planning
 from bitladder.data.processors import load_processor
 from bitladder.data.samples import load_data
 from bitladder.errors import MeasurementError
-from bitladder.formats import grids as numerics
+from bitladder.formats import grids
 from bitladder.measured import read_amax
 from bitladder.measuring.measure import measure
 from bitladder.measuring.modelopt import freeze_outside
@@ -42,7 +42,7 @@ def by_hand(data, amax, name):
     """Σ (∂loss/∂y · Δy)² of one module in each batch: everywhere, and at positions that hold a piece of a picture."""
     model = load_model(MODEL, torch.float32)
     linear = model.get_submodule(name)
-    weight_scale, input_scale = (numerics.scale_of(amax[f"{name}.{kind}"]) for kind in ("weight_amax", "input_amax"))
+    weight_scale, input_scale = (grids.scale_of(amax[f"{name}.{kind}"]) for kind in ("weight_amax", "input_amax"))
     kept = {}
 
     def keep(module, inputs, output):
@@ -54,8 +54,8 @@ def by_hand(data, amax, name):
     for batch in data.batches:
         model(**batch.inputs, labels=batch.labels).loss.backward()
         rounded = torch.nn.functional.linear(
-            numerics.fake_quantise(kept["input"], input_scale),
-            numerics.fake_quantise(linear.weight, weight_scale),
+            grids.fake_quantise(kept["input"], input_scale),
+            grids.fake_quantise(linear.weight, weight_scale),
             linear.bias,
         )
         squares = (kept["output"].grad * (rounded - kept["output"])).detach().square().sum(-1)

@@ -15,8 +15,7 @@ from bitladder.errors import EngineError, MeasurementError, RecordError
 from bitladder.evaluation.evaluate import evaluate_checkpoint
 from bitladder.evaluation.reference import Reference
 from bitladder.evaluation.simulation import Simulation
-from bitladder.formats import get_format
-from bitladder.formats import grids as numerics
+from bitladder.formats import get_format, grids
 from bitladder.measured import read_amax, read_codes
 from bitladder.measuring import layers, rounding
 from bitladder.models.loading import load_model
@@ -57,27 +56,27 @@ def test_codes_are_those_of_modelopts_gptq(layer):
     order = torch.argsort(products.diagonal(), descending=True)
     theirs = weight[:, order].clone()
     inverse = compute_hessian_inverse(products[order][:, order], theirs, 0.01)
-    scale = numerics.scale_of(amax)
-    gptq_blockwise_update(theirs, inverse, 64, lambda w: numerics.dequantise(numerics.quantise(w, amax), scale))
+    scale = grids.scale_of(amax)
+    gptq_blockwise_update(theirs, inverse, 64, lambda w: grids.dequantise(grids.quantise(w, amax), scale))
     ours = rounding.compensated_codes(weight, products, amax, get_format("fp8"), 0.01)
     assert ours.dtype == torch.float8_e4m3fn
-    same = numerics.dequantise(ours, scale)[:, order] == theirs
+    same = grids.dequantise(ours, scale)[:, order] == theirs
     assert same.float().mean() > 0.999  # a float32 sum in another order may lie on the other side of a boundary
 
 
 def test_the_outputs_error_falls(layer):
     weight, products, amax = layer
-    scale = numerics.scale_of(amax)
-    nearest = numerics.quantise(weight, amax)
+    scale = grids.scale_of(amax)
+    nearest = grids.quantise(weight, amax)
     codes = rounding.compensated_codes(weight, products, amax, get_format("fp8"), 0.01)
     x = correlated(1000, 160)
 
     def direct(some):
         exact = x @ weight.t()
-        return float((x @ numerics.dequantise(some, scale).t() - exact).norm() / exact.norm())
+        return float((x @ grids.dequantise(some, scale).t() - exact).norm() / exact.norm())
 
     for some in (nearest, codes):
-        assert rounding.output_error(weight, numerics.dequantise(some, scale), products) == pytest.approx(
+        assert rounding.output_error(weight, grids.dequantise(some, scale), products) == pytest.approx(
             direct(some), rel=1e-3
         )
     assert direct(codes) < 0.5 * direct(nearest)
@@ -86,9 +85,9 @@ def test_the_outputs_error_falls(layer):
 def test_without_correlation_the_nearest_codes_are_the_best(layer):
     weight, _, amax = layer
     codes = rounding.compensated_codes(weight, torch.eye(160), amax, get_format("fp8"), 0.01)
-    assert torch.equal(codes.view(torch.uint8), numerics.quantise(weight, amax).view(torch.uint8))
+    assert torch.equal(codes.view(torch.uint8), grids.quantise(weight, amax).view(torch.uint8))
     far = rounding.compensated_codes(weight, layer[1], amax, get_format("fp8"), 1e9)
-    assert torch.equal(far.view(torch.uint8), numerics.quantise(weight, amax).view(torch.uint8))
+    assert torch.equal(far.view(torch.uint8), grids.quantise(weight, amax).view(torch.uint8))
 
 
 def test_products_that_have_no_inverse_are_refused(layer):
@@ -133,11 +132,11 @@ def test_products_are_those_of_the_inputs_that_count(llama, text_file, compensat
         for batch in load_text(llama, text_file).batches:
             model(**batch.inputs)
     for module in measurement.rounding.modules:
-        scale = numerics.scale_of(amax[f"{module.name}.input_amax"])
-        x = numerics.fake_quantise(torch.cat(seen[module.name]), scale)
+        scale = grids.scale_of(amax[f"{module.name}.input_amax"])
+        x = grids.fake_quantise(torch.cat(seen[module.name]), scale)
         x = x / x.norm(dim=1, keepdim=True)
         weight = model.get_parameter(f"{module.name}.weight").detach()
-        restored = numerics.dequantise(codes.read(module.name), numerics.scale_of(amax[f"{module.name}.weight_amax"]))
+        restored = grids.dequantise(codes.read(module.name), grids.scale_of(amax[f"{module.name}.weight_amax"]))
         error = float((x @ (weight - restored).t()).norm() / (x @ weight.t()).norm())
         assert module.output_error == pytest.approx(error, rel=1e-3)
 

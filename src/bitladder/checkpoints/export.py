@@ -1,8 +1,8 @@
-"""Writes one Hugging Face checkpoint per scheme, as ModelOpt's FP8 export would: `export(...) -> CheckpointManifest`.
+"""Writes one Hugging Face checkpoint per scheme, as ModelOpt's export would: `export(...) -> CheckpointManifest`.
 
 The source is read and written in blocks of rows, so that host memory stays the same whatever the model's size. What a
-scheme leaves alone is copied byte for byte under the source's names; a quantised weight becomes E4M3 codes with two
-float32 scalars. A directory appears under its name only when it is complete.
+scheme leaves alone is copied byte for byte under the source's names; a quantised weight becomes the codes of
+its format, with its scales beside it. A directory appears under its name only when it is complete.
 
 Layout of a file: 8 bytes little-endian header length, JSON header padded with spaces to 8 bytes, data ordered by
 dtype size (largest first) and name, which keeps every tensor aligned; so does safetensors' own writer.
@@ -21,8 +21,7 @@ import torch
 from bitladder.checkpoints.config import CONFIG_FILE, QUANT_CONFIG_FILE, config_with_quantisation, quant_config
 from bitladder.checkpoints.writer import DTYPE_BYTES, Entry, digest_of_file, write_file, write_weights
 from bitladder.errors import MeasurementError, OutputError, StaleRecord
-from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, Format, get_format
-from bitladder.formats import grids as numerics
+from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, Format, get_format, grids
 from bitladder.measured import Amax, Codes, check_codes, kv_amax
 from bitladder.models.sources import side_files
 from bitladder.models.weights import INDEX_FILE, WeightFiles, read_config
@@ -149,7 +148,7 @@ def export(
     quantised = _quantised_modules(scheme, measurement)
     kv_scales: dict[str, torch.Tensor] = {}
     if scheme.kv_cache_format is not None:
-        kv_scales = {name: numerics.scale_of(value) for name, value in kv_amax(measurement, amax).items()}
+        kv_scales = {name: grids.scale_of(value) for name, value in kv_amax(measurement, amax).items()}
     weights = WeightFiles.open(source)
     lost = sorted(set(quantised) - set(weights.tensors))
     if lost:

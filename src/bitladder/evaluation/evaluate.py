@@ -121,39 +121,26 @@ def evaluate_checkpoint(
 
 
 def _results(reference: Reference, sums: Sums) -> list[EvalResult]:
-    rows, floor = len(sums.tokens), reference.bf16
-    kl, kl_error = sums.ratio(sums.kl)
-    perplexity, perplexity_error = sums.perplexity()
-    agreement, agreement_error = sums.ratio(sums.agree)
+    floor = reference.bf16
+
+    def result(
+        metric: str, unit: str, value: tuple[float, float | None], noise_floor: float, own: float | None = None
+    ) -> EvalResult:
+        return EvalResult(
+            metric=metric,
+            split=reference.split,
+            unit=unit,
+            value=value[0],
+            standard_error=value[1],
+            samples=len(sums.tokens),
+            noise_floor=noise_floor,
+            reference=own,
+        )
+
     return [
-        EvalResult(
-            metric="kl",
-            split=reference.split,
-            unit="nats per token",
-            value=kl,
-            standard_error=kl_error,
-            samples=rows,
-            noise_floor=floor.ratio(floor.kl)[0],
-        ),
-        EvalResult(
-            metric="perplexity",
-            split=reference.split,
-            unit="",
-            value=perplexity,
-            standard_error=perplexity_error,
-            samples=rows,
-            noise_floor=floor.perplexity()[0],
-            reference=reference.perplexity,
-        ),
-        EvalResult(
-            metric="top1_agreement",
-            split=reference.split,
-            unit="share of tokens",
-            value=agreement,
-            standard_error=agreement_error,
-            samples=rows,
-            noise_floor=floor.ratio(floor.agree)[0],
-        ),
+        result("kl", "nats per token", sums.ratio(sums.kl), floor.ratio(floor.kl)[0]),
+        result("perplexity", "", sums.perplexity(), floor.perplexity()[0], reference.perplexity),
+        result("top1_agreement", "share of tokens", sums.ratio(sums.agree), floor.ratio(floor.agree)[0]),
     ]
 
 

@@ -42,17 +42,17 @@ def quantised_tensors(files: WeightFiles) -> list[str]:
     return sorted(name for name, info in files.tensors.items() if info.dtype in dtypes)
 
 
-def formats_of(directory: Path, codes: Iterable[str]) -> dict[str, Format]:
+def _formats_of(directory: Path, section: dict[str, Any], codes: Iterable[str]) -> dict[str, Format]:
     """Return the format of every stored weight by `config.json`: of each module in a mix, else of all.
 
     Args:
         directory: of the checkpoint.
+        section: `quantization_config` of its configuration.
         codes: names of the weights that are stored as codes.
 
     Raises:
         ModelError: the configuration names none of ours, or not all modules of a mix.
     """
-    section = read_config(directory).get("quantization_config") or {}
     layers = section.get("quantized_layers") or {}
     found = {}
     for name in codes:
@@ -107,9 +107,11 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
     """
     files = WeightFiles.open(directory)
     codes = quantised_tensors(files)
-    if codes and "quantization_config" not in read_config(directory):
+    config = read_config(directory)
+    if codes and "quantization_config" not in config:
         raise ModelError(f"{directory / 'config.json'} has no quantization_config, but weights are FP8; {EXPORT_AGAIN}")
-    formats = formats_of(directory, codes)
+    section = config.get("quantization_config") or {}
+    formats = _formats_of(directory, section, codes)
     state: dict[str, torch.Tensor] = {}
     input_scales: dict[str, torch.Tensor | None] = {}
     used: set[str] = set()
@@ -122,7 +124,7 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
             raise ModelError(f"{directory / info.file}: {name} holds NaN or overflows {dtype}; {EXPORT_AGAIN}")
         input_scales[name] = parts.get(INPUT_SCALE)
     kv_scales = [name for name in files.tensors if name.rpartition(".")[2] in _KV_SCALE_NAMES]
-    _check_kv_scales(directory, files, kv_scales)
+    _check_kv_scales(files, section.get("kv_cache_scheme") is not None, kv_scales)
     used.update(kv_scales)
     for name, info in files.tensors.items():
         if name in input_scales or name in used:
@@ -153,9 +155,9 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
     return model.to(device).eval()
 
 
-def _check_kv_scales(directory: Path, files: WeightFiles, kv_scales: list[str]) -> None:
-    """Check that keys and values have scales exactly where config.json says that the KV cache is FP8."""
-    asked = read_config(directory).get("quantization_config", {}).get("kv_cache_scheme") is not None
+def _check_kv_scales(files: WeightFiles, asked: bool, kv_scales: list[str]) -> None:
+    """Check that keys and values have scales exactly where config.json asks for an FP8 KV cache."""
+    directory = files.directory
     if asked and not kv_scales:
         raise ModelError(
             f"{directory / 'config.json'} asks for an FP8 KV cache, but keys and values have no scales; {EXPORT_AGAIN}"

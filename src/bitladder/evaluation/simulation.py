@@ -16,8 +16,7 @@ from bitladder.errors import StaleRecord
 from bitladder.evaluation.evaluate import compare_loaded
 from bitladder.evaluation.reading import FakeQuantLinear
 from bitladder.evaluation.reference import Reference
-from bitladder.formats import get_format
-from bitladder.formats import grids as numerics
+from bitladder.formats import get_format, grids
 from bitladder.measured import Amax, Codes, check_codes, codes_of, kv_amax
 from bitladder.models.kv_layers import cached_layers, layer_index
 from bitladder.models.loading import load_model
@@ -104,7 +103,7 @@ class Simulation:
     def _kv_scales(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Return `{layer index: (key scale, value scale)}`."""
         amax = kv_amax(self.measurement, self.amax)
-        scales = {name: numerics.scale_of(value).to(self.device) for name, value in amax.items()}
+        scales = {name: grids.scale_of(value).to(self.device) for name, value in amax.items()}
         return {
             layer_index(self.model, layer.key.name): (scales[layer.scale_names[0]], scales[layer.scale_names[1]])
             for layer in cached_layers(self.measurement.groups)

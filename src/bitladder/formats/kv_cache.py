@@ -1,9 +1,9 @@
-"""The FP8 KV cache: which modules make keys and values, and what the cache sees.
+"""The FP8 KV cache, as a checkpoint asks for it: what is stored of keys and values, and how it is read back.
 
 transformers hands every layer's new keys and values (after the rotary embedding, as they would be cached) to
-`Cache.update`, which returns what attention reads. `AmaxCache` looks at them there while calibrating; `Fp8Cache` rounds
-them there while evaluating, as a runtime does that reads back what it stored. Queries stay as they are. Both are made
-for the model's configuration: layers of a hybrid that aren't attention keep states of other kinds in the same cache.
+`Cache.update`, which returns what attention reads. `Fp8Cache` rounds them there, as a runtime does that reads back what
+it stored; `measuring.kv_amax` looks at them there while calibrating. Queries stay as they are. A cache is made for the
+model's configuration: layers of a hybrid that aren't attention keep states of other kinds in it.
 
 In a measurement a layer's values lie beside those of its modules, as "<k_proj>.k_amax" and "<v_proj>.v_amax"; in a
 checkpoint its scales lie beside the weights, as "<k_proj>.k_scale" and "<v_proj>.v_scale" (ModelOpt's names).
@@ -16,9 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from bitladder.errors import ModelError
-from bitladder.formats import grids as numerics
-
-KEY_MODULE, VALUE_MODULE = "k_proj", "v_proj"
+from bitladder.formats import grids
 
 
 class Fp8Cache(DynamicCache):  # type: ignore[misc]
@@ -42,7 +40,7 @@ class Fp8Cache(DynamicCache):  # type: ignore[misc]
         if layer_idx not in self.scales:
             raise ModelError(f"the KV cache is FP8, but layer {layer_idx} has no scales; export this scheme again")
         key_scale, value_scale = self.scales[layer_idx]
-        keys = numerics.fake_quantise(key_states, key_scale)
-        values = numerics.fake_quantise(value_states, value_scale)
+        keys = grids.fake_quantise(key_states, key_scale)
+        values = grids.fake_quantise(value_states, value_scale)
         read: tuple[torch.Tensor, torch.Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
         return read

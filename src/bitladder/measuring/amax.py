@@ -1,9 +1,12 @@
 """The largest magnitudes of tensors, over everything that a model computes: what scales are made of."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Generic, TypeVar
 
 import torch
+
+from bitladder.measured import Amax
+from bitladder.records import QuantGroup
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -40,3 +43,13 @@ class RunningAmax(Generic[Key]):
             for key, value in zip(keys, amax.cpu(), strict=True):
                 found[key] = torch.maximum(found[key], value) if key in found else value.clone()
         return found
+
+
+def shared(amax: Amax, groups: Iterable[QuantGroup]) -> Amax:
+    """Return the amax of each group's weights and inputs as its modules share them: the largest one."""
+    found: Amax = {}
+    for group in groups:
+        for kind in ("weight_amax", "input_amax"):
+            keys = [f"{module.name}.{kind}" for module in group.modules if f"{module.name}.{kind}" in amax]
+            found |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax()) if keys else {}
+    return found

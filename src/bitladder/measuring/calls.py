@@ -1,4 +1,4 @@
-"""What engines and rounding do alike: the score, image-token positions, amax of keys and values, decoder layers."""
+"""A model's decoder layers: what each is called with, and which of them holds a group."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from bitladder.errors import EngineError
-from bitladder.measured import Amax
 from bitladder.models.target import Target
 from bitladder.records import QuantGroup
 
@@ -91,13 +90,3 @@ def hidden_of(output: Any) -> torch.Tensor:
     hidden = output[0] if isinstance(output, tuple) else output
     assert isinstance(hidden, torch.Tensor)
     return hidden
-
-
-def shared(amax: Amax, groups: Iterable[QuantGroup]) -> Amax:
-    """Return the amax of each group's weights and inputs as its modules share them: the largest one."""
-    found: Amax = {}
-    for group in groups:
-        for kind in ("weight_amax", "input_amax"):
-            keys = [f"{module.name}.{kind}" for module in group.modules if f"{module.name}.{kind}" in amax]
-            found |= dict.fromkeys(keys, torch.stack([amax[key] for key in keys]).amax()) if keys else {}
-    return found

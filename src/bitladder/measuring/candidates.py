@@ -16,8 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from bitladder.errors import EngineError
-from bitladder.formats import Format
-from bitladder.formats import grids as numerics
+from bitladder.formats import Format, grids
 from bitladder.measured import Amax, Codes, codes_of
 from bitladder.measuring.scores import token_directions, token_scores
 from bitladder.models.anatomy import PLAIN, Layout, tokens_first
@@ -45,9 +44,9 @@ class Form:
 
     def input_of(self, x: torch.Tensor) -> torch.Tensor:
         """Return the module's input x [..., in_features] as it is multiplied: codes [rows, in_features], or like x."""
-        if self.weight.dtype == numerics.E4M3_DTYPE:
+        if self.weight.dtype == grids.E4M3_DTYPE:
             assert self.input_amax is not None
-            return numerics.quantise(x.reshape(-1, x.shape[-1]), self.input_amax)
+            return grids.quantise(x.reshape(-1, x.shape[-1]), self.input_amax)
         return self.format.round_input(x, self.input_scale)
 
     def output_of(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -65,7 +64,7 @@ def _product(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return a module's output in its format from what `Form.input_of` gave: [rows or ..., out_features]."""
-    if weight.dtype != numerics.E4M3_DTYPE:
+    if weight.dtype != grids.E4M3_DTYPE:
         return functional.linear(seen, weight, bias)
     assert input_scale is not None
     return torch._scaled_mm(seen, weight.t(), scale_a=input_scale, scale_b=weight_scale, bias=bias, out_dtype=dtype)
@@ -120,9 +119,8 @@ class LastInput:
     """The input seen last, and what it is in the format: modules that are fused by the runtime share both."""
 
     def __init__(self) -> None:
-        self._known: tuple[weakref.ref[torch.Tensor], torch.Tensor | None, torch.Tensor] | None = (
-            None  # input, form's amax, seen
-        )
+        # The input, the amax of the form that saw it, and what that made of it.
+        self._known: tuple[weakref.ref[torch.Tensor], torch.Tensor | None, torch.Tensor] | None = None
 
     def of(self, form: Form, x: torch.Tensor) -> torch.Tensor:
         """Return `form.input_of(x)`."""

@@ -24,7 +24,7 @@ from bitladder.device import OUT_OF_MEMORY, deterministic, without_cudnn_attenti
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import get_format
 from bitladder.measured import Amax
-from bitladder.measuring.calls import shared
+from bitladder.measuring.amax import shared
 from bitladder.measuring.checks import with_scales
 from bitladder.measuring.job import BatchScores, Job, RawScore
 from bitladder.measuring.kv_amax import AmaxCache, kv_cache_amax

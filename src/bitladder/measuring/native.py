@@ -27,8 +27,7 @@ from bitladder.formats import Format, get_format
 from bitladder.formats.grids import amax_of
 from bitladder.measured import Amax, Codes
 from bitladder.measuring import compensation
-from bitladder.measuring.amax import RunningAmax
-from bitladder.measuring.calls import shared
+from bitladder.measuring.amax import RunningAmax, shared
 from bitladder.measuring.checks import with_scales
 from bitladder.measuring.decoder import Decoder, Pass
 from bitladder.measuring.gradient import GradientScorer
@@ -170,14 +169,17 @@ def scorer(
 
 def _score(layers: Layers, job: Job, partial: Partial, amax: Amax, codes: Codes | None) -> None:
     """Score every batch in one format after the other: a module is tapped in one format at a time."""
-    total = job.score_batches * len(job.spec.formats)
-    done = sum(partial.scored(index, name) for index in range(job.score_batches) for name in job.spec.formats)
-    for format_ in map(get_format, job.spec.formats):
-        missing = [index for index in range(job.score_batches) if not partial.scored(index, format_.name)]
+    missing = {
+        name: [index for index in range(job.score_batches) if not partial.scored(index, name)]
+        for name in job.spec.formats
+    }
+    total = job.score_batches * len(missing)
+    done = total - sum(map(len, missing.values()))
+    for name, batches in missing.items():
         job.progress("score", done, total)
-        if missing:
-            _score_in(format_, missing, layers, job, partial, amax, codes, (done, total))
-        done += len(missing)
+        if batches:
+            _score_in(get_format(name), batches, layers, job, partial, amax, codes, (done, total))
+        done += len(batches)
     job.progress("score", total, total)
 
 

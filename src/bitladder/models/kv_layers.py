@@ -9,8 +9,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from bitladder.errors import UnsupportedModel
-from bitladder.formats.kv_cache import KEY_MODULE, VALUE_MODULE
 from bitladder.records import QuantGroup, QuantModule
+
+KEY_MODULE, VALUE_MODULE = "k_proj", "v_proj"
 
 
 @dataclass(frozen=True)

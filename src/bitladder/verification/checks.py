@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bitladder.errors import RecordError
-from bitladder.formats import grids as numerics
+from bitladder.formats import grids
 from bitladder.records import CheckpointManifest, Finding, Measurement, Scheme
 from bitladder.runinfo import one_core_each
 from bitladder.storage import sha256_of_file
@@ -234,7 +234,7 @@ def _codes(
         if rounded is not None:
             wrong += int(((restored - wanted).abs() > rounded.largest_shift * step * _STEP_TOLERANCE).sum())
             continue
-        allowed = numerics.half_step(wanted, step) * _STEP_TOLERANCE
+        allowed = grids.half_step(wanted, step) * _STEP_TOLERANCE
         saturated = (some.float().abs() == largest) & (wanted.abs() >= restored.abs())
         wrong += int((((restored - wanted).abs() > allowed) & ~saturated).sum())
     if wrong:
