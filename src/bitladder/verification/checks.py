@@ -221,7 +221,7 @@ def _codes(
     exam.codes += codes.numel()
     rounded, wrong = entry.rounded, 0
     largest = torch.finfo(codes.dtype).max
-    if rounded is not None and hashlib.sha256(bytes_of(codes).numpy().data).hexdigest() != rounded.codes_sha256:
+    if rounded is not None and _digest(codes) != rounded.codes_sha256:
         exam.find(entry.file, name, "its codes are not the compensated ones of the measurement")
     at_once = max(1, _BLOCK // codes.shape[1])
     for start in range(0, len(codes), at_once):
@@ -242,6 +242,23 @@ def _codes(
         exam.find(entry.file, name, f"{wrong:,} of {codes.numel():,} codes are {what}")
 
 
+def _scale_problem(stored: torch.Tensor, scale: Scale, wanted: torch.Tensor) -> str | None:
+    """Return what is wrong with a stored scale's dtype, shape or values, or None."""
+    if stored.dtype != torch.float32 or tuple(stored.shape) != scale.shape:
+        numbers = f"{scale.shape[0]} float32 numbers" if scale.shape else "one float32 number"
+        return f"is {stored.dtype} {list(stored.shape)}, not {numbers}"
+    wrong = (stored != wanted).reshape(-1).nonzero().flatten().tolist()
+    if not wrong:
+        return None
+    value, own = (float(numbers.reshape(-1)[wrong[0]]) for numbers in (stored, wanted))
+    origin = "the source's weights give" if scale.value is None else "what calibration saw gives"
+    if scale.shape:
+        rows = f"{len(wrong):,} of {len(stored):,} rows have another scale"
+        return f"{rows}: row {wrong[0]} has {value}, {origin} {own}"
+    usable = "" if 0 < value < float("inf") else " (a scale is finite and positive)"
+    return f"is {value}{usable}, {origin} {own}"
+
+
 def _scales(
     exam: Examination, expected: Expected, tensors: Tensors, weights: dict[str, float]
 ) -> Callable[[Scale], float | torch.Tensor]:
@@ -253,27 +270,17 @@ def _scales(
         return weights[scale.group] if scale.value is None else scale.value
 
     for name, scale in expected.all_scales.items():
-        value: float | None = None
-        if name in tensors.files:
+        stored = tensors.get(name) if name in tensors.files else None
+        if stored is not None:
             exam.tensors += 1
-            stored, file, right = tensors.get(name), tensors.file(name), torch.as_tensor(wanted(scale))
-            origin = "the source's weights give" if scale.value is None else "what calibration saw gives"
-            if stored.dtype != torch.float32 or tuple(stored.shape) != scale.shape:
-                numbers = f"{scale.shape[0]} float32 numbers" if scale.shape else "one float32 number"
-                exam.find(file, name, f"is {stored.dtype} {list(stored.shape)}, not {numbers}")
-            elif scale.shape:
-                wrong = (stored != right).nonzero().flatten().tolist()
-                if wrong:
-                    first, own = float(stored[wrong[0]]), float(right[wrong[0]])
-                    where = f"{len(wrong):,} of {len(stored):,} rows have another scale"
-                    exam.find(file, name, f"{where}: row {wrong[0]} has {first}, {origin} {own}")
-            else:
-                value = float(stored)
-                if value != wanted(scale):
-                    usable = "" if 0 < value < float("inf") else " (a scale is finite and positive)"
-                    exam.find(file, name, f"is {value}{usable}, {origin} {wanted(scale)}")
+            problem = _scale_problem(stored, scale, torch.as_tensor(wanted(scale)))
+            if problem is not None:
+                exam.find(tensors.file(name), name, problem)
         if name in expected.kv_scales:
-            exam.digests[f"{scale.module} (KV cache)"] = str(value)
+            number = None
+            if stored is not None and stored.dtype == torch.float32 and stored.shape == ():
+                number = float(stored)
+            exam.digests[f"{scale.module} (KV cache)"] = str(number)
     if exam.scheme.kv_cache_format is not None and not expected.kv_scales:
         exam.find(MANIFEST, None, "the KV cache is FP8, but no layer has keys and values")
     return wanted
@@ -301,15 +308,15 @@ def _manifest(
     for name, entry in expected.weights.items():
         if entry.is_quantised:
             weight_scale = wanted(expected.scales[_scale_name(name)])
-            by_row = isinstance(weight_scale, torch.Tensor)
+            rows = weight_scale if isinstance(weight_scale, torch.Tensor) else None
             input_scale = expected.scales.get(f"{name.removesuffix('.weight')}.input_scale")
             modules[name] = {
                 "name": entry.module,
                 "tensor": name,
                 "format": exam.scheme.formats[entry.group or ""],
                 "dtype": "F8_E4M3",
-                "weight_scale": None if by_row else weight_scale,
-                "weight_scale_sha256": _digest(weight_scale) if isinstance(weight_scale, torch.Tensor) else None,
+                "weight_scale": weight_scale if rows is None else None,
+                "weight_scale_sha256": None if rows is None else _digest(rows),
                 "input_scale": None if input_scale is None else wanted(input_scale),
                 "rounding": "nearest" if entry.rounded is None else "compensated",
             }
