@@ -18,15 +18,15 @@ from bitladder.formats import grids
 from bitladder.records import CheckpointManifest, Finding, Measurement, Scheme
 from bitladder.runinfo import one_core_each
 from bitladder.storage import sha256_of_file
-from bitladder.verification.expected import CONFIG, LEGACY, Expected, Scale, Weight, scale_of
+from bitladder.verification.expected import CONFIG, E4M3_MAX, LEGACY, Expected, Scale, Weight, scale_of
 from bitladder.verification.reading import INDEX, Tensors, bytes_of, differences, read_json
 
 EXPORT_AGAIN = "remove its directory and export this scheme again"
 MANIFEST = CheckpointManifest.FILE_NAME
 # float32 rounding of code · scale and of the division that made the code, relative to the half step
 _STEP_TOLERANCE = 1 + 1e-5
-# Of a row of zeros: below it 448 / amax is no finite float32 number, or amax / 448 no normal one.
-_LEAST_AMAX = 448 * 2 * torch.finfo(torch.float32).tiny
+# Of a row of zeros: below it the greatest code / amax is no finite float32 number, or its inverse no normal one.
+_LEAST_AMAX = E4M3_MAX * 2 * torch.finfo(torch.float32).tiny
 _BLOCK = 1 << 18  # codes compared at a time: what a cache holds
 _THREADS = min(8, os.cpu_count() or 1)
 _SHOWN = 3  # differences of one JSON file
@@ -170,7 +170,7 @@ def _weights(
             part.weight_amax[entry.group] = float(original.abs().max().to(dtype))
             if expected.scales[_scale_name(name)].rows_of is not None:
                 rows = original.to(dtype).abs().amax(1).float().clamp_min(_LEAST_AMAX)
-                part.row_scales[name] = rows / torch.tensor(torch.finfo(torch.float8_e4m3fn).max)
+                part.row_scales[name] = rows / torch.tensor(E4M3_MAX)
         if name in tensors.files:
             part.tensors = 1
             _weight(part, name, entry, expected, tensors, original)

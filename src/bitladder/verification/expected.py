@@ -23,7 +23,7 @@ _KV_MODULES = ("k_proj", "v_proj")
 # Source: modelopt 0.47.0, torch/export/convert_hf_config.py and quant_utils.py; tests compare with its export.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 _E4M3 = {"dynamic": False, "num_bits": 8, "type": "float"}
-_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _number(amax: Mapping[str, torch.Tensor], name: str) -> float:
 
 def scale_of(amax: float) -> float:
     """Return amax / 448, as float32 division gives it."""
-    return float(torch.tensor(amax, dtype=torch.float32) / torch.tensor(_E4M3_MAX, dtype=torch.float32))
+    return float(torch.tensor(amax, dtype=torch.float32) / torch.tensor(E4M3_MAX, dtype=torch.float32))
 
 
 def cached_modules(measurement: Measurement) -> frozenset[str]:
