@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import bitladder
 from bitladder import planning
+from bitladder.checkpoints import writer
 from bitladder.checkpoints.export import export
 from bitladder.errors import ModelError, RecipeError
 from bitladder.evaluation.evaluate import compare
@@ -26,7 +27,7 @@ from bitladder.measured import read_amax, read_codes
 from bitladder.models.loading import load_model
 from bitladder.recipe import MeasureSpec, WorkersSpec
 from bitladder.records import BF16, QuantGroup, QuantModule
-from bitladder.verification import verify
+from bitladder.verification import checks, verify
 from conftest import llama_config, load_text, measure_text, save_model, spec
 
 ROWS = "fp8_pc_pt"
@@ -193,6 +194,24 @@ def test_a_run_killed_between_formats_goes_on_with_the_same_bytes(llama, text_fi
     assert again.fingerprint() == measured[0].fingerprint()
 
 
+def test_a_run_with_modelopt_that_was_killed_while_scoring_gives_the_same_scores(llama, text_file, tmp_path):
+    """The amax values are installed again: an input that is scaled as it comes must get none."""
+
+    class Killed(Exception):
+        pass
+
+    def progress(step, done, total):
+        if step == "score" and done == total - 1:
+            raise Killed
+
+    asked = {"engine": "modelopt", "method": "gradient", "formats": tuple(EACH)}
+    with pytest.raises(Killed):
+        measure_text(llama, text_file, tmp_path / "killed", progress, **asked)
+    assert (tmp_path / "killed" / "measuring" / "amax.safetensors").exists()
+    again, whole = (measure_text(llama, text_file, tmp_path / name, **asked) for name in ("killed", "whole"))
+    assert again.fingerprint() == whole.fingerprint()
+
+
 def test_what_takes_one_format_refuses_two():
     with pytest.raises(ValueError, match=r"compensated makes codes of one format, formats are 2 \(fp8, fp8_pc_pt\)"):
         MeasureSpec(formats=("fp8", ROWS), rounding="compensated")
@@ -253,6 +272,18 @@ def test_a_checkpoint_verifies_and_computes_what_was_simulated(llama, measured, 
         read, count = compare(reference, tmp_path / "checkpoint", scheme.name)
     assert count == len(manifest.modules)
     assert [r.value for r in read if r.metric == "kl"] == [r.value for r in simulated if r.metric == "kl"]
+
+
+def test_rows_keep_their_scales_where_a_weight_is_written_and_read_in_blocks(
+    llama, measured, checkpoint, tmp_path, monkeypatch
+):
+    scheme, whole = checkpoint
+    monkeypatch.setattr(writer, "_CODED_ELEMENTS", 5 * 64)  # five rows of most weights: the last block is shorter
+    monkeypatch.setattr(checks, "_BLOCK", 7 * 64)
+    exported(llama, measured, scheme, tmp_path / "blocks")
+    name = "model.safetensors"
+    assert (tmp_path / "blocks" / name).read_bytes() == (whole / name).read_bytes()
+    assert verified(llama, measured, scheme, tmp_path / "blocks").findings == ()
 
 
 def test_a_mix_lists_every_module_as_modelopt_does(llama, measured, checkpoint, tmp_path):
