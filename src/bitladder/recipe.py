@@ -487,7 +487,7 @@ def _shortened(value: Any) -> str:
 
 
 def parse_recipe(content: Any, origin: str) -> Recipe:
-    """Return the recipe that `build` (parsed YAML) describes; `origin` names it in errors.
+    """Return the recipe that `content` (parsed YAML) describes; `origin` names it in errors.
 
     Raises:
         RecipeError: one line that names the key, what was given and what is possible.

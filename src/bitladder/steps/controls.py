@@ -21,7 +21,7 @@ def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Ev
         originals: the original on the held-out sets, where another step needs it as well.
 
     Raises:
-        BitladderError: see `controls.arms` and `simulation`.
+        BitladderError: see `planning.controls.arms` and `evaluation.simulation`.
     """
     spec, measurement, schemes = work.recipe.controls, work.measurement(), work.schemes()
     path = work.output / EVIDENCE_FILE

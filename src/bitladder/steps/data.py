@@ -22,7 +22,7 @@ def calibration_data(work: Workspace) -> DataSet:
     """Return the recipe's calibration batches; several sets are interleaved, and have no sample in common.
 
     Raises:
-        BitladderError: see `data.samples.load_data` and `generation`.
+        BitladderError: see `data.samples.load_data` and `data.generation`.
     """
     processor = load_processor(work.model_directory)
     return interleaved(calibration_sets(work, work.recipe.calibration, processor))

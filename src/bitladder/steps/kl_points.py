@@ -22,7 +22,7 @@ def measure_kl_points(work: Workspace) -> KlPoints:
     """Simulate a few schemes on the scored calibration samples, to learn which KL a predicted score means, once.
 
     Raises:
-        BitladderError: see `simulation`.
+        BitladderError: see `evaluation.simulation`.
     """
     measurement = work.measurement()
     data, schemes = scored_calibration_data(work, measurement), kl_point_schemes(measurement)
