@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from bitladder.storage import TEMPORARY_PREFIX
+
 PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
 GENERATED = "generated"  # the kind of data that the model writes itself
 MESSAGES = "messages"  # the kind of data that is conversations
@@ -316,7 +318,7 @@ class LayoutSpec(Section):
             if root.is_relative_to(whole):
                 return f"layout puts {what} where the output itself is ({whole}); name a directory in it"
             first = whole.relative_to(root).parts[0] if whole.is_relative_to(root) else ""
-            if first in _OURS or first.startswith(".bitladder-tmp-"):
+            if first in _OURS or first.startswith(TEMPORARY_PREFIX):
                 return f"layout puts {what} at {whole}, where Bitladder keeps its own {first}; name another place"
         return None
 
