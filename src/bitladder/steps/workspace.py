@@ -174,6 +174,13 @@ class Workspace:
         return find_target(self.model_directory)
 
     @cached_property
+    def processor(self) -> Any:
+        """The model's processor, or its tokenizer."""
+        from bitladder.data.processors import load_processor
+
+        return load_processor(self.model_directory)
+
+    @cached_property
     def most_positions(self) -> int | None:
         """How many tokens a sequence of the model may have; None: there is no limit."""
         from bitladder.models.loading import most_positions
