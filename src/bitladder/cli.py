@@ -454,7 +454,7 @@ def controls(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder controls recipes/demo.yaml
     """
-    from bitladder.steps.evidence import EVIDENCE_FILE
+    from bitladder.steps.workspace import EVIDENCE_FILE
 
     with _started(recipe, output) as work:
         evidence = work.controls()

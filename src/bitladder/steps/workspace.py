@@ -35,8 +35,12 @@ if TYPE_CHECKING:
     from bitladder.data.batches import DataSet
     from bitladder.models.target import Target
 
-REFINEMENTS_FILE = "refinements.json"
 SIMULATED_FILE = "simulated.json"
+KL_POINTS_FILE = "kl_points.json"
+REFINEMENTS_FILE = "refinements.json"
+VERIFICATION_FILE = "verification.json"
+EVIDENCE_FILE = "evidence.json"
+PROBES = "probes"  # directory
 LOCK_FILE = ".lock"
 _KEY_CHARACTERS = 12  # of the digest that tells one output's temporaries from another's
 RecordT = TypeVar("RecordT", bound=Record)
