@@ -128,6 +128,7 @@ def say(text: str) -> None:
 def close_probes(results: "Sequence[ProbeResult]") -> None:
     """Print what was found; raise ProbeFailed where a checkpoint doesn't pass."""
     from rich.table import Table
+    from rich.text import Text
 
     from bitladder.report import STAGES
 
@@ -138,7 +139,7 @@ def close_probes(results: "Sequence[ProbeResult]") -> None:
         kept = [layer.format == layer.promised for layer in result.layers if layer.promised is not None]
         promised = f"{sum(kept)} of {len(kept)}" if kept else "-"
         runtime = f"{result.runtime} {result.version}"
-        verdict = result.verdict if result.ok else f"[bold red]{result.verdict}"
+        verdict = Text(result.verdict, style="" if result.ok else "bold red")
         table.add_row(result.checkpoint, runtime, STAGES[result.stage], verdict, counts or "-", promised)
     print_table(table)
     for result in results:
