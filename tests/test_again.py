@@ -8,10 +8,9 @@ import pytest
 from bitladder.errors import OutputError, RecipeError, RecordError
 from bitladder.evaluation import simulation
 from bitladder.records import Evaluation, Evidence, Measurement, RunState, Verification
-from bitladder.steps.kl_points import KL_POINTS_FILE
 from bitladder.steps.measure import take_over
 from bitladder.steps.run import run
-from bitladder.steps.workspace import LOCK_FILE, REFINEMENTS_FILE, SIMULATED_FILE, Workspace
+from bitladder.steps.workspace import KL_POINTS_FILE, LOCK_FILE, REFINEMENTS_FILE, SIMULATED_FILE, Workspace
 from test_pipeline import bytes_of, copied, files, finished, recipe_of  # noqa: F401  # its fixtures
 
 KL_SCHEMES = [{"name": "near", "max_kl": 1e-3}]

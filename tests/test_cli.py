@@ -247,6 +247,7 @@ def test_preflight_of_directories(exported, tmp_path):
     (broken / "config.json").write_text(json.dumps(config))
     result = bitladder("preflight", checkpoints[0], broken, "--runtime", "vllm")
     assert "model.layers.1.mlp.down_proj" in result.stdout
+    assert "[bold" not in result.stdout
     refused(result, "1 of 2 checks failed", "broken in vllm")
 
 

@@ -87,7 +87,7 @@ def _parsed(value: Any, where: str, name: str) -> Any:
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:
-    """Return a turn with `role` and `build`, whichever way it was written."""
+    """Return a turn with `role` and `content`, whichever way it was written."""
     if not isinstance(turn, dict):
         raise DataError(f"{where}: a turn is {json.dumps(turn, default=str)[:40]}, not an object; correct the row")
     role, content = (turn["role"], turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from bitladder.data.batches import IGNORED_LABEL, MIXED, Batch, DataSet, fingerprint, interleaved
-from bitladder.data.messages import chats_line, load_conversations
-from bitladder.data.pairs import Sample, check_samples, encode, prompt_inputs, samples_of
-from bitladder.data.processors import has_template, load_processor, tokenizer_of
+from bitladder.data.batches import IGNORED_LABEL, Batch, DataSet, fingerprint
+from bitladder.data.messages import load_conversations
+from bitladder.data.pairs import Sample, check_samples, encode, samples_of
+from bitladder.data.processors import tokenizer_of
 from bitladder.data.special import check_ids, prefix_of
 from bitladder.data.text import token_rows
 from bitladder.errors import DataError
@@ -27,21 +27,6 @@ from bitladder.recipe import GENERATED, MESSAGES, PAIR_KINDS, DataSpec
 from bitladder.records import DataSummary
 from bitladder.storage import sha256_of_bytes
 
-__all__ = [
-    "GENERATED_SOURCE",
-    "IGNORED_LABEL",
-    "MIXED",
-    "Batch",
-    "DataSet",
-    "Sample",
-    "chats_line",
-    "has_template",
-    "interleaved",
-    "load_data",
-    "load_processor",
-    "prompt_inputs",
-    "tokenizer_of",
-]
 GENERATED_SOURCE = "the model itself"  # of data of kind generated, which has no path
 
 

@@ -120,7 +120,7 @@ def _candidates(
 
 
 def _measurement(content: dict[str, Any], path: Path) -> Measurement:
-    """Return the measurement in a manifest's `build`.
+    """Return the measurement in a manifest's `content`.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: it isn't such a manifest.

@@ -10,7 +10,7 @@ from bitladder.records import QuantGroup, UntouchedModule
 
 
 class Searched(Protocol):
-    """What patterns are matched with: a measurement, or a model that is to be measured (`targets.Target`)."""
+    """What patterns are matched with: a measurement, or a model that is to be measured (`models.target.Target`)."""
 
     @property
     def groups(self) -> tuple[QuantGroup, ...]:

@@ -5,10 +5,10 @@ import time
 from bitladder.evaluation.evaluate import ARITHMETIC
 from bitladder.records import ControlArm, Evidence, digest_of
 from bitladder.runinfo import Meter
-from bitladder.steps.evidence import EVIDENCE_FILE, control_arms
+from bitladder.steps.evidence import control_arms
 from bitladder.steps.originals import Originals
 from bitladder.steps.simulated import simulation_of
-from bitladder.steps.workspace import Workspace
+from bitladder.steps.workspace import EVIDENCE_FILE, Workspace
 
 
 def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Evidence | None:
@@ -21,7 +21,7 @@ def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Ev
         originals: the original on the held-out sets, where another step needs it as well.
 
     Raises:
-        BitladderError: see `controls.arms` and `simulation`.
+        BitladderError: see `planning.controls.arms` and `evaluation.simulation`.
     """
     spec, measurement, schemes = work.recipe.controls, work.measurement(), work.schemes()
     path = work.output / EVIDENCE_FILE

@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from bitladder.data import generation
 from bitladder.data.batches import DataSet, interleaved
-from bitladder.data.processors import load_processor, tokenizer_of
+from bitladder.data.processors import tokenizer_of
 from bitladder.data.samples import GENERATED_SOURCE, load_data
 from bitladder.errors import DataError, StaleRecord
 from bitladder.models.loading import embedding_rows
@@ -22,38 +21,35 @@ def calibration_data(work: Workspace) -> DataSet:
     """Return the recipe's calibration batches; several sets are interleaved, and have no sample in common.
 
     Raises:
-        BitladderError: see `data.samples.load_data` and `generation`.
+        BitladderError: see `data.samples.load_data` and `data.generation`.
     """
-    processor = load_processor(work.model_directory)
-    return interleaved(calibration_sets(work, work.recipe.calibration, processor))
+    return interleaved(calibration_sets(work, work.recipe.calibration))
 
 
-def calibration_sets(work: Workspace, specs: Sequence[SampleSpec], processor: Any) -> list[DataSet]:
+def calibration_sets(work: Workspace, specs: Sequence[SampleSpec]) -> list[DataSet]:
     """Return the batches of calibration sets, none of which has a sample of one before."""
     sets: list[DataSet] = []
     for spec in specs:
         seen = interleaved(sets).summary if sets else None
-        sets.append(load_set(work, spec, spec.data, processor, seen))
+        sets.append(load_set(work, spec, spec.data, seen))
     return sets
 
 
-def load_set(
-    work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, processor: Any, avoid: DataSummary | None
-) -> DataSet:
+def load_set(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, avoid: DataSummary | None) -> DataSet:
     """Return one set's batches, of samples that `avoid` doesn't have; a process reads each once."""
     key = digest_of([spec.model_dump_json(), source.model_dump_json(), *(avoid.sample_ids if avoid else ())])
     if key not in work.loaded:
         check_asked_length(work, spec.sequence_length, source)
         found = load_data(
             source,
-            processor,
+            work.processor,
             samples=spec.samples,
             sequence_length=spec.sequence_length,
             batch_size=spec.batch_size,
             seed=spec.seed,
             avoid=avoid,
             vocabulary=embedding_rows(work.model_directory),
-            written=_written_rows(work, spec, source, processor) if source.kind == GENERATED else None,
+            written=_written_rows(work, spec, source) if source.kind == GENERATED else None,
         )
         _check_width(work, source, max(batch.labels.shape[1] for batch in found.batches))
         if found.summary.null_rows:
@@ -91,9 +87,9 @@ def _check_width(work: Workspace, source: DataSpec, width: int) -> None:
         )
 
 
-def _written_rows(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, processor: Any) -> torch.Tensor:
+def _written_rows(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec) -> torch.Tensor:
     """Return the rows [samples, sequence_length] that the model wrote, which it does once."""
-    tokenizer = tokenizer_of(processor)
+    tokenizer = tokenizer_of(work.processor)
     start, kept = generation.start_of(tokenizer)
     writing = generation.Writing(
         samples=spec.samples,

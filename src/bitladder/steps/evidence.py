@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from bitladder.planning import controls
 from bitladder.recipe import ControlSpec
 from bitladder.records import Evidence, Measurement, Scheme
-from bitladder.steps.workspace import Workspace
-
-EVIDENCE_FILE = "evidence.json"
+from bitladder.steps.workspace import EVIDENCE_FILE, Workspace
 
 
 def control_arms(measurement: Measurement, schemes: Sequence[Scheme], spec: ControlSpec) -> tuple[Scheme, ...]:

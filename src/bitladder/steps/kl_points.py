@@ -12,9 +12,8 @@ from bitladder.records import KlPoint, KlPoints, Measurement, Scheme, digest_of
 from bitladder.runinfo import Meter
 from bitladder.steps.data import scored_calibration_data
 from bitladder.steps.simulated import kl_on
-from bitladder.steps.workspace import Workspace
+from bitladder.steps.workspace import KL_POINTS_FILE, Workspace
 
-KL_POINTS_FILE = "kl_points.json"
 _KL_POINT_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the searched weights; schemes between which KL is interpolated
 
 
@@ -22,7 +21,7 @@ def measure_kl_points(work: Workspace) -> KlPoints:
     """Simulate a few schemes on the scored calibration samples, to learn which KL a predicted score means, once.
 
     Raises:
-        BitladderError: see `simulation`.
+        BitladderError: see `evaluation.simulation`.
     """
     measurement = work.measurement()
     data, schemes = scored_calibration_data(work, measurement), kl_point_schemes(measurement)

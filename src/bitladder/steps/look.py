@@ -4,7 +4,6 @@ from pathlib import Path
 
 from bitladder import planning
 from bitladder.data.batches import interleaved
-from bitladder.data.processors import load_processor
 from bitladder.device import measuring_device
 from bitladder.formats import get_format
 from bitladder.measured import MEASUREMENT_FILE
@@ -26,7 +25,7 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
         BitladderError: a format or device that isn't there, a model that can't be searched, a pattern that matches
             nothing of it, data that can't be used, no runtime in the environment that is named.
     """
-    recipe, directory = work.recipe, work.model_directory
+    recipe = work.recipe
     for name in recipe.measurement.formats:
         get_format(name)
     measuring_device(recipe.measurement, recipe.workers)
@@ -42,11 +41,11 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
         check_asked_length(work, spec.sequence_length, spec.data)
     for one in recipe.held_out if held_out else ():
         check_asked_length(work, one.sequence_length, one.data or recipe.calibration[0].data)
-    processor = load_processor(directory)
+    _ = work.processor  # a damaged one is found here, wherever the data comes from
     readable = [spec for spec in recipe.calibration if spec.data.kind != GENERATED]  # others the model has to write
-    sets = calibration_sets(work, readable, processor)
+    sets = calibration_sets(work, readable)
     for one in recipe.held_out if held_out else ():
         source = one.data or recipe.calibration[0].data
         if source.kind != GENERATED:
             seen = interleaved(sets).summary if sets else None
-            load_set(work, one, source, processor, seen)
+            load_set(work, one, source, seen)

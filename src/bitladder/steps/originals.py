@@ -4,7 +4,6 @@ from contextlib import ExitStack
 from typing import Self
 
 from bitladder.data.batches import DataSet
-from bitladder.data.processors import load_processor
 from bitladder.device import resolve_device
 from bitladder.evaluation.evaluate import ARITHMETIC
 from bitladder.evaluation.reference import Reference
@@ -22,17 +21,16 @@ class Originals:
 
     def __init__(self, work: Workspace) -> None:
         self.work = work
-        processor = load_processor(work.model_directory)
         calibrated = work.measurement().calibration
         self._stack = ExitStack()
         self._references: list[Reference] = []
         self._tasks: list[Task | None] = []
         self.data: dict[str, DataSet] = {}
         for spec in work.recipe.held_out:
-            data = load_set(work, spec, spec.data or work.recipe.calibration[0].data, processor, calibrated)
+            data = load_set(work, spec, spec.data or work.recipe.calibration[0].data, calibrated)
             self.data[spec.name] = data
             exact = spec.task == "exact_match"
-            self._tasks.append(Task.exact_match(data.samples, processor) if exact else None)
+            self._tasks.append(Task.exact_match(data.samples, work.processor) if exact else None)
 
     def __enter__(self) -> Self:
         return self

@@ -8,8 +8,8 @@ from bitladder.errors import RecipeError
 from bitladder.records import ProbeResult
 from bitladder.runinfo import Meter
 from bitladder.runtimes.child import vllm_version
-from bitladder.runtimes.vllm.load import probe as probe_of_load
-from bitladder.steps import asking as probing
+from bitladder.runtimes.vllm import load
+from bitladder.steps.asking import serve_on
 from bitladder.steps.originals import Originals
 from bitladder.steps.probes import probe_path, probes
 from bitladder.steps.workspace import Workspace
@@ -39,7 +39,7 @@ def probe(work: Workspace) -> tuple[ProbeResult, ...]:
         for index, name in enumerate(missing):
             work.progress("probe: load", index, len(missing))
             with meter.phase(f"probe {name}: load"):
-                known[name] = probe_of_load(work.checkpoint_directory(name), python, timeout=spec.timeout)
+                known[name] = load.probe(work.checkpoint_directory(name), python, timeout=spec.timeout)
             known[name].write(probe_path(work, known[name]))
         work.progress("probe: load", len(missing), len(missing))
     elif missing:
@@ -59,6 +59,4 @@ def _serve(work: Workspace, directories: Sequence[Path], python: Path, timeout: 
     """Serve checkpoints, and the original before them, on the first samples of every held-out set."""
     device = resolve_device(work.recipe.measurement.device)
     with Originals(work) as originals:
-        return probing.serve_on(
-            originals.data, directories, work.model_directory, python, device=device, timeout=timeout
-        )
+        return serve_on(originals.data, directories, work.model_directory, python, device=device, timeout=timeout)

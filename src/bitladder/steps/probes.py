@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bitladder.records import CheckpointManifest, ProbeResult
-from bitladder.steps.workspace import Workspace
-
-PROBES = "probes"  # directory
+from bitladder.steps.workspace import PROBES, Workspace
 
 
 def probe_path(work: Workspace, result: ProbeResult) -> Path:

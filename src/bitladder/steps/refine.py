@@ -19,7 +19,7 @@ def refine_schemes(work: Workspace, schemes: Sequence[Scheme]) -> tuple[Scheme, 
     Schemes that leave no choice, or name their groups, stay as they are.
 
     Raises:
-        PlanError: see `refinement.refine`. DuplicateSchemes: two schemes come out equal.
+        PlanError: see `planning.refinement.refine`. DuplicateSchemes: two schemes come out equal.
     """
     measurement, spec, path = work.measurement(), work.recipe.refine, work.output / REFINEMENTS_FILE
     data = scored_calibration_data(work, measurement)

@@ -8,7 +8,7 @@ from bitladder.recipe import SchemeSpec
 from bitladder.records import CheckpointManifest, Evaluation, Measurement, Refinements, Scheme, Verification
 from bitladder.steps.evidence import evidence_of
 from bitladder.steps.probes import probes
-from bitladder.steps.workspace import REFINEMENTS_FILE, Workspace
+from bitladder.steps.workspace import REFINEMENTS_FILE, VERIFICATION_FILE, Workspace
 from bitladder.storage import atomic_write
 
 
@@ -33,7 +33,7 @@ def make_report(work: Workspace) -> report.Report:
                 known = Evaluation.read(evaluation_path)
                 if known.manifest_sha256 == manifest.fingerprint():
                     evaluations[scheme.name] = known
-    path = work.output / "verification.json"
+    path = work.output / VERIFICATION_FILE
     verified = Verification.read(path) if path.exists() else None
     wanted = {name: manifest.fingerprint() for name, manifest in manifests.items()}
     if verified and {c.scheme: c.manifest_sha256 for c in verified.checkpoints} != wanted:

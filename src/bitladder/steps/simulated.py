@@ -21,7 +21,7 @@ def kl_on(work: Workspace, measurement: Measurement, data: DataSet) -> Iterator[
     only where something has to be simulated.
 
     Raises:
-        BitladderError: see `simulation`.
+        BitladderError: see `evaluation.simulation`.
     """
     path = work.output / SIMULATED_FILE
     key = digest_of([measurement.fingerprint(), data.summary.sha256, str(len(data.batches)), ARITHMETIC])

@@ -7,7 +7,7 @@ from bitladder.models.weights import DigestCache
 from bitladder.records import Verification
 from bitladder.runinfo import Meter
 from bitladder.steps.export import is_intact
-from bitladder.steps.workspace import Workspace
+from bitladder.steps.workspace import VERIFICATION_FILE, Workspace
 
 
 def verify(work: Workspace, *, trust_times: bool = False) -> Verification:
@@ -24,7 +24,7 @@ def verify(work: Workspace, *, trust_times: bool = False) -> Verification:
     if not trust_times:
         work.cache = DigestCache()
     measurement, schemes, manifests = work.measurement(), work.schemes(), work.manifests()
-    path = work.output / "verification.json"
+    path = work.output / VERIFICATION_FILE
     wanted = {name: manifest.fingerprint() for name, manifest in manifests.items()}
     result = None
     if trust_times and path.exists() and all(is_intact(work, s, work.checkpoint_directory(s.name)) for s in schemes):

@@ -35,8 +35,12 @@ if TYPE_CHECKING:
     from bitladder.data.batches import DataSet
     from bitladder.models.target import Target
 
-REFINEMENTS_FILE = "refinements.json"
 SIMULATED_FILE = "simulated.json"
+KL_POINTS_FILE = "kl_points.json"
+REFINEMENTS_FILE = "refinements.json"
+VERIFICATION_FILE = "verification.json"
+EVIDENCE_FILE = "evidence.json"
+PROBES = "probes"  # directory
 LOCK_FILE = ".lock"
 _KEY_CHARACTERS = 12  # of the digest that tells one output's temporaries from another's
 RecordT = TypeVar("RecordT", bound=Record)
@@ -172,6 +176,13 @@ class Workspace:
         from bitladder.models.target import find_target
 
         return find_target(self.model_directory)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's processor, or its tokenizer."""
+        from bitladder.data.processors import load_processor
+
+        return load_processor(self.model_directory)
 
     @cached_property
     def most_positions(self) -> int | None:

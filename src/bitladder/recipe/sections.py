@@ -1,10 +1,5 @@
-"""The recipe: the YAML file a user writes, parsed into frozen types.
+"""The recipe as frozen types: sections, their keys and defaults, and what contradicts what in them."""
 
-Unknown keys are refused with the nearest known one. Paths are relative to the recipe's directory; `package:demo/...`
-names files that ship with Bitladder. `docs/guide.md` shows every key.
-"""
-
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,20 +10,17 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
 )
 
-from bitladder.errors import RecipeError
-from bitladder.reading import read_yaml
+from bitladder.storage import TEMPORARY_PREFIX
 
 PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
 GENERATED = "generated"  # the kind of data that the model writes itself
 MESSAGES = "messages"  # the kind of data that is conversations
-PACKAGE_PREFIX = "package:"
 SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name goes
 DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
 _MAX_SHOWN = 100  # characters of a wrong value that an error repeats
@@ -59,15 +51,20 @@ _OURS = frozenset(
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_NAME = 100  # characters: it becomes a part of file names
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
-_MOST_PART = 255  # bytes of one part of a path. Source: NAME_MAX of Linux
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def shortened(value: Any) -> str:
+    """Return what was given, in at most so many characters."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
 
 
 def _check_name(of: str, name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{of} name {_shortened(name)}: use letters, digits, '.', '_' and '-'")
+        raise ValueError(f"{of} name {shortened(name)}: use letters, digits, '.', '_' and '-'")
     if len(name) > _MOST_NAME:
-        raise ValueError(f"{of} name {_shortened(name)} has {len(name)} characters; use at most {_MOST_NAME}")
+        raise ValueError(f"{of} name {shortened(name)} has {len(name)} characters; use at most {_MOST_NAME}")
 
 
 class Section(BaseModel):
@@ -84,10 +81,10 @@ class Section(BaseModel):
         if isinstance(value, bool) and bool not in kinds:
             raise ValueError(f"give a value, not {str(value).lower()}")
         if isinstance(value, str) and kinds & {int, float} and str not in kinds:
-            raise ValueError(f"give a number, not the text {_shortened(value)}")
+            raise ValueError(f"give a number, not the text {shortened(value)}")
         for text in (value, *value) if isinstance(value, list | tuple) else (value,):
             if isinstance(text, str) and _NO_TEXT.search(text):
-                raise ValueError(f"{_shortened(text)} holds a character that no name can have")
+                raise ValueError(f"{shortened(text)} holds a character that no name can have")
         return value
 
 
@@ -123,7 +120,7 @@ class DataSpec(Section):
     @model_validator(mode="after")
     def _told_where(self) -> Self:
         if self.kind == GENERATED and self.path:
-            raise ValueError(f"data of kind generated has no path, the model writes it; got {_shortened(self.path)}")
+            raise ValueError(f"data of kind generated has no path, the model writes it; got {shortened(self.path)}")
         if self.kind != GENERATED and not self.path:
             raise ValueError(f"data of kind {self.kind} needs a `path`")
         if self.kind != GENERATED and self.temperature is not None:
@@ -195,15 +192,6 @@ class MeasureSpec(Section):
             return {"method": "gradient", **content}
         return content
 
-    @model_validator(mode="after")
-    def _codes_of_one_format(self) -> Self:
-        if self.rounding == "compensated" and len(self.formats) > 1:
-            raise ValueError(
-                f"rounding: compensated makes codes of one format, formats are {len(self.formats)} "
-                f"({', '.join(self.formats)}); name one, or use rounding: nearest"
-            )
-        return self
-
     @field_validator("formats")
     @classmethod
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -216,16 +204,21 @@ class MeasureSpec(Section):
     @classmethod
     def _known_device(cls, value: str) -> str:
         if not _DEVICE.fullmatch(value):
-            raise ValueError(f"device {_shortened(value)} is none that is measured on; use auto, cpu, cuda or cuda:N")
+            raise ValueError(f"device {shortened(value)} is none that is measured on; use auto, cpu, cuda or cuda:N")
         return value
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.rounding == "compensated" and len(self.formats) > 1:
+            raise ValueError(
+                f"rounding: compensated makes codes of one format, formats are {len(self.formats)} "
+                f"({', '.join(self.formats)}); name one, or use rounding: nearest"
+            )
         if self.method == "fisher" and self.engine != "native":
             raise ValueError("method: fisher needs engine: native; ModelOpt has gradient and kl_div")
         if self.memory_gb is not None and self.engine != "native":
             raise ValueError("memory_gb needs engine: native; ModelOpt takes what it needs")
-        if self.rounding == "compensated" and not (self.share_fused_scales and len(self.formats) == 1):
+        if self.rounding == "compensated" and not self.share_fused_scales:
             raise ValueError("rounding: compensated needs share_fused_scales: true and one format")
         return self
 
@@ -325,7 +318,7 @@ class LayoutSpec(Section):
             if root.is_relative_to(whole):
                 return f"layout puts {what} where the output itself is ({whole}); name a directory in it"
             first = whole.relative_to(root).parts[0] if whole.is_relative_to(root) else ""
-            if first in _OURS or first.startswith(".bitladder-tmp-"):
+            if first in _OURS or first.startswith(TEMPORARY_PREFIX):
                 return f"layout puts {what} at {whole}, where Bitladder keeps its own {first}; name another place"
         return None
 
@@ -394,7 +387,7 @@ class Recipe(Section):
             return (value,)
         if not isinstance(value, list | tuple):
             what = str(info.field_name).replace("_", "-")
-            raise ValueError(f"give a {what} set or a list of them; got {_shortened(value)}")
+            raise ValueError(f"give a {what} set or a list of them; got {shortened(value)}")
         return value
 
     @field_serializer("calibration")
@@ -436,164 +429,3 @@ class Recipe(Section):
             scheme if scheme.kv_cache else scheme.model_copy(update={"kv_cache": self.kv_cache})
             for scheme in self.schemes
         )
-
-
-def _known_keys(section: Any, location: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that are known at `location` inside `section` (where an unknown one was found)."""
-    for part in location[:-1]:
-        if isinstance(part, int) or not (isinstance(section, type) and issubclass(section, BaseModel)):
-            continue
-        annotation = section.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), section)
-    return list(section.model_fields)
-
-
-def _as_written(location: tuple[int | str, ...], content: Any) -> tuple[int | str, ...]:
-    """Return where `location` is in what was written: without the index where one mapping stands for a list of one."""
-    written: list[int | str] = []
-    for part in location:
-        if isinstance(part, int) and isinstance(content, Mapping):
-            continue
-        written.append(part)
-        known = isinstance(content, Mapping) and part in content
-        if known or (isinstance(part, int) and isinstance(content, list | tuple) and part < len(content)):
-            content = content[part]
-        else:
-            content = None
-    return tuple(written)
-
-
-def _one_line(error: ValidationError, origin: str, section: type[Section], content: Any = None) -> RecipeError:
-    """Return the first validation error as one line: where, what was given, what is possible."""
-    # A misspelt key is also a missing one: the unknown key says more.
-    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    location = _as_written(first["loc"], content)
-    where = ".".join(str(part) for part in location) or "(top level)"
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(section, location)
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
-        return RecipeError(f"{origin}: unknown key '{where}'; {hint}")
-    message = first["msg"].removeprefix("Value error, ")
-    given = "" if first["type"] in ("missing", "value_error") else f" (got {_shortened(first['input'])})"
-    return RecipeError(f"{origin}: {where}: {message}{given}")
-
-
-def _shortened(value: Any) -> str:
-    """Return what was given, in at most so many characters."""
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
-
-
-def parse_recipe(content: Any, origin: str) -> Recipe:
-    """Return the recipe that `build` (parsed YAML) describes; `origin` names it in errors.
-
-    Raises:
-        RecipeError: one line that names the key, what was given and what is possible.
-    """
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise _one_line(error, origin, Recipe, content) from error
-
-
-def parse_schemes(entries: Sequence[dict[str, Any]]) -> tuple[SchemeSpec, ...]:
-    """Return the schemes that `entries` (as in a recipe's `schemes`) ask for.
-
-    Raises:
-        RecipeError: none are given, or one is malformed.
-    """
-    if not entries:
-        raise RecipeError("no scheme is asked for; give --coverage or --effective-bits")
-    try:
-        return tuple(SchemeSpec.model_validate(entry) for entry in entries)
-    except ValidationError as error:
-        raise _one_line(error, "scheme", SchemeSpec) from error
-
-
-def resolve_path(path: str, base: Path) -> str:
-    """Return `path` as absolute: `package:...` inside the installed package, anything else relative to `base`.
-
-    Raises:
-        RecipeError: no path of this system.
-    """
-    path = _usable(path)
-    if path.startswith(PACKAGE_PREFIX):
-        return str(Path(__file__).parent / path.removeprefix(PACKAGE_PREFIX))
-    try:
-        return str((base / Path(path).expanduser()).resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # no such user; links in a circle
-        raise RecipeError(f"the path {_shortened(path)} can't be used: {error}") from error
-
-
-def _usable(path: str) -> str:
-    """Return a path as it is; raises RecipeError where the system would refuse to look for it."""
-    if any(len(os.fsencode(part)) > _MOST_PART for part in path.split("/")):
-        raise RecipeError(f"the path {_shortened(path)} has a part of more than {_MOST_PART} bytes; shorten it")
-    return path
-
-
-def names_a_file(path: str) -> bool:
-    """Return whether a path that isn't there is meant as a file, not as a data set of the Hub."""
-    return path.startswith((".", "~", "/", PACKAGE_PREFIX)) or Path(path).suffix in (".jsonl", ".json")
-
-
-def _resolve_model(path: str, base: Path) -> str:
-    """Return an absolute path where `path` is (or looks like) a directory, and a Hub id as it is."""
-    looks_like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", _usable(path)) and not path.startswith(".")
-    if looks_like_hub_id and not (base / path).exists():
-        return path
-    return resolve_path(path, base)
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Return the recipe in the YAML file at `path`, with absolute paths.
-
-    Raises:
-        RecipeError: the file is missing, isn't YAML, or isn't a recipe.
-    """
-    try:
-        content = read_yaml(path)
-    except FileNotFoundError:
-        raise RecipeError(f"recipe {path} does not exist; see recipes/ for examples") from None
-    except IsADirectoryError:
-        raise RecipeError(f"recipe {path} is a directory; name a YAML file") from None
-    except OSError as error:
-        raise RecipeError(f"recipe {path} can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise RecipeError(f"{path} is not YAML that can be read: {error}") from error
-    return with_absolute_paths(parse_recipe(content, str(path)), path.resolve().parent)
-
-
-def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
-    """Return the recipe with its paths made absolute: they are relative to `base`.
-
-    Raises:
-        RecipeError: no path of this system.
-    """
-
-    def data(spec: DataSpec) -> DataSpec:
-        if spec.kind == GENERATED:
-            return spec
-        of_the_hub = spec.kind == "huggingface" or (spec.kind == MESSAGES and not names_a_file(spec.path))
-        if of_the_hub and not (base / _usable(spec.path)).exists():
-            return spec
-        return spec.model_copy(update={"path": resolve_path(spec.path, base)})
-
-    held_out = tuple(
-        spec if spec.data is None else spec.model_copy(update={"data": data(spec.data)}) for spec in recipe.held_out
-    )
-    vllm = recipe.runtimes.vllm
-    if vllm is not None:
-        # Not resolved: the interpreter of a virtual environment is a link, and is known by the link's place.
-        python = os.path.normpath(base / os.path.expanduser(_usable(vllm.python)))
-        recipe = recipe.model_copy(update={"runtimes": RuntimesSpec(vllm=vllm.model_copy(update={"python": python}))})
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"path": _resolve_model(recipe.model.path, base)}),
-            "calibration": tuple(spec.model_copy(update={"data": data(spec.data)}) for spec in recipe.calibration),
-            "held_out": held_out,
-            "output": resolve_path(recipe.output, base),
-        }
-    )

