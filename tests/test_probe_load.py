@@ -166,7 +166,8 @@ def test_formats_are_compared_with_the_manifest_or_else_with_the_files():
     bf16 = LAYER.model_copy(update={"method": "UnquantizedLinearMethod", "created_dtype": "bfloat16"})
     assert [f[0] for f in judged(facts(layers=(bf16,)), manifest())] == ["wrong_format"] * 3
     assert judged(facts(layers=(bf16,)), manifest({})) == []
-    assert judged(facts(layers=(bf16,), dtype="bfloat16")) == []
+    for dtype in ("bfloat16", "float16", "float32", "float64"):
+        assert judged(facts(layers=(bf16,), dtype=dtype)) == []
     assert [f[0] for f in judged(facts(layers=(bf16,)))] == ["wrong_format"] * 3
     # a 16-bit source may be float16
     half = bf16.model_copy(update={"created_dtype": "float16"})

@@ -23,12 +23,11 @@ from bitladder.runtimes.files import read_manifest
 from bitladder.runtimes.findings import Findings
 from bitladder.runtimes.vllm.exceptions import classify, classify_exit
 from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
-from bitladder.runtimes.vllm.formats import fitting, plain_format
+from bitladder.runtimes.vllm.formats import SIXTEEN_BIT, fitting, plain_format
 
 SCRIPT = "vllm/child_load.py"
 RUNTIME = "vllm"
 _KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
-_SIXTEEN_BIT = ("bfloat16", "float16", "float32", "float64")  # dtypes of a layer that isn't quantised
 # What vLLM's attention layers may be given besides k_scale and v_scale; ModelOpt writes neither, 1.0 is used.
 # Source: vllm model_executor/layers/quantization/kv_cache.py, BaseKVCacheMethod.create_weights.
 _OPTIONAL_SCALES = ("q_scale", "prob_scale")
@@ -166,7 +165,7 @@ def unused_findings(facts: Facts, manifest: CheckpointManifest | None) -> Iterat
         if tensor.endswith(_RECOMPUTED):
             continue
         tied = bool(facts.config.get("tied")) and tensor.endswith("lm_head.weight")
-        make = _warning if tied and tensor not in promised and facts.tensors[tensor].dtype in _SIXTEEN_BIT else _error
+        make = _warning if tied and tensor not in promised and facts.tensors[tensor].dtype in SIXTEEN_BIT else _error
         yield make(
             "unexpected_tensor",
             tensor,
