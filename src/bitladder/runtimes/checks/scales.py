@@ -7,13 +7,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bitladder.formats import get_format
+from bitladder.formats import INPUT_SCALE, SCALE_DTYPE, WEIGHT_SCALE, get_format
 from bitladder.reading import open_file
 from bitladder.records import BF16
-from bitladder.runtimes.architectures import INPUT_SCALE
 from bitladder.runtimes.base import UNIFORM, RuntimeLayer
 from bitladder.runtimes.checks.subject import Subject, usable
-from bitladder.runtimes.files import SCALE_DTYPE, Tensor
+from bitladder.runtimes.files import Tensor
 from bitladder.runtimes.findings import EXPORT_AGAIN
 
 
@@ -129,7 +128,7 @@ class ScalesCheck(Subject):
         if not all(usable(number) for number in numbers) or all(a == b for a, b in pairwise(numbers)):
             return
         fused = layer.name.rpartition(".")[2]
-        if leaf == "weight_scale":
+        if leaf == WEIGHT_SCALE:
             self.findings.error(
                 "unequal_scales",
                 tensors[0].name,

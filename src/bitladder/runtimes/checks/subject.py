@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from bitladder.formats import get_format
+from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, get_format
 from bitladder.records import BF16
-from bitladder.runtimes.architectures import INPUT_SCALE, SCALES, Architecture
+from bitladder.runtimes.architectures import SCALES, Architecture
 from bitladder.runtimes.base import MIX, UNIFORM, Decision, Rules, RuntimeLayer
 from bitladder.runtimes.config import LEGACY_FILE, inline, nested
 from bitladder.runtimes.files import SIXTEEN_BIT, Files, Tensor
@@ -129,7 +129,7 @@ class Subject:
         if tensor.dtype in SIXTEEN_BIT:
             return BF16
         alike = [name for name in self.rules.SUPPORT if get_format(name).code_dtype == tensor.dtype]
-        scale = self.tensors.scales.get(f"{module}.weight_scale")
+        scale = self.tensors.scales.get(f"{module}.{WEIGHT_SCALE}")
         if scale is not None and (not scale.one_number or tensor.shape[:1] != (1,)):
             alike = [name for name in alike if get_format(name).channels != scale.one_number]
         runs = self._runs_in[module]
@@ -147,7 +147,7 @@ class Subject:
         if stored in (None, BF16) or runs == BF16:
             return None if stored == BF16 else stored
         dynamic = f"{module}.{INPUT_SCALE}" not in self.tensors.scales
-        another = f"{module}.weight_scale" in self.tensors.scales and get_format(str(stored)).dynamic_input == dynamic
+        another = f"{module}.{WEIGHT_SCALE}" in self.tensors.scales and get_format(str(stored)).dynamic_input == dynamic
         return stored if another else runs
 
     @staticmethod
@@ -155,7 +155,7 @@ class Subject:
         """Return the names of the scales that a module in a format has."""
         if format_name is None or format_name == BF16:
             return ()
-        return tuple(leaf for leaf in SCALES if leaf != INPUT_SCALE or not get_format(format_name).dynamic_input)
+        return tuple(part.name for part in get_format(format_name).parts((1, 1)))  # alike for any shape
 
     def _promised(self) -> dict[str, str]:
         """Return the manifest's format of every quantised module, under vLLM's names."""
