@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
 
-from bitladder.formats import get_format
+from bitladder.formats import format_of_algorithm, get_format
 from bitladder.records import BF16
 from bitladder.runtimes.architectures import Architecture
 
@@ -70,6 +70,12 @@ class Decision:
     dropped: str | None = None
 
 
+def format_of(algorithm: str) -> str:
+    """Return our name of an algorithm's format, or the algorithm itself where it is none of ours."""
+    found = format_of_algorithm(algorithm)
+    return algorithm if found is None else found.name
+
+
 class Rules(ABC):
     """How one runtime reads a ModelOpt checkpoint, where runtimes differ."""
 
@@ -91,10 +97,10 @@ class Rules(ABC):
             algorithms: one for all, or, of a mix, that of each module that it lists, in ModelOpt's names.
         """
         self.need = need
-        self.uniform = self.format_of(algorithms) if isinstance(algorithms, str) else None
+        self.uniform = format_of(algorithms) if isinstance(algorithms, str) else None
         listed = {} if isinstance(algorithms, str) else algorithms
         self.entries = {self.entry(module): module for module in listed}
-        self.mix = {self.entry(module): self.format_of(algorithm) for module, algorithm in listed.items()}
+        self.mix = {self.entry(module): format_of(algorithm) for module, algorithm in listed.items()}
         self.written = {pattern: exclude for exclude in excludes for pattern in self.mapped(exclude)}
         self.patterns = tuple(self.written)
         self.wild = frozenset(pattern for pattern in self.patterns if any(mark in pattern for mark in "*?["))
@@ -105,21 +111,27 @@ class Rules(ABC):
         """Return the runtime's reading of `quant_algo`; None: it refuses."""
 
     @classmethod
-    def format_of(cls, algorithm: str) -> str:
-        """Return our name of an algorithm's format, or the algorithm itself where it isn't among `SUPPORT`."""
-        names = (name for name in cls.SUPPORT if get_format(name).modelopt_algorithm == algorithm)
-        return next(names, algorithm)
-
-    @classmethod
     def why_no_mix(cls, formats: frozenset[str]) -> str | None:
         """Return why the runtime refuses a mix of these formats; None: it doesn't."""
         return None
 
     @classmethod
+    def support(cls, format_name: str) -> Support | None:
+        """Return how the runtime runs a format; None: it doesn't."""
+        row = cls.SUPPORT.get(format_name)
+        return row if isinstance(row, Support) else None
+
+    @classmethod
+    def why_not(cls, format_name: str) -> str | None:
+        """Return why the runtime doesn't run a format of ours; None: it does, or the format is none of ours."""
+        row = cls.SUPPORT.get(format_name)
+        return row if isinstance(row, str) else None
+
+    @classmethod
     def method(cls, format_name: str) -> str:
         """Return the runtime's class that runs a format."""
-        support = cls.SUPPORT.get(format_name)
-        return support.method if isinstance(support, Support) else cls.other_method
+        support = cls.support(format_name)
+        return cls.other_method if support is None else support.method
 
     @classmethod
     def reproduced(cls, need: Architecture) -> bool:
@@ -153,14 +165,11 @@ class Rules(ABC):
         if len(formats) > 1:
             return Decision("mixed", entries)
         (name,) = formats
-        support = self.SUPPORT.get(name)
-        if isinstance(support, Support) and support.in_mix:
+        support = self.support(name)
+        if support is not None and support.in_mix:
             return Decision("quantised", entries, name)
-        return Decision("excluded", entries, dropped=support if isinstance(support, str) else self.drops(name))
-
-    def drops(self, format_name: str) -> str:
-        """Say that a mix's layers of a format stay in 16 bits."""
-        return f"{self.runtime} {self.version} leaves {format_name} in 16 bits where a checkpoint mixes formats"
+        in_mix = f"{self.runtime} {self.version} leaves {name} in 16 bits where a checkpoint mixes formats"
+        return Decision("excluded", entries, dropped=self.why_not(name) or in_mix)
 
     def name(self, module: str) -> str:
         """Return the runtime's name of a module, fused ones apart."""

@@ -3,7 +3,7 @@
 from bitladder.formats import get_format
 from bitladder.records import BF16, CheckpointManifest
 from bitladder.runtimes.architectures import SCALES
-from bitladder.runtimes.base import RuntimeLayer, Support
+from bitladder.runtimes.base import RuntimeLayer
 from bitladder.runtimes.checks.subject import Subject
 from bitladder.runtimes.config import CONFIG_FILE, LEGACY_FILE
 from bitladder.runtimes.files import SIXTEEN_BIT
@@ -156,8 +156,8 @@ class FormatsCheck(Subject):
 
     def _kernel(self, layer: RuntimeLayer, where: str) -> None:
         """Check the dimensions of a quantised layer."""
-        support = self.rules.SUPPORT.get(self._runs(layer))
-        multiple = support.multiple if isinstance(support, Support) else None
+        support = self.rules.support(self._runs(layer))
+        multiple = None if support is None else support.multiple
         shapes = [self.tensors.weights[f"{m}.weight"].shape for m in layer.modules if self._stored(m) is not None]
         if multiple is None or any(len(shape) != 2 for shape in shapes):
             return
