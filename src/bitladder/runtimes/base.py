@@ -6,11 +6,12 @@ of a format is its row in the runtime's `SUPPORT`; what the format is, `bitladde
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
 
 from bitladder.formats import format_of_algorithm, get_format
+from bitladder.models.fusing import Layer
 from bitladder.records import BF16
 from bitladder.runtimes.architectures import Architecture
 
@@ -37,20 +38,6 @@ class Support:
     source: str
     in_mix: bool = True
     caveat: str | None = None
-
-
-@dataclass(frozen=True)
-class RuntimeLayer:
-    """One linear of a runtime, under its name there, and the modules of the architecture that are fused in it.
-
-    `shards` are the runtime's names of all modules that could be in it, and `packed` whether vLLM's quantisation knows
-    them; see `models.fusing.Layer`.
-    """
-
-    name: str
-    modules: tuple[str, ...]
-    shards: tuple[str, ...] = ()
-    packed: bool = True
 
 
 @dataclass(frozen=True)
@@ -149,12 +136,12 @@ class Rules(ABC):
         """Return what the runtime makes of a module's name in the list of a mix before it looks layers up."""
         return module
 
-    def listed(self, layer: RuntimeLayer) -> dict[str, str]:
+    def listed(self, layer: Layer) -> dict[str, str]:
         """Return the entries of a mix that decide about a layer, and their formats."""
         names = (layer.name, *(self.name(module) for module in layer.modules))
         return {name: self.mix[name] for name in names if name in self.mix}
 
-    def quantised(self, layer: RuntimeLayer) -> Decision:
+    def quantised(self, layer: Layer) -> Decision:
         """Decide about a layer that nothing excludes."""
         if self.uniform is not None:
             return Decision("quantised", (), self.uniform)
@@ -180,24 +167,24 @@ class Rules(ABC):
         return False
 
     @abstractmethod
-    def decide(self, layer: RuntimeLayer) -> Decision:
+    def decide(self, layer: Layer) -> Decision:
         """Return what the exclusions make of a layer."""
 
     @abstractmethod
     def hits(self, pattern: str, name: str) -> bool:
         """Return whether a mapped exclusion hits a module or layer under its name in the runtime."""
 
-    def exact(self, pattern: str, layer: RuntimeLayer) -> bool:
+    def exact(self, pattern: str, layer: Layer) -> bool:
         """Return whether an exclusion is just the name of a layer, or of a module in it, as checkpoints spell it."""
         written = self.need.rename(f"{self.written[pattern]}.").removesuffix(".")
         return written in layer.modules or pattern == layer.name
 
     @cached_property
-    def layers(self) -> tuple[RuntimeLayer, ...]:
-        """The linears of the runtime's model."""
+    def layers(self) -> tuple[Layer, ...]:
+        """The linears of the runtime's model, under its names; `modules` are the architecture's."""
         module_of = {self.name(module): module for module in self.need.linears}
         return tuple(
-            RuntimeLayer(layer.name, tuple(module_of[name] for name in layer.modules), layer.shards, layer.packed)
+            replace(layer, modules=tuple(module_of[name] for name in layer.modules))
             for layer in self.need.fusing.layers(module_of)
         )
 
@@ -217,7 +204,7 @@ class Rules(ABC):
         """Return the names under which the runtime looks a layer or module up in the list of a mix."""
         return (name,)
 
-    def unlisted(self, layer: RuntimeLayer) -> list[str]:
+    def unlisted(self, layer: Layer) -> list[str]:
         """Return the modules of a layer that a mix names neither by themselves nor by their fused layer."""
         if any(name in self.mix for name in self.spellings(layer.name)):
             return []

@@ -8,9 +8,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from bitladder.formats import INPUT_SCALE, SCALE_DTYPE, WEIGHT_SCALE, get_format
+from bitladder.models.fusing import Layer
 from bitladder.reading import open_file
 from bitladder.records import BF16
-from bitladder.runtimes.base import UNIFORM, RuntimeLayer
+from bitladder.runtimes.base import UNIFORM
 from bitladder.runtimes.checks.subject import Subject, usable
 from bitladder.runtimes.files import Tensor
 from bitladder.runtimes.findings import EXPORT_AGAIN
@@ -121,7 +122,7 @@ class ScalesCheck(Subject):
         else:
             self._rounded(tensor)
 
-    def _equal(self, layer: RuntimeLayer, modules: Sequence[str], leaf: str) -> None:
+    def _equal(self, layer: Layer, modules: Sequence[str], leaf: str) -> None:
         """Check that the modules of a fused layer share a scale."""
         tensors = [self.tensors.scales[name] for m in modules if (name := f"{m}.{leaf}") in self.tensors.scales]
         numbers = [self._numbers.get(tensor.name) for tensor in tensors]

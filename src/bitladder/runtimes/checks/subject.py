@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, get_format
+from bitladder.models.fusing import Layer
 from bitladder.records import BF16
 from bitladder.runtimes.architectures import SCALES, Architecture
-from bitladder.runtimes.base import MIX, UNIFORM, Decision, Rules, RuntimeLayer
+from bitladder.runtimes.base import MIX, UNIFORM, Decision, Rules
 from bitladder.runtimes.config import LEGACY_FILE, inline, nested
 from bitladder.runtimes.files import SIXTEEN_BIT, Files, Tensor
 from bitladder.runtimes.findings import Findings
@@ -88,7 +89,7 @@ class Subject:
             return {name: rules.algorithm(one) or one for name, one in (asked.layers or {}).items()}
         return rules.algorithm(asked.algorithm) or UNIFORM
 
-    def _decide(self, layer: RuntimeLayer) -> Decision:
+    def _decide(self, layer: Layer) -> Decision:
         if self.quantisation is None or all(self.rules.never_quantised(module) for module in layer.modules):
             return Decision("excluded")
         return self.rules.decide(layer)
@@ -135,7 +136,7 @@ class Subject:
         runs = self._runs_in[module]
         return runs if runs in alike else next(iter(alike), None)
 
-    def _runs(self, layer: RuntimeLayer) -> str:
+    def _runs(self, layer: Layer) -> str:
         return self.decisions[layer].format
 
     def _expected(self, module: str) -> str | None:
