@@ -17,7 +17,7 @@ KNOWN = "json.dump({'seen': job['question']}, open(sys.argv[2], 'w'))\n"
 def run(tmp_path, body, timeout=60.0, **options):
     script = tmp_path / "script.py"
     script.write_text(PRELUDE + body)
-    return run_child(PYTHON, str(script), {"question": [1, None, "x"]}, timeout=timeout, **options)
+    return run_child(PYTHON, script, {"question": [1, None, "x"]}, timeout=timeout, **options)
 
 
 def test_a_job_goes_in_and_a_result_comes_back(tmp_path):
@@ -71,7 +71,7 @@ def test_no_interpreter_is_refused_with_the_remedy(tmp_path):
     text.write_text("not executable")
     for path in (tmp_path / "missing", text, tmp_path):
         with pytest.raises(BitladderError, match="no Python interpreter at .*make vllm-env"):
-            run_child(path, "x.py", {}, timeout=1)
+            run_child(path, Path("x.py"), {}, timeout=1)
         with pytest.raises(BitladderError, match="no Python interpreter"):
             installed_version(path)
 

@@ -1,7 +1,7 @@
 """Pictures as vLLM hands them to a model's processor: upright, in RGB, on white where they are transparent.
 
 What is measured must be what is served, so a picture is opened by the rules of vLLM's server, and one that the server
-would refuse or spoil is refused here. `runtimes/child_serve.py` opens the pictures that it sends by the same rules.
+would refuse or spoil is refused here. `runtimes/vllm/child_serve.py` opens what it sends by the same rules.
 
 Source: vLLM 0.32, vllm/multimodal/image.py (formats, EXIF orientation, transparency) and multimodal/media/image.py.
 """

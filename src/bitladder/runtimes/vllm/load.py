@@ -25,7 +25,7 @@ from bitladder.runtimes.vllm.exceptions import classify, classify_exit
 from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
 from bitladder.runtimes.vllm.formats import SIXTEEN_BIT, fitting, plain_format
 
-SCRIPT = "vllm/child_load.py"
+SCRIPT = Path(__file__).with_name("child_load.py")
 RUNTIME = "vllm"
 _KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
 # What vLLM's attention layers may be given besides k_scale and v_scale; ModelOpt writes neither, 1.0 is used.

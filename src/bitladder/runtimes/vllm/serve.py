@@ -49,7 +49,7 @@ from bitladder.runtimes.vllm.formats import fitting, plain_format
 from bitladder.runtimes.vllm.job import LogProbs, ServeJob
 from bitladder.runtimes.vllm.served import NOT_INSTALLED, Layer, Probes, Run, Served
 
-SCRIPT: Final = "vllm/child_serve.py"
+SCRIPT: Final = Path(__file__).with_name("child_serve.py")
 RUNTIME: Final = "vllm"
 # Without a process of its own for the engine an error arrives with its traceback.
 ENVIRONMENT: Final = {**VLLM_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -337,7 +337,7 @@ def serve_all(
         job: what all of them are asked.
         source: the original in 16 bits, served once before them.
         expected: what our evaluation of the files gives the job's sequences, by directory, the original's too
-            (`bitladder.logprobs`).
+            (`bitladder.evaluation.logprobs`).
         timeout: seconds for each.
 
     Raises:
