@@ -12,7 +12,8 @@ from bitladder.records import CheckpointManifest, KvScale, ModuleRecord
 from bitladder.runtimes.child import Outcome
 from bitladder.runtimes.vllm import child_load, load
 from bitladder.runtimes.vllm.facts import Attention, Cast, Copy, Facts, Failure, Layer, Parameter, Tensor, Tokenizer
-from bitladder.runtimes.vllm.load import findings, judge, load_all, probe, probed_layers
+from bitladder.runtimes.vllm.load import judge, load_all, probe
+from bitladder.runtimes.vllm.load_judging import findings, probed_layers
 
 ATTENTION, FUSED = "model.layers.3.self_attn", "m.layers.3.self_attn.qkv_proj"
 Q, K, V = (f"{ATTENTION}.{name}_proj" for name in "qkv")
@@ -91,9 +92,13 @@ def manifest(formats=None, kv=False):
     )
 
 
+def found_in(found, promised=None):
+    return findings(found, promised, probed_layers(found, promised))
+
+
 def judged(found, promised=None):
     """Return `[(class, severity, where)]`."""
-    return [(f.error_class, f.severity, f.where) for f in findings(found, promised)]
+    return [(f.error_class, f.severity, f.where) for f in found_in(found, promised)]
 
 
 def test_nothing_is_found_where_nothing_is_wrong():
@@ -235,7 +240,7 @@ def test_an_exception_is_classified_and_names_the_tensor_it_stopped_at():
     error = failure("AssertionError", line="assert self.data.shape == loaded_weight.shape")
     found = facts(errors=(error,), last_tensor=f"{K}.weight_scale", reached="model")
     assert judged(found, manifest()) == [("shape", "error", f"{K}.weight_scale")]
-    assert "assert self.data.shape" in findings(found, None)[0].problem
+    assert "assert self.data.shape" in found_in(found)[0].problem
     assert not found.loaded
 
 

@@ -2,7 +2,7 @@
 
 The child (`child_serve.py`) serves the checkpoint in vLLM's environment: answers to questions, log-probabilities of
 given sequences, seconds. The original goes through the same in a child of its own, once for all checkpoints, so that
-ratios are of one run. Judging (`judge`) is pure.
+ratios are of one run. Judging (`judge`, with `serve_judging.py`) is pure.
 
 What is wrong output. NaN anywhere. Log-probabilities farther from our evaluation of the same files than `tolerance`.
 Without an evaluation: real text that is `MAX_LOSS` less likely than under the original. An answer that is one token
@@ -36,7 +36,10 @@ from bitladder.runinfo import Meter
 from bitladder.runtimes.child import VLLM_ENVIRONMENT, first_line, installed_version, run_child
 from bitladder.runtimes.files import read_manifest
 from bitladder.runtimes.findings import Findings
-from bitladder.runtimes.judging import (
+from bitladder.runtimes.vllm.exceptions import classify, classify_exit
+from bitladder.runtimes.vllm.formats import fitting, plain_format
+from bitladder.runtimes.vllm.job import LogProbs, ServeJob
+from bitladder.runtimes.vllm.serve_judging import (
     answer_findings,
     format_findings,
     log_prob_differences,
@@ -44,9 +47,6 @@ from bitladder.runtimes.judging import (
     speed_findings,
     throughput,
 )
-from bitladder.runtimes.vllm.exceptions import classify, classify_exit
-from bitladder.runtimes.vllm.formats import fitting, plain_format
-from bitladder.runtimes.vllm.job import LogProbs, ServeJob
 from bitladder.runtimes.vllm.served import NOT_INSTALLED, Layer, Probes, Run, Served
 
 SCRIPT: Final = Path(__file__).with_name("child_serve.py")
