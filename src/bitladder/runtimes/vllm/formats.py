@@ -2,7 +2,7 @@
 
 from bitladder.formats import get_format
 from bitladder.models.weights import TORCH_NAMES
-from bitladder.records import BF16
+from bitladder.records import BF16, ProbedLayer, ProbeFinding
 from bitladder.runtimes import files
 from bitladder.runtimes.vllm.rules import VllmRules
 
@@ -33,3 +33,14 @@ def fitting(dtype: str, *, channels: bool | None = None, dynamic_input: bool | N
         and channels in (None, one.channels)
         and dynamic_input in (None, one.dynamic_input)
     ]
+
+
+def wrong_format(layer: ProbedLayer, says: str) -> ProbeFinding:
+    """Return the finding of a layer that runs in another format than it should; `says`: who names which format."""
+    return ProbeFinding(
+        error_class="wrong_format",
+        where=layer.name,
+        problem=f"{says}, vLLM runs {layer.format} ({layer.method} of {layer.runtime_name})",
+        remedy="name it in exclude_modules (`ignore` in config.json) exactly if it is stored in 16 bits, and in "
+        "quantized_layers, where there is one, if it isn't",
+    )

@@ -11,9 +11,9 @@ from itertools import accumulate, pairwise
 
 from bitladder.records import BF16, CheckpointManifest, ErrorClass, ProbedLayer, ProbeFinding
 from bitladder.runtimes.child import Outcome, first_line
-from bitladder.runtimes.vllm.exceptions import classify, classify_exit
+from bitladder.runtimes.vllm.exceptions import SEE_TRACEBACK, classify, classify_exit, exit_words
 from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
-from bitladder.runtimes.vllm.formats import SIXTEEN_BIT, fitting, plain_format
+from bitladder.runtimes.vllm.formats import SIXTEEN_BIT, fitting, plain_format, wrong_format
 
 _EXPORT = "export the checkpoint again"
 _KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
@@ -55,7 +55,7 @@ def failure_finding(failure: Failure, facts: Facts) -> ProbeFinding:
         error_class,
         where,
         f"vLLM stops at the step {failure.step}: {failure.type}: {said}",
-        "see the traceback; `bitladder preflight` names the tensor or file where its rules know it",
+        SEE_TRACEBACK,
     )
 
 
@@ -307,13 +307,7 @@ def format_findings(facts: Facts, layers: Iterable[ProbedLayer]) -> Iterator[Pro
         if layer.promised is None and f"{layer.name}.weight" in facts.tensors:
             expected, says = stored_formats(facts, layer.name), "the checkpoint stores"
         if expected and layer.format not in expected:
-            yield _error(
-                "wrong_format",
-                layer.name,
-                f"{says} {expected[0]}, vLLM runs {layer.format} ({layer.method} of {layer.runtime_name})",
-                "name it in exclude_modules (`ignore` in config.json) exactly if it is stored in 16 bits, and in "
-                "quantized_layers, where there is one, if it isn't",
-            )
+            yield wrong_format(layer, f"{says} {expected[0]}")
 
 
 def _kv_wanted(facts: Facts, manifest: CheckpointManifest | None) -> bool:
@@ -389,6 +383,6 @@ def child_findings(outcome: Outcome, facts: Facts | None, timeout: float) -> tup
         problem = f"vLLM can't be imported: {failure.type}: {_first_line(failure.message)}"
         remedy = "repair its environment (`make vllm-env` makes one for CPUs)"
         return (_error(classify(failure.type, failure.message or failure.line), "vLLM", problem, remedy),)
-    ended = f"signal {-outcome.returncode}" if outcome.returncode < 0 else f"exit status {outcome.returncode}"
+    ended = exit_words(outcome.returncode)
     remedy = "see its output in the result; the whole checkpoint is loaded: where memory ran out, give it more"
     return (_error(classify_exit(outcome.returncode, timed_out=False), step, f"the child ended with {ended}", remedy),)

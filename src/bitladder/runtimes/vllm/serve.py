@@ -36,7 +36,7 @@ from bitladder.runinfo import Meter
 from bitladder.runtimes.child import VLLM_ENVIRONMENT, first_line, installed_version, run_child
 from bitladder.runtimes.files import read_manifest
 from bitladder.runtimes.findings import Findings
-from bitladder.runtimes.vllm.exceptions import classify, classify_exit
+from bitladder.runtimes.vllm.exceptions import SEE_TRACEBACK, classify, classify_exit, exit_words
 from bitladder.runtimes.vllm.formats import fitting, plain_format
 from bitladder.runtimes.vllm.job import LogProbs, ServeJob
 from bitladder.runtimes.vllm.serve_judging import (
@@ -65,7 +65,6 @@ _REMEDIES: Final[Mapping[ErrorClass, str]] = {
     "no_runtime": "name the interpreter of an environment that has vLLM (`make vllm-env` makes .venv-vllm/bin/python)",
     "unsupported_model": "use a version of vLLM that knows the architecture",
 }
-_SEE_TRACEBACK: Final = "see the traceback; `bitladder preflight` names the tensor or file where its rules know it"
 
 
 def check_checkpoint(directory: Path) -> None:
@@ -169,9 +168,9 @@ def failure_finding(served: Served) -> ProbeFinding | None:
         problem = f"{served.error.type}: {said}"
     else:
         error_class = classify_exit(served.returncode, timed_out=served.timed_out)
-        ended = f"signal {-served.returncode}" if served.returncode < 0 else f"exit status {served.returncode}"
+        ended = exit_words(served.returncode)
         problem = "killed at the time limit" if served.timed_out else f"the process ended with {ended}"
-    remedy = _REMEDIES.get(error_class, _SEE_TRACEBACK)
+    remedy = _REMEDIES.get(error_class, SEE_TRACEBACK)
     return ProbeFinding(error_class=error_class, where=where, problem=problem, remedy=remedy)
 
 
