@@ -16,6 +16,7 @@ from typing import Any
 
 from bitladder.formats import INPUT_SCALE, KV_SCALE_NAMES, WEIGHT_SCALE
 from bitladder.models.fusing import Fusing
+from bitladder.runtimes.config import section_of
 
 SCALES = (WEIGHT_SCALE, INPUT_SCALE)  # of a quantised linear, beside its `weight`
 # Where hybrid models list what their layers are. Source: transformers' configurations of hybrid models.
@@ -304,12 +305,6 @@ _FAMILIES = {
         None, _add_llava_projector, LLAVA_RENAMES, "vision_tower.", ("vision_tower.",)
     ),
 }
-
-
-def section_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a section of a configuration, empty where there is none."""
-    section = config.get(name)
-    return section if isinstance(section, dict) else {}
 
 
 def architecture_name(config: Mapping[str, Any]) -> str:

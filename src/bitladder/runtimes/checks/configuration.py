@@ -75,6 +75,10 @@ class ConfigurationCheck(Subject):
         return True
 
     @property
+    def _last_word(self) -> str:
+        return f"let {self.rules.runtime}'s own loader have the last word"
+
+    @property
     def _many_scales(self) -> bool:
         return any(not tensor.one_number for tensor in self.tensors.scales.values())
 

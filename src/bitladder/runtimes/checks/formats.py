@@ -18,8 +18,9 @@ class FormatsCheck(Subject):
     def check_formats(self) -> None:
         """Check every tensor's dtype, and every layer's format against what the runtime would run."""
         linear = {f"{module}.weight" for module in self.need.linears}
+        codes = {get_format(name).code_dtype for name in self.rules.SUPPORT}
         for name, tensor in self.tensors.weights.items():
-            if name in linear and tensor.dtype not in (*self._code_dtypes, *SIXTEEN_BIT):
+            if name in linear and tensor.dtype not in (*codes, *SIXTEEN_BIT):
                 runs = self._runs_in[name.removesuffix(".weight")]
                 wanted = get_format(next(iter(self.rules.SUPPORT)) if runs == BF16 else runs)
                 self.findings.error(

@@ -1,6 +1,5 @@
 """One checkpoint before one runtime's rules: what it holds, and what the rules decide about each layer."""
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -57,11 +56,6 @@ def _sort(need: Architecture, tensors: Iterable[Tensor]) -> Sorted:
     return kinds
 
 
-def usable(scale: float | None) -> bool:
-    """Return whether a number can be a scale."""
-    return scale is not None and 0 < scale < math.inf
-
-
 class Subject:
     """One checkpoint, read by one runtime's rules."""
 
@@ -71,8 +65,8 @@ class Subject:
         asked = [inline(files.config), None if files.legacy is None else nested(files.legacy, LEGACY_FILE)]
         self.configurations = [c for c in (reversed(asked) if rules.legacy_first else asked) if c is not None]
         self.quantisation = self.configurations[0] if self.configurations else None
-        asked_of = self.quantisation
-        self.rules = rules(need, () if asked_of is None else asked_of.excludes, self._algorithms(rules))
+        excludes = () if self.quantisation is None else self.quantisation.excludes
+        self.rules = rules(need, excludes, self._algorithms(rules))
         self.reproduced = rules.reproduced(need)
         self.decisions = {layer: self._decide(layer) for layer in self.rules.layers}
         self.wrong: set[str] = set()  # modules whose format is a finding already
@@ -109,15 +103,6 @@ class Subject:
             if name.startswith(new):
                 return old + name.removeprefix(new)
         return name
-
-    @property
-    def _last_word(self) -> str:
-        return f"let {self.rules.runtime}'s own loader have the last word"
-
-    @cached_property
-    def _code_dtypes(self) -> frozenset[str]:
-        """Dtypes in which formats that are known here store a weight."""
-        return frozenset(get_format(name).code_dtype for name in self.rules.SUPPORT)
 
     def _stored(self, module: str) -> str | None:
         """Return the format in which a module is stored; None: its weight isn't there, or in no known one.
