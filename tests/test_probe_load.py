@@ -10,10 +10,10 @@ import broken_checkpoints
 from bitladder.errors import BitladderError, ModelError
 from bitladder.records import CheckpointManifest, KvScale, ModuleRecord
 from bitladder.runtimes.child import Outcome
-from bitladder.runtimes.vllm import child_load as vllm_load
-from bitladder.runtimes.vllm import load
+from bitladder.runtimes.vllm import child_load, load
 from bitladder.runtimes.vllm.facts import Attention, Cast, Copy, Facts, Failure, Layer, Parameter, Tensor, Tokenizer
-from bitladder.runtimes.vllm.load import findings, judge, load_all, probe, probed_layers
+from bitladder.runtimes.vllm.load import judge, load_all, probe
+from bitladder.runtimes.vllm.load_judging import findings, probed_layers
 
 ATTENTION, FUSED = "model.layers.3.self_attn", "m.layers.3.self_attn.qkv_proj"
 Q, K, V = (f"{ATTENTION}.{name}_proj" for name in "qkv")
@@ -92,9 +92,13 @@ def manifest(formats=None, kv=False):
     )
 
 
+def found_in(found, promised=None):
+    return findings(found, promised, probed_layers(found, promised))
+
+
 def judged(found, promised=None):
     """Return `[(class, severity, where)]`."""
-    return [(f.error_class, f.severity, f.where) for f in findings(found, promised)]
+    return [(f.error_class, f.severity, f.where) for f in found_in(found, promised)]
 
 
 def test_nothing_is_found_where_nothing_is_wrong():
@@ -166,7 +170,8 @@ def test_formats_are_compared_with_the_manifest_or_else_with_the_files():
     bf16 = LAYER.model_copy(update={"method": "UnquantizedLinearMethod", "created_dtype": "bfloat16"})
     assert [f[0] for f in judged(facts(layers=(bf16,)), manifest())] == ["wrong_format"] * 3
     assert judged(facts(layers=(bf16,)), manifest({})) == []
-    assert judged(facts(layers=(bf16,), dtype="bfloat16")) == []
+    for dtype in ("bfloat16", "float16", "float32", "float64"):
+        assert judged(facts(layers=(bf16,), dtype=dtype)) == []
     assert [f[0] for f in judged(facts(layers=(bf16,)))] == ["wrong_format"] * 3
     # a 16-bit source may be float16
     half = bf16.model_copy(update={"created_dtype": "float16"})
@@ -235,7 +240,7 @@ def test_an_exception_is_classified_and_names_the_tensor_it_stopped_at():
     error = failure("AssertionError", line="assert self.data.shape == loaded_weight.shape")
     found = facts(errors=(error,), last_tensor=f"{K}.weight_scale", reached="model")
     assert judged(found, manifest()) == [("shape", "error", f"{K}.weight_scale")]
-    assert "assert self.data.shape" in findings(found, None)[0].problem
+    assert "assert self.data.shape" in found_in(found)[0].problem
     assert not found.loaded
 
 
@@ -352,9 +357,9 @@ def test_every_copy_and_cast_below_the_dispatcher_is_seen():
     model.register_parameter("weight_scale", scale)
     codes = torch.nn.Parameter(torch.zeros(2, 2).to(torch.float8_e4m3fn), requires_grad=False)
     model.register_parameter("codes", codes)
-    vllm_load.poison(model)
-    parameters = vllm_load.Parameters(model)
-    watch = vllm_load.Watch(parameters)
+    child_load.poison(model)
+    parameters = child_load.Parameters(model)
+    watch = child_load.Watch(parameters)
     tensors = {"q": torch.ones(2, 4), "v": torch.ones(3, 4), "s": torch.tensor(0.5), "c": torch.ones(2, 2)}
     tensors["unused"] = torch.ones(1)
     with torch.no_grad(), watch:
@@ -367,7 +372,7 @@ def test_every_copy_and_cast_below_the_dispatcher_is_seen():
                 model.weight_scale.data[1].copy_(tensor)
             elif name == "c":
                 model.codes.data.copy_(tensor.to(torch.bfloat16))
-    vllm_load.inspect_parameters(model, parameters)
+    child_load.inspect_parameters(model, parameters)
     seen = parameters.facts
     assert [(c["tensor"], c["begin"], c["end"]) for c in seen["weight"]["copies"]] == [("q", 0, 8), ("v", 12, 24)]
     assert seen["weight"]["unloaded"] == [(8, 12)]
@@ -382,26 +387,26 @@ def test_every_copy_and_cast_below_the_dispatcher_is_seen():
 
 def test_loaded_values_that_are_not_finite_are_counted_apart_from_what_was_never_loaded():
     model = torch.nn.Linear(4, 2, bias=False)
-    vllm_load.poison(model)
-    parameters = vllm_load.Parameters(model)
-    watch = vllm_load.Watch(parameters)
+    child_load.poison(model)
+    parameters = child_load.Parameters(model)
+    watch = child_load.Watch(parameters)
     with torch.no_grad(), watch:
         for _, tensor in watch.follow([("w", torch.tensor([[1.0, float("nan"), float("inf"), 2.0]]))]):
             model.weight.data[0:1].copy_(tensor)
-    vllm_load.inspect_parameters(model, parameters)
+    child_load.inspect_parameters(model, parameters)
     assert parameters.facts["weight"]["unloaded"] == [(4, 8)]
     assert (parameters.facts["weight"]["nan"], parameters.facts["weight"]["inf"]) == (1, 1)
 
 
 def test_both_signs_of_the_e4m3_nan_are_seen():
     codes = torch.tensor([0x00, 0x7E, 0x7F, 0xFE, 0xFF], dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert vllm_load.is_nan(codes).tolist() == [False, False, True, False, True]
+    assert child_load.is_nan(codes).tolist() == [False, False, True, False, True]
 
 
 def test_the_result_file_is_whole_after_each_step(tmp_path):
     import json
 
-    report = vllm_load.Report(tmp_path / "result.json")
+    report = child_load.Report(tmp_path / "result.json")
     report.write()
     assert json.loads(report.path.read_text()) == {"runtime": {}, "error": None, "checkpoints": []}
     report.begin()["reached"] = "start"

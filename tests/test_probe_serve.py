@@ -18,11 +18,11 @@ from bitladder.evaluation.reference import Reference
 from bitladder.recipe import DataSpec
 from bitladder.records import CheckpointManifest, ModuleRecord
 from bitladder.runtimes.child import Outcome
-from bitladder.runtimes.judging import MAX_NOISE, MIN_REPEATED, TOLERANCE_FLOOR, tolerance
 from bitladder.runtimes.vllm.exceptions import classify, classify_exit
 from bitladder.runtimes.vllm.job import Question, ScoredSequence, ServeJob, SpeedJob
 from bitladder.runtimes.vllm.serve import answer, judge, probe, serve_all
 from bitladder.runtimes.vllm.serve import serve as serve_now
+from bitladder.runtimes.vllm.serve_judging import MAX_NOISE, MIN_REPEATED, TOLERANCE_FLOOR, tolerance
 from bitladder.runtimes.vllm.served import Answer, Failure, Layer, Run, Runtime, Scores, Served, Timings
 
 SOURCE, DATA = broken_checkpoints.SOURCE, broken_checkpoints.DEMO / "data"

@@ -97,26 +97,22 @@ def fail(scenario: Scenario, at: int, kind: str, *, lasting: bool) -> Result:
 
 def small_files(scenario: Scenario, limit: int) -> Result:
     """Return the result of a real EFBIG: no file may grow beyond `limit` bytes."""
-    expected, _ = scenario.undisturbed
-    results: list[Result] = []
-    recipe = scenario.prepare()
-    with judged(results, f"fault {scenario.name}", f"files of at most {limit} bytes") as held:
-        trial = Trial(scenario.server, scenario.world)
-        if trial.refused(trial.run("run", recipe, file_bytes=limit)):
-            held.append(REFUSED)
-        trial.succeeds("run", recipe)
-        trial.same_results(expected)
-    return results[0]
+    return _limited(scenario, f"files of at most {limit} bytes", file_bytes=limit)
 
 
 def few_addresses(scenario: Scenario, more: int) -> Result:
-    """Return the result of a limit of addresses, `more` bytes above what is mapped: refused, or the same bytes."""
+    """Return the result of a limit of addresses, `more` bytes above what is mapped."""
+    return _limited(scenario, f"{more >> 20} MiB of addresses", more_bytes=more)
+
+
+def _limited(scenario: Scenario, name: str, **limit: int) -> Result:
+    """Return the result of a run within a limit: refused, or the same bytes."""
     expected, _ = scenario.undisturbed
     results: list[Result] = []
     recipe = scenario.prepare()
-    with judged(results, f"fault {scenario.name}", f"{more >> 20} MiB of addresses") as held:
+    with judged(results, f"fault {scenario.name}", name) as held:
         trial = Trial(scenario.server, scenario.world)
-        if trial.refused(trial.run("run", recipe, more_bytes=more)):
+        if trial.refused(trial.run("run", recipe, **limit)):
             held.append(REFUSED)
         else:
             trial.same_results(expected)

@@ -10,14 +10,21 @@ from torch import nn
 
 from bitladder.errors import ModelError, foreign
 from bitladder.evaluation.metrics import EXPORT_AGAIN
-from bitladder.formats import FORMATS, INPUT_SCALE, SCALE_NAMES, WEIGHT_SCALE, Format, Part, format_of_algorithm
+from bitladder.formats import (
+    FORMATS,
+    INPUT_SCALE,
+    KV_SCALE_NAMES,
+    SCALE_NAMES,
+    WEIGHT_SCALE,
+    Format,
+    Part,
+    format_of_algorithm,
+)
 from bitladder.formats.kv_cache import Fp8Cache
 from bitladder.models.kv_layers import cache_inputs, layer_index
 from bitladder.models.loading import checkpoint_tensor_names, load_model
 from bitladder.models.weights import WeightFiles, all_finite, read_config
 from bitladder.reading import check_regular
-
-_KV_SCALE_NAMES = ("k_scale", "v_scale")
 
 
 class FakeQuantLinear(nn.Module):
@@ -123,7 +130,7 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
         if not all_finite(state[name]):
             raise ModelError(f"{directory / info.file}: {name} holds NaN or overflows {dtype}; {EXPORT_AGAIN}")
         input_scales[name] = parts.get(INPUT_SCALE)
-    kv_scales = [name for name in files.tensors if name.rpartition(".")[2] in _KV_SCALE_NAMES]
+    kv_scales = [name for name in files.tensors if name.rpartition(".")[2] in KV_SCALE_NAMES]
     _check_kv_scales(files, section.get("kv_cache_scheme") is not None, kv_scales)
     used.update(kv_scales)
     for name, info in files.tensors.items():

@@ -5,7 +5,7 @@ a file beside these and list it here, and say in each of `runtimes` what it make
 """
 
 from bitladder.errors import RecipeError
-from bitladder.formats.base import INPUT_SCALE, SCALE_NAMES, WEIGHT_SCALE, Format, Part
+from bitladder.formats.base import INPUT_SCALE, KV_SCALE_NAMES, SCALE_DTYPE, SCALE_NAMES, WEIGHT_SCALE, Format, Part
 from bitladder.formats.fp8_channel import Fp8Channel
 from bitladder.formats.fp8_tensor import Fp8Tensor
 from bitladder.records import BF16, BF16_BITS, QuantGroup
@@ -13,6 +13,8 @@ from bitladder.records import BF16, BF16_BITS, QuantGroup
 __all__ = [
     "FORMATS",
     "INPUT_SCALE",
+    "KV_SCALE_NAMES",
+    "SCALE_DTYPE",
     "SCALE_NAMES",
     "WEIGHT_SCALE",
     "Format",

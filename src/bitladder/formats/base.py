@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 WEIGHT_SCALE, INPUT_SCALE = "weight_scale", "input_scale"  # parts of a module, as ModelOpt's files name them
 # What files of any format may have beside a weight's codes; ours know the first and the last.
 SCALE_NAMES = (WEIGHT_SCALE, "weight_scale_2", "weight_scale_inv", INPUT_SCALE)
+KV_SCALE_NAMES = ("k_scale", "v_scale")  # of an attention that caches keys and values
+SCALE_DTYPE = "F32"  # as safetensors spells it
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Format(ABC):
 
     def parts(self, shape: Sequence[int]) -> tuple[Part, ...]:
         """Return what is stored beside the codes of a weight of this shape."""
-        weight = Part(WEIGHT_SCALE, "F32", (shape[0],) if self.channels else ())
-        return (weight,) if self.dynamic_input else (weight, Part(INPUT_SCALE, "F32", ()))
+        weight = Part(WEIGHT_SCALE, SCALE_DTYPE, (shape[0],) if self.channels else ())
+        return (weight,) if self.dynamic_input else (weight, Part(INPUT_SCALE, SCALE_DTYPE, ()))
 
     def bits(self, shape: Sequence[int]) -> int:
         """Return the bits of a weight: its codes, and scales that grow with it (a tensor's two numbers don't)."""

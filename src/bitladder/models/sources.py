@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from bitladder.errors import ModelError, UnsupportedModel, foreign
+from bitladder.formats import SCALE_NAMES
 from bitladder.models.weights import INDEX_FILE, PROVENANCE_FILE, WeightFiles
 from bitladder.reading import check_regular, read_json
 from bitladder.records import CheckpointManifest
@@ -60,7 +61,7 @@ _LEFT_OVER = {
     **dict.fromkeys(("qweight", "qzeros", "g_idx"), "GPTQ or AWQ"),
     **dict.fromkeys(("scales", "biases"), "MLX, GPTQ or AWQ"),
     **dict.fromkeys(("weight_packed", "weight_shape", "weight_zero_point"), "compressed-tensors"),
-    **dict.fromkeys(("weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale"), "FP8, INT8 or FP4"),
+    **dict.fromkeys(SCALE_NAMES, "FP8, INT8 or FP4"),
     **dict.fromkeys(("absmax", "quant_map", "SCB"), "bitsandbytes"),
 }
 _QUANTISED_DTYPES = frozenset(  # of weights; 32 bits hold several that are packed

@@ -28,7 +28,7 @@ _HASHED_AT_ONCE = 4
 _BLOCK = 2**26  # values
 _ROWS = 16  # of a tensor, looked at together
 # torch's name of a dtype. Source: safetensors' own table (safetensors/torch.py).
-_DTYPES = {
+TORCH_NAMES = {
     "C64": "complex64",
     "F64": "float64",
     "F32": "float32",
@@ -129,7 +129,7 @@ class WeightFiles:
         import torch
 
         info = self.tensors[name]
-        dtype: Any = getattr(torch, _DTYPES.get(info.dtype, ""), None)
+        dtype: Any = getattr(torch, TORCH_NAMES.get(info.dtype, ""), None)
         if dtype is None:
             raise ModelError(f"{self.directory / info.file}: {name} is stored as {info.dtype}, which torch can't read")
         if info.begin == info.end:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bitladder.formats import INPUT_SCALE, KV_SCALE_NAMES, WEIGHT_SCALE
 from bitladder.models.fusing import Fusing
+from bitladder.runtimes.config import section_of
 
-INPUT_SCALE = "input_scale"
-SCALES = ("weight_scale", INPUT_SCALE)  # of a quantised linear, beside its `weight`
-_KV_SCALES = ("k_scale", "v_scale")
+SCALES = (WEIGHT_SCALE, INPUT_SCALE)  # of a quantised linear, beside its `weight`
 # Where hybrid models list what their layers are. Source: transformers' configurations of hybrid models.
 _LISTS_OF_KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern", "block_types")
 _PARTS = ("text_config", "vision_config", "audio_config")  # of which the configuration of a multimodal model has some
@@ -307,12 +307,6 @@ _FAMILIES = {
 }
 
 
-def section_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a section of a configuration, empty where there is none."""
-    section = config.get(name)
-    return section if isinstance(section, dict) else {}
-
-
 def architecture_name(config: Mapping[str, Any]) -> str:
     """Return the first of `architectures`, or `?`."""
     names = config.get("architectures")
@@ -357,19 +351,19 @@ def architecture(config: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]
 
 def _add_open(need: Architecture, stored: Mapping[str, tuple[int, ...]]) -> None:
     """Take what lies below the open prefixes as it is stored: nothing of it is missing, nor of another shape."""
-    scaled = {name for stored_name in stored if (name := need.rename(stored_name)).endswith(".input_scale")}
+    scaled = {name for stored_name in stored if (name := need.rename(stored_name)).endswith(f".{INPUT_SCALE}")}
     for stored_name, shape in stored.items():
         name = need.rename(stored_name)
         if not need.open_prefixes or not name.startswith(need.open_prefixes):
             continue
-        if name.rpartition(".")[2] in (*SCALES, *_KV_SCALES):
+        if name.rpartition(".")[2] in (*SCALES, *KV_SCALE_NAMES):
             continue
         need.add(name, *shape)
         module = name.removesuffix(".weight")
         leaf = module.rpartition(".")[2]
         # Only a linear rounds what it is given, so a scale for its input tells one whatever it is called.
         named = "embed" not in name and "norm" not in leaf
-        if len(shape) == 2 and module != name and (named or f"{module}.input_scale" in scaled):
+        if len(shape) == 2 and module != name and (named or f"{module}.{INPUT_SCALE}" in scaled):
             need.linears.append(module)
 
 

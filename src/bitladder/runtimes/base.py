@@ -6,11 +6,12 @@ of a format is its row in the runtime's `SUPPORT`; what the format is, `bitladde
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
 
-from bitladder.formats import get_format
+from bitladder.formats import format_of_algorithm, get_format
+from bitladder.models.fusing import Layer
 from bitladder.records import BF16
 from bitladder.runtimes.architectures import Architecture
 
@@ -40,20 +41,6 @@ class Support:
 
 
 @dataclass(frozen=True)
-class RuntimeLayer:
-    """One linear of a runtime, under its name there, and the modules of the architecture that are fused in it.
-
-    `shards` are the runtime's names of all modules that could be in it, and `packed` whether vLLM's quantisation knows
-    them; see `models.fusing.Layer`.
-    """
-
-    name: str
-    modules: tuple[str, ...]
-    shards: tuple[str, ...] = ()
-    packed: bool = True
-
-
-@dataclass(frozen=True)
 class Decision:
     """What a configuration makes of a layer.
 
@@ -68,6 +55,12 @@ class Decision:
     patterns: tuple[str, ...] = ()
     format: str = BF16
     dropped: str | None = None
+
+
+def format_of(algorithm: str) -> str:
+    """Return our name of an algorithm's format, or the algorithm itself where it is none of ours."""
+    found = format_of_algorithm(algorithm)
+    return algorithm if found is None else found.name
 
 
 class Rules(ABC):
@@ -91,10 +84,10 @@ class Rules(ABC):
             algorithms: one for all, or, of a mix, that of each module that it lists, in ModelOpt's names.
         """
         self.need = need
-        self.uniform = self.format_of(algorithms) if isinstance(algorithms, str) else None
+        self.uniform = format_of(algorithms) if isinstance(algorithms, str) else None
         listed = {} if isinstance(algorithms, str) else algorithms
         self.entries = {self.entry(module): module for module in listed}
-        self.mix = {self.entry(module): self.format_of(algorithm) for module, algorithm in listed.items()}
+        self.mix = {self.entry(module): format_of(algorithm) for module, algorithm in listed.items()}
         self.written = {pattern: exclude for exclude in excludes for pattern in self.mapped(exclude)}
         self.patterns = tuple(self.written)
         self.wild = frozenset(pattern for pattern in self.patterns if any(mark in pattern for mark in "*?["))
@@ -105,21 +98,27 @@ class Rules(ABC):
         """Return the runtime's reading of `quant_algo`; None: it refuses."""
 
     @classmethod
-    def format_of(cls, algorithm: str) -> str:
-        """Return our name of an algorithm's format, or the algorithm itself where it isn't among `SUPPORT`."""
-        names = (name for name in cls.SUPPORT if get_format(name).modelopt_algorithm == algorithm)
-        return next(names, algorithm)
-
-    @classmethod
     def why_no_mix(cls, formats: frozenset[str]) -> str | None:
         """Return why the runtime refuses a mix of these formats; None: it doesn't."""
         return None
 
     @classmethod
+    def support(cls, format_name: str) -> Support | None:
+        """Return how the runtime runs a format; None: it doesn't."""
+        row = cls.SUPPORT.get(format_name)
+        return row if isinstance(row, Support) else None
+
+    @classmethod
+    def why_not(cls, format_name: str) -> str | None:
+        """Return why the runtime doesn't run a format of ours; None: it does, or the format is none of ours."""
+        row = cls.SUPPORT.get(format_name)
+        return row if isinstance(row, str) else None
+
+    @classmethod
     def method(cls, format_name: str) -> str:
         """Return the runtime's class that runs a format."""
-        support = cls.SUPPORT.get(format_name)
-        return support.method if isinstance(support, Support) else cls.other_method
+        support = cls.support(format_name)
+        return cls.other_method if support is None else support.method
 
     @classmethod
     def reproduced(cls, need: Architecture) -> bool:
@@ -137,12 +136,12 @@ class Rules(ABC):
         """Return what the runtime makes of a module's name in the list of a mix before it looks layers up."""
         return module
 
-    def listed(self, layer: RuntimeLayer) -> dict[str, str]:
+    def listed(self, layer: Layer) -> dict[str, str]:
         """Return the entries of a mix that decide about a layer, and their formats."""
         names = (layer.name, *(self.name(module) for module in layer.modules))
         return {name: self.mix[name] for name in names if name in self.mix}
 
-    def quantised(self, layer: RuntimeLayer) -> Decision:
+    def quantised(self, layer: Layer) -> Decision:
         """Decide about a layer that nothing excludes."""
         if self.uniform is not None:
             return Decision("quantised", (), self.uniform)
@@ -153,14 +152,11 @@ class Rules(ABC):
         if len(formats) > 1:
             return Decision("mixed", entries)
         (name,) = formats
-        support = self.SUPPORT.get(name)
-        if isinstance(support, Support) and support.in_mix:
+        support = self.support(name)
+        if support is not None and support.in_mix:
             return Decision("quantised", entries, name)
-        return Decision("excluded", entries, dropped=support if isinstance(support, str) else self.drops(name))
-
-    def drops(self, format_name: str) -> str:
-        """Say that a mix's layers of a format stay in 16 bits."""
-        return f"{self.runtime} {self.version} leaves {format_name} in 16 bits where a checkpoint mixes formats"
+        in_mix = f"{self.runtime} {self.version} leaves {name} in 16 bits where a checkpoint mixes formats"
+        return Decision("excluded", entries, dropped=self.why_not(name) or in_mix)
 
     def name(self, module: str) -> str:
         """Return the runtime's name of a module, fused ones apart."""
@@ -171,24 +167,24 @@ class Rules(ABC):
         return False
 
     @abstractmethod
-    def decide(self, layer: RuntimeLayer) -> Decision:
+    def decide(self, layer: Layer) -> Decision:
         """Return what the exclusions make of a layer."""
 
     @abstractmethod
     def hits(self, pattern: str, name: str) -> bool:
         """Return whether a mapped exclusion hits a module or layer under its name in the runtime."""
 
-    def exact(self, pattern: str, layer: RuntimeLayer) -> bool:
+    def exact(self, pattern: str, layer: Layer) -> bool:
         """Return whether an exclusion is just the name of a layer, or of a module in it, as checkpoints spell it."""
         written = self.need.rename(f"{self.written[pattern]}.").removesuffix(".")
         return written in layer.modules or pattern == layer.name
 
     @cached_property
-    def layers(self) -> tuple[RuntimeLayer, ...]:
-        """The linears of the runtime's model."""
+    def layers(self) -> tuple[Layer, ...]:
+        """The linears of the runtime's model, under its names; `modules` are the architecture's."""
         module_of = {self.name(module): module for module in self.need.linears}
         return tuple(
-            RuntimeLayer(layer.name, tuple(module_of[name] for name in layer.modules), layer.shards, layer.packed)
+            replace(layer, modules=tuple(module_of[name] for name in layer.modules))
             for layer in self.need.fusing.layers(module_of)
         )
 
@@ -208,7 +204,7 @@ class Rules(ABC):
         """Return the names under which the runtime looks a layer or module up in the list of a mix."""
         return (name,)
 
-    def unlisted(self, layer: RuntimeLayer) -> list[str]:
+    def unlisted(self, layer: Layer) -> list[str]:
         """Return the modules of a layer that a mix names neither by themselves nor by their fused layer."""
         if any(name in self.mix for name in self.spellings(layer.name)):
             return []

@@ -1,7 +1,7 @@
 """Runs a runtime in a child process of another Python environment: `run_child(...) -> Outcome`.
 
-The child is one of the scripts beside this file. They import the standard library, torch and their runtime, and nothing
-of ours, so that any environment with the runtime can run them. A job goes in as JSON; what the child found comes back
+The child is a script in its runtime's folder. It imports the standard library, torch and its runtime, and nothing of
+ours, so that any environment with the runtime can run it. A job goes in as JSON; what the child found comes back
 as JSON, written after every step, so that a child that is killed or crashes leaves what it knew.
 """
 
@@ -94,13 +94,13 @@ def _check_interpreter(python: Path) -> None:
 
 
 def run_child(
-    python: Path, script: str, job: Mapping[str, Any], *, timeout: float, environment: Mapping[str, str] | None = None
+    python: Path, script: Path, job: Mapping[str, Any], *, timeout: float, environment: Mapping[str, str] | None = None
 ) -> Outcome:
-    """Run `script` (a file beside this one) with `job` under another interpreter, and wait for it.
+    """Run `script` with `job` under another interpreter, and wait for it.
 
     Args:
         python: the interpreter of the runtime's environment.
-        script: the child's file name, e.g. `child_load.py`; it is called with the paths of the job and the result.
+        script: the child's file; it is called with the paths of the job and the result.
         job: what to do, as JSON.
         timeout: seconds until the child and its own children are killed.
         environment: variables set for the child unless the caller's environment has them.
@@ -114,7 +114,7 @@ def run_child(
         paths[0].write_text(json.dumps(dict(job)), encoding="utf-8")
         with paths[2].open("wb") as output:
             process = subprocess.Popen(
-                [str(python), str(Path(__file__).parent / script), str(paths[0]), str(paths[1])],
+                [str(python), str(script), str(paths[0]), str(paths[1])],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -20,13 +20,15 @@ class Quantisation:
     layers: Mapping[str, str] | None = None  # of a mix: module -> algorithm; None: it lists none, or not as it should
 
 
-def _section(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
+def section_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a section of a configuration, empty where there is none."""
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}
 
 
-def _layers(listed: object) -> dict[str, str] | None:
+def _layers(listed: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the algorithm of each module that a mix lists; None: the list is none, or empty."""
-    entries = {str(name): _section(entry).get("quant_algo") for name, entry in _section(listed).items()}
+    entries = {str(name): section_of(listed, name).get("quant_algo") for name in listed}
     if not entries or not all(isinstance(algorithm, str) for algorithm in entries.values()):
         return None
     return {name: str(algorithm) for name, algorithm in entries.items()}
@@ -45,19 +47,19 @@ def _quantisation(
         kv_cache=None if kv_cache is None else str(kv_cache),
         method=str(method),
         well_formed=well_formed,
-        layers=_layers(section.get("quantized_layers")),
+        layers=_layers(section_of(section, "quantized_layers")),
     )
 
 
 def inline(config: Mapping[str, Any]) -> Quantisation | None:
     """Return what config.json asks for. Source: vllm model_executor/model_loader/weight_utils.py, get_quant_config."""
-    text = _section(config.get("text_config"))
+    text = section_of(config, "text_config")
     section = config.get("quantization_config") or text.get("quantization_config") or config.get("compression_config")
     if not isinstance(section, dict):
         return None
     if "quantization" in section:
         return nested(section, CONFIG_FILE)
-    cache = _section(section.get("kv_cache_scheme"))
+    cache = section_of(section, "kv_cache_scheme")
     eight_bit = (cache.get("type"), cache.get("num_bits")) == ("float", 8)
     return _quantisation(
         CONFIG_FILE,
@@ -70,7 +72,7 @@ def inline(config: Mapping[str, Any]) -> Quantisation | None:
 
 def nested(content: Mapping[str, Any], file: str) -> Quantisation:
     """Return what hf_quant_config.json asks for."""
-    section = _section(content.get("quantization"))
+    section = section_of(content, "quantization")
     return _quantisation(
         file,
         section,

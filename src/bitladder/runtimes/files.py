@@ -40,7 +40,6 @@ _FLOATS: dict[str, Callable[[bytes], "np.ndarray[Any, Any]"]] = {  # dtype of sc
     "F32": lambda data: np.frombuffer(data, "<f4"),
     "F64": lambda data: np.frombuffer(data, "<f8"),
 }
-SCALE_DTYPE = "F32"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Read are the JSON files, the headers of the safetensors files, and every scale; that is milliseconds, whatever the
 model's size. With `read_weights=True` the weights are read too, for NaN and infinity: as long as the disk takes.
-No runtime is imported. Each runtime's own rules (`rules.py`) are applied to one list of what the architecture needs
+No runtime is imported. Each runtime's own rules (`registry.py`) are applied to one list of what the architecture needs
 and one list of what the files hold:
 
 - which configuration it reads, and whether it knows the algorithm;
@@ -13,9 +13,9 @@ and one list of what the files hold:
   group where they must be shared;
 - the FP8 KV cache that is asked for against its scales; the manifest's promises.
 
-Tensor names are read as vLLM's mapper does, for every runtime. How the runtimes differ beyond that is in `rules.py`,
-what an architecture needs in `architectures.py`, each with its sources; `files.py` reads what the directory holds;
-the checks themselves are in `checks/`.
+Tensor names are read as vLLM's mapper does, for every runtime. How the runtimes differ beyond that is in each one's
+rules, what an architecture needs in `architectures.py`, each with its sources; `files.py` reads what the directory
+holds; the checks themselves are in `checks/`.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,7 @@ from pathlib import Path
 
 from bitladder.errors import BitladderError, ModelError
 from bitladder.records import BF16, ProbedLayer, ProbeResult
-from bitladder.runtimes.architectures import (
-    Architecture,
-    architecture,
-)
+from bitladder.runtimes.architectures import Architecture, architecture
 from bitladder.runtimes.base import Rules
 from bitladder.runtimes.checks.configuration import ConfigurationCheck
 from bitladder.runtimes.checks.formats import FormatsCheck

@@ -4,8 +4,9 @@ import re
 from functools import cached_property
 from typing import ClassVar
 
+from bitladder.models.fusing import Layer
 from bitladder.runtimes.architectures import LLAVA_RENAMES, QWEN2_VL_RENAMES, Architecture
-from bitladder.runtimes.base import MIX, Decision, Rules, RuntimeLayer, Support
+from bitladder.runtimes.base import MIX, Decision, Rules, Support
 
 _PLAIN = re.compile(r"[\w.\-]+")  # a name without any sign that means something in a regular expression
 
@@ -69,7 +70,7 @@ class SglangRules(Rules):
         """Return whether it is the output matrix, which is no LinearBase there."""
         return module == self.need.head
 
-    def decide(self, layer: RuntimeLayer) -> Decision:
+    def decide(self, layer: Layer) -> Decision:
         """Decide by parts of the modules' names first, then by wildcards over the fused name."""
         shards = layer.shards or (layer.name,)
         listed = {shard: self._parts_of(shard) for shard in shards}

@@ -3,8 +3,9 @@
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
+from bitladder.models.fusing import Layer
 from bitladder.runtimes.architectures import QWEN2_VL_RENAMES, Architecture
-from bitladder.runtimes.base import MIX, Decision, Rules, RuntimeLayer, Support
+from bitladder.runtimes.base import MIX, Decision, Rules, Support
 
 _KERNEL_MULTIPLE = 16  # FP8 products of cuBLAS want dimensions of 16 bytes (cuBLAS documentation, cublasLtMatmul)
 _LINEAR = "tensorrt_llm/_torch/modules/linear.py at 00bbf71e7964"
@@ -55,7 +56,7 @@ class TensorRtLlmRules(Rules):
         """Return whether it is the output matrix, or in the vision tower."""
         return module == self.need.head or (self.need.vision is not None and module.startswith(self.need.vision))
 
-    def decide(self, layer: RuntimeLayer) -> Decision:
+    def decide(self, layer: Layer) -> Decision:
         """Decide by the fused name and those of its modules: one hit is enough."""
         names = (layer.name, *(self.name(module) for module in layer.modules))
         listed = dict.fromkeys(name for name in names if name in self.written)
@@ -63,7 +64,7 @@ class TensorRtLlmRules(Rules):
         hits = tuple(sorted({*listed, *wild}, key=self.patterns.index))
         return Decision("excluded", hits) if hits else self.quantised(layer)
 
-    def listed(self, layer: RuntimeLayer) -> dict[str, str]:
+    def listed(self, layer: Layer) -> dict[str, str]:
         """Return the entry of a layer's own name; of a fused one the first that holds its deciding module's."""
         parent, _, own = layer.name.rpartition(".")
         if own not in self._DECIDING or not layer.shards:

@@ -2,7 +2,7 @@
 
 from bitladder.formats import get_format
 from bitladder.runtimes.architectures import architecture_name
-from bitladder.runtimes.base import MIX, Support
+from bitladder.runtimes.base import MIX, format_of
 from bitladder.runtimes.checks.subject import Subject
 from bitladder.runtimes.config import CONFIG_FILE, Quantisation
 from bitladder.runtimes.registry import RULES
@@ -52,8 +52,8 @@ class ConfigurationCheck(Subject):
                 "write them as a list of the modules' exact names",
             )
             return False
-        reason = self.rules.SUPPORT.get(self.rules.format_of(str(asked.algorithm).upper()))
-        if isinstance(reason, str):
+        reason = self.rules.why_not(format_of(str(asked.algorithm).upper()))
+        if reason is not None:
             self._unsupported(asked, f"quant_algo is {asked.algorithm}: {reason}")
             return False
         algorithm = self.rules.algorithm(asked.algorithm)
@@ -73,6 +73,10 @@ class ConfigurationCheck(Subject):
             self._another_algorithm(asked.file, algorithm)
             return False
         return True
+
+    @property
+    def _last_word(self) -> str:
+        return f"let {self.rules.runtime}'s own loader have the last word"
 
     @property
     def _many_scales(self) -> bool:
@@ -114,8 +118,8 @@ class ConfigurationCheck(Subject):
             self._another_algorithm(asked.file, f"{MIX} with {', '.join(foreign)}")
             return False
         for name in sorted(formats):
-            support = self.rules.SUPPORT[name]
-            if isinstance(support, Support) and support.caveat is not None:
+            support = self.rules.support(name)
+            if support is not None and support.caveat is not None:
                 self.findings.warn(
                     "unsupported_format", asked.file, f"mixes {name} in: {support.caveat}", "serve it with that version"
                 )

@@ -1,9 +1,9 @@
 """In which format is a layer stored, in which would it run, and in which was it promised?"""
 
 from bitladder.formats import get_format
+from bitladder.models.fusing import Layer
 from bitladder.records import BF16, CheckpointManifest
 from bitladder.runtimes.architectures import SCALES
-from bitladder.runtimes.base import RuntimeLayer, Support
 from bitladder.runtimes.checks.subject import Subject
 from bitladder.runtimes.config import CONFIG_FILE, LEGACY_FILE
 from bitladder.runtimes.files import SIXTEEN_BIT
@@ -18,8 +18,9 @@ class FormatsCheck(Subject):
     def check_formats(self) -> None:
         """Check every tensor's dtype, and every layer's format against what the runtime would run."""
         linear = {f"{module}.weight" for module in self.need.linears}
+        codes = {get_format(name).code_dtype for name in self.rules.SUPPORT}
         for name, tensor in self.tensors.weights.items():
-            if name in linear and tensor.dtype not in (*self._code_dtypes, *SIXTEEN_BIT):
+            if name in linear and tensor.dtype not in (*codes, *SIXTEEN_BIT):
                 runs = self._runs_in[name.removesuffix(".weight")]
                 wanted = get_format(next(iter(self.rules.SUPPORT)) if runs == BF16 else runs)
                 self.findings.error(
@@ -42,7 +43,7 @@ class FormatsCheck(Subject):
             "store it in BF16, as the original model has it",
         )
 
-    def _format(self, layer: RuntimeLayer) -> None:
+    def _format(self, layer: Layer) -> None:
         """Check one layer of the runtime."""
         runtime, decision = self.rules.runtime, self.decisions[layer]
         stored = {module: held for module in layer.modules if (held := self._stored(module)) is not None}
@@ -76,7 +77,7 @@ class FormatsCheck(Subject):
             self._listing(layer, where)
         self._left_over(layer)
 
-    def _mixed_decision(self, layer: RuntimeLayer, where: str) -> None:
+    def _mixed_decision(self, layer: Layer, where: str) -> None:
         """Say that the modules of a fused layer are decided differently."""
         fuses = f"{self.rules.runtime} fuses {', '.join(m.rpartition('.')[2] for m in layer.modules)}, but "
         if any(pattern in self.rules.mix for pattern in self.decisions[layer].patterns):
@@ -86,7 +87,7 @@ class FormatsCheck(Subject):
         remedy = "exclude all of them or none, by their exact names"
         self.findings.error("mixed_group", where, f"{fuses}only some are excluded", remedy)
 
-    def _listing(self, layer: RuntimeLayer, where: str) -> None:
+    def _listing(self, layer: Layer, where: str) -> None:
         """Warn of a quantised layer of which a mix lists only some modules."""
         lost = self.rules.unlisted(layer) if self.rules.mix else []
         if lost:
@@ -98,7 +99,7 @@ class FormatsCheck(Subject):
                 "list every quantised module",
             )
 
-    def _wrong_format(self, layer: RuntimeLayer, where: str) -> None:
+    def _wrong_format(self, layer: Layer, where: str) -> None:
         """Say why a layer would run in another format than it is stored in."""
         runtime, patterns = self.rules.runtime, self.decisions[layer].patterns
         if self.rules.uniform is None and self._wrong_in_mix(layer, where):
@@ -136,7 +137,7 @@ class FormatsCheck(Subject):
                 "replace it by the exact names of the modules that it is meant for",
             )
 
-    def _wrong_in_mix(self, layer: RuntimeLayer, where: str) -> bool:
+    def _wrong_in_mix(self, layer: Layer, where: str) -> bool:
         """Say why a layer would run in another format than it is stored in, if a mix's list is the reason."""
         runtime, decision = self.rules.runtime, self.decisions[layer]
         codes = f"{runtime} would take the codes for 16-bit numbers"
@@ -154,10 +155,10 @@ class FormatsCheck(Subject):
         self.findings.error("wrong_format", where, problem, remedy)
         return True
 
-    def _kernel(self, layer: RuntimeLayer, where: str) -> None:
+    def _kernel(self, layer: Layer, where: str) -> None:
         """Check the dimensions of a quantised layer."""
-        support = self.rules.SUPPORT.get(self._runs(layer))
-        multiple = support.multiple if isinstance(support, Support) else None
+        support = self.rules.support(self._runs(layer))
+        multiple = None if support is None else support.multiple
         shapes = [self.tensors.weights[f"{m}.weight"].shape for m in layer.modules if self._stored(m) is not None]
         if multiple is None or any(len(shape) != 2 for shape in shapes):
             return
@@ -170,7 +171,7 @@ class FormatsCheck(Subject):
                 "leave this layer in BF16",
             )
 
-    def _left_over(self, layer: RuntimeLayer) -> None:
+    def _left_over(self, layer: Layer) -> None:
         """Check that a layer in 16 bits has no scales."""
         for module in layer.modules:
             for leaf in SCALES:

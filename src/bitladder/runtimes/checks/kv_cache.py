@@ -1,5 +1,6 @@
 """Has an FP8 KV cache its scales, and have those one?"""
 
+from bitladder.formats import KV_SCALE_NAMES
 from bitladder.runtimes.checks.scales import ScalesCheck
 from bitladder.runtimes.config import CONFIG_FILE, LEGACY_FILE
 from bitladder.runtimes.findings import EXPORT_AGAIN
@@ -22,7 +23,7 @@ class KvCacheCheck(ScalesCheck):
                 )
             return
         for name in self._attentions():
-            for leaf in ("k_scale", "v_scale"):
+            for leaf in KV_SCALE_NAMES:
                 if f"{name}.{leaf}" not in held:
                     self.findings.error(
                         "missing_tensor",

@@ -7,14 +7,19 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bitladder.formats import get_format
+from bitladder.formats import INPUT_SCALE, SCALE_DTYPE, WEIGHT_SCALE, get_format
+from bitladder.models.fusing import Layer
 from bitladder.reading import open_file
 from bitladder.records import BF16
-from bitladder.runtimes.architectures import INPUT_SCALE
-from bitladder.runtimes.base import UNIFORM, RuntimeLayer
-from bitladder.runtimes.checks.subject import Subject, usable
-from bitladder.runtimes.files import SCALE_DTYPE, Tensor
+from bitladder.runtimes.base import UNIFORM
+from bitladder.runtimes.checks.subject import Subject
+from bitladder.runtimes.files import Tensor
 from bitladder.runtimes.findings import EXPORT_AGAIN
+
+
+def _usable(scale: float | None) -> bool:
+    """Return whether a number can be a scale."""
+    return scale is not None and 0 < scale < math.inf
 
 
 class ScalesCheck(Subject):
@@ -41,7 +46,7 @@ class ScalesCheck(Subject):
                     if tensor.path == path:
                         self._read(tensor, tensor.numbers(file))
 
-    def _read(self, tensor: Tensor, values: "NDArray[Any] | None") -> None:
+    def _read(self, tensor: Tensor, values: NDArray[Any] | None) -> None:
         if tensor.one_number:
             self._numbers[tensor.name] = None if values is None else float(values[0])
         else:
@@ -117,19 +122,19 @@ class ScalesCheck(Subject):
             )
         elif number is None:
             self._not_a_float(tensor)
-        elif not usable(number):
+        elif not _usable(number):
             self.findings.error("bad_scale", tensor.name, f"is {number}; a scale is finite and positive", EXPORT_AGAIN)
         else:
             self._rounded(tensor)
 
-    def _equal(self, layer: RuntimeLayer, modules: Sequence[str], leaf: str) -> None:
+    def _equal(self, layer: Layer, modules: Sequence[str], leaf: str) -> None:
         """Check that the modules of a fused layer share a scale."""
         tensors = [self.tensors.scales[name] for m in modules if (name := f"{m}.{leaf}") in self.tensors.scales]
         numbers = [self._numbers.get(tensor.name) for tensor in tensors]
-        if not all(usable(number) for number in numbers) or all(a == b for a, b in pairwise(numbers)):
+        if not all(_usable(number) for number in numbers) or all(a == b for a, b in pairwise(numbers)):
             return
         fused = layer.name.rpartition(".")[2]
-        if leaf == "weight_scale":
+        if leaf == WEIGHT_SCALE:
             self.findings.error(
                 "unequal_scales",
                 tensors[0].name,

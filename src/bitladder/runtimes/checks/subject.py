@@ -1,15 +1,15 @@
 """One checkpoint before one runtime's rules: what it holds, and what the rules decide about each layer."""
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from bitladder.formats import get_format
+from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, get_format
+from bitladder.models.fusing import Layer
 from bitladder.records import BF16
-from bitladder.runtimes.architectures import INPUT_SCALE, SCALES, Architecture
-from bitladder.runtimes.base import MIX, UNIFORM, Decision, Rules, RuntimeLayer
+from bitladder.runtimes.architectures import SCALES, Architecture
+from bitladder.runtimes.base import MIX, UNIFORM, Decision, Rules
 from bitladder.runtimes.config import LEGACY_FILE, inline, nested
 from bitladder.runtimes.files import SIXTEEN_BIT, Files, Tensor
 from bitladder.runtimes.findings import Findings
@@ -56,11 +56,6 @@ def _sort(need: Architecture, tensors: Iterable[Tensor]) -> Sorted:
     return kinds
 
 
-def usable(scale: float | None) -> bool:
-    """Return whether a number can be a scale."""
-    return scale is not None and 0 < scale < math.inf
-
-
 class Subject:
     """One checkpoint, read by one runtime's rules."""
 
@@ -70,8 +65,8 @@ class Subject:
         asked = [inline(files.config), None if files.legacy is None else nested(files.legacy, LEGACY_FILE)]
         self.configurations = [c for c in (reversed(asked) if rules.legacy_first else asked) if c is not None]
         self.quantisation = self.configurations[0] if self.configurations else None
-        asked_of = self.quantisation
-        self.rules = rules(need, () if asked_of is None else asked_of.excludes, self._algorithms(rules))
+        excludes = () if self.quantisation is None else self.quantisation.excludes
+        self.rules = rules(need, excludes, self._algorithms(rules))
         self.reproduced = rules.reproduced(need)
         self.decisions = {layer: self._decide(layer) for layer in self.rules.layers}
         self.wrong: set[str] = set()  # modules whose format is a finding already
@@ -88,7 +83,7 @@ class Subject:
             return {name: rules.algorithm(one) or one for name, one in (asked.layers or {}).items()}
         return rules.algorithm(asked.algorithm) or UNIFORM
 
-    def _decide(self, layer: RuntimeLayer) -> Decision:
+    def _decide(self, layer: Layer) -> Decision:
         if self.quantisation is None or all(self.rules.never_quantised(module) for module in layer.modules):
             return Decision("excluded")
         return self.rules.decide(layer)
@@ -109,15 +104,6 @@ class Subject:
                 return old + name.removeprefix(new)
         return name
 
-    @property
-    def _last_word(self) -> str:
-        return f"let {self.rules.runtime}'s own loader have the last word"
-
-    @cached_property
-    def _code_dtypes(self) -> frozenset[str]:
-        """Dtypes in which formats that are known here store a weight."""
-        return frozenset(get_format(name).code_dtype for name in self.rules.SUPPORT)
-
     def _stored(self, module: str) -> str | None:
         """Return the format in which a module is stored; None: its weight isn't there, or in no known one.
 
@@ -129,13 +115,13 @@ class Subject:
         if tensor.dtype in SIXTEEN_BIT:
             return BF16
         alike = [name for name in self.rules.SUPPORT if get_format(name).code_dtype == tensor.dtype]
-        scale = self.tensors.scales.get(f"{module}.weight_scale")
+        scale = self.tensors.scales.get(f"{module}.{WEIGHT_SCALE}")
         if scale is not None and (not scale.one_number or tensor.shape[:1] != (1,)):
             alike = [name for name in alike if get_format(name).channels != scale.one_number]
         runs = self._runs_in[module]
         return runs if runs in alike else next(iter(alike), None)
 
-    def _runs(self, layer: RuntimeLayer) -> str:
+    def _runs(self, layer: Layer) -> str:
         return self.decisions[layer].format
 
     def _expected(self, module: str) -> str | None:
@@ -147,7 +133,7 @@ class Subject:
         if stored in (None, BF16) or runs == BF16:
             return None if stored == BF16 else stored
         dynamic = f"{module}.{INPUT_SCALE}" not in self.tensors.scales
-        another = f"{module}.weight_scale" in self.tensors.scales and get_format(str(stored)).dynamic_input == dynamic
+        another = f"{module}.{WEIGHT_SCALE}" in self.tensors.scales and get_format(str(stored)).dynamic_input == dynamic
         return stored if another else runs
 
     @staticmethod
@@ -155,7 +141,7 @@ class Subject:
         """Return the names of the scales that a module in a format has."""
         if format_name is None or format_name == BF16:
             return ()
-        return tuple(leaf for leaf in SCALES if leaf != INPUT_SCALE or not get_format(format_name).dynamic_input)
+        return tuple(part.name for part in get_format(format_name).parts((1, 1)))  # alike for any shape
 
     def _promised(self) -> dict[str, str]:
         """Return the manifest's format of every quantised module, under vLLM's names."""

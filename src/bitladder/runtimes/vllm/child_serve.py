@@ -220,7 +220,7 @@ def memory_facts(llm: Any, gpu: bool) -> Facts:
 def open_image(reference: str) -> Any:
     """Return a picture in RGB; `reference` is a path or a `data:` URI.
 
-    As vLLM's server opens it, and our own evaluation (`calibration/pictures.py`): upright, on white.
+    As vLLM's server opens it, and our own evaluation (`data/pictures.py`): upright, on white.
     """
     from PIL import Image, ImageOps
 

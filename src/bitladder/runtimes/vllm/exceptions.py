@@ -16,6 +16,9 @@ from bitladder.records import ErrorClass
 _OUT_OF_MEMORY_SIGNAL: Final = -signal.SIGKILL
 
 
+SEE_TRACEBACK: Final = "see the traceback; `bitladder preflight` names the tensor or file where its rules know it"
+
+
 @dataclass(frozen=True)
 class Rule:
     """How an error is recognised.
@@ -116,3 +119,8 @@ def classify_exit(returncode: int, *, timed_out: bool) -> ErrorClass:
     if timed_out:
         return "timeout"
     return "out_of_memory" if returncode == _OUT_OF_MEMORY_SIGNAL else "runtime_bug"
+
+
+def exit_words(returncode: int) -> str:
+    """Return how a child ended, in words: `signal 9`, `exit status 1`."""
+    return f"signal {-returncode}" if returncode < 0 else f"exit status {returncode}"

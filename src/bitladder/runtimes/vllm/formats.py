@@ -1,16 +1,18 @@
 """Which of our formats a layer of vLLM's runs in: told by dtype and scales, which every release has."""
 
 from bitladder.formats import get_format
-from bitladder.records import BF16
+from bitladder.models.weights import TORCH_NAMES
+from bitladder.records import BF16, ProbedLayer, ProbeFinding
+from bitladder.runtimes import files
 from bitladder.runtimes.vllm.rules import VllmRules
 
-_SIXTEEN_BIT = ("bfloat16", "float16", "float32")
-_TORCH = {"F8_E4M3": "float8_e4m3fn"}  # a dtype as safetensors calls it -> as torch does
+# dtypes of weights that aren't quantised, as torch calls them
+SIXTEEN_BIT = tuple(TORCH_NAMES[dtype] for dtype in files.SIXTEEN_BIT)
 
 
 def plain_format(dtype: str | None) -> str | None:
     """Return the format of a weight's dtype (torch's name of it) by itself; None: scales tell which it is."""
-    if dtype is None or dtype in _SIXTEEN_BIT:
+    if dtype is None or dtype in SIXTEEN_BIT:
         return BF16
     return None if fitting(dtype) else dtype
 
@@ -27,7 +29,18 @@ def fitting(dtype: str, *, channels: bool | None = None, dynamic_input: bool | N
     return [
         one.name
         for one in formats
-        if _TORCH.get(one.code_dtype) == dtype
+        if TORCH_NAMES[one.code_dtype] == dtype
         and channels in (None, one.channels)
         and dynamic_input in (None, one.dynamic_input)
     ]
+
+
+def wrong_format(layer: ProbedLayer, says: str) -> ProbeFinding:
+    """Return the finding of a layer that runs in another format than it should; `says`: who names which format."""
+    return ProbeFinding(
+        error_class="wrong_format",
+        where=layer.name,
+        problem=f"{says}, vLLM runs {layer.format} ({layer.method} of {layer.runtime_name})",
+        remedy="name it in exclude_modules (`ignore` in config.json) exactly if it is stored in 16 bits, and in "
+        "quantized_layers, where there is one, if it isn't",
+    )

@@ -2,387 +2,24 @@
 
 The child (`child_load.py`) takes the checkpoint through vLLM's own loader in vLLM's environment, without an engine, and
 writes down what happened: exceptions, which tensor went where, methods, kernels, scales. Here that is compared with
-the checkpoint's manifest, layer by layer. Judging is pure (`judge`), so that it can be tested without vLLM.
-
-What vLLM refuses is classified by its exception. What it loads in silence is found from the facts: parameters that no
-tensor reached, values cast across the FP8 boundary, layers in another format than promised, scales that can't be, and
-scales that it merges. An exception that no rule explains counts last: the facts may explain it.
+the checkpoint's manifest, layer by layer. Judging (`load_judging.py`) is pure, so that it can be tested without vLLM.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bitladder.errors import ModelError
-from bitladder.records import BF16, CheckpointManifest, ErrorClass, ProbedLayer, ProbeFinding, ProbeResult, RunInfo
+from bitladder.records import ProbeFinding, ProbeResult, RunInfo
 from bitladder.runinfo import Meter
-from bitladder.runtimes.child import VLLM_ENVIRONMENT, VLLM_PACKAGES, Outcome, first_line, installed_version, run_child
+from bitladder.runtimes.child import VLLM_ENVIRONMENT, VLLM_PACKAGES, Outcome, installed_version, run_child
 from bitladder.runtimes.files import read_manifest
 from bitladder.runtimes.findings import Findings
-from bitladder.runtimes.vllm.exceptions import classify, classify_exit
-from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
-from bitladder.runtimes.vllm.formats import fitting, plain_format
+from bitladder.runtimes.vllm.facts import Facts
+from bitladder.runtimes.vllm.load_judging import child_findings, findings, probed_layers
 
-SCRIPT = "vllm/child_load.py"
+SCRIPT = Path(__file__).with_name("child_load.py")
 RUNTIME = "vllm"
-_KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
-_SIXTEEN_BIT = ("bfloat16", "float16", "float32", "float64")  # dtypes of a layer that isn't quantised
-# What vLLM's attention layers may be given besides k_scale and v_scale; ModelOpt writes neither, 1.0 is used.
-# Source: vllm model_executor/layers/quantization/kv_cache.py, BaseKVCacheMethod.create_weights.
-_OPTIONAL_SCALES = ("q_scale", "prob_scale")
-_KV_SCALES = ("k_scale", "v_scale")
-# Tensors that older checkpoints carry and that every runtime computes itself.
-# Source: vllm model_executor/models/utils.py, AutoWeightsLoader (rotary embeddings are dropped).
-_RECOMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 _TAIL = 4000  # characters of a dead child's output that are kept
-
-
-def module_of(tensor: str) -> str:
-    """Return the module that a tensor belongs to: its name without the last part."""
-    return tensor.rpartition(".")[0]
-
-
-def _error(error_class: ErrorClass, where: str, problem: str, remedy: str) -> ProbeFinding:
-    return ProbeFinding(error_class=error_class, where=where, problem=problem, remedy=remedy)
-
-
-def _warning(error_class: ErrorClass, where: str, problem: str, remedy: str) -> ProbeFinding:
-    return ProbeFinding(error_class=error_class, severity="warning", where=where, problem=problem, remedy=remedy)
-
-
-def _first_line(text: str, limit: int = 400) -> str:
-    line = first_line(text)
-    return line if len(line) <= limit else f"{line[:limit]}..."
-
-
-_EXPORT = "export the checkpoint again"
-
-
-def failure_finding(failure: Failure, facts: Facts) -> ProbeFinding:
-    """Return the finding of an exception that vLLM raised; `runtime_bug` where no rule explains it."""
-    error_class = classify(failure.type, failure.message or failure.line)
-    where = f"vLLM, {failure.step}"
-    if failure.step == "weights" and facts.last_tensor is not None:
-        where = facts.last_tensor
-    said = _first_line(failure.message) or f"`{failure.line}` failed"
-    return _error(
-        error_class,
-        where,
-        f"vLLM stops at the step {failure.step}: {failure.type}: {said}",
-        "see the traceback; `bitladder preflight` names the tensor or file where its rules know it",
-    )
-
-
-def tokenizer_findings(facts: Facts) -> Iterator[ProbeFinding]:
-    """Yield a tokenizer that makes nothing of text: transformers builds an empty one where the files are missing."""
-    if facts.tokenizer is not None and not facts.tokenizer.text_tokens:
-        yield _error(
-            "missing_file",
-            "tokenizer.json",
-            f"vLLM makes a tokenizer of {facts.tokenizer.vocabulary} token(s), which turns text into nothing",
-            "copy the source's tokenizer files into the checkpoint",
-        )
-
-
-def cast_findings(facts: Facts) -> Iterator[ProbeFinding]:
-    """Yield tensors whose values were cast into, out of, or between FP8 types without a scale."""
-    for cast in facts.casts:
-        yield _error(
-            "silent_cast",
-            cast.tensor,
-            f"vLLM casts it from {cast.before} to {cast.after} without a scale ({cast.parameter or 'on the way'})",
-            "store the module in the format that exclude_modules (`ignore` in config.json) gives it, or change those",
-        )
-
-
-def _shards(layer: Layer | None, parameter: Parameter, begin: int, end: int) -> list[int]:
-    """Return which of a layer's shards the elements `begin` to `end` of a parameter belong to."""
-    if layer is None or not layer.shards or not parameter.shape:
-        return []
-    if parameter.elements == len(layer.shards):  # a scale for each
-        edges = list(range(len(layer.shards) + 1))
-    elif sum(layer.widths) == parameter.shape[0]:
-        row = parameter.elements // parameter.shape[0]
-        edges = [0, *(row * rows for rows in accumulate(layer.widths))]
-    else:
-        return []
-    return [index for index, (low, high) in enumerate(pairwise(edges)) if low < end and begin < high]
-
-
-def _sibling(facts: Facts, layer: Layer) -> str | None:
-    """Return the checkpoint's name of a module that was loaded into a layer."""
-    own = (p for name, p in facts.parameters.items() if module_of(name) == layer.name)
-    return next((module_of(copy.tensor) for parameter in own for copy in parameter.copies), None)
-
-
-def _tensor_names(facts: Facts, layer: Layer | None, name: str, begin: int, end: int) -> list[str]:
-    """Return the checkpoint's names for elements of a parameter, or vLLM's where the checkpoint shows no sibling."""
-    kind = name.rpartition(".")[2]
-    sibling = _sibling(facts, layer) if layer is not None else None
-    if layer is None or sibling is None:
-        return [name]
-    parent, _, own = sibling.rpartition(".")
-    if own not in layer.shards:  # one module in the checkpoint
-        return [f"{sibling}.{kind}"]
-    shards = _shards(layer, facts.parameters[name], begin, end)
-    return [f"{parent}.{layer.shards[index]}.{kind}" for index in shards] or [name]
-
-
-def _fused_on_disk(facts: Facts, name: str) -> bool:
-    """Return whether a scale's layer is one tensor in the checkpoint, so that one scale is all it can have."""
-    weight = facts.parameters.get(f"{module_of(name)}.weight")
-    own = facts.parameters[name].copies
-    return weight is not None and bool(own) and len({copy.tensor for copy in weight.copies}) == 1
-
-
-def missing_findings(facts: Facts) -> Iterator[ProbeFinding]:
-    """Yield what vLLM never loaded: elements that no tensor reached."""
-    layers = {layer.name: layer for layer in facts.layers}
-    for name, parameter in facts.parameters.items():
-        kind = name.rpartition(".")[2]
-        if not parameter.unloaded or kind in _KV_SCALES or kind in _OPTIONAL_SCALES or _fused_on_disk(facts, name):
-            continue
-        names = {
-            tensor: None
-            for begin, end in parameter.unloaded
-            for tensor in _tensor_names(facts, layers.get(module_of(name)), name, begin, end)
-        }
-        count = sum(end - begin for begin, end in parameter.unloaded)
-        for tensor in names:
-            yield _error(
-                "missing_tensor",
-                tensor,
-                f"vLLM never loads {count:,} of {parameter.elements:,} elements of {name}, and doesn't say so",
-                f"{_EXPORT}; the checkpoint lacks this tensor, or has it under a name that vLLM doesn't know",
-            )
-
-
-def unused_findings(facts: Facts, manifest: CheckpointManifest | None) -> Iterator[ProbeFinding]:
-    """Yield tensors that vLLM read and put nowhere."""
-    promised = set() if manifest is None else {module.tensor for module in manifest.modules}
-    for tensor in facts.unused:
-        if tensor.endswith(_RECOMPUTED):
-            continue
-        tied = bool(facts.config.get("tied")) and tensor.endswith("lm_head.weight")
-        make = _warning if tied and tensor not in promised and facts.tensors[tensor].dtype in _SIXTEEN_BIT else _error
-        yield make(
-            "unexpected_tensor",
-            tensor,
-            "vLLM reads it and puts it nowhere" + (": the embeddings are used for the language head" if tied else ""),
-            f"{_EXPORT} without it, or under the name that vLLM knows",
-        )
-
-
-def _source_of(parameter: Parameter, index: int) -> str | None:
-    """Return the tensor that was copied into one element; the last one, if there were several."""
-    found = [copy.tensor for copy in parameter.copies if copy.begin <= index < copy.end]
-    return found[-1] if found else None
-
-
-def scale_findings(facts: Facts) -> Iterator[ProbeFinding]:
-    """Yield loaded scales that no multiplier can have: NaN, infinite, zero, negative."""
-    for parameter in facts.parameters.values():
-        odd = dict(parameter.odd)
-        odd |= {i: value for i, value in enumerate(parameter.values) if not (math.isfinite(value) and value > 0)}
-        found: dict[str, list[float]] = {}
-        for index, value in odd.items():
-            tensor = _source_of(parameter, index)
-            if tensor is not None:
-                found.setdefault(tensor, []).append(value)
-        for tensor, values in found.items():
-            one = next(copy for copy in parameter.copies if copy.tensor == tensor)
-            single = one.end - one.begin == 1
-            yield _error(
-                "bad_scale",
-                tensor,
-                f"the scale is {values[0]}; vLLM loads it without a word"
-                if single
-                else f"a scale of an output row is {values[0]}; vLLM loads it without a word",
-                f"{_EXPORT}; if the scale is the same then, measure again",
-            )
-
-
-def weight_findings(facts: Facts) -> Iterator[ProbeFinding]:
-    """Yield loaded weights with values that aren't finite."""
-    for name, parameter in facts.parameters.items():
-        if parameter.nan > 0 or parameter.inf > 0:
-            tensors = ", ".join(dict.fromkeys(copy.tensor for copy in parameter.copies)) or name
-            yield _error(
-                "bad_weight",
-                tensors,
-                f"{parameter.nan:,} NaN and {parameter.inf:,} infinite values in {name}",
-                f"{_EXPORT}; if the source has them too, it is damaged: fetch it again",
-            )
-
-
-def unequal_findings(facts: Facts) -> Iterator[ProbeFinding]:
-    """Yield fused layers whose shards have different scales: weights are quantised anew, input scales merged."""
-    for name, parameter in facts.parameters.items():
-        kind = name.rpartition(".")[2]
-        loaded = {
-            tensor: value
-            for index, value in enumerate(parameter.values)
-            if (tensor := _source_of(parameter, index)) is not None and math.isfinite(value) and value > 0
-        }
-        if kind not in ("weight_scale", "input_scale") or len(set(loaded.values())) < 2:
-            continue
-        if any(copy.end - copy.begin > 1 for copy in parameter.copies):  # one an output row: nothing is merged
-            continue
-        values = ", ".join(f"{tensor} {value:.6g}" for tensor, value in loaded.items())
-        remedy = f"{_EXPORT} with one {kind} for the modules that are fused"
-        if kind == "weight_scale":
-            done = (
-                "quantises the weights again to the largest scale: what runs isn't what is stored; "
-                f"{len(facts.requantised)} shards in the whole model"
-            )
-            yield _error("unequal_scales", module_of(name), f"vLLM {done} ({values})", remedy)
-        else:
-            yield _warning("unequal_scales", module_of(name), f"vLLM takes the largest for all ({values})", remedy)
-
-
-def running_format(facts: Facts, layer: Layer) -> str:
-    """Return our name of the format that vLLM made a layer for, by the dtype and the scales that it gave it."""
-    plain = plain_format(layer.created_dtype)
-    if plain is not None:
-        return plain
-    scale = facts.parameters.get(f"{layer.name}.weight_scale")
-    rows = facts.parameters[f"{layer.name}.weight"].shape[0]
-    dynamic = f"{layer.name}.input_scale" not in facts.parameters
-    channels = scale is not None and scale.elements == rows != max(len(layer.shards), 1)
-    found = fitting(str(layer.created_dtype), channels=channels, dynamic_input=dynamic)
-    if found:
-        return found[0]
-    scales = "no weight_scale" if scale is None else f"weight_scale {list(scale.shape)}"
-    return f"{layer.created_dtype} with {scales}, {'no' if dynamic else 'an'} input_scale"
-
-
-def stored_formats(facts: Facts, module: str) -> list[str]:
-    """Return the formats in which a module may be stored, by its dtype and scales; several where a scale is missing."""
-    dtype = facts.tensors[f"{module}.weight"].dtype
-    plain = plain_format(dtype)
-    if plain is not None:
-        return [plain]
-    scale = facts.tensors.get(f"{module}.weight_scale")
-    channels = None if scale is None else scale.shape not in ((), (1,))
-    return fitting(dtype, channels=channels) or [dtype]
-
-
-def _numbered_part(module: str) -> str:
-    """Return a module's name from its numbered list on: `layers.3.mlp.up_proj`; all of it where there is none."""
-    parts = module.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdigit()), 1)
-    return ".".join(parts[max(index - 1, 0) :])
-
-
-def promises(facts: Facts, manifest: CheckpointManifest) -> dict[str, str]:
-    """Return the manifest's format of each quantised module, under the checkpoint's name of it.
-
-    Tensors may have been renamed since (a runtime takes the names of several releases of transformers): a module that
-    isn't there by its name is the one whose name ends alike, if there is only one.
-    """
-    modules = {module_of(name) for name in facts.tensors if name.endswith(".weight")}
-    found = {}
-    for module in manifest.modules:
-        name = module_of(module.tensor)
-        if name not in modules:
-            ending = f".{_numbered_part(name)}"
-            alike = [other for other in modules if other.endswith(ending)]
-            name = alike[0] if len(alike) == 1 else name
-        found[name] = module.format
-    return found
-
-
-def probed_layers(facts: Facts, manifest: CheckpointManifest | None) -> tuple[ProbedLayer, ...]:
-    """Return one row per linear module of the checkpoint that vLLM loaded a weight of, in the model's order."""
-    promised = {} if manifest is None else promises(facts, manifest)
-    rows = {}
-    for layer in facts.layers:
-        weight = facts.parameters.get(f"{layer.name}.weight")
-        if weight is None:
-            continue
-        for copy in sorted(weight.copies, key=lambda copy: copy.begin):
-            module = module_of(copy.tensor)
-            rows[module] = ProbedLayer(
-                name=module,
-                runtime_name=layer.name,
-                promised=None if manifest is None else promised.get(module, BF16),
-                format=running_format(facts, layer),
-                method=layer.method,
-                kernel=layer.kernel,
-                dtype=layer.dtype,
-            )
-    return tuple(rows.values())
-
-
-def format_findings(facts: Facts, layers: Iterable[ProbedLayer]) -> Iterator[ProbeFinding]:
-    """Yield modules that vLLM runs in another format than the manifest promises, or (without one) than is stored."""
-    for layer in layers:
-        expected, says = [] if layer.promised is None else [layer.promised], "the manifest promises"
-        if layer.promised is None and f"{layer.name}.weight" in facts.tensors:
-            expected, says = stored_formats(facts, layer.name), "the checkpoint stores"
-        if expected and layer.format not in expected:
-            yield _error(
-                "wrong_format",
-                layer.name,
-                f"{says} {expected[0]}, vLLM runs {layer.format} ({layer.method} of {layer.runtime_name})",
-                "name it in exclude_modules (`ignore` in config.json) exactly if it is stored in 16 bits, and in "
-                "quantized_layers, where there is one, if it isn't",
-            )
-
-
-def _kv_wanted(facts: Facts, manifest: CheckpointManifest | None) -> bool:
-    """Return whether the checkpoint promises an FP8 KV cache."""
-    if manifest is not None:
-        return manifest.kv_cache_format is not None
-    return facts.config.get("kv_cache_promised") is not None
-
-
-def kv_findings(facts: Facts, manifest: CheckpointManifest | None) -> Iterator[ProbeFinding]:
-    """Yield attention layers whose KV cache has another dtype than promised, or scales that were never loaded."""
-    wanted = _kv_wanted(facts, manifest)
-    for layer in facts.attention:
-        runs = layer.kv_cache_dtype.startswith(_KV_FP8)
-        scales = {kind: facts.parameters.get(f"{layer.name}.{kind}") for kind in _KV_SCALES}
-        loaded = {kind for kind, parameter in scales.items() if parameter is not None and parameter.copies}
-        if runs != wanted:
-            yield _error(
-                "wrong_format",
-                layer.name,
-                f"the KV cache is promised in {_KV_FP8 if wanted else '16 bits'}, vLLM keeps it in "
-                f"{layer.kv_cache_dtype if runs else '16 bits'}",
-                "make kv_cache_scheme in config.json say what the checkpoint's scales are for",
-            )
-        elif loaded and not runs:
-            yield _warning(
-                "unexpected_tensor",
-                layer.name,
-                f"vLLM ignores {', '.join(sorted(loaded))}: nothing asks for an FP8 KV cache",
-                "add kv_cache_scheme to config.json's quantization_config, or leave the scales out",
-            )
-        for kind in sorted(set(_KV_SCALES) - loaded) if runs else ():
-            yield _error(
-                "missing_tensor",
-                f"{layer.name}.{kind}",
-                f"the KV cache is FP8, but no {kind} is loaded; vLLM takes the other scale, or 1.0, and doesn't say so",
-                f"{_EXPORT} with {kind} of every layer, or without kv_cache_scheme",
-            )
-
-
-def findings(facts: Facts, manifest: CheckpointManifest | None) -> tuple[ProbeFinding, ...]:
-    """Return everything that is wrong, the most telling first: known exceptions, silent faults, other exceptions."""
-    failures = [failure_finding(failure, facts) for failure in facts.errors]
-    silent: list[ProbeFinding] = [*tokenizer_findings(facts), *cast_findings(facts)]
-    if facts.loaded:
-        silent += [*missing_findings(facts), *unused_findings(facts, manifest)]
-    silent += [*scale_findings(facts), *weight_findings(facts), *unequal_findings(facts)]
-    silent += format_findings(facts, probed_layers(facts, manifest))
-    if facts.loaded:
-        silent += kv_findings(facts, manifest)
-    known = [finding for finding in failures if finding.error_class != "runtime_bug"]
-    unknown = [finding for finding in failures if finding.error_class == "runtime_bug"]
-    return tuple(dict.fromkeys([*known, *silent, *unknown]))
 
 
 def judge(
@@ -408,7 +45,9 @@ def judge(
     """
     damage = Findings()
     manifest = read_manifest(directory, damage)
-    tracebacks = [failure.traceback for failure in facts.errors] if facts is not None else []
+    layers = () if facts is None else probed_layers(facts, manifest)
+    found = () if facts is None else findings(facts, manifest, layers)
+    tracebacks = () if facts is None else tuple(failure.traceback for failure in facts.errors)
     return ProbeResult(
         checkpoint=directory.name,
         scheme=None if manifest is None else manifest.scheme,
@@ -418,33 +57,11 @@ def judge(
         stage="load",
         reached="nothing" if facts is None else facts.reached,
         device=device,
-        layers=() if facts is None else probed_layers(facts, manifest),
-        findings=(*extra, *(() if facts is None else findings(facts, manifest)), *damage.records()),
+        layers=layers,
+        findings=(*extra, *found, *damage.records()),
         traceback="\n".join(tracebacks) or output,
         run=run,
     )
-
-
-def child_findings(outcome: Outcome, facts: Facts | None, timeout: float) -> tuple[ProbeFinding, ...]:
-    """Return what ended the child before it was done with a checkpoint."""
-    step = "vLLM, start" if facts is None else f"vLLM, after the step {facts.reached}"
-    if outcome.timed_out:
-        remedy = "give it more time; if it hangs, the output in the result says where"
-        return (_error("timeout", step, f"not finished after {timeout:g} s", remedy),)
-    error = outcome.result.get("error")
-    if error:
-        failure = Failure.model_validate(error)
-        problem = f"vLLM can't be imported: {failure.type}: {_first_line(failure.message)}"
-        remedy = "repair its environment (`make vllm-env` makes one for CPUs)"
-        return (_error(classify(failure.type, failure.message or failure.line), "vLLM", problem, remedy),)
-    ended = f"signal {-outcome.returncode}" if outcome.returncode < 0 else f"exit status {outcome.returncode}"
-    remedy = "see its output in the result; the whole checkpoint is loaded: where memory ran out, give it more"
-    return (_error(classify_exit(outcome.returncode, timed_out=False), step, f"the child ended with {ended}", remedy),)
-
-
-def _parse(content: Mapping[str, Any]) -> list[Facts]:
-    """Return the child's facts, one entry per checkpoint that it began with."""
-    return [Facts.model_validate(entry) for entry in content.get("checkpoints", [])]
 
 
 def _results(
@@ -452,7 +69,7 @@ def _results(
 ) -> list[ProbeResult]:
     """Return results for the checkpoints that a child began with, at least for the first one."""
     device = outcome.result.get("runtime", {}).get("device")
-    parsed: list[Facts | None] = [*_parse(outcome.result)]
+    parsed: list[Facts | None] = [Facts.model_validate(entry) for entry in outcome.result.get("checkpoints", [])]
     results = []
     for directory, facts in zip(directories, parsed or [None], strict=False):
         unfinished = facts is None or not facts.done
@@ -494,11 +111,11 @@ def load_all(
     _check(directories)
     version = installed_version(python)
     if version is None:
-        finding = _error(
-            "no_runtime",
-            str(python),
-            f"none of {', '.join(VLLM_PACKAGES)} is installed there",
-            "name the interpreter of an environment with vLLM (`make vllm-env` makes one for CPUs)",
+        finding = ProbeFinding(
+            error_class="no_runtime",
+            where=str(python),
+            problem=f"none of {', '.join(VLLM_PACKAGES)} is installed there",
+            remedy="name the interpreter of an environment with vLLM (`make vllm-env` makes one for CPUs)",
         )
         return tuple(judge(d, None, version="none", device=None, extra=(finding,)) for d in directories)
     results: list[ProbeResult] = []

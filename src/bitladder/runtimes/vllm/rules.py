@@ -5,8 +5,9 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import ClassVar
 
+from bitladder.models.fusing import Layer
 from bitladder.runtimes.architectures import Architecture
-from bitladder.runtimes.base import MIX, Decision, Rules, RuntimeLayer, Support
+from bitladder.runtimes.base import MIX, Decision, Rules, Support
 
 _MODELOPT = "vllm {}, model_executor/layers/quantization/modelopt.py"
 
@@ -58,7 +59,7 @@ class VllmRules(Rules):
         """Return whether it belongs to a vision tower that vLLM knows by these names; in a mix only the list counts."""
         return self.uniform is not None and any(part in module for part in self._NEVER)
 
-    def decide(self, layer: RuntimeLayer) -> Decision:
+    def decide(self, layer: Layer) -> Decision:
         """Decide by exact names first; only a whole fused name outranks its modules'."""
         asked = self.need.fusing.asked_as
         name = asked(layer.name)
@@ -74,21 +75,30 @@ class VllmRules(Rules):
         return self.need.rename(module)
 
     def spellings(self, name: str) -> tuple[str, ...]:
-        """Return a name in vLLM's and in transformers' spelling."""
-        return _spellings(name)
+        """Return a name in vLLM's and in transformers' spelling.
 
-    def listed(self, layer: RuntimeLayer) -> dict[str, str]:
+        Source: vllm 0.32.0, ModelOptMixedPrecisionConfig._quantized_layer_prefix_candidates.
+        """
+        found = [name, "lm_head"] if name.endswith(".lm_head") else [name]
+        vllms, transformers = "language_model.model.", "model.language_model."
+        if name.startswith(vllms):
+            found.append(transformers + name.removeprefix(vllms))
+        elif name.startswith(transformers):
+            found.append(vllms + name.removeprefix(transformers))
+        return tuple(found)
+
+    def listed(self, layer: Layer) -> dict[str, str]:
         """Return the layer's own entry, or those of its modules, or the first one below it."""
         asked = self.need.fusing.asked_as
         own = self._found([asked(layer.name)])
         if own:
             return dict([next(iter(own.items()))])
         shards = self._found(map(asked, layer.shards))
-        below = next((self._below[name] for name in _spellings(asked(layer.name)) if name in self._below), None)
+        below = next((self._below[name] for name in self.spellings(asked(layer.name)) if name in self._below), None)
         return shards or ({} if below is None else {below: self.mix[below]})
 
     def _found(self, names: Iterable[str]) -> dict[str, str]:
-        return {entry: self.mix[entry] for name in names for entry in _spellings(name) if entry in self.mix}
+        return {entry: self.mix[entry] for name in names for entry in self.spellings(name) if entry in self.mix}
 
     @cached_property
     def _below(self) -> dict[str, str]:
@@ -116,17 +126,3 @@ class VllmRules0251(VllmRules):
         "fp8": Support("ModelOptFp8LinearMethod", 89, None, _MODELOPT.format(version)),
         "fp8_pc_pt": Support("ModelOptFp8PcPtLinearMethod", 89, None, _MODELOPT.format(version), in_mix=False),
     }
-
-
-def _spellings(name: str) -> tuple[str, ...]:
-    """Return the names under which a layer is looked up in the list of a mix.
-
-    Source: vllm 0.32.0, ModelOptMixedPrecisionConfig._quantized_layer_prefix_candidates.
-    """
-    found = [name, "lm_head"] if name.endswith(".lm_head") else [name]
-    vllms, transformers = "language_model.model.", "model.language_model."
-    if name.startswith(vllms):
-        found.append(transformers + name.removeprefix(vllms))
-    elif name.startswith(transformers):
-        found.append(vllms + name.removeprefix(transformers))
-    return tuple(found)

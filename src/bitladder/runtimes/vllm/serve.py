@@ -2,7 +2,7 @@
 
 The child (`child_serve.py`) serves the checkpoint in vLLM's environment: answers to questions, log-probabilities of
 given sequences, seconds. The original goes through the same in a child of its own, once for all checkpoints, so that
-ratios are of one run. Judging (`judge`) is pure.
+ratios are of one run. Judging (`judge`, with `serve_judging.py`) is pure.
 
 What is wrong output. NaN anywhere. Log-probabilities farther from our evaluation of the same files than `tolerance`.
 Without an evaluation: real text that is `MAX_LOSS` less likely than under the original. An answer that is one token
@@ -36,7 +36,10 @@ from bitladder.runinfo import Meter
 from bitladder.runtimes.child import VLLM_ENVIRONMENT, first_line, installed_version, run_child
 from bitladder.runtimes.files import read_manifest
 from bitladder.runtimes.findings import Findings
-from bitladder.runtimes.judging import (
+from bitladder.runtimes.vllm.exceptions import SEE_TRACEBACK, classify, classify_exit, exit_words
+from bitladder.runtimes.vllm.formats import fitting, plain_format
+from bitladder.runtimes.vllm.job import LogProbs, ServeJob
+from bitladder.runtimes.vllm.serve_judging import (
     answer_findings,
     format_findings,
     log_prob_differences,
@@ -44,12 +47,9 @@ from bitladder.runtimes.judging import (
     speed_findings,
     throughput,
 )
-from bitladder.runtimes.vllm.exceptions import classify, classify_exit
-from bitladder.runtimes.vllm.formats import fitting, plain_format
-from bitladder.runtimes.vllm.job import LogProbs, ServeJob
 from bitladder.runtimes.vllm.served import NOT_INSTALLED, Layer, Probes, Run, Served
 
-SCRIPT: Final = "vllm/child_serve.py"
+SCRIPT: Final = Path(__file__).with_name("child_serve.py")
 RUNTIME: Final = "vllm"
 # Without a process of its own for the engine an error arrives with its traceback.
 ENVIRONMENT: Final = {**VLLM_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -65,7 +65,6 @@ _REMEDIES: Final[Mapping[ErrorClass, str]] = {
     "no_runtime": "name the interpreter of an environment that has vLLM (`make vllm-env` makes .venv-vllm/bin/python)",
     "unsupported_model": "use a version of vLLM that knows the architecture",
 }
-_SEE_TRACEBACK: Final = "see the traceback; `bitladder preflight` names the tensor or file where its rules know it"
 
 
 def check_checkpoint(directory: Path) -> None:
@@ -169,9 +168,9 @@ def failure_finding(served: Served) -> ProbeFinding | None:
         problem = f"{served.error.type}: {said}"
     else:
         error_class = classify_exit(served.returncode, timed_out=served.timed_out)
-        ended = f"signal {-served.returncode}" if served.returncode < 0 else f"exit status {served.returncode}"
+        ended = exit_words(served.returncode)
         problem = "killed at the time limit" if served.timed_out else f"the process ended with {ended}"
-    remedy = _REMEDIES.get(error_class, _SEE_TRACEBACK)
+    remedy = _REMEDIES.get(error_class, SEE_TRACEBACK)
     return ProbeFinding(error_class=error_class, where=where, problem=problem, remedy=remedy)
 
 
@@ -337,7 +336,7 @@ def serve_all(
         job: what all of them are asked.
         source: the original in 16 bits, served once before them.
         expected: what our evaluation of the files gives the job's sequences, by directory, the original's too
-            (`bitladder.logprobs`).
+            (`bitladder.evaluation.logprobs`).
         timeout: seconds for each.
 
     Raises:

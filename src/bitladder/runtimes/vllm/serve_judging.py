@@ -7,6 +7,7 @@ from statistics import median
 from typing import Final, Literal
 
 from bitladder.records import LogProbDifference, ProbedLayer, ProbeFinding, Throughput
+from bitladder.runtimes.vllm.formats import wrong_format
 from bitladder.runtimes.vllm.job import ServeJob, SpeedJob
 from bitladder.runtimes.vllm.served import Answer, Run, Served
 
@@ -26,26 +27,19 @@ TOLERANCE_FLOOR: Final = 0.01  # nats per token
 MAX_NOISE: Final = 0.1  # nats per token
 MAX_LOSS: Final = 1.0  # nats per token of real text. All of a language model in FP8 costs hundredths of a nat
 MIN_REPEATED: Final = 8  # tokens of an answer that are all the same; a count or a row of dashes may be shorter
-EXPORT_AGAIN: Final = "export the checkpoint again, and see what `bitladder probe --stage load` says of each layer"
+_EXPORT_AGAIN: Final = "export the checkpoint again, and see what `bitladder probe --stage load` says of each layer"
 
 
 def format_findings(layers: Sequence[ProbedLayer]) -> Iterator[ProbeFinding]:
     """Yield modules that run in another format than the manifest promises."""
     for layer in layers:
         if layer.promised is not None and layer.format != layer.promised:
-            yield ProbeFinding(
-                error_class="wrong_format",
-                where=layer.name,
-                problem=f"the manifest promises {layer.promised}, vLLM runs {layer.format} "
-                f"({layer.method} of {layer.runtime_name})",
-                remedy="name it in exclude_modules (`ignore` in config.json) exactly if it is stored in 16 bits, and "
-                "in quantized_layers, where there is one, if it isn't",
-            )
+            yield wrong_format(layer, f"the manifest promises {layer.promised}")
 
 
 def _wrong_output(where: str, problem: str, severity: Literal["error", "warning"] = "error") -> ProbeFinding:
     return ProbeFinding(
-        error_class="wrong_output", severity=severity, where=where, problem=problem, remedy=EXPORT_AGAIN
+        error_class="wrong_output", severity=severity, where=where, problem=problem, remedy=_EXPORT_AGAIN
     )
 
 
