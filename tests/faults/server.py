@@ -253,9 +253,8 @@ def _import_all() -> None:
     import bitladder
     import bitladder.cli
 
-    skipped = ("bitladder.__main__", "bitladder.demo")
     for module in pkgutil.walk_packages(bitladder.__path__, "bitladder."):
-        if not module.name.startswith(skipped):
+        if not module.name.startswith("bitladder.demo"):
             with contextlib.suppress(ImportError):  # what lives in vLLM's environment
                 __import__(module.name)
     import transformers.conversion_mapping
