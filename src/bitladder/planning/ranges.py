@@ -6,7 +6,7 @@ from decimal import ROUND_CEILING, Context
 from fractions import Fraction
 
 from bitladder.errors import InfeasibleTarget
-from bitladder.formats import FORMATS, code_bits
+from bitladder.formats import FORMATS, least_bits
 from bitladder.planning.frontier import TradeOff
 from bitladder.planning.prediction import KlMap
 from bitladder.recipe import SchemeSpec
@@ -21,7 +21,7 @@ def refuse_unattainable(specs: Iterable[SchemeSpec], formats: Sequence[str]) -> 
     Raises:
         InfeasibleTarget: with the attainable range.
     """
-    low = min(code_bits(name) for name in formats)
+    low = min(least_bits(name) for name in formats)
     attainable = f"{', '.join(formats)}, {BF16}: attainable {low:.2f} to {BF16_BITS:.2f}"
     for spec in specs:
         if spec.effective_bits is None:
@@ -100,15 +100,15 @@ def _remedy_for_bits(edge: TradeOff, asked: Fraction) -> str:
     kept = sum(group.weight_elements for group in measurement.groups if group.name in edge.excluded)
     # what the groups that aren't excluded may have, so that all together keep the target
     share = (asked * total - kept * BF16_BITS) / (total - kept)
-    enough = any(name not in measurement.formats and code_bits(name) <= share for name in FORMATS)
-    if edge.excluded and not enough and min(code_bits(name) for name in measurement.formats) <= asked:
+    enough = any(name not in measurement.formats and least_bits(name) <= share for name in FORMATS)
+    if edge.excluded and not enough and min(least_bits(name) for name in measurement.formats) <= asked:
         return f"raise the target, or exclude less than {kept / total:.2%} of the weights"
     return _formats_for(share, measurement.formats)
 
 
 def _formats_for(bits: Fraction, measured: Sequence[str]) -> str:
     """Return which formats would allow so few bits per weight."""
-    enough = [name for name in FORMATS if name not in measured and code_bits(name) <= bits]
+    enough = [name for name in FORMATS if name not in measured and least_bits(name) <= bits]
     known = f"(Bitladder knows: {', '.join(FORMATS)})"
     if enough:
         return f"raise the target, or add {' or '.join(enough)} to measurement.formats {known}"
