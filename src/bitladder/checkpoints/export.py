@@ -80,9 +80,7 @@ def _entries(
     return entries
 
 
-def _parts(
-    info: TensorInfo, module: QuantModule, format_: Format, amax: Amax, codes: Codes | None
-) -> Iterator[Entry]:
+def _parts(info: TensorInfo, module: QuantModule, format_: Format, amax: Amax, codes: Codes | None) -> Iterator[Entry]:
     """Yield all that is stored of a weight of the source."""
     scales = _scales(format_, module.name, amax)
     weight_amax = amax[format_.weight_key(module.name)]

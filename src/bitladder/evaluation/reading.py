@@ -49,9 +49,7 @@ def quantised_tensors(files: WeightFiles) -> list[str]:
     dtypes = {one.code_dtype for one in FORMATS.values()}
     scales = {*SCALE_NAMES, *KV_SCALE_NAMES}
     return sorted(
-        name
-        for name, info in files.tensors.items()
-        if info.dtype in dtypes and name.rpartition(".")[2] not in scales
+        name for name, info in files.tensors.items() if info.dtype in dtypes and name.rpartition(".")[2] not in scales
     )
 
 
@@ -96,7 +94,11 @@ def _scale(files: WeightFiles, weight: str, part: Part) -> torch.Tensor:
     scale = files.load(name)
     right_shape = tuple(scale.shape) == part.shape if part.shape else scale.numel() == 1
     values = scale.float()
-    if files.tensors[name].dtype != part.dtype or not right_shape or not bool(((values > 0) & (values < math.inf)).all()):
+    if (
+        files.tensors[name].dtype != part.dtype
+        or not right_shape
+        or not bool(((values > 0) & (values < math.inf)).all())
+    ):
         file = files.directory / files.tensors[name].file
         dtype = "float32" if part.dtype == SCALE_DTYPE else part.dtype
         count = " x ".join(map(str, part.shape))
@@ -131,7 +133,9 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
     codes = quantised_tensors(files)
     config = read_config(directory)
     if codes and "quantization_config" not in config:
-        raise ModelError(f"{directory / 'config.json'} has no quantization_config, but weights are codes; {EXPORT_AGAIN}")
+        raise ModelError(
+            f"{directory / 'config.json'} has no quantization_config, but weights are codes; {EXPORT_AGAIN}"
+        )
     section = config.get("quantization_config") or {}
     formats = _formats_of(files, section, codes)
     state: dict[str, torch.Tensor] = {}

@@ -158,9 +158,7 @@ class Format(ABC):
         return {name: self.made(name, weight, amax) for name in names} | scales
 
     @abstractmethod
-    def decode(
-        self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None
-    ) -> "torch.Tensor":
+    def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return the weight [out_features, in_features] that stored parts restore.
 
         Multiplied in float32 and cast to `dtype` (None: float32).

@@ -96,9 +96,7 @@ class E2m1Blocks(Format):
         codes = grids.pack(grids.block_codes(weight, scales, above))
         return {WEIGHT: codes, WEIGHT_SCALE: scales, WEIGHT_SCALE_2: above}
 
-    def decode(
-        self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None
-    ) -> "torch.Tensor":
+    def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · (weight_scale · weight_scale_2)."""
         from bitladder.formats import grids
 

@@ -69,9 +69,7 @@ class E4m3(Format):
         assert part == WEIGHT
         return self.codes(weight, amax)
 
-    def decode(
-        self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None
-    ) -> "torch.Tensor":
+    def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · scale."""
         return self.restored(parts[WEIGHT], parts[WEIGHT_SCALE], dtype)
 

@@ -5,9 +5,9 @@ as code · (a / 448). Products and the division run in float32, as ModelOpt's fa
 (modelopt.torch.quantization.tensor_quant.fp8_eager); ModelOpt's own export divides in BF16, which moves some codes to
 a neighbour. `docs/numerics.md` has the measurements.
 
-An FP4 value is one of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6} times the E4M3 scale of its block of 16 times a float32 scale of the
-whole tensor. Weights are coded as ModelOpt does it, to the bit; inputs are rounded as vLLM's reference does it, to the
-bit, which differs in the order of float32 products and in what becomes of blocks near zero.
+An FP4 value is one of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6} times the E4M3 scale of its block of 16 times a float32 scale of
+the whole tensor. Weights are coded as ModelOpt does it, to the bit; inputs are rounded as vLLM's reference does it, to
+the bit, which differs in the order of float32 products and in what becomes of blocks near zero.
 """
 
 import torch

@@ -10,9 +10,7 @@ from bitladder.formats import FORMATS, least_bits
 from bitladder.planning.frontier import TradeOff
 from bitladder.planning.prediction import KlMap
 from bitladder.recipe import SchemeSpec
-from bitladder.records import BF16, BF16_BITS, Measurement
-
-SMALLEST_FORMAT_BITS = 4  # in the field, such as NVFP4
+from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
 
 
 def refuse_unattainable(specs: Iterable[SchemeSpec], formats: Sequence[str]) -> None:
@@ -112,5 +110,17 @@ def _formats_for(bits: Fraction, measured: Sequence[str]) -> str:
     known = f"(Bitladder knows: {', '.join(FORMATS)})"
     if enough:
         return f"raise the target, or add {' or '.join(enough)} to measurement.formats {known}"
-    needed = "; a 4-bit format such as NVFP4 would be needed" if bits >= SMALLEST_FORMAT_BITS else ""
-    return f"raise the target; no known format has so few bits {known}{needed}"
+    return f"raise the target; no known format has so few bits {known}"
+
+
+def at_the_floor(measurement: Measurement, scheme: Scheme) -> str | None:
+    """Return what is to be said of a scheme whose effective bits leave no choice; None: they leave one."""
+    table = measurement.by_group()
+    floor = sum(min(one.weight_bits for one in candidates.values()) for candidates in table.values())
+    if "effective_bits" not in scheme.asked or scheme.weight_bits > floor:
+        return None
+    smallest = ", ".join(name for name in measurement.formats if name in scheme.formats.values())
+    return (
+        f"{scheme.name}: {scheme.effective_bits:.2f} effective bits is the floor of these formats "
+        f"({listed(measurement)}): every group is in the smallest that it can have ({smallest}); a mix needs more"
+    )

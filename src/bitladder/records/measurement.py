@@ -176,6 +176,9 @@ class Measurement(Record):
             if candidate.image_scores and len(candidate.image_scores) != len(self.score_weights):
                 raise ValueError(f"{candidate.group}: {len(candidate.image_scores)} image scores")
             seen.add((candidate.group, candidate.format))
+        for one in self.left_out:
+            if one.group not in groups or one.format not in self.formats:
+                raise ValueError(f"left_out of unknown group {one.group}, or in a format {one.format} not measured")
         seen |= {(one.group, one.format) for one in self.left_out}
         missing = [(g, f) for g in sorted(groups) for f in self.formats if (g, f) not in seen]
         if missing or len(seen) != len(self.candidates) + len(self.left_out):

@@ -22,8 +22,8 @@ def scales_of(weight: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
         weight: [out_features, in_features] of the source, in the arithmetic of the measurement.
         above: scale of the whole weight.
     """
-    amax = weight.unflatten(1, (-1, BLOCK)).abs().max(2).values.float()
-    scales = amax / (E2M1_MAX * above)
+    amax = weight.reshape(len(weight), -1, BLOCK).abs().max(2).values.float()
+    scales: torch.Tensor = amax / (E2M1_MAX * above)
     scales[scales == 0] = 1.0
     return scales.clamp(_LEAST, E4M3_MAX).to(torch.float8_e4m3fn)
 

@@ -211,12 +211,14 @@ def _weight(
     elif entry.is_quantised:
         scale = _read_scale(tensors, expected, _scale_name(name))
         above = _read_scale(tensors, expected, f"{_scale_name(name)}_2") if entry.in_blocks else scale
-        if scale is not None and above is not None and entry.in_blocks:
+        if scale is None or above is None:
+            pass  # a finding of its own
+        elif entry.in_blocks:
             exam.codes += original.numel()
             wrong = blocks.wrong_codes(tensor, scale, above, original)
             if wrong:
                 exam.find(entry.file, name, f"{wrong:,} of {original.numel():,} codes are {_NOT_NEAREST}")
-        elif scale is not None:
+        else:
             _codes(exam, name, entry, tensor, scale, original)
     elif not torch.equal(bytes_of(tensor), bytes_of(original)):
         exam.find(file, name, "differs from the source, though the scheme leaves it alone")

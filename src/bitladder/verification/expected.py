@@ -58,11 +58,13 @@ class _Layout:
 
     def scales(self, shape: tuple[int, ...]) -> "dict[str, tuple[tuple[int, ...], torch.dtype]]":
         """Return `{part: (shape, dtype)}` of the scales of a weight."""
-        number = (), torch.float32
-        found = {"weight_scale": ((shape[0],), torch.float32) if self.by_row else number}
-        if self.in_blocks:
-            blocks = (shape[0], shape[1] // BLOCK), torch.float8_e4m3fn
-            found = {"weight_scale": blocks, "weight_scale_2": number}
+        number: tuple[tuple[int, ...], torch.dtype] = (), torch.float32
+        found = {"weight_scale": number}
+        if self.by_row:
+            found = {"weight_scale": ((shape[0],), torch.float32)}
+        elif self.in_blocks:
+            blocks = (shape[0], shape[1] // BLOCK)
+            found = {"weight_scale": (blocks, torch.float8_e4m3fn), "weight_scale_2": number}
         return found | ({"input_scale": number} if self.input_scale else {})
 
 

@@ -60,7 +60,7 @@ class ScalesCheck(Subject):
             self._scale(tensor)
             return
         wanted = get_format(expected)
-        if leaf == INPUT_SCALE and wanted.dynamic_input:
+        if leaf == INPUT_SCALE and not wanted.has_input_scale:
             self.findings.error(
                 "unexpected_tensor",
                 tensor.name,

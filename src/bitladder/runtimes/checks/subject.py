@@ -133,7 +133,9 @@ class Subject:
         if stored in (None, BF16) or runs == BF16:
             return None if stored == BF16 else stored
         dynamic = f"{module}.{INPUT_SCALE}" not in self.tensors.scales
-        another = f"{module}.{WEIGHT_SCALE}" in self.tensors.scales and get_format(str(stored)).dynamic_input == dynamic
+        another = (
+            f"{module}.{WEIGHT_SCALE}" in self.tensors.scales and get_format(str(stored)).has_input_scale != dynamic
+        )
         return stored if another else runs
 
     @staticmethod
