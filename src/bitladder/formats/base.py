@@ -72,6 +72,12 @@ class Format(ABC):
         """Return what is stored beside the codes of a weight of this shape."""
         return self.stored(shape)[1:]
 
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        """The names of `parts`, which are alike for any shape."""
+        unit = self.group_size or 1
+        return tuple(part.name for part in self.parts((unit, unit)))
+
     def weight_shape(self, stored: Sequence[int]) -> tuple[int, int]:
         """Return [out_features, in_features] of a weight whose codes are stored in this shape."""
         rows, columns = stored

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitladder.formats import INPUT_SCALE, KV_SCALE_NAMES, WEIGHT_SCALE
+from bitladder.formats import INPUT_SCALE, KV_SCALE_NAMES, WEIGHT_SCALE, WEIGHT_SCALE_2
 from bitladder.models.fusing import Fusing
 from bitladder.runtimes.config import section_of
 
-SCALES = (WEIGHT_SCALE, INPUT_SCALE)  # of a quantised linear, beside its `weight`
+SCALES = (WEIGHT_SCALE, WEIGHT_SCALE_2, INPUT_SCALE)  # of a quantised linear, beside its `weight`
 # Where hybrid models list what their layers are. Source: transformers' configurations of hybrid models.
 _LISTS_OF_KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern", "block_types")
 _PARTS = ("text_config", "vision_config", "audio_config")  # of which the configuration of a multimodal model has some
