@@ -18,6 +18,8 @@ from pydantic import (
 
 from bitladder.storage import TEMPORARY_PREFIX
 
+ControlKind = Literal["random", "inverse", "first_last", "largest", "lowest_score", "modelopt"]
+CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
 PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
 GENERATED = "generated"  # the kind of data that the model writes itself
 MESSAGES = "messages"  # the kind of data that is conversations
@@ -326,9 +328,7 @@ class LayoutSpec(Section):
 class ControlSpec(Section):
     """Other choices of groups at each scheme's bits, evaluated beside it to show what the search is worth."""
 
-    kinds: tuple[Literal["random", "inverse", "first_last", "largest", "lowest_score", "modelopt"], ...] = Field(
-        default=("random", "inverse", "first_last", "largest", "lowest_score", "modelopt"), description="empty: none"
-    )
+    kinds: tuple[ControlKind, ...] = Field(default=CONTROL_KINDS, description="empty: none")
     seeds: int = Field(default=3, ge=1, description="random arms of each scheme")
     max_seconds: float = Field(default=300.0, ge=0, description="no arm is begun after so many seconds")
 
