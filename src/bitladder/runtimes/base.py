@@ -11,9 +11,9 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 from bitladder.formats import format_of_algorithm, get_format
+from bitladder.models.families import Architecture
 from bitladder.models.fusing import Layer
 from bitladder.records import BF16
-from bitladder.runtimes.architectures import Architecture
 
 MIX = "MIXED_PRECISION"  # the `quant_algo` of a checkpoint whose modules each name their own
 UNIFORM = get_format("fp8").modelopt_algorithm  # what is meant where no algorithm is said

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, get_format
+from bitladder.models.families import SCALES, Architecture
 from bitladder.models.fusing import Layer
 from bitladder.records import BF16
-from bitladder.runtimes.architectures import SCALES, Architecture
 from bitladder.runtimes.base import MIX, UNIFORM, Decision, Rules
 from bitladder.runtimes.config import LEGACY_FILE, inline, nested
 from bitladder.runtimes.files import SIXTEEN_BIT, Files, Tensor
