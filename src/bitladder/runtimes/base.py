@@ -4,6 +4,7 @@ One class of rules a runtime, applied to the modules that an architecture has (`
 of a format is its row in the runtime's `SUPPORT`; what the format is, `bitladder.formats` says.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,9 @@ from bitladder.models.fusing import Layer
 from bitladder.records import BF16
 
 MIX = "MIXED_PRECISION"  # the `quant_algo` of a checkpoint whose modules each name their own
+# Tensors that older checkpoints carry and that runtimes compute themselves.
+# Source: vllm model_executor/models/utils.py, AutoWeightsLoader.REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER.
+RECOMPUTED = re.compile(r"rotary_(?:emb|pos_emb)\.(?:inv_freq|cos_cached|sin_cached)$")
 UNIFORM = get_format("fp8").modelopt_algorithm  # what is meant where no algorithm is said
 
 
