@@ -170,6 +170,12 @@ def test_a_null_section_about_quantisation_is_none(model, llama, text_file, tmp_
         step(work)
 
 
+@pytest.mark.parametrize("value", [None, [], "configuration_my.py"])
+def test_an_odd_note_of_code_is_named_and_not_the_code(model, value):
+    edit(model, auto_map=value)
+    refused(model, "auto_map is no JSON object; remove it")
+
+
 def test_quantised_models_are_refused_wherever_they_say_so(model, tmp_path):
     edit(model, quantization_config={"quant_method": "awq"})
     refused(model, "already quantised (awq)", kind=UnsupportedModel)
