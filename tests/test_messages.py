@@ -355,6 +355,12 @@ def test_templates_that_fail_are_one_line(model, jsonl, tmp_path):
         load(tmp_path / "nowhere.jsonl", model(PLAIN))
 
 
+@pytest.mark.parametrize("key", ["split", "subset"])
+def test_a_file_has_no_parts_to_choose(key, model, jsonl):
+    with pytest.raises(DataError, match=rf"is a file, and has no {key} to choose; leave out data\.{key}"):
+        load(jsonl, model(PLAIN), **{key: "test"})
+
+
 def test_a_padding_token_without_an_embedding_is_not_used(model, jsonl):
     tokenizer = model(PLAIN)
     expected = load(jsonl, tokenizer, samples=12).summary.tokens

@@ -198,6 +198,8 @@ def test_a_set_that_was_saved_alone_has_no_other_split(saved, asked, tokenizer, 
     with pytest.raises(DataError, match=f"saved as one set.* has no split {asked}; leave out data.split") as caught:
         load(text_spec(tmp_path / "one", kind="huggingface", split=asked), tokenizer)
     assert "can't be loaded" not in str(caught.value)
+    with pytest.raises(DataError, match="no subsets; leave out data.subset"):
+        load(text_spec(tmp_path / "one", kind="huggingface", subset="en"), tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "huggingface"])

@@ -192,6 +192,9 @@ def conversations_of(spec: DataSpec, processor: Any, most: int | None = None) ->
     """
     template_of(processor)
     file = of_a_file(spec)
+    if file and (spec.split or spec.subset):
+        given = "split" if spec.split else "subset"
+        raise DataError(f"{spec.path} is a file, and has no {given} to choose; leave out data.{given}")
     rows = jsonl_rows(Path(spec.path)) if file else data_set_rows(spec)
     named = (
         (f"{spec.path} line {number}" if file else f"data set {spec.path} row {number}", row) for number, row in rows

@@ -156,6 +156,10 @@ def data_set_rows(spec: DataSpec) -> Iterator[tuple[int, dict[str, Any]]]:
     split, local = spec.split or "train", Path(spec.path)
     try:
         if (local / "state.json").exists() or (local / "dataset_dict.json").exists():  # Dataset.save_to_disk
+            if spec.subset is not None:
+                raise DataError(
+                    f"data set {spec.path} was saved to disk, where there are no subsets; leave out data.subset"
+                )
             rows: Any = datasets.load_from_disk(str(local))
             rows = rows[split] if isinstance(rows, dict) else _one_set(rows, spec)
         else:
