@@ -353,6 +353,23 @@ def test_a_value_for_generation_that_transformers_refuses_is_named_by_inspect(mo
     find_target(model)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("eos_token_id", "abc", 'eos_token_id is "abc"; it must be a token\'s number'),
+        ("eos_token_id", [1, "x"], "eos_token_id is"),
+        ("eos_token_id", True, "eos_token_id is true"),
+        ("repetition_penalty", "1.1", 'repetition_penalty is "1.1"; it must be a positive number'),
+        ("repetition_penalty", 0, "repetition_penalty is 0"),
+    ],
+)
+def test_what_fails_only_when_answers_are_generated_is_found_by_inspect(model, key, value, words):
+    (model / "generation_config.json").write_text(json.dumps({key: value}))
+    refused(model, "generation_config.json", words)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "repetition_penalty": 1.1}))
+    find_target(model)
+
+
 def test_of_several_refused_values_for_generation_one_is_named_after_the_other(model):
     wanted = {"cache_implementation": "foo", "compile_config": 3, "top_k": 5}
     (model / "generation_config.json").write_text(json.dumps(wanted))
