@@ -113,6 +113,24 @@ def check_text(text: str, where: str, forbidden: frozenset[str]) -> None:
         )
 
 
+def check_pictured(ids: torch.Tensor, image_tokens: Sequence[int]) -> None:
+    """Raise where a pair has no token that the model takes for a piece of a picture, so that it would fail on it.
+
+    Args:
+        ids: of pairs, [pairs, tokens].
+        image_tokens: those of the model's configuration; empty: it names none, nothing is checked.
+
+    Raises:
+        DataError: processor and configuration disagree.
+    """
+    if image_tokens and not torch.isin(ids, torch.tensor(image_tokens)).any(-1).all():
+        named = ", ".join(map(str, image_tokens))
+        raise DataError(
+            f"the processor writes no token that config.json names for pictures ({named}: image_token_id or "
+            "image_token_index); take config.json and the processor's files of one model"
+        )
+
+
 def check_ids(ids: torch.Tensor, vocabulary: int | None, tokenizer: Any, where: str) -> None:
     """Check that the model has an embedding for every token.
 
