@@ -1,1 +1,1 @@
-"""Schemes -> Hugging Face checkpoints in ModelOpt's layout."""
+"""Schemes -> Hugging Face checkpoints in ModelOpt's layout, or in compressed-tensors'."""

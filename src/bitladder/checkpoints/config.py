@@ -1,4 +1,4 @@
-"""The JSON that tells a runtime how a checkpoint is quantised."""
+"""The JSON that tells a runtime how a checkpoint in ModelOpt's layout is quantised."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Writes one Hugging Face checkpoint per scheme, as ModelOpt's export would: `export(...) -> CheckpointManifest`.
+"""Writes one Hugging Face checkpoint per scheme, as its carrier has it: `export(...) -> CheckpointManifest`.
 
 The source is read and written in blocks of rows, so that host memory stays the same whatever the model's size. What a
 scheme leaves alone is copied byte for byte under the source's names; a quantised weight becomes the codes of
@@ -14,18 +14,29 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from bitladder.checkpoints.config import CONFIG_FILE, QUANT_CONFIG_FILE, config_with_quantisation, quant_config
+from bitladder.checkpoints.config_groups import quantisation_config
 from bitladder.checkpoints.writer import DTYPE_BYTES, Entry, digest_of_file, write_file, write_weights
 from bitladder.errors import MeasurementError, OutputError, StaleRecord
-from bitladder.formats import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, WEIGHT_SCALE_2, Format, get_format, grids
+from bitladder.formats import (
+    INPUT_SCALE,
+    MODELOPT,
+    WEIGHT,
+    WEIGHT_SCALE,
+    WEIGHT_SCALE_2,
+    Format,
+    get_format,
+    grids,
+)
 from bitladder.measured import Amax, Codes, check_codes, kv_amax
 from bitladder.models.headers import TensorInfo
 from bitladder.models.sources import side_files
 from bitladder.models.weights import INDEX_FILE, WeightFiles, read_config
+from bitladder.planning.carrying import check_carrier
 from bitladder.reading import read_bytes
 from bitladder.records import BF16, CheckpointManifest, KvScale, Measurement, ModuleRecord, QuantModule, Scheme
 from bitladder.runinfo import Progress, no_progress, one_core_each
@@ -61,6 +72,7 @@ def _entries(
     amax: Amax,
     kv_scales: Mapping[str, torch.Tensor],
     codes: Codes | None,
+    carrier: str,
 ) -> list[Entry]:
     """Return the tensors of one output file, in the order of their data."""
     entries = []
@@ -75,25 +87,28 @@ def _entries(
             entries.append(Entry(info.name, info.dtype, info.shape, info.end - info.begin, info))
             continue
         module, name = quantised[info.name]
-        entries += _parts(info, module, get_format(name), amax, codes)
+        entries += _parts(info, module, get_format(name), amax, codes, carrier)
     entries.sort(key=lambda entry: (-DTYPE_BYTES.get(entry.dtype, 1), entry.name))
     return entries
 
 
-def _parts(info: TensorInfo, module: QuantModule, format_: Format, amax: Amax, codes: Codes | None) -> Iterator[Entry]:
+def _parts(
+    info: TensorInfo, module: QuantModule, format_: Format, amax: Amax, codes: Codes | None, carrier: str
+) -> Iterator[Entry]:
     """Yield all that is stored of a weight of the source."""
-    scales = _scales(format_, module.name, amax)
+    scales, layout = _scales(format_, module.name, amax), format_.layouts[carrier]
     weight_amax = amax[format_.weight_key(module.name)]
     for part in format_.stored(info.shape):
-        name, size = f"{info.name.removesuffix('.weight')}.{part.name}", part.bits // 8
+        name, size = f"{info.name.removesuffix('.weight')}.{layout.name(part.name)}", part.bits // 8
+        shape = layout.shape(part)
         if part.name in scales:
-            yield Entry(name, part.dtype, part.shape, size, scales[part.name])
+            yield Entry(name, part.dtype, shape, size, layout.stored(part.name, scales[part.name]))
         elif part.name == WEIGHT and codes is not None:
-            yield Entry(name, part.dtype, part.shape, size, partial(codes.read, module.name))
+            yield Entry(name, part.dtype, shape, size, partial(codes.read, module.name))
         else:
             make = partial(_made, format_, part.name, weight_amax)
             digest = None if part.name == WEIGHT else hashlib.sha256()
-            yield Entry(name, part.dtype, part.shape, size, info, make, digest)
+            yield Entry(name, part.dtype, shape, size, info, make, digest)
 
 
 def _scales(format_: Format, module: str, amax: Amax) -> dict[str, torch.Tensor]:
@@ -128,6 +143,7 @@ def export(
     destination: Path,
     progress: Progress = no_progress,
     codes: Codes | None = None,
+    carrier: str = MODELOPT,
 ) -> CheckpointManifest:
     """Write the checkpoint of one scheme to `destination`.
 
@@ -139,14 +155,17 @@ def export(
         destination: a directory that doesn't exist, is empty, or holds an earlier checkpoint of ours.
         progress: told of every file.
         codes: the measurement's, where they are not the nearest ones (`measured.read_codes`).
+        carrier: `modelopt` or `compressed-tensors`, whose layout is written.
 
     Raises:
         StaleRecord: the scheme belongs to another measurement. MeasurementError: not exportable.
+        PlanError: the carrier can't hold it.
         ModelError: damaged source. OutputError: no space, or something else is there.
     """
     if scheme.measurement_sha256 != measurement.fingerprint():
         raise StaleRecord(f"scheme {scheme.name} was planned from another measurement; plan again")
     check_codes(measurement, codes)
+    check_carrier(scheme, carrier)
     _check_destination(destination)
     quantised = _quantised_modules(scheme, measurement)
     kv_scales: dict[str, torch.Tensor] = {}
@@ -162,7 +181,7 @@ def export(
         placed: dict[str, str] = {}
         for index, file in enumerate(weights.files):
             progress(f"export {scheme.name}", index, len(weights.files))
-            entries = _entries(weights, file, quantised, amax, kv_scales, codes)
+            entries = _entries(weights, file, quantised, amax, kv_scales, codes, carrier)
             files.append(write_weights(weights, file, entries, temporary))
             placed.update(dict.fromkeys((entry.name for entry in entries), file))
             table.update((entry.name, entry) for entry in entries)
@@ -172,25 +191,48 @@ def export(
             index_content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
             write_file(temporary / INDEX_FILE, json.dumps(index_content, indent=2).encode() + b"\n")
             files.append(digest_of_file(temporary, INDEX_FILE))
-        layers = {tensor.removesuffix(".weight"): name for tensor, (_, name) in quantised.items()}
-        config = config_with_quantisation(read_config(source), scheme, layers)
-        write_file(temporary / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
-        write_file(temporary / QUANT_CONFIG_FILE, json.dumps(quant_config(scheme, layers), indent=4).encode() + b"\n")
-        for name in side_files(source):
-            write_file(temporary / name, read_bytes(source / name))
-        files += [digest_of_file(temporary, name) for name in (CONFIG_FILE, QUANT_CONFIG_FILE, *side_files(source))]
+        written = _configurations(read_config(source), scheme, quantised, carrier)
+        written |= {name: read_bytes(source / name) for name in side_files(source)}
+        for name, content in written.items():
+            write_file(temporary / name, content)
+        files += [digest_of_file(temporary, name) for name in written]
         manifest = CheckpointManifest(
             scheme=scheme.name,
             scheme_sha256=scheme.fingerprint(),
             measurement_sha256=scheme.measurement_sha256,
             source_sha256=measurement.model.sha256,
             files=tuple(sorted(files, key=lambda entry: entry.name)),
-            modules=tuple(_module_records(quantised, amax, table, "nearest" if codes is None else "compensated")),
+            carrier=carrier,
+            modules=tuple(
+                _module_records(quantised, amax, table, "nearest" if codes is None else "compensated", carrier)
+            ),
             kv_cache_format=scheme.kv_cache_format,
             kv_scales=tuple(KvScale(tensor=name, scale=float(value)) for name, value in kv_scales.items()),
         )
         manifest.write(temporary / CheckpointManifest.FILE_NAME)
     return manifest
+
+
+def _configurations(config: dict[str, Any], scheme: Scheme, quantised: Quantised, carrier: str) -> dict[str, bytes]:
+    """Return the files that say how the checkpoint is quantised, `{name: content}`.
+
+    Args:
+        config: the source's.
+        scheme: what is quantised.
+        quantised: its modules.
+        carrier: whose files they are.
+    """
+    layers = {tensor.removesuffix(".weight"): name for tensor, (_, name) in quantised.items()}
+    if carrier == MODELOPT:
+        whole = config_with_quantisation(config, scheme, layers)
+        legacy = json.dumps(quant_config(scheme, layers), indent=4).encode() + b"\n"
+    else:
+        # transformers looks modules up by its own names, which aren't always the checkpoint's
+        aliases = {module.name: name for module, name in quantised.values()}
+        section = quantisation_config(layers | aliases, scheme.exclude_modules)
+        whole, legacy = {**config, "quantization_config": section}, None
+    written = {CONFIG_FILE: json.dumps(whole, indent=2, ensure_ascii=False).encode() + b"\n"}
+    return written if legacy is None else {**written, QUANT_CONFIG_FILE: legacy}
 
 
 def export_all(
@@ -201,6 +243,7 @@ def export_all(
     directories: Mapping[str, Path],
     progress: Progress = no_progress,
     codes: Codes | None = None,
+    carrier: str = MODELOPT,
 ) -> dict[str, CheckpointManifest]:
     """Write the checkpoints of several schemes, `{scheme name: directory}`; at once where there are cores for it.
 
@@ -211,7 +254,7 @@ def export_all(
     """
 
     def write(scheme: Scheme) -> CheckpointManifest:
-        return export(scheme, measurement, amax, source, directories[scheme.name], progress, codes)
+        return export(scheme, measurement, amax, source, directories[scheme.name], progress, codes, carrier)
 
     at_once = max(1, min(len(schemes), len(os.sched_getaffinity(0)) // _CORES_PER_EXPORT))
     with one_core_each(at_once) as pool:
@@ -219,13 +262,18 @@ def export_all(
 
 
 def _module_records(
-    quantised: Quantised, amax: Amax, table: Mapping[str, Entry], rounding: Literal["nearest", "compensated"]
+    quantised: Quantised,
+    amax: Amax,
+    table: Mapping[str, Entry],
+    rounding: Literal["nearest", "compensated"],
+    carrier: str,
 ) -> Iterator[ModuleRecord]:
     for tensor, (module, name) in quantised.items():
         format_ = get_format(name)
         scales = _scales(format_, module.name, amax)
         numbers = {part: float(scale) for part, scale in scales.items() if not scale.dim()}
-        digest = table[f"{tensor.removesuffix('.weight')}.{WEIGHT_SCALE}"].digest
+        stored = format_.layouts[carrier].name(WEIGHT_SCALE)
+        digest = table[f"{tensor.removesuffix('.weight')}.{stored}"].digest
         if WEIGHT_SCALE in scales and WEIGHT_SCALE not in numbers:
             digest = hashlib.sha256(scales[WEIGHT_SCALE].numpy().tobytes())
         yield ModuleRecord(

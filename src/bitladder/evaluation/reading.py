@@ -1,7 +1,8 @@
 """A checkpoint's files -> a model that computes what they say."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,20 @@ from torch import nn
 from bitladder.errors import ModelError, foreign
 from bitladder.evaluation.metrics import EXPORT_AGAIN
 from bitladder.formats import (
+    CARRIED_SCALES,
+    COMPRESSED_TENSORS,
     FORMATS,
     INPUT_SCALE,
     KV_SCALE_NAMES,
+    MODELOPT,
     SCALE_DTYPE,
-    SCALE_NAMES,
     WEIGHT,
+    WEIGHT_PACKED,
     Format,
+    Layout,
     Part,
     format_of_algorithm,
+    format_of_group,
 )
 from bitladder.formats.kv_cache import Fp8Cache
 from bitladder.models.kv_layers import cache_inputs, layer_index
@@ -45,54 +51,110 @@ class FakeQuantLinear(nn.Module):
 
 
 def quantised_tensors(files: WeightFiles) -> list[str]:
-    """Return the names of the weights that are stored as codes, sorted."""
+    """Return the names of the weights that are stored as codes, sorted, as the original has them."""
+    return sorted(_codes(files))
+
+
+def _codes(files: WeightFiles) -> dict[str, str]:
+    """Return the tensors of codes by the names of the weights that they stand for."""
     dtypes = {one.code_dtype for one in FORMATS.values()}
-    scales = {*SCALE_NAMES, *KV_SCALE_NAMES}
-    return sorted(
-        name for name, info in files.tensors.items() if info.dtype in dtypes and name.rpartition(".")[2] not in scales
-    )
+    scales = {*CARRIED_SCALES, *KV_SCALE_NAMES}
+    found = {}
+    for name, info in files.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if info.dtype in dtypes and leaf not in scales:
+            found[f"{module}.{WEIGHT}" if leaf == WEIGHT_PACKED else name] = name
+    return found
 
 
-def _formats_of(files: WeightFiles, section: dict[str, Any], codes: Iterable[str]) -> dict[str, Format]:
-    """Return the format of every stored weight by `config.json`: of each module in a mix, else of all.
+@dataclass(frozen=True)
+class _Stored:
+    """A weight that is stored as codes, under the name that the original has."""
+
+    weight: str
+    codes: str  # the tensor that holds them
+    format: Format
+    layout: Layout
+
+    def place(self, part: Part) -> Part:
+        """Return a part of it as the file must have it."""
+        name = f"{self.weight.removesuffix('.weight')}.{self.layout.name(part.name)}"
+        return Part(name, part.dtype, self.layout.shape(part))
+
+
+def _algorithms(section: Mapping[str, Any]) -> Callable[[str], tuple[str, Format | None]]:
+    """Return what tells a module's format by `config.json`: what is said of it there, and the format of ours."""
+    if section.get("quant_method") == COMPRESSED_TENSORS:
+        groups = section.get("config_groups") or {}
+        listed = {target: (name, group) for name, group in groups.items() for target in group.get("targets") or ()}
+
+        def of_group(module: str) -> tuple[str, Format | None]:
+            name, group = listed.get(module, ("in no config group", {}))
+            return name, format_of_group(group)
+
+        return of_group
+    layers = section.get("quantized_layers") or {}
+
+    def of_algorithm(module: str) -> tuple[str, Format | None]:
+        algorithm = str((layers.get(module) or {}).get("quant_algo") if layers else section.get("quant_algo"))
+        return algorithm, format_of_algorithm(algorithm)
+
+    return of_algorithm
+
+
+def _stored(files: WeightFiles, section: dict[str, Any]) -> Iterator[_Stored]:
+    """Yield every stored weight with its format by `config.json`: of each module in a mix, else of all.
 
     Args:
         files: the checkpoint's.
         section: `quantization_config` of its configuration.
-        codes: names of the weights that are stored as codes.
 
     Raises:
         ModelError: the configuration names none of ours, or not all modules of a mix, or the codes are of another one.
     """
-    directory = files.directory
-    layers = section.get("quantized_layers") or {}
-    found = {}
-    for name in codes:
-        module = name.removesuffix(".weight")
-        algorithm = (layers.get(module) or {}).get("quant_algo") if layers else section.get("quant_algo")
-        format_ = format_of_algorithm(str(algorithm))
+    directory, of_module = files.directory, _algorithms(section)
+    carrier = COMPRESSED_TENSORS if section.get("quant_method") == COMPRESSED_TENSORS else MODELOPT
+    for weight, name in sorted(_codes(files).items()):
+        module = weight.removesuffix(".weight")
+        said, format_ = of_module(module)
         if format_ is None:
             raise ModelError(
-                f"{directory / 'config.json'}: {module} is stored as codes, but its quant_algo is {algorithm}; known: "
-                f"{', '.join(one.modelopt_algorithm for one in FORMATS.values())}; {EXPORT_AGAIN}"
+                f"{directory / 'config.json'}: {module} is stored as codes, but its "
+                f"{'quant_algo' if carrier == MODELOPT else 'config group'} is {said}; known: "
+                f"{', '.join(_names(carrier))}; {EXPORT_AGAIN}"
             )
-        if files.tensors[name].dtype != format_.code_dtype:
+        layout = format_.layouts[carrier]
+        leaf = layout.name(WEIGHT)
+        if files.tensors[name].dtype != format_.code_dtype or name != f"{module}.{leaf}":
+            held = f"is {files.tensors[name].dtype}"
             raise ModelError(
-                f"{directory / files.tensors[name].file}: {name} is {files.tensors[name].dtype}, but {algorithm} is "
-                f"stored as {format_.code_dtype}; {EXPORT_AGAIN}"
+                f"{directory / files.tensors[name].file}: {name} {held}, but {said} is "
+                f"stored as {format_.code_dtype}{'' if leaf == WEIGHT else f' {leaf}'}; {EXPORT_AGAIN}"
             )
-        found[name] = format_
-    return found
+        yield _Stored(weight, name, format_, layout)
+
+
+def _names(carrier: str) -> list[str]:
+    """Return what the formats that a carrier holds are called in messages about its configuration."""
+    held = [one for one in FORMATS.values() if carrier in one.layouts]
+    return [one.modelopt_algorithm if carrier == MODELOPT else one.name for one in held]
 
 
 def _scale(files: WeightFiles, weight: str, part: Part) -> torch.Tensor:
-    """Return a part (weight_scale, input_scale, k_scale ...) of a weight: positive numbers of its dtype and shape."""
-    name = f"{weight.removesuffix('.weight')}.{part.name}"
+    """Return what a part (weight_scale, input_scale, k_scale ...) holds: positive numbers of its dtype and shape.
+
+    Args:
+        files: the checkpoint's.
+        weight: the tensor of codes beside which it lies.
+        part: under its name in the files.
+    """
+    name = part.name
     if name not in files.tensors:
         file = files.directory / files.tensors[weight].file
         raise ModelError(f"{file}: {weight} is stored as codes, but its {name} is missing; {EXPORT_AGAIN}")
     scale = files.load(name)
-    right_shape = tuple(scale.shape) == part.shape if part.shape else scale.numel() == 1
+    one = math.prod(part.shape) == 1
+    right_shape = scale.numel() == 1 if one else tuple(scale.shape) == part.shape
     values = scale.float()
     if (
         files.tensors[name].dtype != part.dtype
@@ -102,9 +164,9 @@ def _scale(files: WeightFiles, weight: str, part: Part) -> torch.Tensor:
         file = files.directory / files.tensors[name].file
         dtype = "float32" if part.dtype == SCALE_DTYPE else part.dtype
         count = " x ".join(map(str, part.shape))
-        wanted = f"{count} positive {dtype} numbers" if part.shape else f"one positive {dtype} number"
+        wanted = f"one positive {dtype} number" if one else f"{count} positive {dtype} numbers"
         raise ModelError(f"{file}: {name} is not {wanted}; {EXPORT_AGAIN}")
-    return scale.reshape(part.shape)
+    return scale
 
 
 def _use_generation_config(model: Any, directory: Path) -> None:
@@ -130,36 +192,27 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
         ModelError: a scale or weight is missing or left over, or is not what it should be; names file and tensor.
     """
     files = WeightFiles.open(directory)
-    codes = quantised_tensors(files)
     config = read_config(directory)
-    if codes and "quantization_config" not in config:
+    if _codes(files) and "quantization_config" not in config:
         raise ModelError(
             f"{directory / 'config.json'} has no quantization_config, but weights are codes; {EXPORT_AGAIN}"
         )
     section = config.get("quantization_config") or {}
-    formats = _formats_of(files, section, codes)
+    stored = {one.weight: one for one in _stored(files, section)}
     state: dict[str, torch.Tensor] = {}
     input_scales: dict[str, torch.Tensor | None] = {}
     used: set[str] = set()
-    for name, format_ in formats.items():
-        info = files.tensors[name]
-        shape = format_.weight_shape(info.shape)
-        problem = format_.why_not(shape)
-        if problem is not None:
-            raise ModelError(f"{directory / info.file}: {name}: shape {list(shape)} {problem}; {EXPORT_AGAIN}")
-        parts = {part.name: _scale(files, name, part) for part in format_.parts(shape)}
-        used |= {f"{name.removesuffix('.weight')}.{part}" for part in parts}
-        state[name] = format_.decode({WEIGHT: files.load(name), **parts}, dtype)
-        if not all_finite(state[name]):
-            raise ModelError(f"{directory / info.file}: {name} holds NaN or overflows {dtype}; {EXPORT_AGAIN}")
-        input_scales[name] = parts.get(INPUT_SCALE)
+    for one in stored.values():
+        name = one.weight
+        state[name], input_scales[name] = _weight(files, one, dtype)
+        used |= {one.codes} | {one.place(part).name for part in one.format.parts(state[name].shape)}
     kv_scales = [name for name in files.tensors if name.rpartition(".")[2] in KV_SCALE_NAMES]
     _check_kv_scales(files, section.get("kv_cache_scheme") is not None, kv_scales)
     used.update(kv_scales)
     for name, info in files.tensors.items():
-        if name in input_scales or name in used:
+        if name in used:
             continue
-        if name.rpartition(".")[2] in SCALE_NAMES:
+        if name.rpartition(".")[2] in CARRIED_SCALES:
             raise ModelError(
                 f"{directory / info.file}: {name} belongs to no weight whose format has it; {EXPORT_AGAIN}"
             )
@@ -172,17 +225,35 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
         path = modules.get(name, "").removesuffix(".weight")
         linear = model.get_submodule(path) if path else None
         if not isinstance(linear, nn.Linear):
-            file = directory / files.tensors[name].file
+            file = directory / files.tensors[stored[name].codes].file
             raise ModelError(f"{file}: {name} is stored as codes, but it is no linear module's weight; {EXPORT_AGAIN}")
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, FakeQuantLinear(linear, formats[name], scale))
+        setattr(model.get_submodule(parent), leaf, FakeQuantLinear(linear, stored[name].format, scale))
     layers: dict[int, dict[str, torch.Tensor]] = {}
     for name in kv_scales:
         weight, _, kind = name.rpartition(".")
         layer = layer_index(model, modules[f"{weight}.weight"].removesuffix(".weight"))
-        layers.setdefault(layer, {})[kind] = _scale(files, f"{weight}.weight", Part(kind, SCALE_DTYPE, ())).to(device)
+        scale = _scale(files, f"{weight}.weight", Part(name, SCALE_DTYPE, ()))
+        layers.setdefault(layer, {})[kind] = scale.reshape(()).to(device)
     model.kv_scales = {layer: (pair["k_scale"], pair["v_scale"]) for layer, pair in layers.items()}
     return model.to(device).eval()
+
+
+def _weight(files: WeightFiles, stored: _Stored, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a weight that its codes restore, and the scale of its input where there is one."""
+    info, format_ = files.tensors[stored.codes], stored.format
+    where, shape = files.directory / info.file, format_.weight_shape(info.shape)
+    problem = format_.why_not(shape)
+    if problem is not None:
+        raise ModelError(f"{where}: {stored.codes}: shape {list(shape)} {problem}; {EXPORT_AGAIN}")
+    parts = {}
+    for part in format_.parts(shape):
+        scale = _scale(files, stored.codes, stored.place(part))
+        parts[part.name] = stored.layout.restored(part.name, scale.reshape(part.shape))
+    weight = format_.decode({WEIGHT: files.load(stored.codes), **parts}, dtype)
+    if not all_finite(weight):
+        raise ModelError(f"{where}: {stored.codes} holds NaN or overflows {dtype}; {EXPORT_AGAIN}")
+    return weight, parts.get(INPUT_SCALE)
 
 
 def _check_kv_scales(files: WeightFiles, asked: bool, kv_scales: list[str]) -> None:

@@ -16,7 +16,7 @@ from bitladder.errors import StaleRecord
 from bitladder.evaluation.evaluate import compare_loaded
 from bitladder.evaluation.reading import FakeQuantLinear
 from bitladder.evaluation.reference import Reference
-from bitladder.formats import get_format, grids
+from bitladder.formats import INPUT_SCALE, MODELOPT, get_format, grids
 from bitladder.measured import Amax, Codes, check_codes, encoded, kv_amax
 from bitladder.models.kv_layers import cached_layers, layer_index
 from bitladder.models.loading import load_model
@@ -31,11 +31,17 @@ class Simulation:
     """
 
     def __init__(
-        self, directory: Path, measurement: Measurement, amax: Amax, device: str = "cpu", codes: Codes | None = None
+        self,
+        directory: Path,
+        measurement: Measurement,
+        amax: Amax,
+        device: str = "cpu",
+        codes: Codes | None = None,
+        carrier: str = MODELOPT,
     ) -> None:
         check_codes(measurement, codes)
         self.measurement, self.codes = measurement, codes
-        self.amax = amax
+        self.amax, self.carrier = amax, carrier
         self.device = device
         self.model = load_model(directory, torch.float32, device)
 
@@ -89,11 +95,14 @@ class Simulation:
         """Return the module with the weights that its codes restore."""
         linear = self.model.get_submodule(module.name)
         format_ = get_format(format_name)
+        layout = format_.layouts[self.carrier]
         weight_amax = self.amax[format_.weight_key(module.name)].to(self.device)
         input_scale = None
         if format_.has_input_scale:
-            input_scale = format_.input_scale(self.amax[f"{module.name}.input_amax"].to(self.device))
-        weight = format_.decode(encoded(module.name, linear.weight, weight_amax, format_, self.codes))
+            made = format_.input_scale(self.amax[f"{module.name}.input_amax"].to(self.device))
+            input_scale = layout.carried({INPUT_SCALE: made})[INPUT_SCALE]
+        parts = encoded(module.name, linear.weight, weight_amax, format_, self.codes)
+        weight = format_.decode(layout.carried(parts))
         restored = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         restored.weight = nn.Parameter(weight, requires_grad=False)
         restored.bias = linear.bias

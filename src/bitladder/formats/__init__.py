@@ -4,7 +4,8 @@ One file a format; planning, measuring, export, evaluation and verification read
 a file beside these and list it here, and say in each of `runtimes` what it makes of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from bitladder.errors import RecipeError
 from bitladder.formats.base import (
@@ -18,6 +19,7 @@ from bitladder.formats.base import (
     Format,
     Part,
 )
+from bitladder.formats.carriers import COMPRESSED_TENSORS, MODELOPT, WEIGHT_PACKED, Layout
 from bitladder.formats.e4m3 import E4m3
 from bitladder.formats.fp8_channel import Fp8Channel
 from bitladder.formats.fp8_tensor import Fp8Tensor
@@ -26,27 +28,40 @@ from bitladder.formats.nvfp4_w4a16 import Nvfp4W4a16
 from bitladder.records import BF16, BF16_BITS, QuantGroup
 
 __all__ = [
+    "CARRIED_SCALES",
+    "COMPRESSED_TENSORS",
     "FORMATS",
     "INPUT_SCALE",
     "KV_SCALE_NAMES",
+    "MODELOPT",
     "SCALE_DTYPE",
     "SCALE_NAMES",
     "WEIGHT",
+    "WEIGHT_PACKED",
     "WEIGHT_SCALE",
     "WEIGHT_SCALE_2",
     "E4m3",
     "Format",
+    "Layout",
     "Part",
     "column_format",
     "format_of_algorithm",
+    "format_of_group",
     "get_format",
     "group_bits",
     "least_bits",
+    "why_no_carrier",
     "why_no_shapes",
     "why_not",
 ]
 
 FORMATS: dict[str, Format] = {one.name: one for one in (Fp8Tensor(), Fp8Channel(), Nvfp4(), Nvfp4W4a16())}
+
+
+# What files of any carrier may have beside a weight's codes.
+CARRIED_SCALES = frozenset(SCALE_NAMES) | {
+    layout.name(part) for one in FORMATS.values() for layout in one.layouts.values() for part in one.scale_names
+}
 
 
 def get_format(name: str) -> Format:
@@ -63,6 +78,21 @@ def get_format(name: str) -> Format:
 def format_of_algorithm(algorithm: str) -> Format | None:
     """Return the format that ModelOpt's files call `algorithm`; None: none of ours."""
     return next((one for one in FORMATS.values() if one.modelopt_algorithm == algorithm), None)
+
+
+def format_of_group(group: Mapping[str, Any]) -> Format | None:
+    """Return the format that an entry of compressed-tensors' `config_groups` describes; None: none of ours."""
+    layouts = ((one, one.layouts.get(COMPRESSED_TENSORS)) for one in FORMATS.values())
+    return next((one for one, layout in layouts if layout is not None and layout.holds(group)), None)
+
+
+def why_no_carrier(names: Iterable[str], carrier: str) -> str | None:
+    """Return why checkpoints of a carrier can't hold all of these formats (`bf16` is no matter); None: they can."""
+    missing = sorted(name for name in set(names) - {BF16} if carrier not in get_format(name).layouts)
+    if not missing:
+        return None
+    able = " or ".join(sorted(get_format(missing[0]).layouts))
+    return f"{missing[0]} is no format of {carrier} checkpoints; set export.carrier: {able}"
 
 
 def column_format(name: str) -> E4m3:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:
     import torch
 
+    from bitladder.formats.carriers import Layout
+
 # Parts of a module, as ModelOpt's files name them.
 WEIGHT, WEIGHT_SCALE, WEIGHT_SCALE_2, INPUT_SCALE = "weight", "weight_scale", "weight_scale_2", "input_scale"
 # What files of any format may have beside a weight's codes; ours know all but `weight_scale_inv`.
@@ -25,6 +27,7 @@ class Part:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    counts: bool = False  # integers that say how large the weight is, which belong to no row of it
 
     @property
     def bits(self) -> int:
@@ -50,6 +53,7 @@ class Format(ABC):
     channels: ClassVar[bool] = False  # whether every row of a weight has a scale of its own
     # What is done to an input: rounded with a stored scale, with one a token that is made when it is seen, or nothing.
     input: ClassVar[Literal["static", "token", "unrounded"]]
+    layouts: "ClassVar[Mapping[str, Layout]]"  # the carriers that hold it
     multiplies: ClassVar[bool] = False  # whether torch._scaled_mm takes its codes, with a scalar scale on either side
 
     @property

@@ -21,9 +21,19 @@ from bitladder.formats.base import (
     Format,
     Part,
 )
+from bitladder.formats.carriers import GLOBAL_SCALES, WEIGHT_PACKED, Layout, floats
 
 if TYPE_CHECKING:
     import torch
+
+# In compressed-tensors' files, of inputs in 16 bits.
+PACKED = Layout(
+    names={WEIGHT: WEIGHT_PACKED, **GLOBAL_SCALES},
+    inverted=frozenset(GLOBAL_SCALES),
+    with_axis=True,
+    compression="nvfp4-pack-quantized",
+    weights=floats(4, "tensor_group", group_size=16),
+)
 
 
 class E2m1Blocks(Format):

@@ -8,8 +8,9 @@ An input's scale is made when it is served, so calibration settles nothing of it
 Source: ModelOpt's FP8_PER_CHANNEL_PER_TOKEN_CFG; vLLM's ModelOptFp8PcPtLinearMethod.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from bitladder.formats.carriers import COMPRESSED_TENSORS, MODELOPT, Layout, floats
 from bitladder.formats.e4m3 import E4m3
 
 if TYPE_CHECKING:
@@ -24,6 +25,15 @@ class Fp8Channel(E4m3):
     modelopt_algorithm = "FP8_PER_CHANNEL_PER_TOKEN"
     channels = True
     input = "token"
+    layouts: ClassVar = {
+        MODELOPT: Layout(),
+        COMPRESSED_TENSORS: Layout(
+            with_axis=True,
+            compression="float-quantized",
+            weights=floats(8, "channel"),
+            inputs=floats(8, "token", dynamic=True),
+        ),
+    }
 
     def uniform_config_group(self) -> dict[str, Any] | None:
         """Return None: ModelOpt 0.47 writes no `config_groups` for this format alone, and runtimes read none."""

@@ -7,8 +7,9 @@
 Source: ModelOpt's FP8_DEFAULT_CFG.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from bitladder.formats.carriers import COMPRESSED_TENSORS, MODELOPT, Layout, floats
 from bitladder.formats.e4m3 import E4m3
 
 if TYPE_CHECKING:
@@ -23,6 +24,12 @@ class Fp8Tensor(E4m3):
     modelopt_algorithm = "FP8"
     input = "static"
     multiplies = True
+    layouts: ClassVar = {
+        MODELOPT: Layout(),
+        COMPRESSED_TENSORS: Layout(
+            with_axis=True, compression="float-quantized", weights=floats(8, "tensor"), inputs=floats(8, "tensor")
+        ),
+    }
 
     def amax_of(self, weight: "torch.Tensor") -> "torch.Tensor":
         """Return the weight's largest magnitude, a scalar."""

@@ -10,9 +10,11 @@ Source: ModelOpt's NVFP4_DEFAULT_CFG; vLLM's ref_nvfp4_quant_dequant. GPUs witho
 in 16 bits.
 """
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
 
-from bitladder.formats.e2m1 import E2m1Blocks
+from bitladder.formats.carriers import COMPRESSED_TENSORS, MODELOPT, Layout, floats
+from bitladder.formats.e2m1 import PACKED, E2m1Blocks
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +27,10 @@ class Nvfp4(E2m1Blocks):
     modelopt_config = "NVFP4_DEFAULT_CFG"
     modelopt_algorithm = "NVFP4"
     input = "static"
+    layouts: ClassVar = {
+        MODELOPT: Layout(),
+        COMPRESSED_TENSORS: replace(PACKED, inputs=floats(4, "tensor_group", dynamic="local", group_size=16)),
+    }
 
     def input_scale(self, amax: "torch.Tensor") -> "torch.Tensor":
         """Return amax / (448 · 6)."""

@@ -3,9 +3,10 @@
 Source: ModelOpt's W4A16_NVFP4_CFG.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from bitladder.formats.e2m1 import E2m1Blocks
+from bitladder.formats.carriers import COMPRESSED_TENSORS, MODELOPT, Layout
+from bitladder.formats.e2m1 import PACKED, E2m1Blocks
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,7 @@ class Nvfp4W4a16(E2m1Blocks):
     modelopt_config = "W4A16_NVFP4_CFG"
     modelopt_algorithm = "W4A16_NVFP4"
     input = "unrounded"
+    layouts: ClassVar = {MODELOPT: Layout(), COMPRESSED_TENSORS: PACKED}
 
     def round_input(self, x: "torch.Tensor", scale: "torch.Tensor | None") -> "torch.Tensor":
         """Return the input as it is."""

@@ -294,6 +294,9 @@ class SchemeSpec(Section):
 class ExportSpec(Section):
     """How checkpoints are written."""
 
+    carrier: Literal["modelopt", "compressed-tensors"] = Field(
+        default="modelopt", description="whose layout they have; compressed-tensors' loads in transformers as it is"
+    )
     share_files: bool = Field(default=False, description="hard-link files that are equal between schemes")
 
 

@@ -47,8 +47,16 @@ class CheckpointManifest(Record):
     source_sha256: str
     files: tuple[FileDigest, ...]
     modules: tuple[ModuleRecord, ...]
+    carrier: str = Field(default="modelopt", description="whose layout it has: modelopt or compressed-tensors")
     kv_cache_format: str | None = None
     kv_scales: tuple[KvScale, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_default_carrier(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if self.carrier == "modelopt":  # digests stay what they were before there was another one
+            content.pop("carrier", None)
+        return content
 
     @property
     def total_bytes(self) -> int:

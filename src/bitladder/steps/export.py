@@ -15,7 +15,8 @@ def is_intact(work: Workspace, scheme: Scheme, directory: Path) -> bool:
     Files whose size and modification time are known are not read again.
     """
     path = directory / CheckpointManifest.FILE_NAME
-    manifest = valid(work, CheckpointManifest, path, scheme_sha256=scheme.fingerprint())
+    carrier = work.recipe.export.carrier
+    manifest = valid(work, CheckpointManifest, path, scheme_sha256=scheme.fingerprint(), carrier=carrier)
     if manifest is None:
         return False
     present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
@@ -36,13 +37,14 @@ def export(work: Workspace) -> dict[str, CheckpointManifest]:
     amax = read_amax(measurement, work.output)
     codes = read_codes(measurement, work.output, work.cache.sha256)
     missing = [s for s in schemes if not is_intact(work, s, work.checkpoint_directory(s.name))]
+    carrier = work.recipe.export.carrier
     for scheme in missing:
         work.check_place(work.checkpoint_directory(scheme.name))
     if missing:
         with doing(work, "export") as meter:
             with meter.phase(f"export {len(missing)} scheme{'s' if len(missing) > 1 else ''}"):
                 directories = {scheme.name: work.checkpoint_directory(scheme.name) for scheme in missing}
-                export_all(missing, measurement, amax, work.model_directory, directories, work.progress, codes)
+                export_all(missing, measurement, amax, work.model_directory, directories, work.progress, codes, carrier)
             if work.recipe.export.share_files:
                 share_equal_files([work.checkpoint_directory(scheme.name) for scheme in schemes])
             for scheme in schemes:

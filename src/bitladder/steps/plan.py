@@ -1,6 +1,7 @@
 """Plan every scheme of a recipe; torch is imported only where something has to be simulated or scales looked at."""
 
 from bitladder import planning
+from bitladder.planning.carrying import check_carrier
 from bitladder.records import Scheme
 from bitladder.runinfo import Meter
 from bitladder.steps.workspace import SIMULATED_FILE, Workspace
@@ -14,8 +15,8 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
     refined, that follows: `refine_schemes`.
 
     Raises:
-        PlanError: infeasible, or two schemes are equal. MeasurementError: keys and values of some layer have no scale,
-            and an FP8 KV cache is asked for.
+        PlanError: infeasible, two schemes are equal, or the recipe's carrier can't hold one. MeasurementError: keys and
+            values of some layer have no scale, and an FP8 KV cache is asked for.
     """
     kl_map, meter = None, Meter()
     if any(spec.max_kl is not None for spec in work.recipe.schemes):
@@ -34,6 +35,8 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
 
         schemes = refine_schemes(work, schemes)
     schemes = planning.remarked(measurement, schemes)
+    for scheme in schemes:
+        check_carrier(scheme, work.recipe.export.carrier)
     changed = []
     for scheme in schemes:
         path = work.scheme_file(scheme.name)

@@ -8,6 +8,7 @@ from bitladder.device import resolve_device
 from bitladder.evaluation.evaluate import ARITHMETIC
 from bitladder.evaluation.reference import Reference
 from bitladder.evaluation.simulation import Simulation
+from bitladder.formats import MODELOPT
 from bitladder.measured import read_amax, read_codes
 from bitladder.records import Measurement, Scheme, SimulatedKls, digest_of
 from bitladder.steps.step import valid
@@ -25,7 +26,8 @@ def kl_on(work: Workspace, measurement: Measurement, data: DataSet) -> Iterator[
         BitladderError: see `evaluation.simulation`.
     """
     path = work.output / SIMULATED_FILE
-    key = digest_of([measurement.fingerprint(), data.summary.sha256, str(len(data.batches)), ARITHMETIC])
+    carried = [] if work.recipe.export.carrier == MODELOPT else [work.recipe.export.carrier]
+    key = digest_of([measurement.fingerprint(), data.summary.sha256, str(len(data.batches)), ARITHMETIC, *carried])
     known = valid(work, SimulatedKls, path, settings_sha256=key)
     kls = dict(known.kl) if known is not None else {}
     device = resolve_device(work.recipe.measurement.device)
@@ -50,4 +52,4 @@ def simulation_of(work: Workspace, measurement: Measurement, device: str) -> Sim
     """Return the original, ready to take any scheme with the codes and scales of the measurement."""
     amax = read_amax(measurement, work.output)
     codes = read_codes(measurement, work.output, work.cache.sha256)
-    return Simulation(work.model_directory, measurement, amax, device, codes)
+    return Simulation(work.model_directory, measurement, amax, device, codes, work.recipe.export.carrier)

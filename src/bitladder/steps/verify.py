@@ -35,7 +35,13 @@ def verify(work: Workspace, *, trust_times: bool = False) -> Verification:
             with meter.phase("verify"):
                 amax = read_amax(measurement, work.output)
                 found = verification.verify(
-                    schemes, measurement, amax, work.model_directory, directories, work.progress
+                    schemes,
+                    measurement,
+                    amax,
+                    work.model_directory,
+                    directories,
+                    work.progress,
+                    work.recipe.export.carrier,
                 )
             result = found.model_copy(update={"times_trusted": trust_times})
             result.write(path)

@@ -6,7 +6,8 @@ tensor by tensor, every shard opened once:
 
 - the files: those of the source's weights, its index and side files, the two configurations; none missing, none extra;
   each as the manifest says, side files byte for byte as in the source;
-- `config.json`: the source's and the `quantization_config` that the scheme implies, `hf_quant_config.json` and the
+- `config.json`: the source's and the `quantization_config` that the scheme implies, `hf_quant_config.json` (of a
+  checkpoint in ModelOpt's layout; compressed-tensors has no such file) and the
   index likewise, key by key;
 - every tensor of the source under its name, in its file, with dtype and shape; outside the scheme with its bytes;
 - inside: every code · scale within half an E4M3 step of the source weight (a code at ±448 may stand for more).
@@ -43,7 +44,12 @@ __all__ = ["compare", "examine", "verify", "weight_files"]
 
 
 def examine(
-    scheme: Scheme, measurement: Measurement, amax: Mapping[str, torch.Tensor], source: Path, directory: Path
+    scheme: Scheme,
+    measurement: Measurement,
+    amax: Mapping[str, torch.Tensor],
+    source: Path,
+    directory: Path,
+    carrier: str = "modelopt",
 ) -> tuple[CheckpointVerification, dict[str, str]]:
     """Check one checkpoint; return the verdict and each searched module's digest (of its weight's bytes and dtype).
 
@@ -61,7 +67,7 @@ def examine(
         for file, problem in originals.broken.items():
             raise ModelError(f"{source / file} can't be read ({problem}); fetch the model again")
         try:
-            expected = expect(scheme, measurement, amax, source, originals)
+            expected = expect(scheme, measurement, amax, source, originals, carrier)
         except (StaleRecord, RecordError) as error:
             exam.find(CheckpointManifest.FILE_NAME, None, str(error))
         else:
@@ -127,6 +133,7 @@ def verify(
     source: Path,
     directories: Mapping[str, Path],
     progress: Progress = no_progress,
+    carrier: str = "modelopt",
 ) -> Verification:
     """Check every checkpoint against its scheme, and every two against each other.
 
@@ -139,6 +146,7 @@ def verify(
         source: the original model's directory.
         directories: `{scheme name: checkpoint directory}`.
         progress: told of every checkpoint.
+        carrier: whose layout they have, `modelopt` or `compressed-tensors`.
 
     Raises:
         ModelError: the source can't be read.
@@ -147,7 +155,7 @@ def verify(
     for index, scheme in enumerate(schemes):
         progress("verify", index, len(schemes))
         verdicts[scheme.name], digests[scheme.name] = examine(
-            scheme, measurement, amax, source, directories[scheme.name]
+            scheme, measurement, amax, source, directories[scheme.name], carrier
         )
     progress("verify", len(schemes), len(schemes))
     pairs = []

@@ -86,7 +86,8 @@ def check(
         if path.is_file() and not filecmp.cmp(source / name, path, shallow=False):
             exam.find(name, None, "differs from the source's, byte for byte")
     _json(exam, CONFIG, expected.config)
-    _json(exam, LEGACY, expected.legacy)
+    if expected.legacy is not None:
+        _json(exam, LEGACY, expected.legacy)
     with ExitStack() as stack:
         names = sorted({file for file in expected.placed.values() if (exam.directory / file).is_file()})
         tensors = Tensors([exam.directory / name for name in names], stack)
@@ -168,15 +169,16 @@ def _weights(
     dtype = getattr(torch, measurement.compute_dtype)
 
     def one(name: str) -> Examination:
-        part, entry, original = exam.part(), expected.weights[name], originals.get(name)
+        part, entry = exam.part(), expected.weights[name]
+        original = originals.get(entry.original)
         part.stored_bytes = original.numel() >> entry.in_blocks if entry.is_quantised else original.nbytes
         if entry.is_quantised and entry.group is not None:
             # Weights are measured in the arithmetic of the measurement, to which they were cast.
             part.weight_amax[entry.group] = float(original.abs().max().to(dtype))
-            if not entry.in_blocks and expected.scales[_scale_name(name)].shape:
+            if not entry.in_blocks and expected.scales[entry.scale].by_row:
                 rows = original.to(dtype).abs().amax(1).float().clamp_min(_LEAST_AMAX)
                 part.many_scales[name] = rows / torch.tensor(E4M3_MAX)
-            above = _read_scale(tensors, expected, f"{_scale_name(name)}_2") if entry.in_blocks else None
+            above = _read_scale(tensors, expected, entry.above)
             if above is not None:
                 part.many_scales[name] = blocks.scales_of(original.to(dtype), above)
         if name in tensors.files:
@@ -199,7 +201,7 @@ def _weight(
         content = hashlib.sha256(str(tensor.dtype).encode())
         content.update(bytes_of(tensor).numpy().data)
         # Formats that differ in what is done to inputs may store a weight alike.
-        content.update(str(f"{name.removesuffix('.weight')}.input_scale" in tensors.files).encode())
+        content.update(str(entry.input_scale in tensors.files).encode())
         exam.digests[entry.module] = content.hexdigest()
     wanted, shape, says = original.dtype, list(original.shape), f"leaves it alone: {original.dtype}"
     if entry.in_blocks:
@@ -209,8 +211,8 @@ def _weight(
     if tensor.dtype != wanted or list(tensor.shape) != shape:
         exam.find(file, name, f"is {tensor.dtype} {list(tensor.shape)}, the scheme {says} {shape}")
     elif entry.is_quantised:
-        scale = _read_scale(tensors, expected, _scale_name(name))
-        above = _read_scale(tensors, expected, f"{_scale_name(name)}_2") if entry.in_blocks else scale
+        scale = _read_scale(tensors, expected, entry.scale)
+        above = _read_scale(tensors, expected, entry.above) if entry.in_blocks else scale
         if scale is None or above is None:
             pass  # a finding of its own
         elif entry.in_blocks:
@@ -226,20 +228,29 @@ def _weight(
         exam.bytes_identical += tensor.nbytes
 
 
-def _read_scale(tensors: Tensors, expected: Expected, name: str) -> torch.Tensor | None:
-    """Return a scale as it is stored; None where it isn't there or not of its dtype and shape: that is found later."""
-    if name not in tensors.files:
+def _read_scale(tensors: Tensors, expected: Expected, name: str | None) -> torch.Tensor | None:
+    """Return a scale, [] or [rows] or one a block; None: it isn't there, or not of its dtype and shape.
+
+    That is found later.
+    """
+    if name is None or name not in tensors.files:
         return None
     scale, wanted = tensors.get(name), expected.scales[name]
-    return scale if tuple(scale.shape) == wanted.shape and scale.dtype == wanted.dtype else None
+    if tuple(scale.shape) != wanted.shape or scale.dtype != wanted.dtype:
+        return None
+    if wanted.many_of is None:
+        scale = scale.reshape(())
+    elif wanted.by_row:
+        scale = scale.reshape(-1)
+    if not wanted.inverted:
+        return scale
+    # 1 / (1 / x) isn't always x; what codes were made with is x, where the file has just that.
+    likely = torch.tensor(math.nan if wanted.likely is None else wanted.likely)
+    return likely if torch.equal(1 / likely, scale) else 1 / scale
 
 
 def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(bytes_of(tensor).numpy().data).hexdigest()
-
-
-def _scale_name(name: str) -> str:
-    return f"{name.removesuffix('.weight')}.weight_scale"
 
 
 def _codes(
@@ -274,17 +285,18 @@ def _scale_problem(stored: torch.Tensor, scale: Scale, wanted: torch.Tensor | No
     """Return what is wrong with a stored scale's dtype, shape or values, or None."""
     if stored.dtype != scale.dtype or tuple(stored.shape) != scale.shape:
         dtype, shape = str(scale.dtype).removeprefix("torch."), " x ".join(map(str, scale.shape))
-        numbers = f"{shape} {dtype} numbers" if scale.shape else f"one {dtype} number"
+        one = f"one {dtype} number{' [1]' if scale.shape else ''}"
+        numbers = one if scale.many_of is None else f"{shape} {dtype} numbers"
         return f"is {stored.dtype} {list(stored.shape)}, not {numbers}"
     if wanted is None:
         return None  # the weight's own scale isn't there, which is a finding
-    wrong = (stored.float() != wanted.float()).reshape(-1).nonzero().flatten().tolist()
+    wrong = (stored.float().reshape(-1) != wanted.float()).nonzero().flatten().tolist()
     if not wrong:
         return None
     value, own = (float(numbers.reshape(-1)[wrong[0]]) for numbers in (stored, wanted))
     origin = "the source's weights give" if scale.value is None else "what calibration saw gives"
-    if scale.shape:
-        what = "row" if len(scale.shape) == 1 else "block"
+    if scale.many_of is not None:
+        what = "row" if scale.by_row else "block"
         rows = f"{len(wrong):,} of {stored.numel():,} {what}s have another scale"
         return f"{rows}: {what} {wrong[0]} has {value}, {origin} {own}"
     usable = "" if 0 < value < float("inf") else " (a scale is finite and positive)"
@@ -306,7 +318,8 @@ def _scales(
         if stored is not None:
             exam.tensors += 1
             value = wanted(scale)
-            problem = _scale_problem(stored, scale, None if value is None else torch.as_tensor(value))
+            own = None if value is None else torch.as_tensor(value, dtype=torch.float32).reshape(-1)
+            problem = _scale_problem(stored, scale, own if own is None or not scale.inverted else 1 / own)
             if problem is not None:
                 exam.find(tensors.file(name), name, problem)
         if name in expected.kv_scales:
@@ -334,19 +347,19 @@ def _manifest(
     ):
         if found != own:
             exam.find(MANIFEST, None, f"was written for another {what}")
-    said = manifest.model_dump(mode="json", include={"scheme", "kv_cache_format"})
+    said = {name: getattr(manifest, name) for name in ("scheme", "carrier", "kv_cache_format")}
     said["modules"] = {module["tensor"]: module for module in manifest.model_dump(mode="json")["modules"]}
     said["kv_scales"] = {entry.tensor: entry.scale for entry in manifest.kv_scales}
     modules = {}
-    for name, entry in expected.weights.items():
+    for entry in expected.weights.values():
         if entry.is_quantised:
-            weight_scale = wanted(expected.scales[_scale_name(name)])
+            weight_scale = wanted(expected.scales[entry.scale])
             many = weight_scale if isinstance(weight_scale, torch.Tensor) else None
-            input_scale = expected.scales.get(f"{name.removesuffix('.weight')}.input_scale")
-            above = expected.scales.get(f"{_scale_name(name)}_2")
-            modules[name] = {
+            input_scale = expected.scales.get(entry.input_scale or "")
+            above = expected.scales.get(entry.above or "")
+            modules[entry.original] = {
                 "name": entry.module,
-                "tensor": name,
+                "tensor": entry.original,
                 "format": exam.scheme.formats[entry.group or ""],
                 "dtype": "U8" if entry.in_blocks else "F8_E4M3",
                 "weight_scale": weight_scale if many is None else None,
@@ -357,6 +370,7 @@ def _manifest(
             }
     meant = {
         "scheme": exam.scheme.name,
+        "carrier": expected.carrier,
         "kv_cache_format": exam.scheme.kv_cache_format,
         "modules": modules,
         "kv_scales": {name: wanted(scale) for name, scale in expected.kv_scales.items()},

@@ -85,15 +85,74 @@ _LAYOUTS = {
 
 
 @dataclass(frozen=True)
+class _Carrier:
+    """How a kind of checkpoint spells what a layout has."""
+
+    codes: str  # of weights in blocks
+    above: str  # the scale over the blocks' scales
+    input_above: str  # the input's, where a weight is in blocks
+    inverted: bool  # whether those two are 1 / scale
+    with_axis: bool  # whether one number is [1], and one a row [rows, 1]
+
+    def stored(self, part: str, shape: tuple[int, ...], in_blocks: bool) -> tuple[str, tuple[int, ...], bool]:
+        """Return a scale's name, shape, and whether it is inverted."""
+        name = self.above if part == "weight_scale_2" else part
+        name = self.input_above if part == "input_scale" and in_blocks else name
+        inverted = self.inverted and (part == "weight_scale_2" or (part == "input_scale" and in_blocks))
+        return name, (*shape, 1) if self.with_axis and len(shape) < 2 else shape, inverted
+
+
+# Source: compressed_tensors 0.20.0, compressors/nvfp4/base.py and quantization/lifecycle/initialize.py; vllm 0.32.0,
+# compressed_tensors/schemes/compressed_tensors_w4a4_nvfp4.py ("stores as divisors").
+_CARRIERS = {
+    "modelopt": _Carrier("weight", "weight_scale_2", "input_scale", inverted=False, with_axis=False),
+    "compressed-tensors": _Carrier(
+        "weight_packed", "weight_global_scale", "input_global_scale", inverted=True, with_axis=True
+    ),
+}
+
+
+def _numbers(bits: int, strategy: str, dynamic: bool | str = False) -> dict[str, Any]:
+    """Return what compressed-tensors' configuration says of floating-point numbers."""
+    group = {"group_size": BLOCK, "scale_dtype": "torch.float8_e4m3fn"} if strategy == "tensor_group" else {}
+    return {"num_bits": bits, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": dynamic, **group}
+
+
+# Source: compressed_tensors 0.20.0, quantization/quant_scheme.py (FP8, FP8_DYNAMIC, NVFP4, NVFP4A16).
+_GROUPS: dict[str, dict[str, Any]] = {
+    "fp8": {
+        "format": "float-quantized",
+        "weights": _numbers(8, "tensor"),
+        "input_activations": _numbers(8, "tensor"),
+    },
+    "fp8_pc_pt": {
+        "format": "float-quantized",
+        "weights": _numbers(8, "channel"),
+        "input_activations": _numbers(8, "token", dynamic=True),
+    },
+    "nvfp4": {
+        "format": "nvfp4-pack-quantized",
+        "weights": _numbers(4, "tensor_group"),
+        "input_activations": _numbers(4, "tensor_group", dynamic="local"),
+    },
+    "nvfp4_w4a16": {"format": "nvfp4-pack-quantized", "weights": _numbers(4, "tensor_group")},
+}
+
+
+@dataclass(frozen=True)
 class Weight:
-    """A tensor of the source, in the file in which the checkpoint has it too."""
+    """What a tensor of the source has become, in the file in which the source has it."""
 
     file: str
+    original: str  # its name in the source
     group: str | None = None  # None: not searched
     module: str = ""
     is_quantised: bool = False
     in_blocks: bool = False  # two codes a byte, an E4M3 scale a block
     rounded: RoundedModule | None = None  # compensated codes
+    scale: str = ""  # the tensors beside it
+    above: str | None = None
+    input_scale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,17 +167,21 @@ class Scale:
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     largest: float = E4M3_MAX  # as what the largest value is stored
+    by_row: bool = False
+    inverted: bool = False  # stored as 1 / scale
+    likely: float | None = None  # what the measurement says that a weight's own inverted scale is
 
 
 @dataclass(frozen=True)
 class Expected:
     """Everything that a checkpoint's directory must hold, and nothing else may."""
 
-    weights: dict[str, Weight]  # tensor -> ..., of the source
+    carrier: str
+    weights: dict[str, Weight]  # tensor of the checkpoint -> what of the source it is
     scales: dict[str, Scale]
     kv_scales: dict[str, Scale]
     config: dict[str, Any]
-    legacy: dict[str, Any]
+    legacy: dict[str, Any] | None  # hf_quant_config.json; None: it has none
     side_files: tuple[str, ...]
     has_index: bool
 
@@ -136,7 +199,8 @@ class Expected:
     def files(self) -> frozenset[str]:
         """The names of all files but the manifest and the card."""
         index = [INDEX] if self.has_index else []
-        return frozenset([*self.placed.values(), CONFIG, LEGACY, *index, *self.side_files])
+        legacy = [] if self.legacy is None else [LEGACY]
+        return frozenset([*self.placed.values(), CONFIG, *legacy, *index, *self.side_files])
 
 
 def _number(amax: Mapping[str, torch.Tensor], name: str) -> float:
@@ -171,8 +235,36 @@ def _kv_scales(
                 yield f"{prefix}.{which}_scale", Scale(files.file(module.tensor), group.name, module.name, value)
 
 
-def _quantisation(scheme: Scheme, measurement: Measurement) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return `quantization_config` and `hf_quant_config.json`."""
+def _groups(scheme: Scheme, measurement: Measurement) -> dict[str, Any]:
+    """Return compressed-tensors' `quantization_config`: exact names, in the checkpoint's spelling and transformers'."""
+    chosen = [
+        (module, scheme.formats[group.name])
+        for group in measurement.groups
+        for module in group.modules
+        if scheme.formats[group.name] != BF16
+    ]
+    names = [((module.tensor or module.name).removesuffix(".weight"), own) for module, own in chosen]
+    names = list(dict.fromkeys([*names, *((module.name, own) for module, own in chosen)]))
+    used = list(dict.fromkeys(own for _, own in names))
+    stored = {_GROUPS[name]["format"] for name in used}
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "mixed-precision" if len(stored) > 1 else _GROUPS[used[0]]["format"],
+        "config_groups": {
+            f"group_{index}": {**_GROUPS[name], "targets": [module for module, own in names if own == name]}
+            for index, name in enumerate(used)
+        },
+        "ignore": list(scheme.exclude_modules),
+    }
+
+
+def _quantisation(
+    scheme: Scheme, measurement: Measurement, carrier: str
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return `quantization_config` and `hf_quant_config.json`; None: the carrier has no such file."""
+    if carrier != "modelopt":
+        return _groups(scheme, measurement), None
     layers = {
         (module.tensor or module.name).removesuffix(".weight"): scheme.formats[group.name]
         for group in measurement.groups
@@ -208,13 +300,13 @@ def _quantisation(scheme: Scheme, measurement: Measurement) -> tuple[dict[str, A
     return section, {"producer": _PRODUCER, "quantization": legacy}
 
 
-def check_scheme(scheme: Scheme, measurement: Measurement) -> None:
+def check_scheme(scheme: Scheme, measurement: Measurement, carrier: str = "modelopt") -> None:
     """Check that a scheme is one of this measurement, and that its exclusions are what it leaves in 16 bits.
 
     Raises:
         StaleRecord: it isn't.
     """
-    known = {BF16, *_LAYOUTS}
+    known = {BF16, *(_LAYOUTS if carrier == "modelopt" else _GROUPS)}
     problem = None
     if scheme.measurement_sha256 != measurement.fingerprint():
         problem = "was planned from another measurement"
@@ -240,7 +332,12 @@ def check_scheme(scheme: Scheme, measurement: Measurement) -> None:
 
 
 def expect(
-    scheme: Scheme, measurement: Measurement, amax: Mapping[str, torch.Tensor], source: Path, originals: Tensors
+    scheme: Scheme,
+    measurement: Measurement,
+    amax: Mapping[str, torch.Tensor],
+    source: Path,
+    originals: Tensors,
+    carrier: str,
 ) -> Expected:
     """Return what the scheme's checkpoint must hold.
 
@@ -250,38 +347,66 @@ def expect(
         amax: its amax values, `{"<module>.input_amax": float32 scalar}`.
         source: the original model's directory.
         originals: its tensors.
+        carrier: `modelopt` or `compressed-tensors`.
 
     Raises:
         StaleRecord: the scheme is of another measurement. RecordError: an amax value is missing.
     """
-    check_scheme(scheme, measurement)
+    check_scheme(scheme, measurement, carrier)
     rounding = measurement.rounding.modules if measurement.rounding is not None else ()
     rounded = {module.name: module for module in rounding}
-    weights = {name: Weight(originals.file(name)) for name in originals.files}
+    weights = {name: Weight(originals.file(name), name) for name in originals.files}
     scales: dict[str, Scale] = {}
     for group in measurement.groups:
         is_quantised = scheme.formats[group.name] != BF16
         # What a runtime fuses has one input, and one scale for it.
         has_input = is_quantised and _LAYOUTS[scheme.formats[group.name]].input_scale
         inputs = [_number(amax, f"{module.name}.input_amax") for module in group.modules] if has_input else []
+        likely = [_number(amax, f"{module.name}.weight_amax") for module in group.modules] if is_quantised else []
         for module in group.modules:
-            if module.tensor not in weights:
+            if module.tensor not in originals.files:
                 raise StaleRecord(f"{source} has no tensor {module.tensor}, which was measured; measure again")
             name, file = module.tensor, originals.file(module.tensor)
             if not is_quantised:
-                weights[name] = Weight(file, group.name, module.name)
+                weights[name] = Weight(file, name, group.name, module.name)
                 continue
-            layout = _LAYOUTS[scheme.formats[group.name]]
-            weights[name] = Weight(file, group.name, module.name, True, layout.in_blocks, rounded.get(module.name))
+            layout, how = _LAYOUTS[scheme.formats[group.name]], _CARRIERS[carrier]
+            prefix, own = name.removesuffix(".weight"), {}
+            codes = f"{prefix}.{how.codes}" if layout.in_blocks else name
             for part, (shape, dtype) in layout.scales(originals.shape(name)).items():
                 value = scale_of(max(inputs), layout.largest) if part == "input_scale" else None
-                many_of = name if shape else None
-                scales[f"{name.removesuffix('.weight')}.{part}"] = Scale(
-                    file, group.name, module.name, value, many_of, shape, dtype, layout.largest
+                leaf, held, inverted = how.stored(part, shape, layout.in_blocks)
+                own[part] = f"{prefix}.{leaf}"
+                scales[own[part]] = Scale(
+                    file,
+                    group.name,
+                    module.name,
+                    value,
+                    codes if shape else None,
+                    held,
+                    dtype,
+                    layout.largest,
+                    by_row=len(shape) == 1,
+                    inverted=inverted,
+                    likely=scale_of(max(likely), layout.largest) if inverted else None,
                 )
+            del weights[name]
+            weights[codes] = Weight(
+                file,
+                name,
+                group.name,
+                module.name,
+                True,
+                layout.in_blocks,
+                rounded.get(module.name),
+                own["weight_scale"],
+                own.get("weight_scale_2"),
+                own.get("input_scale"),
+            )
     config = read_json(source / CONFIG)
-    section, legacy = _quantisation(scheme, measurement)
+    section, legacy = _quantisation(scheme, measurement, carrier)
     return Expected(
+        carrier=carrier,
         weights=weights,
         scales=scales,
         kv_scales=dict(_kv_scales(scheme, measurement, amax, originals)),

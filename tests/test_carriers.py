@@ -1,0 +1,255 @@
+"""Checkpoints in compressed-tensors' layout: against its library, transformers' own loader and vLLM's."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from safetensors.torch import load_file, save_file
+
+from bitladder import library, planning
+from bitladder.checkpoints.export import export
+from bitladder.errors import ModelError, PlanError
+from bitladder.evaluation.evaluate import compare
+from bitladder.evaluation.reading import load_checkpoint
+from bitladder.evaluation.reference import Reference
+from bitladder.evaluation.simulation import Simulation
+from bitladder.formats import COMPRESSED_TENSORS, FORMATS, MODELOPT, format_of_group, get_format
+from bitladder.measured import read_amax
+from bitladder.recipe import SchemeSpec
+from bitladder.records import BF16, CheckpointManifest
+from bitladder.verification import verify
+from conftest import llama_config, load_text, measure_text, save_model
+
+EACH = sorted(name for name, one in FORMATS.items() if COMPRESSED_TENSORS in one.layouts)
+MIX = "mix"
+PRESETS = {"fp8": "FP8", "fp8_pc_pt": "FP8_DYNAMIC", "nvfp4": "NVFP4", "nvfp4_w4a16": "NVFP4A16"}
+IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return save_model(transformers.LlamaForCausalLM, llama_config(), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def measured(llama, text_file, tmp_path_factory):
+    """(measurement, amax) in all formats that compressed-tensors holds."""
+    output = tmp_path_factory.mktemp("measured")
+    measurement = measure_text(llama, text_file, output, formats=tuple(EACH))
+    return measurement, read_amax(measurement, output)
+
+
+@pytest.fixture(scope="module")
+def schemes(measured):
+    """One scheme a format, and a mix of all with bf16."""
+    measurement, _ = measured
+
+    def priced(name, chosen):
+        formats = {group.name: chosen(index) for index, group in enumerate(measurement.groups)}
+        return planning.price(measurement, name, formats, SchemeSpec(name=name, include=("*",)))
+
+    ways = {name: priced(name, lambda _, name=name: name) for name in EACH}
+    kinds = [*EACH, BF16]
+    return {**ways, MIX: priced(MIX, lambda index: kinds[index % len(kinds)])}
+
+
+@pytest.fixture(scope="module")
+def directories(llama, measured, schemes, tmp_path_factory):
+    """{scheme: directory}: to be copied, not changed."""
+    root = tmp_path_factory.mktemp("carried")
+    for name, scheme in schemes.items():
+        export(scheme, *measured, llama, root / name, carrier=COMPRESSED_TENSORS)
+    return {name: root / name for name in schemes}
+
+
+def section_of(directory):
+    return json.loads((directory / "config.json").read_text())["quantization_config"]
+
+
+def verified(llama, measured, scheme, directory, carrier=COMPRESSED_TENSORS):
+    return verify([scheme], *measured, llama, {scheme.name: directory}, carrier=carrier).checkpoints[0]
+
+
+def log_probs(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits.double().log_softmax(-1)
+
+
+def kl(first, second):
+    return float((first.exp() * (first - second)).sum(-1).mean())
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_group_is_the_librarys_own_preset(directories, name):
+    (group,) = QuantizationConfig.model_validate(section_of(directories[name])).config_groups.values()
+    preset = preset_name_to_scheme(PRESETS[name], targets=[])
+    told = {"observer", "zp_dtype"}  # of calibration, which is over
+    for side in ("weights", "input_activations"):
+        mine, other = getattr(group, side), getattr(preset, side)
+        assert (mine is None) == (other is None)
+        assert mine is None or mine.model_dump(exclude=told) == other.model_dump(exclude=told)
+    assert format_of_group(section_of(directories[name])["config_groups"]["group_0"]).name == name
+
+
+def test_a_mix_names_every_module_once(directories, schemes, measured):
+    section = section_of(directories[MIX])
+    assert (section["quant_method"], section["format"]) == ("compressed-tensors", "mixed-precision")
+    formats = {
+        target: format_of_group(group).name
+        for group in section["config_groups"].values()
+        for target in group["targets"]
+    }
+    wanted = {m.name: schemes[MIX].formats[g.name] for g in measured[0].groups for m in g.modules}
+    assert formats == {module: name for module, name in wanted.items() if name != BF16}
+    assert set(section["ignore"]) == {m for m, name in wanted.items() if name == BF16} | {
+        "lm_head",
+        "model.embed_tokens",
+    }
+    assert not (directories[MIX] / "hf_quant_config.json").exists()
+    assert section_of(directories["fp8"])["format"] == "float-quantized"
+
+
+@pytest.mark.parametrize("name", [*EACH, MIX])
+def test_verification_finds_nothing(llama, measured, schemes, directories, name):
+    result = verified(llama, measured, schemes[name], directories[name])
+    assert result.ok, result.findings
+    assert CheckpointManifest.read(directories[name] / CheckpointManifest.FILE_NAME).carrier == COMPRESSED_TENSORS
+    assert not verified(llama, measured, schemes[name], directories[name], MODELOPT).ok
+
+
+@pytest.mark.parametrize("name", [*EACH, MIX])
+def test_evaluation_simulation_and_modelopts_layout_agree(
+    llama, measured, schemes, directories, name, tmp_path, text_file
+):
+    scheme = schemes[name]
+    mine = log_probs(load_checkpoint(directories[name]))
+    if all(MODELOPT in get_format(one).layouts for one in scheme.formats.values() if one != BF16):
+        export(scheme, *measured, llama, tmp_path / "modelopt")
+        torch.testing.assert_close(mine, log_probs(load_checkpoint(tmp_path / "modelopt")), rtol=0, atol=1e-4)
+    assert kl(log_probs(load_checkpoint(llama)), mine) > 1e-6
+    data = load_text(llama, text_file)
+    with Reference.compute(llama, data, device="cpu") as reference:
+        (result, *_), _ = compare(reference, directories[name], name)
+        simulation = Simulation(llama, measured[0], measured[1], carrier=COMPRESSED_TENSORS)
+        assert simulation.results([reference], scheme)[0].value == result.value
+
+
+# --- transformers' own loader -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*EACH, MIX])
+def test_transformers_loads_it_by_itself(directories, name):
+    """In bfloat16, `from_pretrained`'s default here, it is no farther from our numbers than bfloat16 is.
+
+    compressed-tensors 0.20.0 unpacks FP4 codes to bfloat16 whatever is asked for, so float32 is tried without them.
+    """
+    ours = log_probs(load_checkpoint(directories[name]))
+    rounded = kl(ours, log_probs(load_checkpoint(directories[name], torch.bfloat16)))
+    with library.quiet_libraries():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directories[name])
+        found = kl(ours, log_probs(theirs))
+    assert theirs.dtype == torch.bfloat16
+    assert found < 1.5 * rounded + 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in EACH if FORMATS[name].code_dtype != "U8"])
+def test_transformers_computes_what_we_do_in_float32(directories, name):
+    ours = load_checkpoint(directories[name])
+    with library.quiet_libraries():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directories[name], dtype=torch.float32)
+        mine, other = log_probs(ours), log_probs(theirs)
+    assert kl(mine, other) < 2e-4  # a rounding on the other side of a tie
+    modules, compared = dict(ours.named_modules()), 0
+    for path, linear in theirs.named_modules():
+        if not hasattr(linear, "quantization_scheme"):
+            continue
+        x = torch.randn(2, 5, linear.in_features, generator=torch.Generator().manual_seed(2))
+        torch.testing.assert_close(linear.weight.detach(), modules[path].weight.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(linear(x).detach(), modules[path](x).detach(), rtol=1e-5, atol=1e-5)
+        compared += 1
+    assert compared == 21
+
+
+# --- what is wrong is found -------------------------------------------------------------------------------------
+
+
+def damaged(directory, destination, change):
+    shutil.copytree(directory, destination)
+    path = destination / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return destination
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+UPSIDE_DOWN = {
+    "weight_global_scale": "the source's weights give",
+    "input_global_scale": "what calibration saw gives",
+}
+
+
+@pytest.mark.parametrize("leaf", sorted(UPSIDE_DOWN))
+def test_a_global_scale_that_is_not_inverted_is_found(llama, measured, schemes, directories, tmp_path, leaf):
+    def change(tensors):
+        tensors[f"{DOWN}.{leaf}"] = 1 / tensors[f"{DOWN}.{leaf}"]
+
+    copy = damaged(directories["nvfp4"], tmp_path / "x", change)
+    findings = verified(llama, measured, schemes["nvfp4"], copy).findings
+    assert any(f.tensor == f"{DOWN}.{leaf}" and UPSIDE_DOWN[leaf] in f.problem for f in findings)
+
+
+@pytest.mark.parametrize(
+    ("name", "leaf", "shape", "says"),
+    [
+        ("fp8", "weight_scale", (), r"is torch.float32 \[\], not one float32 number \[1\]"),
+        ("fp8_pc_pt", "weight_scale", (64,), r"is torch.float32 \[64\], not 64 x 1 float32 numbers"),
+        ("nvfp4", "weight_global_scale", (), r"is torch.float32 \[\], not one float32 number \[1\]"),
+    ],
+)
+def test_modelopts_shapes_are_found(llama, measured, schemes, directories, tmp_path, name, leaf, shape, says):
+    def change(tensors):
+        tensors[f"{DOWN}.{leaf}"] = tensors[f"{DOWN}.{leaf}"].reshape(shape)
+
+    copy = damaged(directories[name], tmp_path / "x", change)
+    findings = [f.problem for f in verified(llama, measured, schemes[name], copy).findings if f.tensor]
+    assert len(findings) == 1
+    assert re.search(says, findings[0])
+
+
+def test_a_module_in_another_group_is_found(llama, measured, schemes, directories, tmp_path):
+    copy = tmp_path / "x"
+    shutil.copytree(directories[MIX], copy)
+    config = json.loads((copy / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    first, second, *_ = groups.values()
+    second["targets"].append(first["targets"].pop(0))
+    (copy / "config.json").write_text(json.dumps(config))
+    problems = [f.problem for f in verified(llama, measured, schemes[MIX], copy).findings]
+    assert any("config_groups.group_0.targets lacks" in problem for problem in problems)
+    with pytest.raises(ModelError):
+        load_checkpoint(copy)
+
+
+def test_a_module_in_no_group_is_refused(directories, tmp_path):
+    shutil.copytree(directories["nvfp4"], tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["targets"].remove(DOWN)
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=rf"{DOWN} is stored as codes, but its config group is in no config group"):
+        load_checkpoint(tmp_path / "x")
+
+
+def test_a_fp8_kv_cache_is_refused_with_the_carrier_that_has_it(llama, measured, schemes, tmp_path):
+    scheme = schemes["fp8"].model_copy(update={"kv_cache_format": "fp8"})
+    with pytest.raises(PlanError, match=r"scheme fp8: .*KV cache.*export.carrier: modelopt"):
+        export(scheme, *measured, llama, tmp_path / "x", carrier=COMPRESSED_TENSORS)
