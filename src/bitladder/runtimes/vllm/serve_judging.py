@@ -20,8 +20,8 @@ NOISE_MULTIPLE: Final = 5.0
 # vLLM's CPU attention stores an FP8 KV cache by cutting off bits, where GPUs (and our evaluation) round to the nearest:
 # 0.029 and 0.032 for top50 and all FP8, 7.2 times the original's; 0.006 against an evaluation that cuts off too.
 CPU_KV_NOISE_MULTIPLE: Final = 15.0
-# Inputs in four bits go to another value where BF16 moves them over an edge: our own evaluation in BF16 is 0.026 from that
-# in float32 with every input of the embedded model so rounded, 5.8 times the original's; 0.005 with 16-bit inputs.
+# Inputs in four bits go to another value where BF16 moves them over an edge: our own evaluation in BF16 is 0.026 from
+# that in float32 with every input of the embedded model so rounded, 5.8 times the original's; 0.005 with 16-bit ones.
 FP4_NOISE_MULTIPLE: Final = 15.0
 # Sets on which the model is nearly certain have a noise of 10⁻⁴, of which a multiple means nothing.
 TOLERANCE_FLOOR: Final = 0.01  # nats per token
