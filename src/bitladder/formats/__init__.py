@@ -19,7 +19,7 @@ from bitladder.formats.base import (
     Format,
     Part,
 )
-from bitladder.formats.carriers import COMPRESSED_TENSORS, MODELOPT, WEIGHT_PACKED, Layout
+from bitladder.formats.carriers import COMPRESSED_TENSORS, GLOBAL_SCALES, MODELOPT, WEIGHT_PACKED, Layout
 from bitladder.formats.e4m3 import E4m3
 from bitladder.formats.fp8_channel import Fp8Channel
 from bitladder.formats.fp8_tensor import Fp8Tensor
@@ -31,6 +31,7 @@ __all__ = [
     "CARRIED_SCALES",
     "COMPRESSED_TENSORS",
     "FORMATS",
+    "GLOBAL_SCALES",
     "INPUT_SCALE",
     "KV_SCALE_NAMES",
     "MODELOPT",

@@ -73,6 +73,7 @@ class Rules(ABC):
     runtime: ClassVar[str]
     version: ClassVar[str]
     SUPPORT: ClassVar[Mapping[str, Support | str]]  # format -> how it runs, or why it doesn't
+    CARRIED: ClassVar[Mapping[str, Support]] = {}  # the same of compressed-tensors' layout; empty: not known here
     other_method: ClassVar[str] = "UnquantizedLinearMethod"
     legacy_first: ClassVar[bool] = False  # whether hf_quant_config.json wins over config.json
     known_algorithms: ClassVar[frozenset[str]]  # besides FP8 with one scale a tensor

@@ -22,13 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitladder.errors import BitladderError, ModelError
+from bitladder.formats import COMPRESSED_TENSORS
 from bitladder.models.families import Architecture, architecture
 from bitladder.records import BF16, ProbedLayer, ProbeResult
 from bitladder.runtimes.base import Rules
+from bitladder.runtimes.checks.config_groups import GroupsCheck, canonical
 from bitladder.runtimes.checks.configuration import ConfigurationCheck
 from bitladder.runtimes.checks.formats import FormatsCheck
 from bitladder.runtimes.checks.kv_cache import KvCacheCheck
 from bitladder.runtimes.checks.names import NamesCheck
+from bitladder.runtimes.config import inline
 from bitladder.runtimes.files import Files, read_files
 from bitladder.runtimes.findings import EXPORT_AGAIN, Findings
 from bitladder.runtimes.registry import RULES, VERSIONS
@@ -100,9 +103,7 @@ def preflight(
         raise BitladderError(f"the pre-flight doesn't know the runtime {unknown[0]!r}; choose of {', '.join(VERSIONS)}")
     findings = Findings()
     files = read_files(directory, findings)
-    need = (
-        None if files is None else architecture(files.config, {tensor.name: tensor.shape for tensor in files.tensors})
-    )
+    need = None if files is None else architecture(files.config, canonical(files.tensors))
     return tuple(_result(directory, VERSIONS[name], files, need, findings.copy(), read_weights) for name in runtimes)
 
 
@@ -116,10 +117,13 @@ def _result(
 ) -> ProbeResult:
     """Return one runtime's result; `findings` holds what was found whatever the runtime."""
     manifest = None if files is None else files.manifest
+    asked = None if files is None else inline(files.config)
+    carried = asked is not None and asked.method == COMPRESSED_TENSORS
     reached = "files"
     layers: tuple[ProbedLayer, ...] = ()
     if files is not None and need is not None:
-        check = _Check(files, need, rules, findings)
+        own = carried and rules.CARRIED
+        check = GroupsCheck(files, need, rules, findings) if own else _Check(files, need, rules, findings)
         reached = check.run(read_weights)
         layers = check.layers() if reached != "configuration" else ()
     return ProbeResult(

@@ -40,7 +40,8 @@ class ConfigurationCheck(Subject):
             self.findings.warn(
                 "unsupported_format",
                 asked.file,
-                f"quant_method is {asked.method!r}; only ModelOpt's rules are known here, so no layer was checked",
+                f"quant_method is {asked.method!r}; of {self.rules.runtime} {self.rules.version} only ModelOpt's rules "
+                "are known here, so no layer was checked",
                 self._last_word,
             )
             return False

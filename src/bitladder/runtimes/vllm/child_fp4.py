@@ -13,23 +13,29 @@ from typing import Any
 import torch
 
 _BLOCK = 16
+_ASKED = "init_nvfp4_linear_kernel"  # what the layers' classes ask for a kernel
 
 
 @contextlib.contextmanager
 def emulating() -> Iterator[None]:
     """Let layers that are made meanwhile have kernels that a CPU can run."""
-    from vllm.model_executor.layers.quantization import modelopt
     from vllm.platforms import current_platform
 
-    original = getattr(modelopt, "init_nvfp4_linear_kernel", None)
-    if original is None or not current_platform.is_cpu():
+    if not current_platform.is_cpu():
         yield
         return
-    modelopt.init_nvfp4_linear_kernel = _kernel
+    from vllm.model_executor.layers.quantization import modelopt
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a4_nvfp4
+
+    asking = [each for each in (modelopt, compressed_tensors_w4a4_nvfp4) if hasattr(each, _ASKED)]
+    originals = [getattr(each, _ASKED) for each in asking]
+    for each in asking:
+        setattr(each, _ASKED, _kernel)
     try:
         yield
     finally:
-        modelopt.init_nvfp4_linear_kernel = original
+        for each, original in zip(asking, originals, strict=True):
+            setattr(each, _ASKED, original)
 
 
 def _kernel(use_a16: bool = False) -> Any:

@@ -294,8 +294,22 @@ def kernel_of(method: Any) -> str | None:
     return found
 
 
+def running(module: Any) -> Any:
+    """Return what runs a layer: its quant method, or compressed-tensors' scheme for it."""
+    scheme = getattr(module, "scheme", None)
+    return module.quant_method if scheme is None else scheme
+
+
+def codes_of(module: Any) -> torch.Tensor | None:
+    """Return a layer's weight, or its packed codes."""
+    found: torch.Tensor | None = getattr(module, "weight", getattr(module, "weight_packed", None))
+    return found
+
+
 def rounds_input(method: Any) -> bool:
     """Return whether a quant method does anything to inputs: vLLM 0.32 says it in `spec`, 0.25.1 has another class."""
+    if hasattr(method, "use_a16"):  # compressed-tensors' FP4 scheme
+        return not method.use_a16
     if hasattr(method, "spec"):
         return method.spec.activation is not None
     return "A16" not in class_name(method) and not class_name(method).startswith("Unquantized")
@@ -335,16 +349,16 @@ def layer_facts(model: torch.nn.Module) -> list[Facts]:
     found, packed = [], packed_modules(model)
     for name, module in quantised_layers(model):
         widths = getattr(module, "logical_widths", None) or getattr(module, "output_sizes", None) or []
-        weight = getattr(module, "weight", None)
+        weight = codes_of(module)
         found.append(
             {
                 "name": name,
                 "type": class_name(module),
-                "method": class_name(module.quant_method),
+                "method": class_name(running(module)),
                 "shards": packed.get(name.rpartition(".")[2], []),
                 "widths": [int(width) for width in widths],
                 "created_dtype": None if weight is None else dtype_name(weight.dtype),
-                "rounds_input": rounds_input(module.quant_method),
+                "rounds_input": rounds_input(running(module)),
                 "kernel": None,
                 "dtype": None,
             }
@@ -356,8 +370,8 @@ def finish_layers(model: torch.nn.Module, layers: list[Facts]) -> None:
     """Add kernel and dtype as they are after vLLM's post-processing."""
     modules = dict(model.named_modules())
     for facts in layers:
-        weight = getattr(modules[facts["name"]], "weight", None)
-        facts["kernel"] = kernel_of(modules[facts["name"]].quant_method)
+        weight = codes_of(modules[facts["name"]])
+        facts["kernel"] = kernel_of(running(modules[facts["name"]]))
         facts["dtype"] = None if weight is None else dtype_name(weight.dtype)
 
 

@@ -138,6 +138,12 @@ def _sibling(name: str) -> Any:
     return module
 
 
+def _running(module: Any) -> Any:
+    """Return what runs a layer: its quant method, or compressed-tensors' scheme for it."""
+    scheme = getattr(module, "scheme", None)
+    return module.quant_method if scheme is None else scheme
+
+
 def _kernel_of(method: Any) -> str | None:
     """Return the class of the kernel that a quant method chose; None: it has none of its own."""
     found = None
@@ -152,7 +158,8 @@ def _kernel_of(method: Any) -> str | None:
 def _dtype_of(method: Any, weight: Any) -> str:
     """Return the dtype of a layer's codes: of packed ones as they are stored, since kernels store them otherwise."""
     stored = getattr(getattr(getattr(method, "spec", None), "weight", None), "dtype", None)
-    packed = "NvFp4" in type(method).__name__ or str(stored) == _PACKED
+    name = type(method).__name__
+    packed = "NvFp4" in name or "W4A4Fp4" in name or str(stored) == _PACKED
     return (_PACKED if packed else str(weight.dtype)).removeprefix("torch.")
 
 
@@ -162,7 +169,10 @@ def _scaling(module: Any) -> dict[str, bool]:
     vLLM 0.32 says it in the quant method's `spec`; earlier releases have a method a format. Kernels may spread one
     scale over all rows, so that the shape that is left doesn't tell.
     """
-    method = module.quant_method
+    method = _running(module)
+    if method is not module.quant_method:
+        static = getattr(method, "is_static_input_scheme", not getattr(method, "use_a16", True))
+        return {"channels": str(getattr(method, "strategy", "")).endswith("channel"), "dynamic_input": not static}
     weight, inputs = (getattr(getattr(method, "spec", None), name, None) for name in ("weight", "activation"))
     if weight is None:
         name = type(method).__name__
@@ -205,9 +215,9 @@ def layer_facts(model: Any, modules: Sequence[str]) -> Facts:
         if isinstance(module, LinearBase) and module.quant_method is not None:
             weight = getattr(module, "weight", None)
             layers[name] = {
-                "method": type(module.quant_method).__name__,
-                "kernel": _kernel_of(module.quant_method),
-                "dtype": None if weight is None else _dtype_of(module.quant_method, weight),
+                "method": type(_running(module)).__name__,
+                "kernel": _kernel_of(_running(module)),
+                "dtype": None if weight is None else _dtype_of(_running(module), weight),
                 **_scaling(module),
             }
     names = {module: _runtime_name(model, layers, module) for module in modules}

@@ -6,10 +6,11 @@ scales that it merges. An exception that no rule explains counts last: the facts
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
-from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, WEIGHT_SCALE_2
+from bitladder.formats import GLOBAL_SCALES, INPUT_SCALE, WEIGHT, WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SCALE_2
 from bitladder.records import BF16, CheckpointManifest, ErrorClass, ProbedLayer, ProbeFinding
 from bitladder.runtimes.base import RECOMPUTED
 from bitladder.runtimes.child import Outcome, first_line
@@ -21,13 +22,20 @@ _EXPORT = "export the checkpoint again"
 _KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
 # What vLLM's attention layers may be given besides k_scale and v_scale; ModelOpt writes neither, 1.0 is used.
 # Source: vllm model_executor/layers/quantization/kv_cache.py, BaseKVCacheMethod.create_weights.
-_OPTIONAL_SCALES = ("q_scale", "prob_scale")
+# compressed-tensors' have zero points of unsymmetric numbers, too.
+_OPTIONAL_SCALES = ("q_scale", "prob_scale", "q_zero_point", "k_zero_point", "v_zero_point")
 _KV_SCALES = ("k_scale", "v_scale")
+_ABOVE = (WEIGHT_SCALE_2, GLOBAL_SCALES[WEIGHT_SCALE_2])  # of which a fused layer has one, over its blocks' scales
 
 
 def module_of(tensor: str) -> str:
     """Return the module that a tensor belongs to: its name without the last part."""
     return tensor.rpartition(".")[0]
+
+
+def _codes(tensors: Mapping[str, Any], module: str) -> Any:
+    """Return a module's weight, or its packed codes; None: it has neither."""
+    return tensors.get(f"{module}.{WEIGHT}", tensors.get(f"{module}.{WEIGHT_PACKED}"))
 
 
 def _error(error_class: ErrorClass, where: str, problem: str, remedy: str) -> ProbeFinding:
@@ -115,7 +123,7 @@ def _tensor_names(facts: Facts, layer: Layer | None, name: str, begin: int, end:
 
 def _fused_on_disk(facts: Facts, name: str) -> bool:
     """Return whether a scale's layer is one tensor in the checkpoint, so that one scale is all it can have."""
-    weight = facts.parameters.get(f"{module_of(name)}.weight")
+    weight = _codes(facts.parameters, module_of(name))
     own = facts.parameters[name].copies
     return weight is not None and bool(own) and len({copy.tensor for copy in weight.copies}) == 1
 
@@ -229,13 +237,13 @@ def unequal_findings(facts: Facts) -> Iterator[ProbeFinding]:
             for index, value in enumerate(parameter.values)
             if (tensor := _source_of(parameter, index)) is not None and math.isfinite(value) and value > 0
         }
-        if kind not in (WEIGHT_SCALE, WEIGHT_SCALE_2, INPUT_SCALE) or len(set(loaded.values())) < 2:
+        if kind not in (WEIGHT_SCALE, INPUT_SCALE, *_ABOVE, *GLOBAL_SCALES.values()) or len(set(loaded.values())) < 2:
             continue
         if any(copy.end - copy.begin > 1 for copy in parameter.copies):  # one an output row: nothing is merged
             continue
         values = ", ".join(f"{tensor} {value:.6g}" for tensor, value in loaded.items())
         remedy = f"{_EXPORT} with one {kind} for the modules that are fused"
-        if kind == WEIGHT_SCALE_2:
+        if kind in _ABOVE:
             done = "takes the largest above all of their blocks' scales: what runs isn't what is stored"
             yield _error("unequal_scales", module_of(name), f"vLLM {done} ({values})", remedy)
         elif kind == WEIGHT_SCALE:
@@ -248,15 +256,20 @@ def unequal_findings(facts: Facts) -> Iterator[ProbeFinding]:
             yield _warning("unequal_scales", module_of(name), f"vLLM takes the largest for all ({values})", remedy)
 
 
+def _has_input_scale(tensors: Mapping[str, Any], module: str) -> bool:
+    return any(f"{module}.{name}" in tensors for name in (INPUT_SCALE, GLOBAL_SCALES[INPUT_SCALE]))
+
+
 def running_format(facts: Facts, layer: Layer) -> str:
     """Return our name of the format that vLLM made a layer for, by the dtype and the scales that it gave it."""
     plain = plain_format(layer.created_dtype)
     if plain is not None:
         return plain
     scale = facts.parameters.get(f"{layer.name}.weight_scale")
-    rows = facts.parameters[f"{layer.name}.weight"].shape[0]
-    dynamic = f"{layer.name}.input_scale" not in facts.parameters or not layer.rounds_input
-    channels = scale is not None and len(scale.shape) < 2 and scale.elements == rows != max(len(layer.shards), 1)
+    rows = _codes(facts.parameters, layer.name).shape[0]
+    dynamic = not _has_input_scale(facts.parameters, layer.name) or not layer.rounds_input
+    flat = scale is not None and (len(scale.shape) < 2 or (scale.shape[1] == 1 and scale.dtype == "float32"))
+    channels = scale is not None and flat and scale.elements == rows != max(len(layer.shards), 1)
     found = fitting(str(layer.created_dtype), channels=channels, dynamic_input=dynamic)
     if found:
         return found[0]
@@ -266,14 +279,15 @@ def running_format(facts: Facts, layer: Layer) -> str:
 
 def stored_formats(facts: Facts, module: str) -> list[str]:
     """Return the formats in which a module may be stored, by its dtype and scales; several where a scale is missing."""
-    dtype = facts.tensors[f"{module}.weight"].dtype
+    dtype = _codes(facts.tensors, module).dtype
     plain = plain_format(dtype)
     if plain is not None:
         return [plain]
     scale = facts.tensors.get(f"{module}.weight_scale")
-    channels = None if scale is None else len(scale.shape) == 1 and scale.shape != (1,)
+    flat = scale is not None and (len(scale.shape) == 1 or (scale.shape[1:] == (1,) and scale.dtype == "float32"))
+    channels = None if scale is None else flat and scale.shape != (1,)
     found = fitting(dtype, channels=channels)
-    dynamic = f"{module}.input_scale" not in facts.tensors
+    dynamic = not _has_input_scale(facts.tensors, module)
     return (fitting(dtype, channels=channels, dynamic_input=dynamic) or found) if len(found) > 1 else found or [dtype]
 
 
@@ -290,7 +304,7 @@ def promises(facts: Facts, manifest: CheckpointManifest) -> dict[str, str]:
     Tensors may have been renamed since (a runtime takes the names of several releases of transformers): a module that
     isn't there by its name is the one whose name ends alike, if there is only one.
     """
-    modules = {module_of(name) for name in facts.tensors if name.endswith(".weight")}
+    modules = {module_of(name) for name in facts.tensors if name.endswith((f".{WEIGHT}", f".{WEIGHT_PACKED}"))}
     found = {}
     for module in manifest.modules:
         name = module_of(module.tensor)
@@ -307,7 +321,7 @@ def probed_layers(facts: Facts, manifest: CheckpointManifest | None) -> tuple[Pr
     promised = {} if manifest is None else promises(facts, manifest)
     rows = {}
     for layer in facts.layers:
-        weight = facts.parameters.get(f"{layer.name}.weight")
+        weight = _codes(facts.parameters, layer.name)
         if weight is None:
             continue
         for copy in sorted(weight.copies, key=lambda copy: copy.begin):
@@ -328,7 +342,7 @@ def format_findings(facts: Facts, layers: Iterable[ProbedLayer]) -> Iterator[Pro
     """Yield modules that vLLM runs in another format than the manifest promises, or (without one) than is stored."""
     for layer in layers:
         expected, says = [] if layer.promised is None else [layer.promised], "the manifest promises"
-        if layer.promised is None and f"{layer.name}.weight" in facts.tensors:
+        if layer.promised is None and _codes(facts.tensors, layer.name) is not None:
             expected, says = stored_formats(facts, layer.name), "the checkpoint stores"
         if expected and layer.format not in expected:
             yield wrong_format(layer, f"{says} {expected[0]}")

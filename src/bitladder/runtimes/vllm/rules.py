@@ -10,6 +10,7 @@ from bitladder.models.fusing import Layer
 from bitladder.runtimes.base import MIX, Decision, Rules, Support
 
 _MODELOPT = "vllm {}, model_executor/layers/quantization/modelopt.py"
+_SCHEMES = "vllm 0.32.0, model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_{}.py"
 
 
 class VllmRules(Rules):
@@ -37,6 +38,12 @@ class VllmRules(Rules):
         # of both versions: GPUs without FP4 units run these layers with inputs in 16 bits, from 7.5 on
         "nvfp4": Support("ModelOptLinearMethod", 75, None, _MODELOPT.format(version)),
         "nvfp4_w4a16": Support("ModelOptLinearMethod", 75, None, _MODELOPT.format(version)),
+    }
+    CARRIED: ClassVar = {
+        "fp8": Support("CompressedTensorsW8A8Fp8", 89, None, _SCHEMES.format("w8a8_fp8")),
+        "fp8_pc_pt": Support("CompressedTensorsW8A8Fp8", 89, None, _SCHEMES.format("w8a8_fp8")),
+        "nvfp4": Support("CompressedTensorsW4A4Fp4", 75, None, _SCHEMES.format("w4a4_nvfp4")),
+        "nvfp4_w4a16": Support("CompressedTensorsW4A4Fp4", 75, None, _SCHEMES.format("w4a4_nvfp4")),
     }
     known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", MIX})
     _NEVER = ("vision_tower", "vision_model", "vit_large_projector")
@@ -125,6 +132,7 @@ class VllmRules0251(VllmRules):
     """
 
     version = "0.25.1"
+    CARRIED: ClassVar = {}  # wasn't read
     SUPPORT: ClassVar = {
         "fp8": Support("ModelOptFp8LinearMethod", 89, None, _MODELOPT.format(version)),
         "fp8_pc_pt": Support("ModelOptFp8PcPtLinearMethod", 89, None, _MODELOPT.format(version), in_mix=False),
