@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 
 from bitladder import library, planning
@@ -27,14 +29,25 @@ from bitladder.verification import verify
 from conftest import llama_config, load_text, measure_text, save_model
 
 EACH = sorted(name for name, one in FORMATS.items() if COMPRESSED_TENSORS in one.layouts)
-MIX = "mix"
-PRESETS = {"fp8": "FP8", "fp8_pc_pt": "FP8_DYNAMIC", "nvfp4": "NVFP4", "nvfp4_w4a16": "NVFP4A16"}
+MIX, ON_CPUS = "mix", "on_cpus"
+NOT_ON_CPUS = ("int8_w8a16", "int8_w8a16_g64")  # vLLM 0.32 has no such kernel there
+PRESETS = {
+    "fp8": "FP8",
+    "fp8_pc_pt": "FP8_DYNAMIC",
+    "nvfp4": "NVFP4",
+    "nvfp4_w4a16": "NVFP4A16",
+    "int8": "INT8",
+    "int8_w8a16": "W8A16",
+    "int4_w4a16": "W4A16",
+}
 IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
-    return save_model(transformers.LlamaForCausalLM, llama_config(), tmp_path_factory.mktemp("llama"))
+    """A tiny Llama whose widths 128 divides, in three layers."""
+    config = llama_config(hidden_size=128, intermediate_size=256)
+    return save_model(transformers.LlamaForCausalLM, config, tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +69,12 @@ def schemes(measured):
 
     ways = {name: priced(name, lambda _, name=name: name) for name in EACH}
     kinds = [*EACH, BF16]
-    return {**ways, MIX: priced(MIX, lambda index: kinds[index % len(kinds)])}
+    few = [name for name in kinds if name not in NOT_ON_CPUS]
+    return {
+        **ways,
+        MIX: priced(MIX, lambda index: kinds[index % len(kinds)]),
+        ON_CPUS: priced(ON_CPUS, lambda index: few[-1 - index % len(few)]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -163,18 +181,24 @@ def test_transformers_loads_it_by_itself(directories, name):
 
 @pytest.mark.parametrize("name", [name for name in EACH if FORMATS[name].code_dtype != "U8"])
 def test_transformers_computes_what_we_do_in_float32(directories, name):
+    """Every layer by itself; the logits but for ties, which a random model makes much of (fp8 has few).
+
+    The inputs of int8 are scaled by amax / 127 in vLLM, and so in our evaluation; compressed-tensors has amax / 127.5.
+    """
     ours = load_checkpoint(directories[name])
     with library.quiet_libraries():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(directories[name], dtype=torch.float32)
         mine, other = log_probs(ours), log_probs(theirs)
-    assert kl(mine, other) < 2e-4  # a rounding on the other side of a tie
+    rounded = kl(mine, log_probs(load_checkpoint(directories[name], torch.bfloat16)))
+    assert kl(mine, other) < (1e-5 if name == "fp8" else 1.5 * rounded)
+    near = 0.05 if name == "int8" else 1e-5
     modules, compared = dict(ours.named_modules()), 0
     for path, linear in theirs.named_modules():
         if not hasattr(linear, "quantization_scheme"):
             continue
         x = torch.randn(2, 5, linear.in_features, generator=torch.Generator().manual_seed(2))
         torch.testing.assert_close(linear.weight.detach(), modules[path].weight.detach(), rtol=1e-6, atol=0)
-        torch.testing.assert_close(linear(x).detach(), modules[path](x).detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(linear(x).detach(), modules[path](x).detach(), rtol=near, atol=near)
         compared += 1
     assert compared == 21
 
@@ -212,7 +236,7 @@ def test_a_global_scale_that_is_not_inverted_is_found(llama, measured, schemes, 
     ("name", "leaf", "shape", "says"),
     [
         ("fp8", "weight_scale", (), r"is torch.float32 \[\], not one float32 number \[1\]"),
-        ("fp8_pc_pt", "weight_scale", (64,), r"is torch.float32 \[64\], not 64 x 1 float32 numbers"),
+        ("fp8_pc_pt", "weight_scale", (128,), r"is torch.float32 \[128\], not 128 x 1 float32 numbers"),
         ("nvfp4", "weight_global_scale", (), r"is torch.float32 \[\], not one float32 number \[1\]"),
     ],
 )
@@ -253,3 +277,89 @@ def test_a_fp8_kv_cache_is_refused_with_the_carrier_that_has_it(llama, measured,
     scheme = schemes["fp8"].model_copy(update={"kv_cache_format": "fp8"})
     with pytest.raises(PlanError, match=r"scheme fp8: .*KV cache.*export.carrier: modelopt"):
         export(scheme, *measured, llama, tmp_path / "x", carrier=COMPRESSED_TENSORS)
+
+
+# --- integers ---------------------------------------------------------------------------------------------------
+
+INTEGERS = [name for name in EACH if FORMATS[name].code_dtype in ("I8", "I32")]
+GROUPED = [name for name in INTEGERS if FORMATS[name].group_size]
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_are_the_librarys(name):
+    """Scales, codes and packing by compressed-tensors' own functions."""
+    format_ = get_format(name)
+    layout = format_.layouts[COMPRESSED_TENSORS]
+    args = QuantizationArgs(**layout.weights)
+    weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 48)[:, None]
+    weight[5] = 0
+    amax = format_.amax_of(weight)
+    parts = format_.encode(weight, amax)
+    groups = weight.reshape(48, -1, format_.group_size or 256)
+    scales, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    mine = parts["weight_scale"].float().reshape(scales.shape)
+    kept = torch.arange(48) != 5  # zeros: any scale will do
+    torch.testing.assert_close(mine[kept], scales[kept], rtol=2**-8 if format_.group_size else 1e-6, atol=0)
+    stored = mine if format_.group_size else mine.reshape(48, 1)
+    state = {"weight": weight, "weight_scale": stored}
+    compressor = BaseCompressor.get_value_from_registry(layout.compression)
+    scheme = QuantizationScheme(targets=[], weights=args)
+    theirs = compressor.compress(state, scheme)
+    assert torch.equal(theirs[layout.name("weight")], parts["weight"])
+    if format_.group_size:
+        assert torch.equal(theirs["weight_shape"], parts["weight_shape"])
+    restored = compressor.decompress(dict(theirs), scheme)["weight"].float()
+    assert torch.equal(format_.decode(parts), restored)
+    half = stored.repeat_interleave(256 // stored.shape[1], 1) / 2
+    within = (restored - weight).abs() <= half * (1 + 1e-4)
+    assert bool((within | ((restored - weight).abs() <= 2 * half)).all())
+    assert within.float().mean() > 0.9
+
+
+def test_every_stored_bit_of_integers_counts():
+    shape = (256, 512)
+    elements = 256 * 512
+    assert get_format("int4_w4a16").bits(shape) == elements * (4 + 16 / 128)
+    assert get_format("int4_w4a16_g64").bits(shape) == elements * (4 + 16 / 64)
+    assert get_format("int8_w8a16").bits(shape) == elements * (8 + 16 / 128)
+    assert get_format("int8").bits(shape) == elements * 8 + 256 * 32
+    assert get_format("int4_w4a16").tensor_scale_bytes == 16  # weight_shape
+    assert "not divisible by 128" in get_format("int4_w4a16").why_not((576, 576))
+    assert get_format("int4_w4a16_g64").why_not((576, 576)) is None
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_a_scheme_that_modelopts_layout_cannot_hold_is_refused(llama, measured, schemes, tmp_path, name):
+    with pytest.raises(
+        PlanError, match=rf"scheme {name}: {name} is no format of modelopt checkpoints; set .*: compressed"
+    ):
+        export(schemes[name], *measured, llama, tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_wrong_integers_are_found(llama, measured, schemes, directories, tmp_path, name):
+    codes = f"{DOWN}.{get_format(name).layouts[COMPRESSED_TENSORS].name('weight')}"
+
+    def flipped(tensors):
+        tensors[codes].view(torch.uint8)[3, 7] ^= 0x8
+
+    def scaled(tensors):
+        scale = tensors[f"{DOWN}.weight_scale"]
+        scale[4, 0] *= 2
+
+    for index, (change, where) in enumerate(((flipped, codes), (scaled, f"{DOWN}.weight_scale"))):
+        copy = damaged(directories[name], tmp_path / str(index), change)
+        findings = verified(llama, measured, schemes[name], copy).findings
+        assert where in {f.tensor for f in findings}, (change, findings)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_weight_of_another_shape_is_found(llama, measured, schemes, directories, tmp_path, name):
+    def change(tensors):
+        tensors[f"{DOWN}.weight_shape"] += 1
+
+    copy = damaged(directories[name], tmp_path / "x", change)
+    findings = verified(llama, measured, schemes[name], copy).findings
+    assert f"{DOWN}.weight_shape" in {f.tensor for f in findings}
+    with pytest.raises(ModelError, match=rf"{DOWN}.weight_shape is \[129, 257\], but .* holds \[128, 256\]"):
+        load_checkpoint(copy)

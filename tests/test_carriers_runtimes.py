@@ -16,6 +16,8 @@ from test_carriers import (  # noqa: F401  (fixtures)
     DOWN,
     EACH,
     MIX,
+    NOT_ON_CPUS,
+    ON_CPUS,
     damaged,
     directories,
     llama,
@@ -159,7 +161,7 @@ def loaded(directories, vllm_python, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [*EACH, MIX])
+@pytest.mark.parametrize("name", [name for name in (*EACH, ON_CPUS) if name not in NOT_ON_CPUS])
 def test_vllms_loader_runs_each_layer_as_promised(loaded, measured, schemes, name):  # noqa: F811
     result = loaded[name]
     assert [(f.error_class, f.where, f.problem) for f in result.findings] == []
@@ -168,6 +170,14 @@ def test_vllms_loader_runs_each_layer_as_promised(loaded, measured, schemes, nam
     assert {layer.name: layer.format for layer in result.layers if layer.name in wanted} == wanted
     methods = {layer.method for layer in result.layers if layer.format != BF16}
     assert methods == {VllmRules.CARRIED[one].method for one in wanted.values() if one != BF16}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", NOT_ON_CPUS)
+def test_what_vllm_has_no_kernel_for_on_a_cpu_is_said(loaded, name):
+    (finding,) = loaded[name].findings
+    assert finding.error_class == "unsupported_format"
+    assert "Failed to find a kernel that can implement the WNA16 linear layer" in finding.problem
 
 
 @pytest.mark.timeout(600)

@@ -14,7 +14,7 @@ from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from safetensors.torch import load_file, save_file
 
 import broken_checkpoints as broken
-from bitladder.formats import FORMATS
+from bitladder.formats import COMPRESSED_TENSORS, FORMATS, MODELOPT
 from bitladder.records import CheckpointManifest, ModuleRecord
 from bitladder.runtimes.base import Rules, Support
 from bitladder.runtimes.preflight import RUNTIMES, preflight
@@ -169,7 +169,9 @@ def test_sglang_refuses_both(tmp_path, mix):
 
 def test_every_runtime_has_a_row_or_a_reason_for_every_format():
     for name, rules in VERSIONS.items():
-        assert rules.SUPPORT.keys() == FORMATS.keys(), name
+        assert rules.SUPPORT.keys() == {one.name for one in FORMATS.values() if MODELOPT in one.layouts}, name
+        carried = {one.name for one in FORMATS.values() if COMPRESSED_TENSORS in one.layouts}
+        assert not rules.CARRIED or rules.CARRIED.keys() == carried, name
         for row in rules.SUPPORT.values():
             assert row.method.endswith("LinearMethod") and row.source if isinstance(row, Support) else row
     assert set(RUNTIMES) <= set(VERSIONS)

@@ -101,7 +101,9 @@ def _parts(
     for part in format_.stored(info.shape):
         name, size = f"{info.name.removesuffix('.weight')}.{layout.name(part.name)}", part.bits // 8
         shape = layout.shape(part)
-        if part.name in scales:
+        if part.counts:
+            yield Entry(name, part.dtype, shape, size, torch.tensor(info.shape))
+        elif part.name in scales:
             yield Entry(name, part.dtype, shape, size, layout.stored(part.name, scales[part.name]))
         elif part.name == WEIGHT and codes is not None:
             yield Entry(name, part.dtype, shape, size, partial(codes.read, module.name))

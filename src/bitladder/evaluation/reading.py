@@ -33,6 +33,8 @@ from bitladder.models.loading import checkpoint_tensor_names, load_model
 from bitladder.models.weights import WeightFiles, all_finite, read_config
 from bitladder.reading import check_regular
 
+_INTEGERS = ("I8", "I32")
+
 
 class FakeQuantLinear(nn.Module):
     """A linear module with dequantised weights [out_features, in_features], whose input is rounded by its format."""
@@ -62,7 +64,9 @@ def _codes(files: WeightFiles) -> dict[str, str]:
     found = {}
     for name, info in files.tensors.items():
         module, _, leaf = name.rpartition(".")
-        if info.dtype in dtypes and leaf not in scales:
+        # tables of a model may be integers, too
+        of_a_weight = leaf in (WEIGHT, WEIGHT_PACKED) or info.dtype not in _INTEGERS
+        if info.dtype in dtypes and leaf not in scales and of_a_weight:
             found[f"{module}.{WEIGHT}" if leaf == WEIGHT_PACKED else name] = name
     return found
 
@@ -248,12 +252,25 @@ def _weight(files: WeightFiles, stored: _Stored, dtype: torch.dtype) -> tuple[to
         raise ModelError(f"{where}: {stored.codes}: shape {list(shape)} {problem}; {EXPORT_AGAIN}")
     parts = {}
     for part in format_.parts(shape):
+        if part.counts:
+            _check_shape(files, stored, stored.place(part), shape)
+            continue
         scale = _scale(files, stored.codes, stored.place(part))
         parts[part.name] = stored.layout.restored(part.name, scale.reshape(part.shape))
     weight = format_.decode({WEIGHT: files.load(stored.codes), **parts}, dtype)
     if not all_finite(weight):
         raise ModelError(f"{where}: {stored.codes} holds NaN or overflows {dtype}; {EXPORT_AGAIN}")
     return weight, parts.get(INPUT_SCALE)
+
+
+def _check_shape(files: WeightFiles, stored: _Stored, part: Part, shape: tuple[int, int]) -> None:
+    """Check what says how large a packed weight is."""
+    where = files.directory / files.tensors[stored.codes].file
+    if part.name not in files.tensors:
+        raise ModelError(f"{where}: {stored.codes} is stored as codes, but its {part.name} is missing; {EXPORT_AGAIN}")
+    found = files.load(part.name).tolist()
+    if found != list(shape):
+        raise ModelError(f"{where}: {part.name} is {found}, but {stored.codes} holds {list(shape)}; {EXPORT_AGAIN}")
 
 
 def _check_kv_scales(files: WeightFiles, asked: bool, kv_scales: list[str]) -> None:

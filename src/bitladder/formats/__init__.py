@@ -23,6 +23,9 @@ from bitladder.formats.carriers import COMPRESSED_TENSORS, GLOBAL_SCALES, MODELO
 from bitladder.formats.e4m3 import E4m3
 from bitladder.formats.fp8_channel import Fp8Channel
 from bitladder.formats.fp8_tensor import Fp8Tensor
+from bitladder.formats.int4_w4a16 import Int4W4a16, Int4W4a16Group64
+from bitladder.formats.int8 import Int8
+from bitladder.formats.int8_w8a16 import Int8W8a16, Int8W8a16Group64
 from bitladder.formats.nvfp4 import Nvfp4
 from bitladder.formats.nvfp4_w4a16 import Nvfp4W4a16
 from bitladder.records import BF16, BF16_BITS, QuantGroup
@@ -56,7 +59,20 @@ __all__ = [
     "why_not",
 ]
 
-FORMATS: dict[str, Format] = {one.name: one for one in (Fp8Tensor(), Fp8Channel(), Nvfp4(), Nvfp4W4a16())}
+FORMATS: dict[str, Format] = {
+    one.name: one
+    for one in (
+        Fp8Tensor(),
+        Fp8Channel(),
+        Nvfp4(),
+        Nvfp4W4a16(),
+        Int8(),
+        Int8W8a16(),
+        Int8W8a16Group64(),
+        Int4W4a16(),
+        Int4W4a16Group64(),
+    )
+}
 
 
 # What files of any carrier may have beside a weight's codes.
@@ -78,7 +94,8 @@ def get_format(name: str) -> Format:
 
 def format_of_algorithm(algorithm: str) -> Format | None:
     """Return the format that ModelOpt's files call `algorithm`; None: none of ours."""
-    return next((one for one in FORMATS.values() if one.modelopt_algorithm == algorithm), None)
+    held = (one for one in FORMATS.values() if MODELOPT in one.layouts)
+    return next((one for one in held if one.modelopt_algorithm == algorithm), None)
 
 
 def format_of_group(group: Mapping[str, Any]) -> Format | None:

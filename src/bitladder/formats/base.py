@@ -17,7 +17,7 @@ WEIGHT, WEIGHT_SCALE, WEIGHT_SCALE_2, INPUT_SCALE = "weight", "weight_scale", "w
 SCALE_NAMES = (WEIGHT_SCALE, WEIGHT_SCALE_2, "weight_scale_inv", INPUT_SCALE)
 KV_SCALE_NAMES = ("k_scale", "v_scale")  # of an attention that caches keys and values
 SCALE_DTYPE = "F32"  # as safetensors spells it
-_DTYPE_BITS = {"F32": 32, "F8_E4M3": 8, "U8": 8}
+_DTYPE_BITS = {"I64": 64, "F32": 32, "I32": 32, "BF16": 16, "I8": 8, "F8_E4M3": 8, "U8": 8}
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Part:
     dtype: str
     shape: tuple[int, ...]
     counts: bool = False  # integers that say how large the weight is, which belong to no row of it
+
+    @property
+    def grows(self) -> bool:
+        """Whether it does with the weight, as scales of rows do."""
+        return bool(self.shape) and not self.counts
 
     @property
     def bits(self) -> int:
@@ -89,7 +94,7 @@ class Format(ABC):
 
     def bits(self, shape: Sequence[int]) -> int:
         """Return the bits of a weight: its codes, and scales that grow with it (a tensor's numbers don't)."""
-        return self.code_bits * math.prod(shape) + sum(part.bits for part in self.parts(shape) if part.shape)
+        return self.code_bits * math.prod(shape) + sum(part.bits for part in self.parts(shape) if part.grows)
 
     @property
     def least_bits(self) -> float:
@@ -100,7 +105,7 @@ class Format(ABC):
     def tensor_scale_bytes(self) -> int:
         """Bytes of a module's scales that don't grow with its weight, which `bits` leaves out."""
         unit = self.group_size or 1
-        return sum(part.bits for part in self.parts((unit, unit)) if not part.shape) // 8
+        return sum(part.bits for part in self.parts((unit, unit)) if not part.grows) // 8
 
     def config_group(self) -> dict[str, Any]:
         """Return what `config_groups` say of weights and inputs, in ModelOpt's words.

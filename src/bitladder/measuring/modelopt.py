@@ -22,7 +22,7 @@ from torch import nn
 from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, deterministic, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import get_format, why_not
+from bitladder.formats import MODELOPT, get_format, why_not
 from bitladder.measured import Amax
 from bitladder.measuring.amax import shared
 from bitladder.measuring.checks import with_scales
@@ -329,6 +329,9 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     """
     import modelopt.torch.quantization as mtq
 
+    foreign = [name for name in job.spec.formats if MODELOPT not in get_format(name).layouts]
+    if foreign:
+        raise EngineError(f"ModelOpt has no format {', '.join(foreign)}; use engine: native")
     off_cpu = [name for name in job.spec.formats if not get_format(name).modelopt_on_cpu]
     if off_cpu and not job.device.startswith("cuda"):
         raise EngineError(

@@ -192,6 +192,7 @@ def _reported_scheme(
         effective_bits=scheme.effective_bits,
         weight_bytes=scheme.weight_bytes,
         weight_file_bytes=_weight_file_bytes(manifest) if manifest else None,
+        carrier=manifest.carrier if manifest else "modelopt",
         checkpoint_bytes=manifest.total_bytes if manifest else None,
         kv_cache_format=scheme.kv_cache_format,
         predicted_score=scheme.predicted_score,

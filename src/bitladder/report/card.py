@@ -15,7 +15,7 @@ from bitladder.report.tables import controls, evaluation_table, held_out, layer_
 from bitladder.report.types import Report, ReportedScheme
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
-_TAGS = ("fp8", "mixed-precision", "modelopt", "vllm", "bitladder")
+_TAGS = ("fp8", "mixed-precision", "{carrier}", "vllm", "bitladder")
 
 
 def render_card(report: Report, name: str) -> str:
@@ -41,7 +41,7 @@ def render_card(report: Report, name: str) -> str:
     return template("card.md.jinja").render(
         report=alone,
         scheme=scheme,
-        metadata=Markdown(yaml.safe_dump(_metadata(report), sort_keys=False)),
+        metadata=Markdown(yaml.safe_dump(_metadata(report, scheme), sort_keys=False)),
         base=PurePath(report.model.path).name or report.model.path,
         quantised=_modules(scheme, quantised=True),
         modules=_modules(scheme, quantised=True) + _modules(scheme, quantised=False),
@@ -56,11 +56,11 @@ def render_card(report: Report, name: str) -> str:
     )
 
 
-def _metadata(report: Report) -> dict[str, Any]:
+def _metadata(report: Report, scheme: ReportedScheme) -> dict[str, Any]:
     """Return a hub's metadata; the base model is named only where it came from a hub."""
     known = report.model.revision is not None and _HUB_NAME.fullmatch(report.model.path)
     base = {"base_model": report.model.path, "base_model_relation": "quantized"} if known else {}
-    return {**base, "tags": list(_TAGS)}
+    return {**base, "tags": [tag.format(carrier=scheme.carrier) for tag in _TAGS]}
 
 
 def _modules(scheme: ReportedScheme, *, quantised: bool) -> int:

@@ -52,6 +52,7 @@ class ReportedScheme(Part):
     effective_bits: float
     weight_bytes: int = Field(description="searched weights and their scales")
     weight_file_bytes: int | None = Field(description="*.safetensors of the checkpoint; None: not exported")
+    carrier: str = Field(default="modelopt", description="whose layout the checkpoint has")
     checkpoint_bytes: int | None = Field(description="all files of the checkpoint; None: not exported")
     kv_cache_format: str | None = Field(description="None: 16 bits")
     predicted_score: float

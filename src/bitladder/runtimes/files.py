@@ -39,11 +39,12 @@ _MAGNITUDES = [  # of the codes 0 to 126: m / 8 · 2^-6 below 2^-6, (1 + m / 8) 
     *((1 + m / 8) * 2 ** (e - 7) for e in range(1, 16) for m in range(8)),
 ][:-1]
 _E4M3 = np.array([*_MAGNITUDES, np.nan, *(-value for value in _MAGNITUDES), np.nan], dtype=np.float32)
-_FLOATS: dict[str, Callable[[bytes], "np.ndarray[Any, Any]"]] = {  # dtype of scales -> their elements
+_NUMBERS: dict[str, Callable[[bytes], "np.ndarray[Any, Any]"]] = {  # dtype -> elements
     "BF16": lambda data: (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32),
     "F16": lambda data: np.frombuffer(data, "<f2"),
     "F32": lambda data: np.frombuffer(data, "<f4"),
     "F64": lambda data: np.frombuffer(data, "<f8"),
+    "I64": lambda data: np.frombuffer(data, "<i8"),  # a shape
     "F8_E4M3": lambda data: _E4M3[np.frombuffer(data, np.uint8)],
 }
 
@@ -65,11 +66,11 @@ class Tensor:
         return self.shape in ((), (1,))
 
     def numbers(self, file: BinaryIO) -> "np.ndarray[Any, Any] | None":
-        """Return the elements of a floating-point tensor, in a row, read from its opened file; None: another dtype."""
-        if self.dtype not in _FLOATS:
+        """Return the elements of a tensor of numbers, in a row, read from its opened file; None: another dtype."""
+        if self.dtype not in _NUMBERS:
             return None
         file.seek(self.begin)
-        return _FLOATS[self.dtype](file.read(self.end - self.begin))
+        return _NUMBERS[self.dtype](file.read(self.end - self.begin))
 
     def finite(self) -> bool:
         """Return whether no element is NaN or infinite; dtypes without such values are.

@@ -18,7 +18,7 @@ from bitladder.formats import grids
 from bitladder.records import CheckpointManifest, Finding, Measurement, Scheme
 from bitladder.runinfo import one_core_each
 from bitladder.storage import sha256_of_file
-from bitladder.verification import blocks
+from bitladder.verification import blocks, ints
 from bitladder.verification.expected import CONFIG, E4M3_MAX, LEGACY, Expected, Scale, Weight, scale_of
 from bitladder.verification.reading import INDEX, Tensors, bytes_of, differences, read_json
 
@@ -171,11 +171,14 @@ def _weights(
     def one(name: str) -> Examination:
         part, entry = exam.part(), expected.weights[name]
         original = originals.get(entry.original)
-        part.stored_bytes = original.numel() >> entry.in_blocks if entry.is_quantised else original.nbytes
+        bits = entry.bits or (4 if entry.in_blocks else 8)
+        part.stored_bytes = original.numel() * bits // 8 if entry.is_quantised else original.nbytes
         if entry.is_quantised and entry.group is not None:
             # Weights are measured in the arithmetic of the measurement, to which they were cast.
             part.weight_amax[entry.group] = float(original.abs().max().to(dtype))
-            if not entry.in_blocks and expected.scales[entry.scale].by_row:
+            if entry.bits is not None:
+                part.many_scales[name] = ints.scales_of(original.to(dtype), entry.bits, expected.scales[entry.scale])
+            elif not entry.in_blocks and expected.scales[entry.scale].by_row:
                 rows = original.to(dtype).abs().amax(1).float().clamp_min(_LEAST_AMAX)
                 part.many_scales[name] = rows / torch.tensor(E4M3_MAX)
             above = _read_scale(tensors, expected, entry.above)
@@ -206,6 +209,8 @@ def _weight(
     wanted, shape, says = original.dtype, list(original.shape), f"leaves it alone: {original.dtype}"
     if entry.in_blocks:
         wanted, shape, says = torch.uint8, [shape[0], shape[1] // 2], "says FP4 codes, two a byte,"
+    elif entry.bits is not None:
+        wanted, shape, says = ints.stored_as(original, entry.bits, packed=not name.endswith(".weight"))
     elif entry.is_quantised:
         wanted, says = torch.float8_e4m3fn, "says FP8 codes"
     if tensor.dtype != wanted or list(tensor.shape) != shape:
@@ -215,9 +220,12 @@ def _weight(
         above = _read_scale(tensors, expected, entry.above) if entry.in_blocks else scale
         if scale is None or above is None:
             pass  # a finding of its own
-        elif entry.in_blocks:
+        elif entry.in_blocks or entry.bits is not None:
             exam.codes += original.numel()
-            wrong = blocks.wrong_codes(tensor, scale, above, original)
+            if entry.bits is None:
+                wrong = blocks.wrong_codes(tensor, scale, above, original)
+            else:
+                wrong = ints.wrong_codes(tensor, scale, entry.bits, original)
             if wrong:
                 exam.find(entry.file, name, f"{wrong:,} of {original.numel():,} codes are {_NOT_NEAREST}")
         else:
@@ -283,6 +291,10 @@ def _codes(
 
 def _scale_problem(stored: torch.Tensor, scale: Scale, wanted: torch.Tensor | None) -> str | None:
     """Return what is wrong with a stored scale's dtype, shape or values, or None."""
+    if scale.says is not None:
+        if stored.dtype == scale.dtype and tuple(stored.tolist()) == scale.says:
+            return None
+        return f"is {stored.dtype} {stored.tolist()}, not {scale.dtype} {list(scale.says)}"
     if stored.dtype != scale.dtype or tuple(stored.shape) != scale.shape:
         dtype, shape = str(scale.dtype).removeprefix("torch."), " x ".join(map(str, scale.shape))
         one = f"one {dtype} number{' [1]' if scale.shape else ''}"
@@ -309,6 +321,8 @@ def _scales(
     """Check every scale's dtype, shape and value; return what gives the value that one must have."""
 
     def wanted(scale: Scale) -> float | torch.Tensor | None:
+        if scale.says is not None:
+            return None
         if scale.many_of is not None:
             return exam.many_scales.get(scale.many_of)
         return scale_of(weights[scale.group], scale.largest) if scale.value is None else scale.value
@@ -332,6 +346,13 @@ def _scales(
     return wanted
 
 
+def _dtype_name(entry: Weight, name: str) -> str:
+    """Return the dtype of codes as a manifest names it."""
+    if entry.bits is not None:
+        return "I8" if name.endswith(".weight") else "I32"
+    return "U8" if entry.in_blocks else "F8_E4M3"
+
+
 def _manifest(
     exam: Examination,
     expected: Expected,
@@ -351,7 +372,7 @@ def _manifest(
     said["modules"] = {module["tensor"]: module for module in manifest.model_dump(mode="json")["modules"]}
     said["kv_scales"] = {entry.tensor: entry.scale for entry in manifest.kv_scales}
     modules = {}
-    for entry in expected.weights.values():
+    for name, entry in expected.weights.items():
         if entry.is_quantised:
             weight_scale = wanted(expected.scales[entry.scale])
             many = weight_scale if isinstance(weight_scale, torch.Tensor) else None
@@ -361,7 +382,7 @@ def _manifest(
                 "name": entry.module,
                 "tensor": entry.original,
                 "format": exam.scheme.formats[entry.group or ""],
-                "dtype": "U8" if entry.in_blocks else "F8_E4M3",
+                "dtype": _dtype_name(entry, name),
                 "weight_scale": weight_scale if many is None else None,
                 "weight_scale_sha256": None if many is None else _digest(many),
                 **({} if above is None else {"weight_scale_2": wanted(above)}),

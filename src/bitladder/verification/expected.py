@@ -29,6 +29,16 @@ E2M1_MAX = 6.0
 BLOCK = 16  # elements of a row that share a scale
 
 
+# Of which ModelOpt has no files: bits of a code, and how many share a scale; None: a row.
+_INTEGERS = {
+    "int8": (8, None),
+    "int8_w8a16": (8, 128),
+    "int8_w8a16_g64": (8, 64),
+    "int4_w4a16": (4, 128),
+    "int4_w4a16_g64": (4, 64),
+}
+
+
 @dataclass(frozen=True)
 class _Layout:
     """What a file holds of a format: its `quant_algo`, what a weight's scale is for, whether an input has one."""
@@ -39,6 +49,8 @@ class _Layout:
     input_scale: bool
     by_row: bool = False
     in_blocks: bool = False  # two codes a byte, an E4M3 scale a block
+    bits: int | None = None  # of integers; None: they aren't
+    sharing: int | None = None  # of packed integers: how many neighbours of a row share a BF16 scale
     grouped_alone: bool = True  # whether `config_groups` are written where a checkpoint has this format only
 
     @property
@@ -60,6 +72,9 @@ class _Layout:
         """Return `{part: (shape, dtype)}` of the scales of a weight."""
         number: tuple[tuple[int, ...], torch.dtype] = (), torch.float32
         found = {"weight_scale": number}
+        if self.sharing is not None:
+            groups = (shape[0], shape[1] // self.sharing)
+            return {"weight_scale": (groups, torch.bfloat16), "weight_shape": ((2,), torch.int64)}
         if self.by_row:
             found = {"weight_scale": ((shape[0],), torch.float32)}
         elif self.in_blocks:
@@ -81,6 +96,10 @@ _LAYOUTS = {
     ),
     "nvfp4": _Layout("NVFP4", weights=_E2M1, inputs=_E2M1, input_scale=True, in_blocks=True),
     "nvfp4_w4a16": _Layout("W4A16_NVFP4", weights=_E2M1, inputs=None, input_scale=False, in_blocks=True),
+    **{
+        name: _Layout("", weights={}, inputs=None, input_scale=False, bits=bits, sharing=group, by_row=group is None)
+        for name, (bits, group) in _INTEGERS.items()
+    },
 }
 
 
@@ -99,7 +118,8 @@ class _Carrier:
         name = self.above if part == "weight_scale_2" else part
         name = self.input_above if part == "input_scale" and in_blocks else name
         inverted = self.inverted and (part == "weight_scale_2" or (part == "input_scale" and in_blocks))
-        return name, (*shape, 1) if self.with_axis and len(shape) < 2 else shape, inverted
+        flat = self.with_axis and len(shape) < 2 and part != "weight_shape"
+        return name, (*shape, 1) if flat else shape, inverted
 
 
 # Source: compressed_tensors 0.20.0, compressors/nvfp4/base.py and quantization/lifecycle/initialize.py; vllm 0.32.0,
@@ -136,6 +156,19 @@ _GROUPS: dict[str, dict[str, Any]] = {
         "input_activations": _numbers(4, "tensor_group", dynamic="local"),
     },
     "nvfp4_w4a16": {"format": "nvfp4-pack-quantized", "weights": _numbers(4, "tensor_group")},
+    "int8": {
+        "format": "int-quantized",
+        "weights": {**_numbers(8, "channel"), "type": "int"},
+        "input_activations": {**_numbers(8, "token", dynamic=True), "type": "int"},
+    },
+    **{
+        name: {
+            "format": "pack-quantized",
+            "weights": {**_numbers(bits, "group"), "type": "int", "group_size": group},
+        }
+        for name, (bits, group) in _INTEGERS.items()
+        if group is not None
+    },
 }
 
 
@@ -152,6 +185,7 @@ class Weight:
     rounded: RoundedModule | None = None  # compensated codes
     scale: str = ""  # the tensors beside it
     above: str | None = None
+    bits: int | None = None  # of integers; None: they aren't
     input_scale: str | None = None
 
 
@@ -169,6 +203,7 @@ class Scale:
     largest: float = E4M3_MAX  # as what the largest value is stored
     by_row: bool = False
     inverted: bool = False  # stored as 1 / scale
+    says: tuple[int, ...] | None = None  # what it must be, where it is no scale
     likely: float | None = None  # what the measurement says that a weight's own inverted scale is
 
 
@@ -306,7 +341,7 @@ def check_scheme(scheme: Scheme, measurement: Measurement, carrier: str = "model
     Raises:
         StaleRecord: it isn't.
     """
-    known = {BF16, *(_LAYOUTS if carrier == "modelopt" else _GROUPS)}
+    known = {BF16, *(set(_LAYOUTS) - set(_INTEGERS) if carrier == "modelopt" else _GROUPS)}
     problem = None
     if scheme.measurement_sha256 != measurement.fingerprint():
         problem = "was planned from another measurement"
@@ -372,7 +407,7 @@ def expect(
                 continue
             layout, how = _LAYOUTS[scheme.formats[group.name]], _CARRIERS[carrier]
             prefix, own = name.removesuffix(".weight"), {}
-            codes = f"{prefix}.{how.codes}" if layout.in_blocks else name
+            codes = f"{prefix}.{how.codes}" if layout.in_blocks or layout.sharing is not None else name
             for part, (shape, dtype) in layout.scales(originals.shape(name)).items():
                 value = scale_of(max(inputs), layout.largest) if part == "input_scale" else None
                 leaf, held, inverted = how.stored(part, shape, layout.in_blocks)
@@ -382,12 +417,13 @@ def expect(
                     group.name,
                     module.name,
                     value,
-                    codes if shape else None,
+                    codes if shape and part != "weight_shape" else None,
                     held,
                     dtype,
                     layout.largest,
-                    by_row=len(shape) == 1,
+                    by_row=layout.by_row,
                     inverted=inverted,
+                    says=originals.shape(name) if part == "weight_shape" else None,
                     likely=scale_of(max(likely), layout.largest) if inverted else None,
                 )
             del weights[name]
@@ -401,6 +437,7 @@ def expect(
                 rounded.get(module.name),
                 own["weight_scale"],
                 own.get("weight_scale_2"),
+                layout.bits,
                 own.get("input_scale"),
             )
     config = read_json(source / CONFIG)

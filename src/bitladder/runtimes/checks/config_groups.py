@@ -8,6 +8,7 @@ find_matched_target) and compressed_tensors.py (apply_vllm_mapper, get_scheme_di
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -175,9 +176,18 @@ class GroupsCheck:
             held = self.tensors.get(f"{module}.{layout.name(part.name)}")
             wanted = Part(layout.name(part.name), part.dtype, layout.shape(part))
             one = math.prod(wanted.shape) == 1 and held is not None and math.prod(held.shape) == 1
+            if part.counts and held is not None and held.shape == (2,) and not self._says(held, shape):
+                return replace(wanted, counts=True), held
             if held is None or held.dtype != wanted.dtype or not (one or held.shape == wanted.shape):
                 return wanted, held
         return None
+
+    @staticmethod
+    def _says(tensor: Tensor, shape: tuple[int, int]) -> bool:
+        """Return whether a tensor holds this shape."""
+        with open_file(tensor.path) as file:
+            numbers = tensor.numbers(file)
+        return numbers is not None and tuple(int(one) for one in numbers) == shape
 
     def _decide(self, layer: Layer) -> str:
         """Return the format in which the runtime runs a layer."""
@@ -248,6 +258,10 @@ class GroupsCheck:
         wanted, held = odd
         if held is None:
             self._missing(f"{module}.{wanted.name}")
+            return
+        if wanted.counts and held.shape == wanted.shape:
+            problem = "says another shape of the weight than its codes have"
+            self.findings.error("shape", held.name, problem, EXPORT_AGAIN)
             return
         kind: ErrorClass = "wrong_format" if wanted.name in _CODES else "bad_scale"
         problem = f"is {held.dtype} {list(held.shape)}; {runs} has {wanted.dtype} {list(wanted.shape)}"

@@ -359,6 +359,8 @@ def layer_facts(model: torch.nn.Module) -> list[Facts]:
                 "widths": [int(width) for width in widths],
                 "created_dtype": None if weight is None else dtype_name(weight.dtype),
                 "rounds_input": rounds_input(running(module)),
+                "bits": getattr(running(module), "num_bits", None),
+                "group_size": getattr(running(module), "group_size", None),
                 "kernel": None,
                 "dtype": None,
             }

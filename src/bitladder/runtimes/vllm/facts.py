@@ -58,6 +58,8 @@ class Layer(_Fact):
     widths: tuple[int, ...] = ()
     created_dtype: str | None
     rounds_input: bool = True
+    bits: int | None = None  # of packed integers, and how many share a scale
+    group_size: int | None = None
     kernel: str | None = None
     dtype: str | None = None
 

@@ -19,21 +19,32 @@ def plain_format(dtype: str | None) -> str | None:
     return None if fitting(dtype) else dtype
 
 
-def fitting(dtype: str, *, channels: bool | None = None, dynamic_input: bool | None = None) -> list[str]:
+def fitting(
+    dtype: str,
+    *,
+    channels: bool | None = None,
+    dynamic_input: bool | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+) -> list[str]:
     """Return the formats, of those that vLLM runs, that store weights so.
 
     Args:
         dtype: of the codes, as torch calls it.
         channels: whether there is a weight scale an output row; None: not known.
         dynamic_input: whether inputs have no scale, being scaled as they come or not at all; None: not known.
+        bits: of a code; None: not known.
+        group_size: how many neighbours of a row share a scale; None: not known.
     """
-    formats = [get_format(name) for name in VllmRules.SUPPORT]
+    formats = [get_format(name) for name in dict.fromkeys((*VllmRules.SUPPORT, *VllmRules.CARRIED))]
     return [
         one.name
         for one in formats
         if TORCH_NAMES[one.code_dtype] == dtype
         and channels in (None, one.channels)
         and dynamic_input in (None, not one.has_input_scale)
+        and bits in (None, one.code_bits)
+        and group_size in (None, one.group_size)
     ]
 
 

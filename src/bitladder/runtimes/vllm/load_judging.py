@@ -270,7 +270,8 @@ def running_format(facts: Facts, layer: Layer) -> str:
     dynamic = not _has_input_scale(facts.parameters, layer.name) or not layer.rounds_input
     flat = scale is not None and (len(scale.shape) < 2 or (scale.shape[1] == 1 and scale.dtype == "float32"))
     channels = scale is not None and flat and scale.elements == rows != max(len(layer.shards), 1)
-    found = fitting(str(layer.created_dtype), channels=channels, dynamic_input=dynamic)
+    packing = {"bits": layer.bits, "group_size": layer.group_size} if layer.bits is not None else {}
+    found = fitting(str(layer.created_dtype), channels=channels, dynamic_input=dynamic, **packing)
     if found:
         return found[0]
     scales = "no weight_scale" if scale is None else f"weight_scale {list(scale.shape)}"

@@ -44,6 +44,11 @@ class VllmRules(Rules):
         "fp8_pc_pt": Support("CompressedTensorsW8A8Fp8", 89, None, _SCHEMES.format("w8a8_fp8")),
         "nvfp4": Support("CompressedTensorsW4A4Fp4", 75, None, _SCHEMES.format("w4a4_nvfp4")),
         "nvfp4_w4a16": Support("CompressedTensorsW4A4Fp4", 75, None, _SCHEMES.format("w4a4_nvfp4")),
+        "int8": Support("CompressedTensorsW8A8Int8", 75, None, _SCHEMES.format("w8a8_int8")),
+        **{
+            name: Support("CompressedTensorsWNA16", 75, None, _SCHEMES.format("wNa16"))
+            for name in ("int8_w8a16", "int8_w8a16_g64", "int4_w4a16", "int4_w4a16_g64")
+        },
     }
     known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", MIX})
     _NEVER = ("vision_tower", "vision_model", "vit_large_projector")
