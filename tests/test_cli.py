@@ -103,7 +103,10 @@ def test_each_step_alone(recipe, tmp_path):
         ({"modell": {}}, ["unknown key 'modell'", "did you mean 'model'?"]),
         ({"measurement": {"methode": "gradient"}}, ["measurement.methode", "'method'"]),
         ({"measurement": {"formats": ["fp6"]}}, ["fp6", "fp8"]),
-        ({"schemes": [{"name": "x", "effective_bits": 4.5}]}, ["4.5", "minimum 8.00", "NVFP4"]),
+        (
+            {"schemes": [{"name": "x", "effective_bits": 4.5}]},
+            ["4.5", "minimum 8.00", "add nvfp4 or nvfp4_w4a16 to measurement.formats"],
+        ),
         ({"schemes": [{"name": "x", "effective_bits": 17}]}, ["quantise nothing"]),
         ({"schemes": [{"name": "a", "coverage": 1.0}, {"name": "b", "effective_bits": 8.0}]}, ["a", "b", "same"]),
         ({"model": {"path": "/nowhere/at/all"}}, ["/nowhere/at/all does not exist"]),

@@ -21,7 +21,7 @@ from bitladder.evaluation.evaluate import compare
 from bitladder.evaluation.reading import load_checkpoint
 from bitladder.evaluation.reference import Reference
 from bitladder.evaluation.simulation import Simulation
-from bitladder.formats import FORMATS, INPUT_SCALE, WEIGHT_SCALE, get_format, group_bits
+from bitladder.formats import FORMATS, INPUT_SCALE, WEIGHT, WEIGHT_SCALE, E4m3, column_format, get_format, group_bits
 from bitladder.formats.grids import half_step
 from bitladder.measured import read_amax, read_codes
 from bitladder.models.loading import load_model
@@ -32,6 +32,8 @@ from conftest import llama_config, load_text, measure_text, save_model, spec
 
 ROWS = "fp8_pc_pt"
 EACH = sorted(FORMATS)
+COLUMNS = [name for name in EACH if isinstance(FORMATS[name], E4m3)]  # whose codes are chosen column by column
+BY_MODELOPT = [name for name in EACH if FORMATS[name].modelopt_on_cpu]
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +96,17 @@ def test_codes_restore_a_weight_within_half_a_step(name, dtype):
     weight = (torch.randn(48, 32, generator=generator) * torch.logspace(-3, 2, 48)[:, None]).to(dtype)
     weight[5] = 0
     amax = format_.amax_of(weight)
-    scale = format_.scale(amax)
-    codes = format_.codes(weight, amax)
-    assert codes.shape == weight.shape
-    restored = format_.restored(codes, scale)
+    parts = format_.encode(weight, amax)
+    restored = format_.decode(parts)
+    assert restored.shape == weight.shape
+    assert torch.equal(restored[5], torch.zeros(32))
+    assert torch.equal(format_.decode(parts, dtype), restored.to(dtype))
+    if name not in COLUMNS:
+        return  # tests/test_nvfp4.py
+    codes, scale = parts[WEIGHT], parts[WEIGHT_SCALE]
+    assert torch.equal(restored, format_.restored(codes, scale))
     step = half_step(weight.float(), scale[:, None] if scale.dim() else scale)
     assert bool(((restored - weight.float()).abs() <= step * (1 + 1e-5)).all())
-    assert torch.equal(restored[5], torch.zeros(32))
     for column in (0, 17):  # compensated rounding goes column by column
         assert torch.equal(format_.codes(weight[:, column], amax).view(torch.uint8), codes[:, column].view(torch.uint8))
         assert torch.equal(format_.restored(codes[:, column], scale), restored[:, column])
@@ -109,21 +115,33 @@ def test_codes_restore_a_weight_within_half_a_step(name, dtype):
 @pytest.mark.parametrize("name", EACH)
 def test_every_part_has_its_name_shape_and_bits(name):
     format_, shape = get_format(name), (48, 32)
+    stored = {part.name: part for part in format_.stored(shape)}
     parts = {part.name: part for part in format_.parts(shape)}
     weight = torch.randn(shape)
-    assert parts[WEIGHT_SCALE].shape == tuple(format_.scale(format_.amax_of(weight)).shape)
-    assert (INPUT_SCALE in parts) == (not format_.dynamic_input)
+    amax = format_.amax_of(weight)
+    made = format_.encode(weight, amax)
+    assert stored.keys() == {WEIGHT, *parts}
+    assert stored.keys() - made.keys() == ({INPUT_SCALE} if format_.has_input_scale else set())
+    dtypes = {"F32": torch.float32, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
+    for part, tensor in made.items():
+        assert (dtypes[stored[part].dtype], stored[part].shape) == (tensor.dtype, tuple(tensor.shape))
+        assert stored[part].bits == 8 * tensor.nbytes
+        if tensor.dim() and part not in format_.tensor_scales(amax):  # what is written block by block
+            rows = format_.made(part, weight[8:20], format_.rows_of(amax, 8, 12))
+            assert torch.equal(rows.view(torch.uint8), tensor[8:20].view(torch.uint8))
+    assert format_.weight_shape(stored[WEIGHT].shape) == shape
     assert format_.tensor_scale_bytes == 4 * sum(part.shape == () for part in parts.values())
-    assert format_.bits(shape) == 8 * 48 * 32 + (32 * 48 if format_.channels else 0)
+    assert format_.bits(shape) == 8 * sum(tensor.nbytes for tensor in made.values() if tensor.dim())
+    assert format_.bits(shape) == 48 * 32 * format_.least_bits + (32 * 48 if format_.channels else 0)
     module = QuantModule(name="m", tensor="m.weight", shape=shape)
     group = QuantGroup(name="g", modules=(module, module), weight_elements=2 * 48 * 32)
     assert group_bits(group, name) == 2 * format_.bits(shape)
     unknown = group.model_copy(update={"modules": (module.model_copy(update={"shape": None}), module)})
-    assert group_bits(unknown, name) == 8 * group.weight_elements
+    assert group_bits(unknown, name) == format_.least_bits * group.weight_elements
     assert group_bits(group, BF16) == 16 * group.weight_elements
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", BY_MODELOPT)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_weights_and_inputs_are_rounded_as_modelopt_rounds_them(name, dtype):
     import modelopt.torch.quantization as mtq
@@ -137,10 +155,10 @@ def test_weights_and_inputs_are_rounded_as_modelopt_rounds_them(name, dtype):
     model = torch.nn.Sequential(linear)
     mtq.quantize(model, getattr(mtq, format_.modelopt_config), forward_loop=lambda m: m(x))
     amax = format_.amax_of(linear.weight)
-    ours = format_.restored(format_.codes(linear.weight.detach(), amax), format_.scale(amax), dtype)
+    ours = format_.decode(format_.encode(linear.weight.detach(), amax), dtype)
     theirs = linear.weight_quantizer(linear.weight).detach()
     torch.testing.assert_close(ours, theirs, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
-    scale = None if format_.dynamic_input else format_.scale(linear.input_quantizer.amax.float())
+    scale = format_.input_scale(linear.input_quantizer.amax.float()) if format_.has_input_scale else None
     torch.testing.assert_close(format_.round_input(x, scale), linear.input_quantizer(x), rtol=1e-2, atol=0)
 
 
@@ -160,10 +178,10 @@ def test_our_engine_agrees_with_modelopt_in_every_format(llama, text_file, tmp_p
     found = []
     for engine in ("native", "modelopt"):
         measurement = measure_text(
-            llama, text_file, tmp_path / engine, engine=engine, method=method, formats=tuple(EACH)
+            llama, text_file, tmp_path / engine, engine=engine, method=method, formats=tuple(BY_MODELOPT)
         )
         found.append({(c.group, c.format): sum(c.scores) for c in measurement.candidates})
-    assert {name for _, name in found[0]} == set(EACH)
+    assert {name for _, name in found[0]} == set(BY_MODELOPT)
     assert found[0].keys() == found[1].keys()
     for key, score in found[0].items():
         assert score == pytest.approx(found[1][key], rel=5e-3), key
@@ -204,7 +222,7 @@ def test_a_run_with_modelopt_that_was_killed_while_scoring_gives_the_same_scores
         if step == "score" and done == total - 1:
             raise Killed
 
-    asked = {"engine": "modelopt", "method": "gradient", "formats": tuple(EACH)}
+    asked = {"engine": "modelopt", "method": "gradient", "formats": tuple(BY_MODELOPT)}
     with pytest.raises(Killed):
         measure_text(llama, text_file, tmp_path / "killed", progress, **asked)
     assert (tmp_path / "killed" / "measuring" / "amax.safetensors").exists()
@@ -218,8 +236,10 @@ def test_what_takes_one_format_refuses_two():
     problem = WorkersSpec(count=2).problem(MeasureSpec(formats=("fp8", ROWS)))
     assert problem is not None
     assert "workers score in one: name one" in problem
-    with pytest.raises(RecipeError, match="unknown format 'nvfp4'; known: fp8, fp8_pc_pt"):
-        get_format("nvfp4")
+    with pytest.raises(RecipeError, match="unknown format 'mxfp8'; known: fp8, fp8_pc_pt, nvfp4, nvfp4_w4a16 "):
+        get_format("mxfp8")
+    with pytest.raises(RecipeError, match=r"compensated can't make codes of nvfp4, .* it can of fp8, fp8_pc_pt: set "):
+        column_format("nvfp4")
 
 
 def test_compensated_codes_of_rows_beat_the_nearest_ones(llama, text_file, tmp_path):
@@ -241,7 +261,7 @@ def test_compensated_codes_of_rows_beat_the_nearest_ones(llama, text_file, tmp_p
 def test_planning_chooses_between_formats(measured):
     measurement, _ = measured
     scheme = planning.plan(measurement, spec("mix", effective_bits=9.0))
-    assert set(scheme.formats.values()) >= {"fp8", ROWS}
+    assert len(set(scheme.formats.values()) - {BF16}) > 1
     assert scheme.effective_bits <= 9.0
     one = planning.plan(measurement, spec("rows", coverage=1.0, format=ROWS))
     assert one.weight_bits == sum(group_bits(group, ROWS) for group in measurement.groups) > 8 * one.searched_weights
@@ -256,7 +276,7 @@ def test_a_checkpoint_verifies_and_computes_what_was_simulated(llama, measured, 
     assert found.findings == ()
     assert found.codes_checked == sum(g.weight_elements for g in measurement.groups if scheme.formats[g.name] != BF16)
     size = sum(
-        module.shape[0] * module.shape[1] + sum(4 * math.prod(part.shape) for part in format_.parts(module.shape))
+        sum(math.prod(part.shape) * (4 if part.dtype == "F32" else 1) for part in format_.stored(module.shape))
         for group in measurement.groups
         if scheme.formats[group.name] != BF16
         for format_ in [get_format(scheme.formats[group.name])]
@@ -295,7 +315,10 @@ def test_a_mix_lists_every_module_as_modelopt_does(llama, measured, checkpoint, 
     assert mine.keys() == other.keys()
     for name, tensor in mine.items():
         assert tensor.shape == other[name].shape, name
-        if tensor.dtype == torch.float8_e4m3fn:
+        if tensor.dtype == torch.uint8 or (tensor.dtype == torch.float8_e4m3fn and name.endswith("scale")):
+            assert tensor.dtype == other[name].dtype, name
+            assert torch.equal(tensor.view(torch.uint8), other[name].view(torch.uint8)), name
+        elif tensor.dtype == torch.float8_e4m3fn:
             assert other[name].dtype == tensor.dtype, name
             steps = tensor.view(torch.uint8).int() - other[name].view(torch.uint8).int()
             assert int(steps.abs().max()) <= 1
@@ -330,16 +353,19 @@ def modelopt_export(source, measurement, scheme, amax, destination):
             entries += [
                 {"quantizer_name": f"{module.name}.{kind.lstrip('*')}", "cfg": cfg[kind], "enable": True}
                 for kind in KINDS
+                if kind in cfg
             ]
     ids = torch.arange(8).view(1, 8)
     mtq.quantize(model, {"quant_cfg": entries, "algorithm": "max"}, forward_loop=lambda m: m(input_ids=ids))
     for group in measurement.groups:
-        if scheme.formats[group.name] != "fp8":
+        if scheme.formats[group.name] in (BF16, ROWS):
             continue
         for module in group.modules:
             linear = model.get_submodule(module.name)
             for kind in ("weight", "input"):
-                getattr(linear, f"{kind}_quantizer").amax = amax[f"{module.name}.{kind}_amax"]
+                quantizer = getattr(linear, f"{kind}_quantizer")
+                if quantizer.is_enabled:
+                    quantizer.amax = amax[f"{module.name}.{kind}_amax"]
         if len(group.modules) > 1:
             preprocess_linear_fusion([model.get_submodule(module.name) for module in group.modules])
     export_hf_checkpoint(model, dtype=torch.float32, export_dir=destination)
@@ -435,6 +461,7 @@ def test_no_other_module_knows_a_format():
         "models/headers.py",
         "models/sources.py",
         "models/weights.py",
+        "records/checkpoint.py",  # names of fields
     )
     for path in source.rglob("*.py"):
         name = path.relative_to(source).as_posix()
@@ -442,8 +469,8 @@ def test_no_other_module_knows_a_format():
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant):
-                assert node.value not in (448, 448.0), name
+                assert node.value not in (448, 2688), name
                 if isinstance(node.value, str) and not re.search(r"\s", node.value):
-                    assert not re.search(r"F8_E4M3|^(weight_scale|input_scale)$", node.value), (name, node.value)
+                    assert not re.search(r"F8_E4M3|E2M1|weight_scale|input_scale", node.value), (name, node.value)
             if isinstance(node, ast.Attribute):
                 assert not node.attr.startswith("float8"), name

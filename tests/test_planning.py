@@ -249,7 +249,13 @@ def test_attainable_range_of_the_frontier(real):
     [
         (
             {"effective_bits": 4.5},
-            ["x: 4.5 effective bits", "minimum 8.00", "fp8, bf16: attainable 8.00 to 16.00", "knows: fp8", "NVFP4"],
+            [
+                "x: 4.5 effective bits",
+                "minimum 8.00",
+                "fp8, bf16: attainable 8.00 to 16.00",
+                "knows: fp8",
+                "add nvfp4 or nvfp4_w4a16 to",
+            ],
         ),
         ({"effective_bits": 7.9999999}, ["7.9999999 effective bits", "minimum 8.00"]),
         ({"effective_bits": 2}, ["raise the target", "no known format"]),
@@ -268,7 +274,7 @@ def test_infeasible_targets_name_the_range(real, target, words):
 
 
 def test_a_format_that_would_allow_it_is_named(real, int4):
-    with pytest.raises(InfeasibleTarget, match=r"add int4 to measurement\.formats"):
+    with pytest.raises(InfeasibleTarget, match=r"add nvfp4 or nvfp4_w4a16 or int4 to measurement\.formats"):
         planning.plan(real, spec("x", effective_bits=4.5))
     with pytest.raises(InfeasibleTarget, match="no known format has so few bits"):
         planning.plan(real, spec("x", effective_bits=3.9))
@@ -279,7 +285,7 @@ def test_what_is_excluded_counts_when_a_format_is_recommended(int4):
     measurement = measurement_of([16] * 4, [{"fp8": 1.0}] * 4)
     exclude = ["layers.0", "layers.1"]
     with pytest.raises(InfeasibleTarget, match=r"minimum 12\.00.*add int4 to"):
-        planning.plan(measurement, spec("x", effective_bits=11.0, exclude=exclude))
+        planning.plan(measurement, spec("x", effective_bits=10.1, exclude=exclude))
     with pytest.raises(InfeasibleTarget, match=r"minimum 12\.00.*exclude less than 50\.00%"):
         planning.plan(measurement, spec("x", effective_bits=9.0, exclude=exclude))
 
@@ -373,8 +379,11 @@ def test_excluded_groups_stay_and_move_the_range():
     for target in ({"coverage": 1.0}, {"effective_bits": 10.0}, {"max_predicted_score": 9.0}):
         scheme = planning.plan(measurement, spec("x", exclude=["layers.0"], **target))
         assert scheme.quantised_groups() == {"layers.1", "layers.2", "layers.3"}
-    with pytest.raises(InfeasibleTarget, match=r"minimum 10\.00.*exclude less than 25\.00%"):
+    with pytest.raises(InfeasibleTarget, match=r"minimum 10\.00.*add nvfp4"):
         planning.plan(measurement, spec("x", effective_bits=9.0, exclude=["layers.0"]))
+    three = ["layers.0", "layers.1", "layers.2"]
+    with pytest.raises(InfeasibleTarget, match=r"minimum 14\.00.*exclude less than 75\.00%"):
+        planning.plan(measurement, spec("x", effective_bits=13.0, exclude=three))
     with pytest.raises(InfeasibleTarget, match=r"attainable is 0\.25 \(layers\.1\)"):
         planning.plan(measurement, spec("x", coverage=0.2, exclude=["layers.0"]))
 

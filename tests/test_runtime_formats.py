@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 import torch
+from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from safetensors.torch import load_file, save_file
 
 import broken_checkpoints as broken
@@ -23,8 +24,8 @@ from bitladder.runtimes.vllm.rules import VllmRules
 from bitladder.runtimes.vllm.serve import probed_layers
 from bitladder.runtimes.vllm.served import Layer, Served
 
-FP8, PC_PT = "FP8", "FP8_PER_CHANNEL_PER_TOKEN"
-NAMES = {FP8: "fp8", PC_PT: "fp8_pc_pt"}
+FP8, PC_PT, FP4, FP4_W = "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4"
+NAMES = {FP8: "fp8", PC_PT: "fp8_pc_pt", FP4: "nvfp4", FP4_W: "nvfp4_w4a16"}
 LINEARS = [name for layer in range(broken.LAYERS) for name in broken.linears_of(layer)]
 UNIFORM = dict.fromkeys(LINEARS, PC_PT)
 PER_ROW = ("q_proj", "k_proj", "v_proj", "down_proj")
@@ -32,6 +33,7 @@ PER_ROW = ("q_proj", "k_proj", "v_proj", "down_proj")
 MIXED = {name: PC_PT if name.endswith(PER_ROW) else FP8 for name in LINEARS if not name.startswith("model.layers.1.")}
 VISION = ["visual.blocks.*", "visual.merger.*", "visual.patch_embed.*"]
 EIGHT_BIT = {"dynamic": False, "num_bits": 8, "type": "float"}
+FOUR_BIT = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 
 
 def quantise(tensors, algorithms):
@@ -40,6 +42,14 @@ def quantise(tensors, algorithms):
     for name, algorithm in algorithms.items():
         weight = tensors[f"{name}.weight"].float()
         group = [other for other in largest if other.rpartition(".")[0] == name.rpartition(".")[0]]
+        if algorithm in (FP4, FP4_W):
+            above = torch.tensor(max(largest[other] for other in group) / (6 * broken.E4M3_MAX))
+            packed, scale, _ = NVFP4QTensor.quantize(weight, 16, None, above)
+            tensors |= {f"{name}.weight": packed._quantized_data, f"{name}.weight_scale": scale}
+            tensors[f"{name}.weight_scale_2"] = above
+            if algorithm == FP4:
+                tensors[f"{name}.input_scale"] = torch.tensor(0.01)
+            continue
         scale = torch.tensor(max(largest[other] for other in group) / broken.E4M3_MAX)
         if algorithm == PC_PT:
             scale = weight.abs().amax(1) / broken.E4M3_MAX
@@ -49,21 +59,34 @@ def quantise(tensors, algorithms):
         tensors[f"{name}.weight_scale"] = scale
 
 
+def entry(algorithm):
+    return {"quant_algo": algorithm, **({"group_size": 16} if algorithm in (FP4, FP4_W) else {})}
+
+
+def config_group(algorithm):
+    weights = {**EIGHT_BIT, "strategy": "channel"} if algorithm == PC_PT else EIGHT_BIT
+    inputs = {"input_activations": EIGHT_BIT}
+    if algorithm in (FP4, FP4_W):
+        weights, inputs = FOUR_BIT, {"input_activations": FOUR_BIT} if algorithm == FP4 else {}
+    return {"weights": weights, **inputs}
+
+
 def configure(directory, algorithms, mix):
     """Write what a runtime reads: both files, in the layouts of ModelOpt 0.47's export."""
     if mix:
-        listed = {name: {"quant_algo": algorithm} for name, algorithm in algorithms.items()}
+        listed = {name: entry(algorithm) for name, algorithm in algorithms.items()}
         legacy = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": listed}
         section = {"config_groups": {}, "quantized_layers": listed, "ignore": [], "quant_algo": "MIXED_PRECISION"}
         for algorithm in dict.fromkeys(algorithms.values()):
-            weights = {**EIGHT_BIT, "strategy": "channel"} if algorithm == PC_PT else EIGHT_BIT
             targets = sorted(name for name in algorithms if algorithms[name] == algorithm)
-            group = {"input_activations": EIGHT_BIT, "weights": weights, "targets": targets}
+            group = {**config_group(algorithm), "targets": targets}
             section["config_groups"][f"group_{len(section['config_groups'])}"] = group
     else:
         (algorithm,) = set(algorithms.values())
-        legacy = {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head", *VISION]}
+        legacy = {**entry(algorithm), "kv_cache_quant_algo": None, "exclude_modules": ["lm_head", *VISION]}
         section = {"ignore": ["lm_head", *VISION], "quant_algo": algorithm}
+        if algorithm in (FP4, FP4_W):
+            section["config_groups"] = {"group_0": {**config_group(algorithm), "targets": ["Linear"]}}
     producer = {"name": "modelopt", "version": "0.47.0"}
     broken.write_json(directory, broken.QUANT_CONFIG, {"producer": producer, "quantization": legacy})
     config = broken.read_json(directory, broken.CONFIG)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from bitladder.errors import MeasurementError, RecordError
-from bitladder.formats import Format
+from bitladder.formats import WEIGHT, Format
 from bitladder.reading import open_safetensors, read_tensors
 from bitladder.records import Measurement
 from bitladder.storage import atomic_path, discard, sha256_of_file
@@ -84,19 +84,21 @@ def read_codes(
     return Codes.in_files(directory / CODES / entry.name for entry in measurement.rounding.files)
 
 
-def codes_of(
+def encoded(
     module: str, weight: "torch.Tensor", amax: "torch.Tensor", format_: Format, codes: Codes | None
-) -> "torch.Tensor":
-    """Return the codes [out_features, in_features] that a module's weight is stored as, on the weight's device.
+) -> "dict[str, torch.Tensor]":
+    """Return what a module's weight is stored as, `{part: tensor}` without the input's scale, on the weight's device.
 
     Args:
         module: its name.
         weight: [out_features, in_features].
-        amax: of the weight, a scalar on its device.
-        format_: the codes' format.
+        amax: of the weight, as the format scales by it, on its device.
+        format_: whose parts.
         codes: the measurement's; None: every weight to its nearest.
     """
-    return format_.codes(weight, amax) if codes is None else codes.read(module).to(weight.device)
+    if codes is None:
+        return format_.encode(weight, amax)
+    return {WEIGHT: codes.read(module).to(weight.device)} | format_.tensor_scales(amax)
 
 
 def check_codes(measurement: Measurement, codes: Codes | None) -> None:

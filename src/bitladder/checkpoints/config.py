@@ -28,6 +28,8 @@ def quant_config(scheme: Scheme, layers: Mapping[str, str]) -> dict[str, Any]:
     }
     if _is_mixed(layers):
         quantisation["quantized_layers"] = _quantized_layers(layers)
+    else:
+        quantisation |= get_format(next(iter(layers.values()))).layer_config()
     return {"producer": dict(_PRODUCER), "quantization": quantisation}
 
 
@@ -40,8 +42,8 @@ def _algorithm(layers: Mapping[str, str]) -> str:
     return MIXED if _is_mixed(layers) else get_format(next(iter(layers.values()))).modelopt_algorithm
 
 
-def _quantized_layers(layers: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    return {module: {"quant_algo": get_format(name).modelopt_algorithm} for module, name in layers.items()}
+def _quantized_layers(layers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    return {module: get_format(name).layer_config() for module, name in layers.items()}
 
 
 def _config_groups(layers: Mapping[str, str]) -> dict[str, Any] | None:

@@ -8,8 +8,8 @@ Layout of a file: 8 bytes little-endian header length, JSON header padded with s
 dtype size (largest first) and name, which keeps every tensor aligned; so does safetensors' own writer.
 """
 
+import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -21,14 +21,15 @@ import torch
 from bitladder.checkpoints.config import CONFIG_FILE, QUANT_CONFIG_FILE, config_with_quantisation, quant_config
 from bitladder.checkpoints.writer import DTYPE_BYTES, Entry, digest_of_file, write_file, write_weights
 from bitladder.errors import MeasurementError, OutputError, StaleRecord
-from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, Format, get_format, grids
+from bitladder.formats import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, WEIGHT_SCALE_2, Format, get_format, grids
 from bitladder.measured import Amax, Codes, check_codes, kv_amax
+from bitladder.models.headers import TensorInfo
 from bitladder.models.sources import side_files
 from bitladder.models.weights import INDEX_FILE, WeightFiles, read_config
 from bitladder.reading import read_bytes
 from bitladder.records import BF16, CheckpointManifest, KvScale, Measurement, ModuleRecord, QuantModule, Scheme
 from bitladder.runinfo import Progress, no_progress, one_core_each
-from bitladder.storage import atomic_directory, sha256_of_bytes, temporary_of
+from bitladder.storage import atomic_directory, temporary_of
 
 _CORES_PER_EXPORT = 4
 Quantised = Mapping[str, tuple[QuantModule, str]]  # tensor name of a quantised weight -> (module, format)
@@ -74,36 +75,38 @@ def _entries(
             entries.append(Entry(info.name, info.dtype, info.shape, info.end - info.begin, info))
             continue
         module, name = quantised[info.name]
-        format_ = get_format(name)
-        weight_amax = amax[format_.weight_key(module.name)]
-        entries.append(
-            Entry(
-                info.name,
-                format_.code_dtype,
-                info.shape,
-                math.prod(info.shape),
-                info if codes is None else partial(codes.read, module.name),
-                partial(_codes, format_, weight_amax) if codes is None else None,
-            )
-        )
-        scales = _scales(format_, module.name, amax)
-        for part in format_.parts(info.shape):
-            entries.append(Entry(f"{prefix}.{part.name}", part.dtype, part.shape, part.bits // 8, scales[part.name]))
+        entries += _parts(info, module, get_format(name), amax, codes)
     entries.sort(key=lambda entry: (-DTYPE_BYTES.get(entry.dtype, 1), entry.name))
     return entries
 
 
+def _parts(info: TensorInfo, module: QuantModule, format_: Format, amax: Amax, codes: Codes | None) -> Iterator[Entry]:
+    """Yield all that is stored of a weight of the source."""
+    scales = _scales(format_, module.name, amax)
+    weight_amax = amax[format_.weight_key(module.name)]
+    for part in format_.stored(info.shape):
+        name, size = f"{info.name.removesuffix('.weight')}.{part.name}", part.bits // 8
+        if part.name in scales:
+            yield Entry(name, part.dtype, part.shape, size, scales[part.name])
+        elif part.name == WEIGHT and codes is not None:
+            yield Entry(name, part.dtype, part.shape, size, partial(codes.read, module.name))
+        else:
+            make = partial(_made, format_, part.name, weight_amax)
+            digest = None if part.name == WEIGHT else hashlib.sha256()
+            yield Entry(name, part.dtype, part.shape, size, info, make, digest)
+
+
 def _scales(format_: Format, module: str, amax: Amax) -> dict[str, torch.Tensor]:
-    """Return what is stored of a module beside its codes, `{part: scale}`."""
-    scales = {WEIGHT_SCALE: format_.scale(amax[format_.weight_key(module)])}
-    if not format_.dynamic_input:
-        scales[INPUT_SCALE] = format_.scale(amax[f"{module}.input_amax"])
+    """Return what is stored of a module that its amax values settle, `{part: scale}`."""
+    scales = format_.tensor_scales(amax[format_.weight_key(module)])
+    if format_.has_input_scale:
+        scales[INPUT_SCALE] = format_.input_scale(amax[f"{module}.input_amax"])
     return scales
 
 
-def _codes(format_: Format, amax: torch.Tensor, weight: torch.Tensor, row: int) -> torch.Tensor:
-    """Return the codes of some rows of a weight, the first of which is `row`."""
-    return format_.codes(weight, amax[row : row + len(weight)] if format_.channels else amax)
+def _made(format_: Format, part: str, amax: torch.Tensor, weight: torch.Tensor, row: int) -> torch.Tensor:
+    """Return a part of some rows of a weight, the first of which is `row`."""
+    return format_.made(part, weight, format_.rows_of(amax, row, len(weight)))
 
 
 def _check_destination(destination: Path) -> None:
@@ -182,7 +185,7 @@ def export(
             measurement_sha256=scheme.measurement_sha256,
             source_sha256=measurement.model.sha256,
             files=tuple(sorted(files, key=lambda entry: entry.name)),
-            modules=tuple(_module_records(quantised, amax, "nearest" if codes is None else "compensated")),
+            modules=tuple(_module_records(quantised, amax, table, "nearest" if codes is None else "compensated")),
             kv_cache_format=scheme.kv_cache_format,
             kv_scales=tuple(KvScale(tensor=name, scale=float(value)) for name, value in kv_scales.items()),
         )
@@ -216,20 +219,24 @@ def export_all(
 
 
 def _module_records(
-    quantised: Quantised, amax: Amax, rounding: Literal["nearest", "compensated"]
+    quantised: Quantised, amax: Amax, table: Mapping[str, Entry], rounding: Literal["nearest", "compensated"]
 ) -> Iterator[ModuleRecord]:
     for tensor, (module, name) in quantised.items():
         format_ = get_format(name)
         scales = _scales(format_, module.name, amax)
-        weight_scale, input_scale = scales[WEIGHT_SCALE], scales.get(INPUT_SCALE)
+        numbers = {part: float(scale) for part, scale in scales.items() if not scale.dim()}
+        digest = table[f"{tensor.removesuffix('.weight')}.{WEIGHT_SCALE}"].digest
+        if WEIGHT_SCALE in scales and WEIGHT_SCALE not in numbers:
+            digest = hashlib.sha256(scales[WEIGHT_SCALE].numpy().tobytes())
         yield ModuleRecord(
             name=module.name,
             tensor=tensor,
             format=name,
             dtype=format_.code_dtype,
-            weight_scale=None if format_.channels else float(weight_scale),
-            weight_scale_sha256=sha256_of_bytes(weight_scale.numpy().tobytes()) if format_.channels else None,
-            input_scale=None if input_scale is None else float(input_scale),
+            weight_scale=numbers.get(WEIGHT_SCALE),
+            weight_scale_sha256=None if digest is None else digest.hexdigest(),
+            weight_scale_2=numbers.get(WEIGHT_SCALE_2),
+            input_scale=numbers.get(INPUT_SCALE),
             rounding=rounding,
         )
 

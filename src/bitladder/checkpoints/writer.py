@@ -40,6 +40,7 @@ class Entry:
     content: TensorInfo | torch.Tensor | Callable[[], torch.Tensor]  # the last: read when it is written
     make: Callable[[torch.Tensor, int], torch.Tensor] | None = None  # from rows of the source weight, and the first
     # one's number; None: its bytes as they are
+    digest: Any = None  # of hashlib, to be fed with the bytes that `make` gives; None: nobody asks
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
@@ -133,7 +134,10 @@ def write_weights(weights: WeightFiles, file: str, entries: Sequence[Entry], des
                 rows, first = max(1, _CODED_ELEMENTS // columns), 0
                 for block in _read(source, info, rows * columns * DTYPE_BYTES[info.dtype]):
                     weight = torch.from_numpy(block).view(_TORCH_DTYPE[info.dtype]).view(-1, columns)
-                    output.write(_bytes(entry.make(weight, first)))
+                    made = _bytes(entry.make(weight, first))
+                    if entry.digest is not None:
+                        entry.digest.update(made)
+                    output.write(made)
                     first += len(weight)
         return output.finish()
 

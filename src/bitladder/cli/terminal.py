@@ -118,6 +118,10 @@ def print_schemes(measurement: "Measurement", schemes: "tuple[Scheme, ...]") -> 
         )
     print_table(table)
     console.print(f"predicted score in {measurement.score_unit}")
+    for scheme in schemes:
+        floor = planning.at_the_floor(measurement, scheme)
+        if floor is not None:
+            say(floor)
 
 
 def say(text: str) -> None:

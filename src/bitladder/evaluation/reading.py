@@ -14,8 +14,9 @@ from bitladder.formats import (
     FORMATS,
     INPUT_SCALE,
     KV_SCALE_NAMES,
+    SCALE_DTYPE,
     SCALE_NAMES,
-    WEIGHT_SCALE,
+    WEIGHT,
     Format,
     Part,
     format_of_algorithm,
@@ -46,20 +47,24 @@ class FakeQuantLinear(nn.Module):
 def quantised_tensors(files: WeightFiles) -> list[str]:
     """Return the names of the weights that are stored as codes, sorted."""
     dtypes = {one.code_dtype for one in FORMATS.values()}
-    return sorted(name for name, info in files.tensors.items() if info.dtype in dtypes)
+    scales = {*SCALE_NAMES, *KV_SCALE_NAMES}
+    return sorted(
+        name for name, info in files.tensors.items() if info.dtype in dtypes and name.rpartition(".")[2] not in scales
+    )
 
 
-def _formats_of(directory: Path, section: dict[str, Any], codes: Iterable[str]) -> dict[str, Format]:
+def _formats_of(files: WeightFiles, section: dict[str, Any], codes: Iterable[str]) -> dict[str, Format]:
     """Return the format of every stored weight by `config.json`: of each module in a mix, else of all.
 
     Args:
-        directory: of the checkpoint.
+        files: the checkpoint's.
         section: `quantization_config` of its configuration.
         codes: names of the weights that are stored as codes.
 
     Raises:
-        ModelError: the configuration names none of ours, or not all modules of a mix.
+        ModelError: the configuration names none of ours, or not all modules of a mix, or the codes are of another one.
     """
+    directory = files.directory
     layers = section.get("quantized_layers") or {}
     found = {}
     for name in codes:
@@ -71,21 +76,33 @@ def _formats_of(directory: Path, section: dict[str, Any], codes: Iterable[str]) 
                 f"{directory / 'config.json'}: {module} is stored as codes, but its quant_algo is {algorithm}; known: "
                 f"{', '.join(one.modelopt_algorithm for one in FORMATS.values())}; {EXPORT_AGAIN}"
             )
+        if files.tensors[name].dtype != format_.code_dtype:
+            raise ModelError(
+                f"{directory / files.tensors[name].file}: {name} is {files.tensors[name].dtype}, but {algorithm} is "
+                f"stored as {format_.code_dtype}; {EXPORT_AGAIN}"
+            )
         found[name] = format_
     return found
 
 
 def _scale(files: WeightFiles, weight: str, part: Part) -> torch.Tensor:
-    """Return a part (weight_scale, input_scale, k_scale ...) of a weight: one positive number, or one a row."""
+    """Return a part (weight_scale, input_scale, k_scale ...) of a weight: positive numbers of its dtype and shape."""
     name = f"{weight.removesuffix('.weight')}.{part.name}"
     if name not in files.tensors:
         file = files.directory / files.tensors[weight].file
-        raise ModelError(f"{file}: {weight} is FP8, but its {name} is missing; {EXPORT_AGAIN}")
+        raise ModelError(f"{file}: {weight} is stored as codes, but its {name} is missing; {EXPORT_AGAIN}")
     scale = files.load(name)
     right_shape = tuple(scale.shape) == part.shape if part.shape else scale.numel() == 1
-    if scale.dtype != torch.float32 or not right_shape or not bool(((scale > 0) & (scale < math.inf)).all()):
+    values = scale.float()
+    if (
+        files.tensors[name].dtype != part.dtype
+        or not right_shape
+        or not bool(((values > 0) & (values < math.inf)).all())
+    ):
         file = files.directory / files.tensors[name].file
-        wanted = f"{part.shape[0]} positive float32 numbers" if part.shape else "one positive float32 number"
+        dtype = "float32" if part.dtype == SCALE_DTYPE else part.dtype
+        count = " x ".join(map(str, part.shape))
+        wanted = f"{count} positive {dtype} numbers" if part.shape else f"one positive {dtype} number"
         raise ModelError(f"{file}: {name} is not {wanted}; {EXPORT_AGAIN}")
     return scale.reshape(part.shape)
 
@@ -116,17 +133,23 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
     codes = quantised_tensors(files)
     config = read_config(directory)
     if codes and "quantization_config" not in config:
-        raise ModelError(f"{directory / 'config.json'} has no quantization_config, but weights are FP8; {EXPORT_AGAIN}")
+        raise ModelError(
+            f"{directory / 'config.json'} has no quantization_config, but weights are codes; {EXPORT_AGAIN}"
+        )
     section = config.get("quantization_config") or {}
-    formats = _formats_of(directory, section, codes)
+    formats = _formats_of(files, section, codes)
     state: dict[str, torch.Tensor] = {}
     input_scales: dict[str, torch.Tensor | None] = {}
     used: set[str] = set()
     for name, format_ in formats.items():
         info = files.tensors[name]
-        parts = {part.name: _scale(files, name, part) for part in format_.parts(info.shape)}
+        shape = format_.weight_shape(info.shape)
+        problem = format_.why_not(shape)
+        if problem is not None:
+            raise ModelError(f"{directory / info.file}: {name}: shape {list(shape)} {problem}; {EXPORT_AGAIN}")
+        parts = {part.name: _scale(files, name, part) for part in format_.parts(shape)}
         used |= {f"{name.removesuffix('.weight')}.{part}" for part in parts}
-        state[name] = format_.restored(files.load(name), parts[WEIGHT_SCALE], dtype)
+        state[name] = format_.decode({WEIGHT: files.load(name), **parts}, dtype)
         if not all_finite(state[name]):
             raise ModelError(f"{directory / info.file}: {name} holds NaN or overflows {dtype}; {EXPORT_AGAIN}")
         input_scales[name] = parts.get(INPUT_SCALE)
@@ -150,14 +173,14 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
         linear = model.get_submodule(path) if path else None
         if not isinstance(linear, nn.Linear):
             file = directory / files.tensors[name].file
-            raise ModelError(f"{file}: {name} is FP8, but it is no linear module's weight; {EXPORT_AGAIN}")
+            raise ModelError(f"{file}: {name} is stored as codes, but it is no linear module's weight; {EXPORT_AGAIN}")
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, FakeQuantLinear(linear, formats[name], scale))
     layers: dict[int, dict[str, torch.Tensor]] = {}
     for name in kv_scales:
         weight, _, kind = name.rpartition(".")
         layer = layer_index(model, modules[f"{weight}.weight"].removesuffix(".weight"))
-        layers.setdefault(layer, {})[kind] = _scale(files, f"{weight}.weight", Part(kind, "F32", ())).to(device)
+        layers.setdefault(layer, {})[kind] = _scale(files, f"{weight}.weight", Part(kind, SCALE_DTYPE, ())).to(device)
     model.kv_scales = {layer: (pair["k_scale"], pair["v_scale"]) for layer, pair in layers.items()}
     return model.to(device).eval()
 

@@ -17,7 +17,7 @@ from bitladder.evaluation.evaluate import compare_loaded
 from bitladder.evaluation.reading import FakeQuantLinear
 from bitladder.evaluation.reference import Reference
 from bitladder.formats import get_format, grids
-from bitladder.measured import Amax, Codes, check_codes, codes_of, kv_amax
+from bitladder.measured import Amax, Codes, check_codes, encoded, kv_amax
 from bitladder.models.kv_layers import cached_layers, layer_index
 from bitladder.models.loading import load_model
 from bitladder.records import BF16, EvalResult, Measurement, QuantModule, Scheme
@@ -91,10 +91,9 @@ class Simulation:
         format_ = get_format(format_name)
         weight_amax = self.amax[format_.weight_key(module.name)].to(self.device)
         input_scale = None
-        if not format_.dynamic_input:
-            input_scale = format_.scale(self.amax[f"{module.name}.input_amax"].to(self.device))
-        codes = codes_of(module.name, linear.weight, weight_amax, format_, self.codes)
-        weight = format_.restored(codes, format_.scale(weight_amax))
+        if format_.has_input_scale:
+            input_scale = format_.input_scale(self.amax[f"{module.name}.input_amax"].to(self.device))
+        weight = format_.decode(encoded(module.name, linear.weight, weight_amax, format_, self.codes))
         restored = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         restored.weight = nn.Parameter(weight, requires_grad=False)
         restored.bias = linear.bias

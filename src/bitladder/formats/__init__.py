@@ -4,10 +4,25 @@ One file a format; planning, measuring, export, evaluation and verification read
 a file beside these and list it here, and say in each of `runtimes` what it makes of it.
 """
 
+from collections.abc import Mapping, Sequence
+
 from bitladder.errors import RecipeError
-from bitladder.formats.base import INPUT_SCALE, KV_SCALE_NAMES, SCALE_DTYPE, SCALE_NAMES, WEIGHT_SCALE, Format, Part
+from bitladder.formats.base import (
+    INPUT_SCALE,
+    KV_SCALE_NAMES,
+    SCALE_DTYPE,
+    SCALE_NAMES,
+    WEIGHT,
+    WEIGHT_SCALE,
+    WEIGHT_SCALE_2,
+    Format,
+    Part,
+)
+from bitladder.formats.e4m3 import E4m3
 from bitladder.formats.fp8_channel import Fp8Channel
 from bitladder.formats.fp8_tensor import Fp8Tensor
+from bitladder.formats.nvfp4 import Nvfp4
+from bitladder.formats.nvfp4_w4a16 import Nvfp4W4a16
 from bitladder.records import BF16, BF16_BITS, QuantGroup
 
 __all__ = [
@@ -16,16 +31,22 @@ __all__ = [
     "KV_SCALE_NAMES",
     "SCALE_DTYPE",
     "SCALE_NAMES",
+    "WEIGHT",
     "WEIGHT_SCALE",
+    "WEIGHT_SCALE_2",
+    "E4m3",
     "Format",
     "Part",
-    "code_bits",
+    "column_format",
     "format_of_algorithm",
     "get_format",
     "group_bits",
+    "least_bits",
+    "why_no_shapes",
+    "why_not",
 ]
 
-FORMATS: dict[str, Format] = {one.name: one for one in (Fp8Tensor(), Fp8Channel())}
+FORMATS: dict[str, Format] = {one.name: one for one in (Fp8Tensor(), Fp8Channel(), Nvfp4(), Nvfp4W4a16())}
 
 
 def get_format(name: str) -> Format:
@@ -44,15 +65,51 @@ def format_of_algorithm(algorithm: str) -> Format | None:
     return next((one for one in FORMATS.values() if one.modelopt_algorithm == algorithm), None)
 
 
-def code_bits(name: str) -> int:
-    """Return the bits of a weight's element without scales in a format, `bf16` included."""
-    return BF16_BITS if name == BF16 else get_format(name).code_bits
+def column_format(name: str) -> E4m3:
+    """Return a format whose codes can be chosen column by column, as compensated rounding chooses them.
+
+    Raises:
+        RecipeError: no such format, or each of its scales is made of several columns.
+    """
+    found = get_format(name)
+    if not isinstance(found, E4m3):
+        able = ", ".join(one.name for one in FORMATS.values() if isinstance(one, E4m3))
+        raise RecipeError(
+            f"rounding: compensated can't make codes of {name}, whose scales lie along a row; it can of {able}: set "
+            "measurement.rounding: nearest, or another format"
+        )
+    return found
+
+
+def why_not(group: QuantGroup, name: str) -> str | None:
+    """Return why a group can't have a format, `bf16` included; None: it can.
+
+    Raises:
+        RecipeError: no such format.
+    """
+    if name == BF16:
+        return None
+    return why_no_shapes({m.name: m.shape for m in group.modules if m.shape is not None}, name)
+
+
+def why_no_shapes(shapes: Mapping[str, Sequence[int]], name: str) -> str | None:
+    """Return why modules of these shapes can't have a format other than `bf16`; None: they can."""
+    for module, shape in shapes.items():
+        reason = get_format(name).why_not(shape)
+        if reason is not None:
+            return f"shape {list(shape)} of {module} {reason}"
+    return None
+
+
+def least_bits(name: str) -> float:
+    """Return the fewest bits that a weight's element takes in a format, `bf16` included; see `Format.least_bits`."""
+    return BF16_BITS if name == BF16 else get_format(name).least_bits
 
 
 def group_bits(group: QuantGroup, name: str) -> int:
     """Return the bits of a group's weights in a format, `bf16` included.
 
-    Where only a published manifest is known, shapes are not: scales that grow with a weight can't be counted then.
+    Where only a published manifest is known, shapes are not: scales of rows can't be counted then.
 
     Raises:
         RecipeError: no such format.
@@ -62,5 +119,5 @@ def group_bits(group: QuantGroup, name: str) -> int:
     format_ = get_format(name)
     shapes = [module.shape for module in group.modules if module.shape is not None]
     if len(shapes) < len(group.modules):
-        return group.weight_elements * format_.code_bits
+        return int(group.weight_elements * format_.least_bits)
     return sum(format_.bits(shape) for shape in shapes)

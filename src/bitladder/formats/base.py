@@ -2,23 +2,25 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHT_SCALE, INPUT_SCALE = "weight_scale", "input_scale"  # parts of a module, as ModelOpt's files name them
-# What files of any format may have beside a weight's codes; ours know the first and the last.
-SCALE_NAMES = (WEIGHT_SCALE, "weight_scale_2", "weight_scale_inv", INPUT_SCALE)
+# Parts of a module, as ModelOpt's files name them.
+WEIGHT, WEIGHT_SCALE, WEIGHT_SCALE_2, INPUT_SCALE = "weight", "weight_scale", "weight_scale_2", "input_scale"
+# What files of any format may have beside a weight's codes; ours know all but `weight_scale_inv`.
+SCALE_NAMES = (WEIGHT_SCALE, WEIGHT_SCALE_2, "weight_scale_inv", INPUT_SCALE)
 KV_SCALE_NAMES = ("k_scale", "v_scale")  # of an attention that caches keys and values
 SCALE_DTYPE = "F32"  # as safetensors spells it
+_DTYPE_BITS = {"F32": 32, "F8_E4M3": 8, "U8": 8}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor that a quantised module has beside its weight's codes; dtype as safetensors spells it."""
+    """One tensor that a quantised module has; dtype as safetensors spells it."""
 
     name: str
     dtype: str
@@ -27,74 +29,150 @@ class Part:
     @property
     def bits(self) -> int:
         """What it takes on disk."""
-        return 32 * math.prod(self.shape)  # every part is F32
+        return _DTYPE_BITS[self.dtype] * math.prod(self.shape)
 
 
 class Format(ABC):
     """One format of a linear module's weight [out_features, in_features] and of its input.
 
     A weight's amax is what its scale is made of, in the shape that the format scales by: a scalar, or [out_features].
-    Codes of a weight are of its shape, one byte each. Pure at import; torch inside methods.
+    Pure at import; torch inside methods.
     """
 
     name: ClassVar[str]
     modelopt_config: ClassVar[str]  # ModelOpt's configuration, an attribute of modelopt.torch.quantization
     modelopt_algorithm: ClassVar[str]  # `quant_algo` in hf_quant_config.json
+    modelopt_on_cpu: ClassVar[bool] = True  # whether ModelOpt can compute with it there
     code_dtype: ClassVar[str] = "F8_E4M3"  # of a stored weight, as safetensors spells it
-    code_bits: ClassVar[int] = 8
-    channels: ClassVar[bool]  # whether every row of a weight has a scale of its own
-    dynamic_input: ClassVar[bool]  # whether an input's scale is made when it is seen, so that no file has it
+    code_bits: ClassVar[int] = 8  # of an element, without scales
+    codes_a_number: ClassVar[int] = 1  # how many neighbours of a row lie in one number of `code_dtype`
+    group_size: ClassVar[int | None] = None  # neighbours of a row that share a scale of their own; None: no such groups
+    channels: ClassVar[bool] = False  # whether every row of a weight has a scale of its own
+    # What is done to an input: rounded with a stored scale, with one a token that is made when it is seen, or nothing.
+    input: ClassVar[Literal["static", "token", "unrounded"]]
+    multiplies: ClassVar[bool] = False  # whether torch._scaled_mm takes its codes, with a scalar scale on either side
+
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether a file has a scale of the module's input, which calibration settles."""
+        return self.input == "static"
+
+    @abstractmethod
+    def why_not(self, shape: Sequence[int]) -> str | None:
+        """Return why no weight of this shape [out_features, in_features] can have the format; None: it can.
+
+        The message goes on after the weight's name and shape.
+        """
+
+    @abstractmethod
+    def stored(self, shape: Sequence[int]) -> tuple[Part, ...]:
+        """Return all that is stored of a weight [out_features, in_features], the codes first."""
 
     def parts(self, shape: Sequence[int]) -> tuple[Part, ...]:
         """Return what is stored beside the codes of a weight of this shape."""
-        weight = Part(WEIGHT_SCALE, SCALE_DTYPE, (shape[0],) if self.channels else ())
-        return (weight,) if self.dynamic_input else (weight, Part(INPUT_SCALE, SCALE_DTYPE, ()))
+        return self.stored(shape)[1:]
+
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        """The names of `parts`, which are alike for any shape."""
+        unit = self.group_size or 1
+        return tuple(part.name for part in self.parts((unit, unit)))
+
+    def weight_shape(self, stored: Sequence[int]) -> tuple[int, int]:
+        """Return [out_features, in_features] of a weight whose codes are stored in this shape."""
+        rows, columns = stored
+        return rows, columns * self.codes_a_number
 
     def bits(self, shape: Sequence[int]) -> int:
-        """Return the bits of a weight: its codes, and scales that grow with it (a tensor's two numbers don't)."""
+        """Return the bits of a weight: its codes, and scales that grow with it (a tensor's numbers don't)."""
         return self.code_bits * math.prod(shape) + sum(part.bits for part in self.parts(shape) if part.shape)
+
+    @property
+    def least_bits(self) -> float:
+        """The fewest bits that an element of a weight takes: scales of groups count, those of rows become few."""
+        return self.code_bits
 
     @property
     def tensor_scale_bytes(self) -> int:
         """Bytes of a module's scales that don't grow with its weight, which `bits` leaves out."""
-        return sum(part.bits for part in self.parts((1, 1)) if not part.shape) // 8
+        unit = self.group_size or 1
+        return sum(part.bits for part in self.parts((unit, unit)) if not part.shape) // 8
 
     def config_group(self) -> dict[str, Any]:
         """Return what `config_groups` say of weights and inputs, in ModelOpt's words.
 
         Source: modelopt.torch.export.convert_hf_config, _quant_algo_to_group_config.
         """
-        inputs = {"dynamic": False, "num_bits": self.code_bits, "type": "float"}
-        return {
-            "input_activations": inputs,
-            "weights": {**inputs, **({"strategy": "channel"} if self.channels else {})},
-        }
+        numbers: dict[str, Any] = {"dynamic": False, "num_bits": self.code_bits, "type": "float"}
+        if self.group_size is not None:
+            numbers["group_size"] = self.group_size
+        inputs = {} if self.input == "unrounded" else {"input_activations": numbers}
+        return {**inputs, "weights": {**numbers, **({"strategy": "channel"} if self.channels else {})}}
 
     def uniform_config_group(self) -> dict[str, Any] | None:
         """Return the same for a checkpoint of this format alone; None: ModelOpt writes none."""
         return self.config_group()
 
+    def layer_config(self) -> dict[str, Any]:
+        """Return what `quantized_layers` say of a module, or `quantization` of a checkpoint of this format alone.
+
+        Source: modelopt.torch.export.quant_utils, process_layer_quant_config.
+        """
+        group = {} if self.group_size is None else {"group_size": self.group_size}
+        return {"quant_algo": self.modelopt_algorithm, **group}
+
     def weight_key(self, module: str) -> str:
         """Return the name of a module's weight amax in this format among a measurement's tensors."""
         return f"{module}.row_amax" if self.channels else f"{module}.weight_amax"
+
+    @property
+    @abstractmethod
+    def least_amax(self) -> float:
+        """The least amax of a weight or an input of which a scale can be made."""
 
     @abstractmethod
     def amax_of(self, weight: "torch.Tensor") -> "torch.Tensor":
         """Return the amax of a weight [out_features, in_features] that its scale is made of."""
 
     @abstractmethod
-    def scale(self, amax: "torch.Tensor") -> "torch.Tensor":
-        """Return a scale, the multiplier that restores a value from its code: float32, of the shape of `amax`."""
+    def tensor_scales(self, amax: "torch.Tensor") -> "dict[str, torch.Tensor]":
+        """Return the parts that a weight's amax settles without the weight: `{part: scale}`, float32."""
+
+    def rows_of(self, amax: "torch.Tensor", first: int, count: int) -> "torch.Tensor":
+        """Return the amax of some rows of a weight, from that of all of it."""
+        return amax[first : first + count] if self.channels else amax
 
     @abstractmethod
-    def codes(self, values: "torch.Tensor", amax: "torch.Tensor") -> "torch.Tensor":
-        """Return the codes of a weight, or of some of its columns where `values` is [out_features]."""
+    def made(self, part: str, weight: "torch.Tensor", amax: "torch.Tensor") -> "torch.Tensor":
+        """Return a part that the weight itself settles, of a weight or of some of its rows.
+
+        Args:
+            part: its name, one of those that `tensor_scales` doesn't give.
+            weight: [rows, in_features].
+            amax: of these rows, or of the whole weight, as the format scales by it.
+        """
+
+    def encode(self, weight: "torch.Tensor", amax: "torch.Tensor") -> "dict[str, torch.Tensor]":
+        """Return all that is stored of a weight but its input's scale, `{part: tensor}`.
+
+        Args:
+            weight: [out_features, in_features].
+            amax: as the format scales by it; what a fused group shares is the amax.
+        """
+        scales = self.tensor_scales(amax)
+        names = [part.name for part in self.stored(tuple(weight.shape)) if part.name not in {*scales, INPUT_SCALE}]
+        return {name: self.made(name, weight, amax) for name in names} | scales
 
     @abstractmethod
-    def restored(
-        self, codes: "torch.Tensor", scale: "torch.Tensor", dtype: "torch.dtype | None" = None
-    ) -> "torch.Tensor":
-        """Return code · scale, multiplied in float32 and cast to `dtype` (None: float32)."""
+    def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+        """Return the weight [out_features, in_features] that stored parts restore.
+
+        Multiplied in float32 and cast to `dtype` (None: float32).
+        """
+
+    def input_scale(self, amax: "torch.Tensor") -> "torch.Tensor":
+        """Return the stored scale of an input, float32, from its amax, a scalar."""
+        raise NotImplementedError(f"{self.name} stores no scale of an input")
 
     @abstractmethod
     def round_input(self, x: "torch.Tensor", scale: "torch.Tensor | None") -> "torch.Tensor":

@@ -23,7 +23,7 @@ class Fp8Channel(E4m3):
     modelopt_config = "FP8_PER_CHANNEL_PER_TOKEN_CFG"
     modelopt_algorithm = "FP8_PER_CHANNEL_PER_TOKEN"
     channels = True
-    dynamic_input = True
+    input = "token"
 
     def uniform_config_group(self) -> dict[str, Any] | None:
         """Return None: ModelOpt 0.47 writes no `config_groups` for this format alone, and runtimes read none."""

@@ -21,8 +21,8 @@ class Fp8Tensor(E4m3):
     name = "fp8"
     modelopt_config = "FP8_DEFAULT_CFG"
     modelopt_algorithm = "FP8"
-    channels = False
-    dynamic_input = False
+    input = "static"
+    multiplies = True
 
     def amax_of(self, weight: "torch.Tensor") -> "torch.Tensor":
         """Return the weight's largest magnitude, a scalar."""

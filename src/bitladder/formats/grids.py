@@ -1,9 +1,13 @@
-"""FP8 E4M3 numbers: magnitudes, scales, codes, and back. The only module that knows 448.
+"""FP8 E4M3 numbers, and FP4 E2M1 numbers in blocks: magnitudes, scales, codes, and back. Only this module knows 448, 6.
 
 A value x of a tensor with amax a is stored as the E4M3 code nearest to x · (448 / a), saturated at ±448, and restored
 as code · (a / 448). Products and the division run in float32, as ModelOpt's fake quantisation does
 (modelopt.torch.quantization.tensor_quant.fp8_eager); ModelOpt's own export divides in BF16, which moves some codes to
 a neighbour. `docs/numerics.md` has the measurements.
+
+An FP4 value is one of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6} times the E4M3 scale of its block of 16 times a float32 scale of
+the whole tensor. Weights are coded as ModelOpt does it, to the bit; inputs are rounded as vLLM's reference does it, to
+the bit, which differs in the order of float32 products and in what becomes of blocks near zero.
 """
 
 import torch
@@ -13,8 +17,15 @@ E4M3_DTYPE = torch.float8_e4m3fn
 E4M3_MANTISSA_BITS = 3
 E4M3_MIN_EXPONENT = -6  # of the smallest normal value; below it the step stays that of subnormals, 2^-9
 
+E2M1_MAX = 6.0  # OCP Microscaling Formats Specification 1.0, table 5
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; 8 to 15 are their negatives
+BLOCK = 16  # elements of a row that share an E4M3 scale
+LEAST_BLOCK_SCALE = 2.0**-9  # the least positive E4M3 number
+_E2M1_STEPS = ((2.0, 0.5), (4.0, 1.0))  # below a magnitude, how far apart values are; above the last one 2
+
 # Below it amax / 448 is no normal float32 number, or 448 / amax no finite one.
 LEAST_AMAX = E4M3_MAX * 2 * torch.finfo(torch.float32).tiny
+LEAST_BLOCKS_AMAX = E2M1_MAX * LEAST_AMAX  # of a tensor in blocks
 
 
 def amax_of(values: torch.Tensor) -> torch.Tensor:
@@ -58,3 +69,98 @@ def half_step(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     exponent = torch.frexp(values.float() / scale.float()).exponent - 1  # x = m · 2^exponent with 1 <= |m| < 2
     step_exponent = exponent.clamp_min(E4M3_MIN_EXPONENT) - E4M3_MANTISSA_BITS
     return scale.float() / 2 * torch.exp2(step_exponent.float())
+
+
+def scale_of_blocks(amax: torch.Tensor) -> torch.Tensor:
+    """Return the scale above the blocks' scales of a tensor, amax / (448 · 6), in float32."""
+    return amax.float() / (E2M1_MAX * E4M3_MAX)
+
+
+def in_blocks(values: torch.Tensor) -> torch.Tensor:
+    """Return a view [..., columns / 16, 16] of [..., columns]."""
+    return values.reshape(*values.shape[:-1], -1, BLOCK)
+
+
+def block_scales(values: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+    """Return the E4M3 scale of every block, [..., columns / 16] float8_e4m3fn; that of a block of zeros is 1.
+
+    Args:
+        values: [..., columns].
+        above: float32 scalar, the scale of the whole tensor.
+
+    Source: NVFP4QTensor.get_weights_scaling_factor and _cast_per_block_scale_to_fp8.
+    """
+    scales = in_blocks(values.detach()).abs().amax(-1).float() / (E2M1_MAX * above)
+    scales = torch.where(scales == 0, 1.0, scales)
+    return scales.clamp(LEAST_BLOCK_SCALE, E4M3_MAX).to(E4M3_DTYPE)
+
+
+def block_codes(values: torch.Tensor, scales: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+    """Return the nearest E2M1 codes of `values` [..., columns], ties to even, uint8 0 to 15 (8: negative).
+
+    Source: NVFP4QTensor.quantize and _cast_fp4.
+    """
+    scaled = (in_blocks(values.detach()) / (scales.float() * above).unsqueeze(-1)).reshape(values.shape)
+    magnitude = scaled.abs().clamp(max=E2M1_MAX)
+    # The codes of a binade follow each other: step by step from 0, from 2 (code 4) and from 4 (code 6).
+    step = _e2m1_step(magnitude)
+    code = torch.round(magnitude / step) + torch.where(step == 0.5, 0, torch.where(step == 1, 2, 4))
+    return code.to(torch.uint8) | ((scaled < 0).to(torch.uint8) << 3)
+
+
+def _e2m1_step(magnitude: torch.Tensor) -> torch.Tensor:
+    """Return how far apart E2M1 values are at these magnitudes."""
+    (low, fine), (middle, coarse) = _E2M1_STEPS
+    return torch.where(magnitude < low, fine, torch.where(magnitude < middle, coarse, 2 * coarse))
+
+
+def round_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """Return the nearest E2M1 values, ties to even, saturated at ±6; float32."""
+    magnitude = values.abs().clamp(max=E2M1_MAX)
+    step = _e2m1_step(magnitude)
+    return torch.copysign(torch.round(magnitude / step) * step, values)
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Return two codes a byte [..., columns / 2] of uint8 [..., columns], the even column in the low nibble."""
+    return (codes[..., 1::2] << 4) | codes[..., 0::2]
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Return the codes [..., columns] of two a byte [..., columns / 2], uint8."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+
+
+def restored_blocks(codes: torch.Tensor, scales: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+    """Return code · (scale · above) in float32, [..., columns].
+
+    Source: NVFP4QTensor.dequantize; vLLM's dequantize_to_dtype.
+    """
+    values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=codes.device)[codes.long()]
+    return (in_blocks(values) * (scales.float() * above.float()).unsqueeze(-1)).reshape(codes.shape)
+
+
+def fake_quantise_blocks(values: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+    """Return `values` [..., columns] with every block rounded through E2M1 and an E4M3 scale, in their own dtype.
+
+    Args:
+        values: an input.
+        above: float32 scalar, its stored scale.
+
+    Source: vllm 0.32.0, quantization/utils/nvfp4_emulation_utils.py, ref_nvfp4_quant_dequant, with global_scale the
+    inverse of the stored scale, as ModelOptLinearMethod has it.
+    """
+    inverse = 1.0 / above.float()
+    blocks = in_blocks(values)
+    largest = blocks.abs().amax(-1, keepdim=True).float()
+    scales = (inverse * (largest * (1 / E2M1_MAX))).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE).float()
+    rounded = round_e2m1(blocks.float() * _inverse(scales * _inverse(inverse)))
+    return (rounded * (scales / inverse)).reshape(values.shape).to(values.dtype)
+
+
+def _inverse(numbers: torch.Tensor) -> torch.Tensor:
+    """Return 1 / number, and 1e-8 for zero, so that a block whose scale vanishes becomes zero.
+
+    Source: get_reciprocal in the same file.
+    """
+    return 1.0 / (numbers + (numbers == 0) * 1e8)

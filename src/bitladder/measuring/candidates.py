@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from bitladder.errors import EngineError
-from bitladder.formats import Format, grids
-from bitladder.measured import Amax, Codes, codes_of
+from bitladder.formats import WEIGHT, WEIGHT_SCALE, Format, grids
+from bitladder.measured import Amax, Codes, encoded
 from bitladder.measuring.scores import token_directions, token_scores
 from bitladder.models.anatomy import PLAIN, Layout, tokens_first
 from bitladder.records import QuantGroup
@@ -31,14 +31,14 @@ class Form:
     """What a linear module is in a format.
 
     weight: [out_features, in_features], codes where the device multiplies them, else values rounded through the format.
-    weight_scale: float32, a scalar or [out_features].
+    weight_scale: float32 scalar of the codes; None: of values.
     input_amax, input_scale: float32 scalars; modules of a group that share an amax share its tensors. None: the scale
         is made of the input itself.
     """
 
     format: Format
     weight: torch.Tensor
-    weight_scale: torch.Tensor
+    weight_scale: torch.Tensor | None
     input_amax: torch.Tensor | None
     input_scale: torch.Tensor | None
 
@@ -59,7 +59,7 @@ def _product(
     seen: torch.Tensor,
     weight: torch.Tensor,
     input_scale: torch.Tensor | None,
-    weight_scale: torch.Tensor,
+    weight_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -67,6 +67,7 @@ def _product(
     if weight.dtype != grids.E4M3_DTYPE:
         return functional.linear(seen, weight, bias)
     assert input_scale is not None
+    assert weight_scale is not None
     return torch._scaled_mm(seen, weight.t(), scale_a=input_scale, scale_b=weight_scale, bias=bias, out_dtype=dtype)
 
 
@@ -77,18 +78,18 @@ def forms_of(model: nn.Module, group: QuantGroup, format_: Format, amax: Amax, c
     for module in group.modules:
         weight: Any = model.get_parameter(f"{module.name}.weight")
         weight_amax = amax[format_.weight_key(module.name)].to(weight.device, non_blocking=True)
-        weight_scale = format_.scale(weight_amax)
-        stored = codes_of(module.name, weight, weight_amax, format_, codes)
-        if not _multiplies(format_, weight):
-            stored = format_.restored(stored, weight_scale, weight.dtype)
-        if format_.dynamic_input:
+        parts = encoded(module.name, weight, weight_amax, format_, codes)
+        multiplied = _multiplies(format_, weight)
+        stored = parts[WEIGHT] if multiplied else format_.decode(parts, weight.dtype)
+        weight_scale = parts[WEIGHT_SCALE] if multiplied else None
+        if not format_.has_input_scale:
             found[module.name] = Form(format_, stored, weight_scale, None, None)
             continue
         input_amax = amax[f"{module.name}.input_amax"]
         known = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
         if known not in inputs:
             moved = input_amax.to(weight.device, non_blocking=True)
-            inputs[known] = moved, format_.scale(moved)
+            inputs[known] = moved, format_.input_scale(moved)
         found[module.name] = Form(format_, stored, weight_scale, *inputs[known])
     return found
 
@@ -97,8 +98,7 @@ def _multiplies(format_: Format, weight: torch.Tensor) -> bool:
     """Return whether the device multiplies codes as they are: with one scale for each side, that it takes at once."""
     return (
         weight.is_cuda
-        and not format_.channels
-        and not format_.dynamic_input
+        and format_.multiplies
         and weight.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(weight.device) >= _FP8_CAPABILITY
         and all(size % _FP8_MULTIPLE == 0 for size in weight.shape)
@@ -184,7 +184,7 @@ class _Tap(torch.autograd.Function):
         seen: torch.Tensor,
         weight: torch.Tensor,
         input_scale: torch.Tensor | None,
-        weight_scale: torch.Tensor,
+        weight_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         directional: bool,
         layout: Layout,

@@ -7,13 +7,13 @@ something is wrong with the model, the data or the arithmetic.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from bitladder.errors import MeasurementError, ModelError
-from bitladder.formats import get_format
-from bitladder.formats.grids import LEAST_AMAX
+from bitladder.formats import get_format, why_not
 from bitladder.measured import Amax
 from bitladder.models.loading import checkpoint_tensor_names
 from bitladder.models.target import ZERO_WEIGHTS, Target
@@ -45,6 +45,28 @@ def check_weights(model: torch.nn.Module, directory: Path, target: Target) -> No
                 raise ModelError(f"{directory}: {module.tensor} is not what transformers loads into {module.name}")
 
 
+def in_any_format(target: Target, formats: Sequence[str]) -> Target:
+    """Return the target without the groups that none of the formats fits; why not is said of each of their modules.
+
+    Raises:
+        MeasurementError: a format that fits no group.
+    """
+    kept, left = [], []
+    for group in target.groups:
+        reasons = [why_not(group, name) for name in formats]
+        fits = None in reasons
+        if fits:
+            kept.append(group)
+        else:
+            left += _left_alone(group, {module.name: str(reasons[0]) for module in group.modules})
+    for name in formats:
+        if kept and all(why_not(group, name) is not None for group in kept):
+            raise MeasurementError(
+                f"no group can be in {name}: {why_not(kept[0], name)}; leave it out of measurement.formats"
+            )
+    return dataclasses.replace(target, groups=tuple(kept), untouched=(*target.untouched, *left)) if left else target
+
+
 def with_scales(target: Target, amax: Amax, spec: MeasureSpec) -> Target:
     """Return the target without the groups that have no scale; why not is said of each of their modules.
 
@@ -57,9 +79,11 @@ def with_scales(target: Target, amax: Amax, spec: MeasureSpec) -> Target:
         MeasurementError: NaN or Inf, or no group is left; the message names a module.
     """
     kept, left = [], []
-    observed = spec.engine == "native" or not all(get_format(name).dynamic_input for name in spec.formats)
+    formats = [get_format(name) for name in spec.formats]
+    observed = spec.engine == "native" or any(format_.has_input_scale for format_ in formats)
+    least = max(format_.least_amax for format_ in formats)
     for group in target.groups:
-        found = {module.name: _why_no_scale(module.name, amax, observed) for module in group.modules}
+        found = {module.name: _why_no_scale(module.name, amax, observed, least) for module in group.modules}
         reasons = {name: reason for name, reason in found.items() if reason is not None}
         if not reasons:
             kept.append(group)
@@ -72,8 +96,14 @@ def with_scales(target: Target, amax: Amax, spec: MeasureSpec) -> Target:
     return dataclasses.replace(target, groups=tuple(kept), untouched=(*target.untouched, *left))
 
 
-def _why_no_scale(module: str, amax: Amax, observed: bool) -> str | None:
-    """Return why a module has no FP8 scale, or None.
+def _why_no_scale(module: str, amax: Amax, observed: bool, least: float) -> str | None:
+    """Return why a module has no scale, or None.
+
+    Args:
+        module: its name.
+        amax: of all modules.
+        observed: whether inputs were looked at.
+        least: amax of which a scale can be made.
 
     Raises:
         MeasurementError: NaN or Inf.
@@ -93,7 +123,7 @@ def _why_no_scale(module: str, amax: Amax, observed: bool) -> str | None:
         return "reached by no calibration sample: no FP8 scale"
     if float(inputs) == 0:
         return "all zero in its input during calibration: no FP8 scale"
-    if min(float(weights), float(inputs)) < LEAST_AMAX:
+    if min(float(weights), float(inputs)) < least:
         return f"too small (weights up to {float(weights):.1e}, inputs up to {float(inputs):.1e}): no FP8 scale"
     return None
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from bitladder.device import OUT_OF_MEMORY, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import Format, get_format
+from bitladder.formats import E4m3, column_format
 from bitladder.measured import Amax
 from bitladder.measuring.calls import by_layer, hidden_of
 from bitladder.measuring.job import Job
@@ -83,7 +83,7 @@ def _round_layers(
         job.progress("round", index, last + 1)
         layer_groups = groups[index] if index in missing else []
         with layers.loaded(index) as layer:
-            with _Products(layers, layer_groups, get_format(job.spec.formats[0]), amax) as inputs:
+            with _Products(layers, layer_groups, column_format(job.spec.formats[0]), amax) as inputs:
                 for number, (found, mask) in enumerate(zip(calls, counted, strict=True)):
                     inputs.counted = mask
                     x = hidden[number].to(job.device)
@@ -97,7 +97,7 @@ def _round_layers(
 class _Products(ExitStack):
     """Adds up the products of inputs, group by group; a context manager, within which a layer runs on all batches."""
 
-    def __init__(self, layers: Layers, groups: list[QuantGroup], format_: Format, amax: Amax) -> None:
+    def __init__(self, layers: Layers, groups: list[QuantGroup], format_: E4m3, amax: Amax) -> None:
         super().__init__()
         self.format = format_
         self.products: dict[str, torch.Tensor] = {}  # group -> [in_features, in_features] float32
@@ -107,8 +107,8 @@ class _Products(ExitStack):
             linear: Any = layers.model.get_submodule(name)
             layout = layers.anatomy.positions.get(name, PLAIN)
             scale = None
-            if not format_.dynamic_input:
-                scale = format_.scale(amax[f"{name}.input_amax"].to(linear.weight.device))
+            if format_.has_input_scale:
+                scale = format_.input_scale(amax[f"{name}.input_amax"].to(linear.weight.device))
             self.callback(linear.register_forward_pre_hook(self._hook(group.name, name, scale, layout)).remove)
 
     def _hook(
@@ -140,7 +140,7 @@ def _write(
 ) -> None:
     """Write the codes of one layer's modules, and what they do."""
     (name,) = job.spec.formats
-    format_ = get_format(name)
+    format_ = column_format(name)
     tensors: dict[str, torch.Tensor] = {}
     modules = []
     for group in groups:

@@ -1,12 +1,13 @@
 """What an engine is given, and what it gives back."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from bitladder.data.batches import Batch, DataSet
 from bitladder.errors import MeasurementError
+from bitladder.formats import why_not
 from bitladder.models.target import Target
 from bitladder.recipe import MeasureSpec
 from bitladder.runinfo import Progress
@@ -30,6 +31,11 @@ class Job:
     def score_batches(self) -> int:
         """How many batches are scored."""
         return len(self.scored)
+
+    def in_format(self, name: str) -> "Job":
+        """Return this job with those groups alone that can have a format."""
+        groups = tuple(group for group in self.target.groups if why_not(group, name) is None)
+        return self if groups == self.target.groups else replace(self, target=replace(self.target, groups=groups))
 
 
 def score_batch_count(data: DataSet, spec: MeasureSpec) -> int:

@@ -24,13 +24,13 @@ from safetensors.torch import save_file
 from bitladder.data.batches import DataSet
 from bitladder.device import measuring_device, resolve_dtype
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import get_format, group_bits
+from bitladder.formats import column_format, group_bits, why_not
 from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, codes_files
 from bitladder.measuring.job import Job, score_batch_count, score_weights
 from bitladder.measuring.partial import PARTIAL, Partial
 from bitladder.models.target import Target
 from bitladder.recipe import MeasureSpec, WorkersSpec
-from bitladder.records import Candidate, FileDigest, Measurement, ModelSource, Rounding, digest_of
+from bitladder.records import Candidate, FileDigest, LeftOut, Measurement, ModelSource, Rounding, digest_of
 from bitladder.runinfo import Meter, Progress, no_progress
 from bitladder.storage import atomic_path, discard, sha256_of_file, unseal
 
@@ -44,11 +44,13 @@ def check_engine(spec: MeasureSpec, target: Target) -> None:
     """Look whether a model can be measured as asked.
 
     Raises:
-        EngineError: layers that have to run one by one, and can't.
+        EngineError: layers that have to run one by one, and can't. RecipeError: a format that has no compensated codes.
     """
     from bitladder.measuring import compensation, layers, native
 
     remedies = {native.REMEDY: spec.engine == "native", compensation.REMEDY: spec.rounding == "compensated"}
+    if spec.rounding == "compensated":
+        column_format(spec.formats[0])
     for remedy in (remedy for remedy, is_needed in remedies.items() if is_needed):
         problem = layers.why_not_by_layers(target, remedy)
         if problem is not None:
@@ -83,12 +85,13 @@ def measure(
     """
     from bitladder.measuring import checks, compensation, layers, modelopt, native, parallel
 
-    for name in spec.formats:
-        get_format(name)
+    target = checks.in_any_format(target, spec.formats)
     workers = workers or WorkersSpec()
     problem = workers.problem(spec)
     if problem is not None:
         raise MeasurementError(problem)
+    if spec.rounding == "compensated":
+        column_format(spec.formats[0])  # what can't be made is refused before anything is computed
     meter = Meter()
     device = measuring_device(spec, workers)
     dtype = resolve_dtype(spec.dtype, device)
@@ -142,6 +145,13 @@ def measure(
         )
         for group in target.groups
         for name in spec.formats
+        if why_not(group, name) is None
+    )
+    left_out = tuple(
+        LeftOut(group=group.name, format=name, reason=reason)
+        for group in target.groups
+        for name in spec.formats
+        if (reason := why_not(group, name)) is not None
     )
     if all(score == 0 for candidate in candidates for score in candidate.scores):
         raise MeasurementError("all scores are zero: no token counted for the loss, or no gradient reached the groups")
@@ -159,6 +169,7 @@ def measure(
         formats=spec.formats,
         groups=target.groups,
         candidates=candidates,
+        left_out=left_out,
         untouched=target.untouched,
         amax_sha256=sha256_of_file(output / AMAX_FILE),
         rounding=rounding,

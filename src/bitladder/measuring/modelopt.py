@@ -22,7 +22,7 @@ from torch import nn
 from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, deterministic, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import get_format
+from bitladder.formats import get_format, why_not
 from bitladder.measured import Amax
 from bitladder.measuring.amax import shared
 from bitladder.measuring.checks import with_scales
@@ -147,7 +147,7 @@ class _Session:
 
         for hparam in groups.values():
             for name in self.job.spec.formats:
-                if get_format(name).channels and get_format(name).dynamic_input:
+                if get_format(name).channels and not get_format(name).has_input_scale:
                     continue  # nothing of it is shared
                 with self._active(hparam, self.recipe(hparam, name)):
                     preprocess_linear_fusion(hparam.quant_modules)
@@ -169,7 +169,7 @@ class _Session:
                     for module in group.modules:
                         linear: Any = self.model.get_submodule(module.name)
                         yield get_format(name).weight_key(module.name), linear.weight_quantizer
-                        if not get_format(name).dynamic_input:
+                        if get_format(name).has_input_scale:
                             yield f"{module.name}.input_amax", linear.input_quantizer
 
     def _read_amax(self, groups: dict[str, Any]) -> Amax:
@@ -199,8 +199,13 @@ class _Session:
 
     def _read_scores(self, groups: dict[str, Any]) -> BatchScores:
         return {
-            group: {name: self._read_score(hparam, self.recipe(hparam, name)) for name in self.job.spec.formats}
-            for group, hparam in groups.items()
+            group.name: {
+                name: self._read_score(groups[group.name], self.recipe(groups[group.name], name))
+                for name in self.job.spec.formats
+                if why_not(group, name) is None
+            }
+            for group in self.job.target.groups
+            if group.name in groups
         }
 
     def _read_score(self, hparam: Any, recipe: Any) -> RawScore:
@@ -324,6 +329,11 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     """
     import modelopt.torch.quantization as mtq
 
+    off_cpu = [name for name in job.spec.formats if not get_format(name).modelopt_on_cpu]
+    if off_cpu and not job.device.startswith("cuda"):
+        raise EngineError(
+            f"ModelOpt computes {', '.join(off_cpu)} on NVIDIA GPUs alone, and this is {job.device}; use engine: native"
+        )
     session = _Session(model, job, partial)
     searched = {module.name for group in job.target.groups for module in group.modules}
     model.config.use_cache = False  # type: ignore[union-attr]

@@ -178,7 +178,7 @@ def _score(layers: Layers, job: Job, partial: Partial, amax: Amax, codes: Codes 
     for name, batches in missing.items():
         job.progress("score", done, total)
         if batches:
-            _score_in(get_format(name), batches, layers, job, partial, amax, codes, (done, total))
+            _score_in(get_format(name), batches, layers, job.in_format(name), partial, amax, codes, (done, total))
         done += len(batches)
     job.progress("score", total, total)
 

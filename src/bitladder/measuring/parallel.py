@@ -437,7 +437,7 @@ class _Worker:
             codes = Codes.in_files(files)
         job = dataclasses.replace(self.job, target=with_scales(self.job.target, amax, self.job.spec))
         (name,) = job.spec.formats
-        scorer = native.scorer(self.layers, job, get_format(name), amax, codes)
+        scorer = native.scorer(self.layers, job.in_format(name), get_format(name), amax, codes)
         self.scorer = scorer.__enter__()  # for the rest of its life
 
     def score(self, batch: Batch) -> BatchScores:

@@ -62,14 +62,14 @@ class Partial:
         return scores
 
     def scored(self, batch: int, format_name: str) -> bool:
-        """Return whether a batch was scored in a format."""
+        """Return whether a batch was scored in a format: all groups that can have it are, at once."""
         known = self.scores(batch)
-        return known is not None and all(format_name in formats for formats in known.values())
+        return known is not None and any(format_name in formats for formats in known.values())
 
     def keep_scores(self, batch: int, scores: BatchScores) -> None:
         """Store the scores of one batch beside those in other formats (floats survive JSON exactly)."""
         known = self.scores(batch) or {}
-        merged = {group: known.get(group, {}) | formats for group, formats in scores.items()}
+        merged = {group: known.get(group, {}) | scores.get(group, {}) for group in dict.fromkeys((*known, *scores))}
         self._keep_text(self.directory / f"scores-{batch:05}.json", json.dumps(merged))
 
     def remove(self) -> None:

@@ -13,13 +13,13 @@ with J the reversal of rows, J H J = L Lᵀ gives inverse(H) = Uᵀ U with U = J
 import torch
 
 from bitladder.errors import MeasurementError
-from bitladder.formats import Format
+from bitladder.formats import E4m3
 
 _COLUMNS_AT_ONCE = 128  # errors are spread at once within so many columns, and over the rest by one product
 
 
 def compensated_codes(
-    weight: torch.Tensor, hessian: torch.Tensor, amax: torch.Tensor, format_: Format, damping: float
+    weight: torch.Tensor, hessian: torch.Tensor, amax: torch.Tensor, format_: E4m3, damping: float
 ) -> torch.Tensor:
     """Return the codes of a weight, [out_features, in_features].
 
@@ -27,7 +27,7 @@ def compensated_codes(
         weight: [out_features, in_features]; modules that share input and scale may be stacked.
         hessian: Xᵀ X of its inputs, [in_features, in_features] float32, on the same device.
         amax: of the weight, as `format_` scales by it.
-        format_: one whose code of an element depends on that element and the scale alone.
+        format_: the codes'.
         damping: this share of the mean of the hessian's diagonal is added to it. More of it trusts the calibration
             tokens less; what is infinite rounds to nearest.
 

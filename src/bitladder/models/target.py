@@ -6,6 +6,7 @@ so that a model we can't handle is refused before anything is computed.
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from typing import Any
 from torch import nn
 
 from bitladder.errors import UnsupportedModel
+from bitladder.formats import why_no_shapes
 from bitladder.models.anatomy import Anatomy, look
 from bitladder.models.fusing import Fusing
 from bitladder.models.loading import build_on_meta, checkpoint_tensor_names, image_token_ids
 from bitladder.models.sources import check_fit, check_head, check_side_files, check_unquantised, split_when_loaded
 from bitladder.models.weights import SIXTEEN_BIT_DTYPES, WeightFiles, read_config
+from bitladder.recipe import MeasureSpec
 from bitladder.records import QuantGroup, QuantModule, UntouchedModule
 
-FP8_ALIGNMENT = 16  # FP8 matrix products need both dimensions divisible by 16 (torch._scaled_mm, CUTLASS)
 # Modules whose weights a runtime might quantise; norms and the like are never touched.
 _MATRIX_MODULES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ZERO_WEIGHTS = "all zero in its weights: no FP8 scale"  # why a group isn't searched
@@ -101,12 +103,18 @@ def _is_block(module: nn.Module) -> bool:
     return bool(linears) and module not in linears
 
 
-def find_target(directory: Path) -> Target:
+def find_target(directory: Path, formats: Sequence[str] | None = None) -> Target:
     """Return the quant groups of the language model in `directory`, and every other linear module with the reason.
+
+    Args:
+        directory: the model's files.
+        formats: a group is searched that can have one of them; None: those that a recipe has by default.
 
     Raises:
         ModelError: files are missing or damaged. UnsupportedModel: nothing to search, with the reason.
+        RecipeError: an unknown format.
     """
+    formats = MeasureSpec().formats if formats is None else formats
     check_side_files(directory)
     weights = WeightFiles.open(directory)
     model = build_on_meta(directory)
@@ -151,7 +159,7 @@ def find_target(directory: Path) -> Target:
     for layer in Fusing.of(read_config(directory)).layers(searched):
         members = layer.modules
         problem = next((idle[name] for name in members if name in idle), None)
-        problem = problem or _why_not(members, linears, tensor_of, weights)
+        problem = problem or _why_not(members, linears, formats, tensor_of, weights)
         if problem is not None:
             reasons.update(dict.fromkeys(members, problem))
             continue
@@ -211,16 +219,18 @@ def _is_wide(weights: WeightFiles, tensor: str) -> bool:
 
 
 def _why_not(
-    members: tuple[str, ...], linears: dict[str, nn.Linear], tensor_of: dict[str, str], weights: WeightFiles
+    members: tuple[str, ...],
+    linears: dict[str, nn.Linear],
+    formats: Sequence[str],
+    tensor_of: dict[str, str],
+    weights: WeightFiles,
 ) -> str | None:
     """Return why a group's modules can't be quantised, or None."""
+    shapes = {name: (linears[name].out_features, linears[name].in_features) for name in members}
+    refused = [why_no_shapes(shapes, name) for name in formats]
+    if None not in refused:
+        return refused[0]
     for name in members:
-        out_features, in_features = linears[name].out_features, linears[name].in_features
-        if out_features % FP8_ALIGNMENT or in_features % FP8_ALIGNMENT:
-            return (
-                f"shape [{out_features}, {in_features}] of {name} is not divisible by {FP8_ALIGNMENT}: "
-                "no FP8 matrix product"
-            )
         tensor = tensor_of.get(f"{name}.weight")
         if tensor is None:
             return f"{name}.weight is not stored under one name in the checkpoint"

@@ -17,17 +17,17 @@ from bitladder.planning.frontier import Frontier, TradeOff, frontier
 from bitladder.planning.patterns import Searched, matching_groups
 from bitladder.planning.points import MAX_FRONTIER_CHOICES
 from bitladder.planning.pricing import density_order, price, standard_error
-from bitladder.planning.ranges import SMALLEST_FORMAT_BITS, refuse_unattainable
+from bitladder.planning.ranges import at_the_floor, refuse_unattainable
 from bitladder.planning.remarks import remarked
 from bitladder.planning.solver import Solver, outline
 
 __all__ = [
     "MAX_FRONTIER_CHOICES",
-    "SMALLEST_FORMAT_BITS",
     "Frontier",
     "Searched",
     "Solver",
     "TradeOff",
+    "at_the_floor",
     "density_order",
     "frontier",
     "matching_groups",

@@ -225,6 +225,13 @@ def _by_name(measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str
     assert spec.include is not None
     name = _one_format(measurement, spec)
     chosen = matching_groups(measurement, spec.name, spec.include) - excluded
+    reasons = {one.group: one.reason for one in measurement.left_out if one.format == name}
+    if chosen and chosen <= reasons.keys():
+        raise InfeasibleTarget(
+            f"scheme {spec.name} would quantise nothing: no group that include {list(spec.include)} leaves can be in "
+            f"{name} ({reasons[min(chosen)]}); include others, or set another `format`"
+        )
+    chosen -= reasons.keys()  # they stay in 16 bits, as modules do that no format fits
     if not chosen:
         raise InfeasibleTarget(
             f"scheme {spec.name} would quantise nothing: include {list(spec.include)} without exclude "

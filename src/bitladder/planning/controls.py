@@ -104,14 +104,14 @@ def _modelopt_choice(measurement: Measurement, scheme: Scheme, format_name: str)
 
 def _order(measurement: Measurement, format_name: str, kind: str, seed: int | None) -> list[str]:
     """Return all groups in the order in which the arm takes them."""
-    names = [group.name for group in measurement.groups]
+    table = measurement.by_group()
+    names = [group for group in table if format_name in table[group]]
     if kind == "random":
         random.Random(seed).shuffle(names)
         return names
     if kind == "inverse":
         return density_order(measurement, format_name)[::-1]
     if kind == "lowest_score":
-        table = measurement.by_group()
         return sorted(names, key=lambda group: measurement.sensitivity(table[group][format_name]))
     if kind == "largest":
         size = {group.name: group.weight_elements for group in measurement.groups}

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bitladder.errors import RecordError
-from bitladder.formats import code_bits, group_bits
+from bitladder.formats import group_bits, least_bits
 from bitladder.models.fusing import Fusing, Layer
 from bitladder.reading import read_json
 from bitladder.records import (
@@ -60,7 +60,7 @@ def _format_name(spelled: str, configs: Sequence[str]) -> str:
     if custom and int(custom[1]) < len(configs):
         name = configs[int(custom[1])]
     ours = FORMAT_OF.get(name)
-    if ours is None or float(match["bits"]) != code_bits(ours):
+    if ours is None or float(match["bits"]) != least_bits(ours):
         raise ValueError(f"format {spelled!r} ({name}) is not one that Bitladder knows ({', '.join(FORMAT_OF)})")
     return ours
 

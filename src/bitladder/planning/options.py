@@ -49,7 +49,8 @@ def options_of(measurement: Measurement, excluded: Iterable[str] = ()) -> list[O
         choices = [(BF16, group.weight_elements * BF16_BITS, 0.0)]
         if group.name not in apart:
             row = table[group.name]
-            choices += [(n, row[n].weight_bits, measurement.sensitivity(row[n])) for n in measurement.formats]
+            known = [name for name in measurement.formats if name in row]
+            choices += [(n, row[n].weight_bits, measurement.sensitivity(row[n])) for n in known]
         choices = _undominated(choices)
         found.append(
             Options(

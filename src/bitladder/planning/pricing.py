@@ -14,6 +14,8 @@ from bitladder.records import BF16, BF16_BITS, Control, Measurement, QuantGroup,
 def density_order(measurement: Measurement, format_name: str) -> list[str]:
     """Return the groups by predicted damage per bit saved, least first; groups with equal density in network order.
 
+    Those that can't have the format are left out.
+
     Raises:
         PlanError: the format isn't measured. MeasurementError: a score is NaN or Inf.
     """
@@ -26,7 +28,8 @@ def density_order(measurement: Measurement, format_name: str) -> list[str]:
         candidate = table[group.name][format_name]
         return measurement.sensitivity(candidate) / (group.weight_elements * BF16_BITS - candidate.weight_bits)
 
-    return [group.name for group in sorted(measurement.groups, key=density)]
+    able = [group for group in measurement.groups if format_name in table[group.name]]
+    return [group.name for group in sorted(able, key=density)]
 
 
 def standard_error(measurement: Measurement, formats: Mapping[str, str]) -> float | None:
@@ -68,8 +71,9 @@ def price(
         fingerprint: of the measurement as it was written, where it is weighed otherwise here.
 
     Raises:
-        InfeasibleTarget: nothing is quantised.
+        InfeasibleTarget: nothing is quantised. PlanError: a group has a format that it can't have.
     """
+    check_able(measurement, name, formats)
     weight_bits = weight_bytes = quantised = 0
     excluded: list[str] = []
     for group in measurement.groups:
@@ -101,6 +105,17 @@ def price(
         ),
         kv_cache_format=kv_cache_format,
     )
+
+
+def check_able(measurement: Measurement, scheme: str, formats: Mapping[str, str]) -> None:
+    """Check that every group can have the format that it is given.
+
+    Raises:
+        PlanError: one can't.
+    """
+    for one in measurement.left_out:
+        if formats[one.group] == one.format:
+            raise PlanError(f"scheme {scheme}: {one.group} can't be in {one.format}: {one.reason}; name another format")
 
 
 def _predicted(measurement: Measurement, formats: Mapping[str, str]) -> float:

@@ -6,13 +6,11 @@ from decimal import ROUND_CEILING, Context
 from fractions import Fraction
 
 from bitladder.errors import InfeasibleTarget
-from bitladder.formats import FORMATS, code_bits
+from bitladder.formats import FORMATS, least_bits
 from bitladder.planning.frontier import TradeOff
 from bitladder.planning.prediction import KlMap
 from bitladder.recipe import SchemeSpec
-from bitladder.records import BF16, BF16_BITS, Measurement
-
-SMALLEST_FORMAT_BITS = 4  # in the field, such as NVFP4
+from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
 
 
 def refuse_unattainable(specs: Iterable[SchemeSpec], formats: Sequence[str]) -> None:
@@ -21,7 +19,7 @@ def refuse_unattainable(specs: Iterable[SchemeSpec], formats: Sequence[str]) -> 
     Raises:
         InfeasibleTarget: with the attainable range.
     """
-    low = min(code_bits(name) for name in formats)
+    low = min(least_bits(name) for name in formats)
     attainable = f"{', '.join(formats)}, {BF16}: attainable {low:.2f} to {BF16_BITS:.2f}"
     for spec in specs:
         if spec.effective_bits is None:
@@ -100,17 +98,30 @@ def _remedy_for_bits(edge: TradeOff, asked: Fraction) -> str:
     kept = sum(group.weight_elements for group in measurement.groups if group.name in edge.excluded)
     # what the groups that aren't excluded may have, so that all together keep the target
     share = (asked * total - kept * BF16_BITS) / (total - kept)
-    enough = any(name not in measurement.formats and code_bits(name) <= share for name in FORMATS)
-    if edge.excluded and not enough and min(code_bits(name) for name in measurement.formats) <= asked:
+    enough = any(name not in measurement.formats and least_bits(name) <= share for name in FORMATS)
+    if edge.excluded and not enough and min(least_bits(name) for name in measurement.formats) <= asked:
         return f"raise the target, or exclude less than {kept / total:.2%} of the weights"
     return _formats_for(share, measurement.formats)
 
 
 def _formats_for(bits: Fraction, measured: Sequence[str]) -> str:
     """Return which formats would allow so few bits per weight."""
-    enough = [name for name in FORMATS if name not in measured and code_bits(name) <= bits]
+    enough = [name for name in FORMATS if name not in measured and least_bits(name) <= bits]
     known = f"(Bitladder knows: {', '.join(FORMATS)})"
     if enough:
         return f"raise the target, or add {' or '.join(enough)} to measurement.formats {known}"
-    needed = "; a 4-bit format such as NVFP4 would be needed" if bits >= SMALLEST_FORMAT_BITS else ""
-    return f"raise the target; no known format has so few bits {known}{needed}"
+    return f"raise the target; no known format has so few bits {known}"
+
+
+def at_the_floor(measurement: Measurement, scheme: Scheme) -> str | None:
+    """Return what is to be said of a scheme whose effective bits leave no choice; None: they leave one."""
+    table = measurement.by_group()
+    floor = sum(min(one.weight_bits for one in candidates.values()) for candidates in table.values())
+    by_bits = isinstance(scheme.asked, SchemeSpec) and scheme.asked.effective_bits is not None
+    if not by_bits or scheme.weight_bits > floor:
+        return None
+    smallest = ", ".join(name for name in measurement.formats if name in scheme.formats.values())
+    return (
+        f"{scheme.name}: {scheme.effective_bits:.2f} effective bits is the floor of these formats "
+        f"({listed(measurement)}): every group is in the smallest that it can have ({smallest}); a mix needs more"
+    )

@@ -50,14 +50,23 @@ def _draws(batches: int, multiple: int) -> NDArray[np.float64]:
 
 
 def _densities(measurement: Measurement, format_name: str, counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return score per bit saved in every draw, [draws, groups], from what each batch counts for, [draws, batches]."""
+    """Return score per bit saved in every draw, [draws, groups], from what each batch counts for, [draws, batches].
+
+    That of a group that can't have the format is Inf.
+    """
     table = measurement.by_group()
     rows, saved = [], []
     for group in measurement.groups:
-        candidate = table[group.name][format_name]
+        candidate = table[group.name].get(format_name)
+        if candidate is None:
+            rows.append(np.zeros(counts.shape[1]))
+            saved.append(1)
+            continue
         rows.append(np.multiply(measurement.score_weights, candidate.scores))
         saved.append(group.weight_elements * BF16_BITS - candidate.weight_bits)
-    return np.asarray(counts @ (np.array(rows).T / np.array(saved)), dtype=np.float64)
+    found = np.asarray(counts @ (np.array(rows).T / np.array(saved)), dtype=np.float64)
+    found[:, [format_name not in table[group.name] for group in measurement.groups]] = np.inf
+    return found
 
 
 def rank_intervals(measurement: Measurement, format_name: str) -> dict[str, tuple[int, int]]:
@@ -68,8 +77,9 @@ def rank_intervals(measurement: Measurement, format_name: str) -> dict[str, tupl
     densities = _densities(measurement, format_name, _draws(batches, 1))
     ranks = np.argsort(np.argsort(densities, axis=1, kind="stable"), axis=1, kind="stable") + 1
     low, high = np.quantile(ranks, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="nearest")
-    names = [group.name for group in measurement.groups]
-    return {name: (int(a), int(b)) for name, a, b in zip(names, low, high, strict=True)}
+    table = measurement.by_group()
+    intervals = zip(table, low, high, strict=True)
+    return {name: (int(a), int(b)) for name, a, b in intervals if format_name in table[name]}
 
 
 def flips(measurement: Measurement, scheme: Scheme) -> Flips | None:

@@ -1,8 +1,8 @@
 """Records of checkpoints: manifest and verification."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from bitladder.records.base import FileDigest, Part, Record
 
@@ -14,10 +14,18 @@ class ModuleRecord(Part):
     tensor: str
     format: str
     dtype: str
-    weight_scale: float | None = Field(description="None: one a row, of which the digest is kept")
-    weight_scale_sha256: str | None = Field(default=None, description="of the rows' scales, float32; else None")
+    weight_scale: float | None = Field(description="None: one a row or a block, of which the digest is kept")
+    weight_scale_sha256: str | None = Field(default=None, description="of the scales of rows or blocks; else None")
+    weight_scale_2: float | None = Field(default=None, description="of a weight whose blocks have scales; else None")
     input_scale: float | None = Field(description="None: made of the input itself when it is served")
     rounding: Literal["nearest", "compensated"] = "nearest"
+
+    @model_serializer(mode="wrap")
+    def _without_second_scale(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if self.weight_scale_2 is None:  # digests stay what they were before there was a format with two
+            content.pop("weight_scale_2", None)
+        return content
 
 
 class KvScale(Part):

@@ -98,6 +98,14 @@ class Candidate(Part):
     )
 
 
+class LeftOut(Part):
+    """A format that a group can't have, though others of the measurement it can; it is no candidate."""
+
+    group: str
+    format: str
+    reason: str
+
+
 class RoundedModule(Part):
     """What one module's compensated codes do, on the calibration tokens that they were made from."""
 
@@ -138,11 +146,19 @@ class Measurement(Record):
     formats: tuple[str, ...]
     groups: tuple[QuantGroup, ...]
     candidates: tuple[Candidate, ...]
+    left_out: tuple[LeftOut, ...] = Field(default=(), description="formats that a group's shape doesn't allow")
     untouched: tuple[UntouchedModule, ...]
     amax_sha256: str | None = Field(description="SHA-256 of measurement.safetensors; None: no amax, so no export")
     rounding: Rounding | None = Field(default=None, description="None: every weight to its nearest code")
     settings_sha256: str = Field(default="", description="digest of the recipe's settings that led here")
     run: RunInfo | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_nothing_left_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if not self.left_out:  # digests stay what they were before a group could lack a format
+            content.pop("left_out", None)
+        return content
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -160,8 +176,12 @@ class Measurement(Record):
             if candidate.image_scores and len(candidate.image_scores) != len(self.score_weights):
                 raise ValueError(f"{candidate.group}: {len(candidate.image_scores)} image scores")
             seen.add((candidate.group, candidate.format))
+        for one in self.left_out:
+            if one.group not in groups or one.format not in self.formats:
+                raise ValueError(f"left_out of unknown group {one.group}, or in a format {one.format} not measured")
+        seen |= {(one.group, one.format) for one in self.left_out}
         missing = [(g, f) for g in sorted(groups) for f in self.formats if (g, f) not in seen]
-        if missing or len(seen) != len(self.candidates):
+        if missing or len(seen) != len(self.candidates) + len(self.left_out):
             raise ValueError(f"candidates don't cover every group and format once: {missing[:3]}")
         return self
 

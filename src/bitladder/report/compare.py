@@ -115,7 +115,7 @@ def _densities(groups: Sequence[ReportedGroup], format_name: str) -> dict[str, f
     """Return each group's score per bit saved, without those that save nothing."""
     found = {}
     for group in groups:
-        density = next(s.score_per_bit_saved for s in group.sensitivities if s.format == format_name)
+        density = next((s.score_per_bit_saved for s in group.sensitivities if s.format == format_name), None)
         if density is not None:
             found[group.name] = density
     return found

@@ -109,7 +109,7 @@ def _sensitivity(report: Report, axes: Any) -> bool:
     marks = []
     for group in groups:
         place = kinds.index(group["kind"]), layers.index(group["layer"])
-        score = group["scores"][report.formats[0]]["score"]
+        score = group["scores"].get(report.formats[0], {"score": 0})["score"]
         values[place] = np.log10(score) if score > 0 else np.nan
         if group["formats"][scheme] != BF16:
             marks.append(place)

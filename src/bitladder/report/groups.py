@@ -65,13 +65,13 @@ def contributions(measurement: Measurement, candidate: Candidate) -> list[float]
 
 
 def densities(measurement: Measurement, format_name: str, image_weight: float = 1.0) -> dict[str, float]:
-    """Return each group's score per bit saved in one format, in network order, without those that save nothing."""
+    """Return each group's score per bit saved in one format, in network order, of those that can save any."""
     table = measurement.by_group()
     density = {}
     for group in measurement.groups:
-        candidate = table[group.name][format_name]
-        saved = bits_saved(group, candidate)
-        if saved > 0:
+        candidate = table[group.name].get(format_name)
+        saved = 0 if candidate is None else bits_saved(group, candidate)
+        if candidate is not None and saved > 0:
             density[group.name] = measurement.sensitivity(candidate, image_weight) / saved
     return density
 
@@ -116,7 +116,7 @@ def _position_ranking(measurement: Measurement, format_name: str) -> PositionRan
     text, both = (densities(measurement, format_name, weight) for weight in (0.0, 1.0))
     rank_text, rank_both = ranks_of(text), ranks_of(both)
     scores: dict[str, tuple[float, float]] = {}  # group -> score of image positions, of all
-    for name in table:
+    for name in (name for name in table if format_name in table[name]):
         score = measurement.sensitivity(table[name][format_name])
         scores[name] = (score - measurement.sensitivity(table[name][format_name], 0.0), score)
     moved = sorted(
@@ -151,7 +151,7 @@ def reported_groups(measurement: Measurement, ladder: Sequence[Scheme]) -> tuple
     reported = []
     for group in measurement.groups:
         sensitivities = []
-        for format_name in measurement.formats:
+        for format_name in (name for name in measurement.formats if name in table[group.name]):
             candidate = table[group.name][format_name]
             sensitivities.append(
                 GroupSensitivity(

@@ -64,7 +64,12 @@ def groups_table(report: Report, prefix: str) -> Markdown:
     rows = []
     for group in report.groups:
         row: list[object] = [group.name.removeprefix(prefix), exact(group.weight_elements)]
-        for found in group.sensitivities:
+        known = {found.format: found for found in group.sensitivities}
+        for name in report.formats:
+            if name not in known:
+                row += [NONE] * 4
+                continue
+            found = known[name]
             rank = NONE if found.rank is None else found.rank
             span = found.rank_interval
             between = NONE if span is None else f"{span[0]}" if span[0] == span[1] else f"{span[0]} to {span[1]}"

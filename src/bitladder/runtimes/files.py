@@ -34,11 +34,17 @@ _NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int, int]] = {
     "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
     "F64": (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
 }
+_MAGNITUDES = [  # of the codes 0 to 126: m / 8 · 2^-6 below 2^-6, (1 + m / 8) · 2^(e - 7) from there on
+    *(m / 8 * 2**-6 for m in range(8)),
+    *((1 + m / 8) * 2 ** (e - 7) for e in range(1, 16) for m in range(8)),
+][:-1]
+_E4M3 = np.array([*_MAGNITUDES, np.nan, *(-value for value in _MAGNITUDES), np.nan], dtype=np.float32)
 _FLOATS: dict[str, Callable[[bytes], "np.ndarray[Any, Any]"]] = {  # dtype of scales -> their elements
     "BF16": lambda data: (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32),
     "F16": lambda data: np.frombuffer(data, "<f2"),
     "F32": lambda data: np.frombuffer(data, "<f4"),
     "F64": lambda data: np.frombuffer(data, "<f8"),
+    "F8_E4M3": lambda data: _E4M3[np.frombuffer(data, np.uint8)],
 }
 
 

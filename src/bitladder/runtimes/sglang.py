@@ -11,6 +11,7 @@ from bitladder.models.fusing import Layer
 from bitladder.runtimes.base import MIX, Decision, Rules, Support
 
 _PLAIN = re.compile(r"[\w.\-]+")  # a name without any sign that means something in a regular expression
+_FP4 = "sglang 0.5.23, srt/layers/quantization/modelopt_quant.py (ModelOptFp4Config; ModelOptMixedPrecisionConfig)"
 
 
 class SglangRules(Rules):
@@ -28,9 +29,11 @@ class SglangRules(Rules):
     SUPPORT: ClassVar = {
         "fp8": Support("ModelOptFp8LinearMethod", 89, None, "modelopt/schemes/modelopt_fp8.py at 578ca2f63399"),
         "fp8_pc_pt": "SGLang takes it for FP8 with one scale a tensor and one for its inputs, and in a mix for 16 bits",
+        "nvfp4": Support("ModelOptFp4LinearMethod", 80, None, _FP4),
+        "nvfp4_w4a16": Support("ModelOptNvFp4A16LinearMethod", 80, None, _FP4),
     }
-    known_algorithms = frozenset({"NVFP4", MIX})
-    _MIXED_WITH = frozenset({"NVFP4", "W4A16_NVFP4"})
+    known_algorithms = frozenset({"NVFP4", "W4A16_NVFP4", MIX})
+    _MIXED_WITH = frozenset({"nvfp4", "nvfp4_w4a16"})
     _VISION_QKV = ("attn.qkv", "attn.qkv_proj")
 
     @classmethod

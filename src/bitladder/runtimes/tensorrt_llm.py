@@ -33,6 +33,9 @@ class TensorRtLlmRules(Rules):
         "fp8": Support("FP8QDQLinearMethod", None, _KERNEL_MULTIPLE, _LINEAR),
         # the dimensions of fp8_rowwise_gemm weren't read: CUTLASS, too, moves 16 bytes at a time
         "fp8_pc_pt": Support("FP8RowwiseLinearMethod", None, _KERNEL_MULTIPLE, _LINEAR),
+        # it asserts whole blocks of the input's features, as the format itself asks for
+        "nvfp4": Support("NVFP4LinearMethod", None, None, _LINEAR),
+        "nvfp4_w4a16": "W4A16_NVFP4 is no algorithm of what was read of TensorRT-LLM",
     }
     legacy_first = True
     known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_BLOCK_SCALES", "NVFP4", MIX})

@@ -175,7 +175,7 @@ class Workspace:
         """What of the model is searched."""
         from bitladder.models.target import find_target
 
-        return find_target(self.model_directory)
+        return find_target(self.model_directory, self.recipe.measurement.formats)
 
     @cached_property
     def processor(self) -> Any:

@@ -18,6 +18,7 @@ from bitladder.formats import grids
 from bitladder.records import CheckpointManifest, Finding, Measurement, Scheme
 from bitladder.runinfo import one_core_each
 from bitladder.storage import sha256_of_file
+from bitladder.verification import blocks
 from bitladder.verification.expected import CONFIG, E4M3_MAX, LEGACY, Expected, Scale, Weight, scale_of
 from bitladder.verification.reading import INDEX, Tensors, bytes_of, differences, read_json
 
@@ -29,6 +30,7 @@ _STEP_TOLERANCE = 1 + 1e-5
 _LEAST_AMAX = E4M3_MAX * 2 * torch.finfo(torch.float32).tiny
 _BLOCK = 1 << 18  # codes compared at a time: what a cache holds
 _THREADS = min(8, os.cpu_count() or 1)
+_NOT_NEAREST = "not the ones nearest to the source"
 _SHOWN = 3  # differences of one JSON file
 
 
@@ -45,7 +47,8 @@ class Examination:
     bytes_identical: int = 0
     stored_bytes: int = 0  # of all tensors, as they must be stored
     weight_amax: dict[str, float] = field(default_factory=dict)  # group -> of the source's weights
-    row_scales: dict[str, torch.Tensor] = field(default_factory=dict)  # weight -> what its rows' scales must be
+    # Weight -> what the scales of its rows or blocks must be; those of blocks by the weight's own scale in the files.
+    many_scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def part(self) -> "Examination":
         """Return an empty examination of the same checkpoint, to be merged."""
@@ -59,7 +62,7 @@ class Examination:
         self.codes += part.codes
         self.bytes_identical += part.bytes_identical
         self.stored_bytes += part.stored_bytes
-        self.row_scales |= part.row_scales
+        self.many_scales |= part.many_scales
         for group, amax in part.weight_amax.items():
             self.weight_amax[group] = max(amax, self.weight_amax.get(group, 0.0))
 
@@ -91,7 +94,9 @@ def check(
         weights = _weights(exam, expected, measurement, tensors, originals)
         scales = _scales(exam, expected, tensors, weights)
     if expected.has_index:
-        total = exam.stored_bytes + 4 * sum(math.prod(scale.shape) for scale in expected.all_scales.values())
+        total = exam.stored_bytes + sum(
+            scale.dtype.itemsize * math.prod(scale.shape) for scale in expected.all_scales.values()
+        )
         _json(exam, INDEX, {"metadata": {"total_size": total}, "weight_map": expected.placed})
     if manifest is not None:
         _manifest(exam, expected, manifest, measurement, scales)
@@ -159,18 +164,21 @@ def _placement(exam: Examination, expected: Expected, tensors: Tensors) -> None:
 def _weights(
     exam: Examination, expected: Expected, measurement: Measurement, tensors: Tensors, originals: Tensors
 ) -> dict[str, float]:
-    """Compare every tensor of the source; return the weight scale that each quantised group must have."""
+    """Compare every tensor of the source; return the largest magnitude of each quantised group's weights."""
     dtype = getattr(torch, measurement.compute_dtype)
 
     def one(name: str) -> Examination:
         part, entry, original = exam.part(), expected.weights[name], originals.get(name)
-        part.stored_bytes = original.numel() if entry.is_quantised else original.nbytes
+        part.stored_bytes = original.numel() >> entry.in_blocks if entry.is_quantised else original.nbytes
         if entry.is_quantised and entry.group is not None:
             # Weights are measured in the arithmetic of the measurement, to which they were cast.
             part.weight_amax[entry.group] = float(original.abs().max().to(dtype))
-            if expected.scales[_scale_name(name)].rows_of is not None:
+            if not entry.in_blocks and expected.scales[_scale_name(name)].shape:
                 rows = original.to(dtype).abs().amax(1).float().clamp_min(_LEAST_AMAX)
-                part.row_scales[name] = rows / torch.tensor(E4M3_MAX)
+                part.many_scales[name] = rows / torch.tensor(E4M3_MAX)
+            above = _read_scale(tensors, expected, f"{_scale_name(name)}_2") if entry.in_blocks else None
+            if above is not None:
+                part.many_scales[name] = blocks.scales_of(original.to(dtype), above)
         if name in tensors.files:
             part.tensors = 1
             _weight(part, name, entry, expected, tensors, original)
@@ -179,7 +187,7 @@ def _weights(
     with one_core_each(_THREADS) as pool:
         for part in pool.map(one, expected.weights):
             exam.merge(part)
-    return {group: scale_of(amax) for group, amax in exam.weight_amax.items()}
+    return exam.weight_amax
 
 
 def _weight(
@@ -190,20 +198,40 @@ def _weight(
     if entry.module:
         content = hashlib.sha256(str(tensor.dtype).encode())
         content.update(bytes_of(tensor).numpy().data)
+        # Formats that differ in what is done to inputs may store a weight alike.
+        content.update(str(f"{name.removesuffix('.weight')}.input_scale" in tensors.files).encode())
         exam.digests[entry.module] = content.hexdigest()
-    wanted = torch.float8_e4m3fn if entry.is_quantised else original.dtype
-    if tensor.dtype != wanted or tensor.shape != original.shape:
-        says = "says FP8 codes" if entry.is_quantised else f"leaves it alone: {wanted}"
-        exam.find(file, name, f"is {tensor.dtype} {list(tensor.shape)}, the scheme {says} {list(original.shape)}")
+    wanted, shape, says = original.dtype, list(original.shape), f"leaves it alone: {original.dtype}"
+    if entry.in_blocks:
+        wanted, shape, says = torch.uint8, [shape[0], shape[1] // 2], "says FP4 codes, two a byte,"
     elif entry.is_quantised:
-        scale = tensors.get(_scale_name(name)) if _scale_name(name) in tensors.files else None
-        shape = expected.scales[_scale_name(name)].shape
-        if scale is not None and tuple(scale.shape) == shape and scale.dtype == torch.float32:
+        wanted, says = torch.float8_e4m3fn, "says FP8 codes"
+    if tensor.dtype != wanted or list(tensor.shape) != shape:
+        exam.find(file, name, f"is {tensor.dtype} {list(tensor.shape)}, the scheme {says} {shape}")
+    elif entry.is_quantised:
+        scale = _read_scale(tensors, expected, _scale_name(name))
+        above = _read_scale(tensors, expected, f"{_scale_name(name)}_2") if entry.in_blocks else scale
+        if scale is None or above is None:
+            pass  # a finding of its own
+        elif entry.in_blocks:
+            exam.codes += original.numel()
+            wrong = blocks.wrong_codes(tensor, scale, above, original)
+            if wrong:
+                exam.find(entry.file, name, f"{wrong:,} of {original.numel():,} codes are {_NOT_NEAREST}")
+        else:
             _codes(exam, name, entry, tensor, scale, original)
     elif not torch.equal(bytes_of(tensor), bytes_of(original)):
         exam.find(file, name, "differs from the source, though the scheme leaves it alone")
     else:
         exam.bytes_identical += tensor.nbytes
+
+
+def _read_scale(tensors: Tensors, expected: Expected, name: str) -> torch.Tensor | None:
+    """Return a scale as it is stored; None where it isn't there or not of its dtype and shape: that is found later."""
+    if name not in tensors.files:
+        return None
+    scale, wanted = tensors.get(name), expected.scales[name]
+    return scale if tuple(scale.shape) == wanted.shape and scale.dtype == wanted.dtype else None
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -238,42 +266,47 @@ def _codes(
         saturated = (some.float().abs() == largest) & (wanted.abs() >= restored.abs())
         wrong += int((((restored - wanted).abs() > allowed) & ~saturated).sum())
     if wrong:
-        what = "not the ones nearest to the source" if rounded is None else "farther from the source than was recorded"
+        what = _NOT_NEAREST if rounded is None else "farther from the source than was recorded"
         exam.find(entry.file, name, f"{wrong:,} of {codes.numel():,} codes are {what}")
 
 
-def _scale_problem(stored: torch.Tensor, scale: Scale, wanted: torch.Tensor) -> str | None:
+def _scale_problem(stored: torch.Tensor, scale: Scale, wanted: torch.Tensor | None) -> str | None:
     """Return what is wrong with a stored scale's dtype, shape or values, or None."""
-    if stored.dtype != torch.float32 or tuple(stored.shape) != scale.shape:
-        numbers = f"{scale.shape[0]} float32 numbers" if scale.shape else "one float32 number"
+    if stored.dtype != scale.dtype or tuple(stored.shape) != scale.shape:
+        dtype, shape = str(scale.dtype).removeprefix("torch."), " x ".join(map(str, scale.shape))
+        numbers = f"{shape} {dtype} numbers" if scale.shape else f"one {dtype} number"
         return f"is {stored.dtype} {list(stored.shape)}, not {numbers}"
-    wrong = (stored != wanted).reshape(-1).nonzero().flatten().tolist()
+    if wanted is None:
+        return None  # the weight's own scale isn't there, which is a finding
+    wrong = (stored.float() != wanted.float()).reshape(-1).nonzero().flatten().tolist()
     if not wrong:
         return None
     value, own = (float(numbers.reshape(-1)[wrong[0]]) for numbers in (stored, wanted))
     origin = "the source's weights give" if scale.value is None else "what calibration saw gives"
     if scale.shape:
-        rows = f"{len(wrong):,} of {len(stored):,} rows have another scale"
-        return f"{rows}: row {wrong[0]} has {value}, {origin} {own}"
+        what = "row" if len(scale.shape) == 1 else "block"
+        rows = f"{len(wrong):,} of {stored.numel():,} {what}s have another scale"
+        return f"{rows}: {what} {wrong[0]} has {value}, {origin} {own}"
     usable = "" if 0 < value < float("inf") else " (a scale is finite and positive)"
     return f"is {value}{usable}, {origin} {own}"
 
 
 def _scales(
     exam: Examination, expected: Expected, tensors: Tensors, weights: dict[str, float]
-) -> Callable[[Scale], float | torch.Tensor]:
+) -> Callable[[Scale], float | torch.Tensor | None]:
     """Check every scale's dtype, shape and value; return what gives the value that one must have."""
 
-    def wanted(scale: Scale) -> float | torch.Tensor:
-        if scale.rows_of is not None:
-            return exam.row_scales[scale.rows_of]
-        return weights[scale.group] if scale.value is None else scale.value
+    def wanted(scale: Scale) -> float | torch.Tensor | None:
+        if scale.many_of is not None:
+            return exam.many_scales.get(scale.many_of)
+        return scale_of(weights[scale.group], scale.largest) if scale.value is None else scale.value
 
     for name, scale in expected.all_scales.items():
         stored = tensors.get(name) if name in tensors.files else None
         if stored is not None:
             exam.tensors += 1
-            problem = _scale_problem(stored, scale, torch.as_tensor(wanted(scale)))
+            value = wanted(scale)
+            problem = _scale_problem(stored, scale, None if value is None else torch.as_tensor(value))
             if problem is not None:
                 exam.find(tensors.file(name), name, problem)
         if name in expected.kv_scales:
@@ -291,7 +324,7 @@ def _manifest(
     expected: Expected,
     manifest: CheckpointManifest,
     measurement: Measurement,
-    wanted: Callable[[Scale], float | torch.Tensor],
+    wanted: Callable[[Scale], float | torch.Tensor | None],
 ) -> None:
     """Check that the manifest says what is expected, field by field but for the files."""
     for what, found, own in (
@@ -308,15 +341,17 @@ def _manifest(
     for name, entry in expected.weights.items():
         if entry.is_quantised:
             weight_scale = wanted(expected.scales[_scale_name(name)])
-            rows = weight_scale if isinstance(weight_scale, torch.Tensor) else None
+            many = weight_scale if isinstance(weight_scale, torch.Tensor) else None
             input_scale = expected.scales.get(f"{name.removesuffix('.weight')}.input_scale")
+            above = expected.scales.get(f"{_scale_name(name)}_2")
             modules[name] = {
                 "name": entry.module,
                 "tensor": name,
                 "format": exam.scheme.formats[entry.group or ""],
-                "dtype": "F8_E4M3",
-                "weight_scale": weight_scale if rows is None else None,
-                "weight_scale_sha256": None if rows is None else _digest(rows),
+                "dtype": "U8" if entry.in_blocks else "F8_E4M3",
+                "weight_scale": weight_scale if many is None else None,
+                "weight_scale_sha256": None if many is None else _digest(many),
+                **({} if above is None else {"weight_scale_2": wanted(above)}),
                 "input_scale": None if input_scale is None else wanted(input_scale),
                 "rounding": "nearest" if entry.rounded is None else "compensated",
             }

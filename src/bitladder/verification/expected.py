@@ -22,8 +22,11 @@ _KV_FORMATS = (None, "fp8")
 _KV_MODULES = ("k_proj", "v_proj")
 # Source: modelopt 0.47.0, torch/export/convert_hf_config.py and quant_utils.py; tests compare with its export.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
-_E4M3 = {"dynamic": False, "num_bits": 8, "type": "float"}
+_E4M3: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
+_E2M1: dict[str, Any] = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+E2M1_MAX = 6.0
+BLOCK = 16  # elements of a row that share a scale
 
 
 @dataclass(frozen=True)
@@ -31,22 +34,53 @@ class _Layout:
     """What a file holds of a format: its `quant_algo`, what a weight's scale is for, whether an input has one."""
 
     algorithm: str
-    by_row: bool
-    input_scale: bool
     weights: dict[str, Any]  # in `config_groups`
-    grouped_alone: bool  # whether `config_groups` are written where a checkpoint has this format only
+    inputs: dict[str, Any] | None  # there, too; None: nothing is said of them
+    input_scale: bool
+    by_row: bool = False
+    in_blocks: bool = False  # two codes a byte, an E4M3 scale a block
+    grouped_alone: bool = True  # whether `config_groups` are written where a checkpoint has this format only
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What is said of a module in `quantized_layers`."""
+        return {"quant_algo": self.algorithm, **({"group_size": BLOCK} if self.in_blocks else {})}
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """What is said in `config_groups`."""
+        return {"weights": self.weights, **({} if self.inputs is None else {"input_activations": self.inputs})}
+
+    @property
+    def largest(self) -> float:
+        """What the largest value of a weight or an input is stored as."""
+        return E4M3_MAX * E2M1_MAX if self.in_blocks else E4M3_MAX
+
+    def scales(self, shape: tuple[int, ...]) -> "dict[str, tuple[tuple[int, ...], torch.dtype]]":
+        """Return `{part: (shape, dtype)}` of the scales of a weight."""
+        number: tuple[tuple[int, ...], torch.dtype] = (), torch.float32
+        found = {"weight_scale": number}
+        if self.by_row:
+            found = {"weight_scale": ((shape[0],), torch.float32)}
+        elif self.in_blocks:
+            blocks = (shape[0], shape[1] // BLOCK)
+            found = {"weight_scale": (blocks, torch.float8_e4m3fn), "weight_scale_2": number}
+        return found | ({"input_scale": number} if self.input_scale else {})
 
 
 # Source: modelopt 0.47.0, torch/export/convert_hf_config.py.
 _LAYOUTS = {
-    "fp8": _Layout("FP8", by_row=False, input_scale=True, weights=_E4M3, grouped_alone=True),
+    "fp8": _Layout("FP8", weights=_E4M3, inputs=_E4M3, input_scale=True),
     "fp8_pc_pt": _Layout(
         "FP8_PER_CHANNEL_PER_TOKEN",
-        by_row=True,
-        input_scale=False,
         weights={**_E4M3, "strategy": "channel"},
+        inputs=_E4M3,
+        input_scale=False,
+        by_row=True,
         grouped_alone=False,
     ),
+    "nvfp4": _Layout("NVFP4", weights=_E2M1, inputs=_E2M1, input_scale=True, in_blocks=True),
+    "nvfp4_w4a16": _Layout("W4A16_NVFP4", weights=_E2M1, inputs=None, input_scale=False, in_blocks=True),
 }
 
 
@@ -58,19 +92,22 @@ class Weight:
     group: str | None = None  # None: not searched
     module: str = ""
     is_quantised: bool = False
+    in_blocks: bool = False  # two codes a byte, an E4M3 scale a block
     rounded: RoundedModule | None = None  # compensated codes
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A float32 scalar, or one number a row; `value` None: what the source's weights of group or rows give."""
+    """A float32 scalar, or one number a row or a block; `value` None: what the source's weights give."""
 
     file: str
     group: str
     module: str
     value: float | None
-    rows_of: str | None = None  # the weight of whose rows it is
+    many_of: str | None = None  # the weight of whose rows or blocks it is
     shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    largest: float = E4M3_MAX  # as what the largest value is stored
 
 
 @dataclass(frozen=True)
@@ -108,9 +145,9 @@ def _number(amax: Mapping[str, torch.Tensor], name: str) -> float:
     return float(amax[name])
 
 
-def scale_of(amax: float) -> float:
-    """Return amax / 448, as float32 division gives it."""
-    return float(torch.tensor(amax, dtype=torch.float32) / torch.tensor(E4M3_MAX, dtype=torch.float32))
+def scale_of(amax: float, largest: float = E4M3_MAX) -> float:
+    """Return amax / 448, or by what the largest value is stored as, as float32 division gives it."""
+    return float(torch.tensor(amax, dtype=torch.float32) / torch.tensor(largest, dtype=torch.float32))
 
 
 def cached_modules(measurement: Measurement) -> frozenset[str]:
@@ -154,8 +191,7 @@ def _quantisation(scheme: Scheme, measurement: Measurement) -> tuple[dict[str, A
     groups = {
         f"group_{index}": {
             "targets": sorted(m for m, own in layers.items() if own == name) if len(used) > 1 else ["Linear"],
-            "weights": _LAYOUTS[name].weights,
-            "input_activations": _E4M3,
+            **_LAYOUTS[name].group,
         }
         for index, name in enumerate(used)
     }
@@ -164,9 +200,10 @@ def _quantisation(scheme: Scheme, measurement: Measurement) -> tuple[dict[str, A
     if scheme.kv_cache_format is not None:
         section["kv_cache_scheme"] = _E4M3
     kv_cache = None if scheme.kv_cache_format is None else "FP8"
-    legacy: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": kv_cache, "exclude_modules": names}
+    legacy: dict[str, Any] = {"kv_cache_quant_algo": kv_cache, "exclude_modules": names}
+    legacy |= {"quant_algo": algorithm} if len(used) > 1 else _LAYOUTS[used[0]].entry
     if len(used) > 1:
-        each = {module: {"quant_algo": _LAYOUTS[name].algorithm} for module, name in layers.items()}
+        each = {module: _LAYOUTS[name].entry for module, name in layers.items()}
         section["quantized_layers"] = legacy["quantized_layers"] = each
     return section, {"producer": _PRODUCER, "quantization": legacy}
 
@@ -231,15 +268,17 @@ def expect(
             if module.tensor not in weights:
                 raise StaleRecord(f"{source} has no tensor {module.tensor}, which was measured; measure again")
             name, file = module.tensor, originals.file(module.tensor)
-            weights[name] = Weight(file, group.name, module.name, is_quantised, rounded.get(module.name))
-            if is_quantised:
-                prefix, layout = name.removesuffix(".weight"), _LAYOUTS[scheme.formats[group.name]]
-                rows = (originals.shape(name)[0],) if layout.by_row else ()
-                scales[f"{prefix}.weight_scale"] = Scale(
-                    file, group.name, module.name, None, name if layout.by_row else None, rows
+            if not is_quantised:
+                weights[name] = Weight(file, group.name, module.name)
+                continue
+            layout = _LAYOUTS[scheme.formats[group.name]]
+            weights[name] = Weight(file, group.name, module.name, True, layout.in_blocks, rounded.get(module.name))
+            for part, (shape, dtype) in layout.scales(originals.shape(name)).items():
+                value = scale_of(max(inputs), layout.largest) if part == "input_scale" else None
+                many_of = name if shape else None
+                scales[f"{name.removesuffix('.weight')}.{part}"] = Scale(
+                    file, group.name, module.name, value, many_of, shape, dtype, layout.largest
                 )
-                if layout.input_scale:
-                    scales[f"{prefix}.input_scale"] = Scale(file, group.name, module.name, scale_of(max(inputs)))
     config = read_json(source / CONFIG)
     section, legacy = _quantisation(scheme, measurement)
     return Expected(

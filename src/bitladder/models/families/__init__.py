@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bitladder.formats import INPUT_SCALE, KV_SCALE_NAMES, WEIGHT_SCALE
+from bitladder.formats import INPUT_SCALE, KV_SCALE_NAMES, WEIGHT_SCALE, WEIGHT_SCALE_2
 from bitladder.models.families import causal, llava, qwen_vl
 from bitladder.models.families.base import Architecture, Family, highest, number, section_of
 from bitladder.models.families.causal import TEXT_KINDS, add_text
@@ -16,7 +16,7 @@ from bitladder.models.fusing import Fusing
 
 __all__ = ["SCALES", "Architecture", "architecture", "architecture_name", "section_of", "uneven_layers"]
 
-SCALES = (WEIGHT_SCALE, INPUT_SCALE)  # of a quantised linear, beside its `weight`
+SCALES = (WEIGHT_SCALE, WEIGHT_SCALE_2, INPUT_SCALE)  # of a quantised linear, beside its `weight`
 # Where hybrid models list what their layers are. Source: transformers' configurations of hybrid models.
 _LISTS_OF_KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern", "block_types")
 _PARTS = ("text_config", "vision_config", "audio_config")  # of which the configuration of a multimodal model has some

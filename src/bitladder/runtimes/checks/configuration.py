@@ -69,7 +69,7 @@ class ConfigurationCheck(Subject):
         if algorithm == MIX:
             return self._mix(asked)
         known_here = self.rules.uniform in self.rules.SUPPORT
-        if not known_here or (get_format(str(self.rules.uniform)).channels and not self._many_scales):
+        if not known_here or (self._has_many(str(self.rules.uniform)) and not self._many_scales):
             self._another_algorithm(asked.file, algorithm)
             return False
         return True
@@ -77,6 +77,12 @@ class ConfigurationCheck(Subject):
     @property
     def _last_word(self) -> str:
         return f"let {self.rules.runtime}'s own loader have the last word"
+
+    @staticmethod
+    def _has_many(format_name: str) -> bool:
+        """Return whether a weight in a format has many scales."""
+        format_ = get_format(format_name)
+        return format_.channels or format_.group_size is not None
 
     @property
     def _many_scales(self) -> bool:

@@ -9,6 +9,7 @@ from bitladder.runtimes.config import CONFIG_FILE, LEGACY_FILE
 from bitladder.runtimes.files import SIXTEEN_BIT
 from bitladder.runtimes.findings import EXPORT_AGAIN
 
+_CODES = {8: "FP8", 4: "FP4"}
 _COUNTERS = ("I64", "I32", "BOOL")  # buffers that count or index; no runtime casts them
 
 
@@ -105,37 +106,47 @@ class FormatsCheck(Subject):
         if self.rules.uniform is None and self._wrong_in_mix(layer, where):
             return
         if self._runs(layer) != BF16:
+            codes = _CODES[get_format(self._runs(layer)).code_bits]
             self.findings.error(
                 "wrong_format",
                 where,
-                f"is stored in 16 bits, but not excluded: {runtime} would cast it to FP8 without a scale",
+                f"is stored in 16 bits, but not excluded: {runtime} would cast it to {codes} without a scale",
                 f"add its exact name to the exclusions in {CONFIG_FILE} and {LEGACY_FILE}",
             )
         elif self.quantisation is None:
             self.findings.error(
                 "wrong_format",
                 where,
-                f"is stored in FP8, but neither {CONFIG_FILE} nor {LEGACY_FILE} has a quantisation",
+                f"is stored in {self._kind(layer)}, but neither {CONFIG_FILE} nor {LEGACY_FILE} has a quantisation",
                 "put ModelOpt's quantization_config back",
             )
         elif not patterns:
             self.findings.error(
-                "wrong_format", where, f"is stored in FP8, but {runtime} never quantises it", "store it in BF16"
+                "wrong_format",
+                where,
+                f"is stored in {self._kind(layer)}, but {runtime} never quantises it",
+                "store it in BF16",
             )
         elif any(self.rules.exact(pattern, layer) for pattern in patterns):
             self.findings.error(
                 "wrong_format",
                 where,
-                f"is stored in FP8, but excluded: {runtime} would take the codes for 16-bit numbers",
+                f"is stored in {self._kind(layer)}, but excluded: {runtime} would take the codes for 16-bit numbers",
                 "take it off the exclusions, or store it in BF16",
             )
         else:
             self.findings.error(
                 "ambiguous_exclude",
                 where,
-                f"is stored in FP8, but the exclusion {self.rules.written[patterns[0]]!r} hits it in {runtime} too",
+                f"is stored in {self._kind(layer)}, but the exclusion {self.rules.written[patterns[0]]!r} hits it in "
+                f"{runtime} too",
                 "replace it by the exact names of the modules that it is meant for",
             )
+
+    def _kind(self, layer: Layer) -> str:
+        """Return what kind of codes a layer is stored in."""
+        stored = next(held for module in layer.modules if (held := self._stored(module)) not in (None, BF16))
+        return _CODES[get_format(str(stored)).code_bits]
 
     def _wrong_in_mix(self, layer: Layer, where: str) -> bool:
         """Say why a layer would run in another format than it is stored in, if a mix's list is the reason."""
@@ -158,8 +169,9 @@ class FormatsCheck(Subject):
     def _kernel(self, layer: Layer, where: str) -> None:
         """Check the dimensions of a quantised layer."""
         support = self.rules.support(self._runs(layer))
+        kind = _CODES[get_format(self._runs(layer)).code_bits]
         multiple = None if support is None else support.multiple
-        shapes = [self.tensors.weights[f"{m}.weight"].shape for m in layer.modules if self._stored(m) is not None]
+        shapes = [self._shape(f"{m}.weight") for m in layer.modules if self._stored(m) is not None]
         if multiple is None or any(len(shape) != 2 for shape in shapes):
             return
         sizes = (sum(shape[0] for shape in shapes), shapes[0][1])
@@ -167,7 +179,7 @@ class FormatsCheck(Subject):
             self.findings.error(
                 "unsupported_format",
                 where,
-                f"{self.rules.runtime}'s FP8 kernel takes multiples of {multiple}; the layer is {list(sizes)}",
+                f"{self.rules.runtime}'s {kind} kernel takes multiples of {multiple}; the layer is {list(sizes)}",
                 "leave this layer in BF16",
             )
 

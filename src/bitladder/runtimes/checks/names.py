@@ -42,16 +42,17 @@ class NamesCheck(Subject):
     def check_shapes(self) -> None:
         """Check that every tensor has the shape that the configuration asks for."""
         for name, tensor in self.tensors.weights.items():
-            wanted = self.need.tensors[name]
-            fits = len(wanted) == len(tensor.shape) and all(
-                size in (None, held) for size, held in zip(wanted, tensor.shape, strict=True)
+            wanted, shape = self.need.tensors[name], self._shape(name)
+            fits = len(wanted) == len(shape) and all(
+                size in (None, held) for size, held in zip(wanted, shape, strict=True)
             )
             if not fits:
+                packed = "" if shape == tensor.shape else f" of packed codes, {list(shape)} weights"
                 sizes = ", ".join("?" if size is None else str(size) for size in wanted)
                 self.findings.error(
                     "shape",
                     tensor.name,
-                    f"is {list(tensor.shape)}, but {CONFIG_FILE} asks for [{sizes}]",
+                    f"is {list(tensor.shape)}{packed}, but {CONFIG_FILE} asks for [{sizes}]",
                     f"correct {CONFIG_FILE}, or export again from a model of this size",
                 )
 

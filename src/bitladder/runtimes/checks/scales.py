@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bitladder.formats import INPUT_SCALE, SCALE_DTYPE, WEIGHT_SCALE, get_format
+from bitladder.formats import INPUT_SCALE, SCALE_DTYPE, WEIGHT_SCALE, WEIGHT_SCALE_2, Part, get_format
 from bitladder.models.fusing import Layer
 from bitladder.reading import open_file
 from bitladder.records import BF16
@@ -15,6 +15,8 @@ from bitladder.runtimes.base import UNIFORM
 from bitladder.runtimes.checks.subject import Subject
 from bitladder.runtimes.files import Tensor
 from bitladder.runtimes.findings import EXPORT_AGAIN
+
+_ANY_SHAPE = (1 << 10, 1 << 10)  # of a weight: which of its scales are one number is alike for all
 
 
 def _usable(scale: float | None) -> bool:
@@ -35,9 +37,9 @@ class ScalesCheck(Subject):
             if self._runs(layer) == BF16:
                 continue
             shared = [m for m in layer.modules if m in modules and self._stored(m) not in (None, BF16)]
-            for leaf in self._leaves(self._runs(layer)):
-                if leaf == INPUT_SCALE or not get_format(self._runs(layer)).channels:
-                    self._equal(layer, shared, leaf)
+            for part in get_format(self._runs(layer)).parts(_ANY_SHAPE):
+                if not part.shape:
+                    self._equal(layer, shared, part.name)
 
     def _read_numbers(self, tensors: Sequence[Tensor]) -> None:
         for path in sorted({tensor.path for tensor in tensors}):
@@ -60,19 +62,39 @@ class ScalesCheck(Subject):
             self._scale(tensor)
             return
         wanted = get_format(expected)
-        if leaf == INPUT_SCALE and wanted.dynamic_input:
+        part = next((part for part in wanted.parts(self._shape(f"{module}.weight")) if part.name == leaf), None)
+        if part is None:
+            rounds = {"token": " scales inputs as they come", "unrounded": " leaves inputs in 16 bits"}
+            why = rounds.get(wanted.input, " has none") if leaf == INPUT_SCALE else " has none"
             self.findings.error(
                 "unexpected_tensor",
                 tensor.name,
-                f"{self.rules.runtime} has no place for it: {wanted.modelopt_algorithm} scales inputs as they come",
+                f"{self.rules.runtime} has no place for it: {wanted.modelopt_algorithm}{why}",
                 "leave it out",
             )
-        elif leaf != INPUT_SCALE and wanted.channels:
-            self._row_scales(module, tensor, wanted.modelopt_algorithm)
-        else:
+        elif not part.shape:
             if not tensor.one_number:
                 self.wrong.add(module)
             self._scale(tensor, wanted.modelopt_algorithm)
+        elif len(part.shape) == 1:
+            self._row_scales(module, tensor, wanted.modelopt_algorithm)
+        else:
+            self._block_scales(module, tensor, part, wanted.modelopt_algorithm)
+
+    def _block_scales(self, module: str, tensor: Tensor, part: Part, algorithm: str) -> None:
+        """Check the scales of a weight that has one a block; zero is a block of zeros."""
+        odd = [value for value in self._rows.get(tensor.name) or () if value != 0]
+        if tensor.shape != part.shape or tensor.dtype != part.dtype:
+            self.wrong.add(module)
+            problem = (
+                f"is {tensor.dtype} {list(tensor.shape)}; quant_algo {algorithm} has {part.dtype} {list(part.shape)}"
+            )
+        elif odd:
+            count = math.prod(part.shape)
+            problem = f"has {len(odd)} of {count} scales that aren't finite and positive, the first is {odd[0]}"
+        else:
+            return
+        self.findings.error("bad_scale", tensor.name, problem, EXPORT_AGAIN)
 
     def _row_scales(self, module: str, tensor: Tensor, algorithm: str) -> None:
         """Check the scales of a weight that has one an output row."""
@@ -134,7 +156,15 @@ class ScalesCheck(Subject):
         if not all(_usable(number) for number in numbers) or all(a == b for a, b in pairwise(numbers)):
             return
         fused = layer.name.rpartition(".")[2]
-        if leaf == WEIGHT_SCALE:
+        if leaf == WEIGHT_SCALE_2:
+            self.findings.error(
+                "unequal_scales",
+                tensors[0].name,
+                f"the modules that {self.rules.runtime} fuses into {fused} have different scales above those of their "
+                "blocks: it takes the largest for all, and serves other weights than those in the files",
+                "quantise the modules of a fused layer with one amax, as `bitladder export` does",
+            )
+        elif leaf == WEIGHT_SCALE:
             self.findings.error(
                 "unequal_scales",
                 tensors[0].name,

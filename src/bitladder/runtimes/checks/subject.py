@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, get_format
+from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, Format, get_format
 from bitladder.models.families import SCALES, Architecture
 from bitladder.models.fusing import Layer
 from bitladder.records import BF16
@@ -111,12 +111,27 @@ class Subject:
             return None
         if tensor.dtype in SIXTEEN_BIT:
             return BF16
-        alike = [name for name in self.rules.SUPPORT if get_format(name).code_dtype == tensor.dtype]
+        alike = [one.name for one in self._formats if one.code_dtype == tensor.dtype]
         scale = self.tensors.scales.get(f"{module}.{WEIGHT_SCALE}")
-        if scale is not None and (not scale.one_number or tensor.shape[:1] != (1,)):
+        if scale is not None and len(scale.shape) < 2 and (not scale.one_number or tensor.shape[:1] != (1,)):
             alike = [name for name in alike if get_format(name).channels != scale.one_number]
         runs = self._runs_in[module]
+        if runs not in alike and len(alike) > 1:
+            rounded = f"{module}.{INPUT_SCALE}" in self.tensors.scales
+            alike = [name for name in alike if get_format(name).has_input_scale == rounded] or alike
         return runs if runs in alike else next(iter(alike), None)
+
+    def _shape(self, tensor: str) -> tuple[int, ...]:
+        """Return a stored weight's shape, of a linear without the packing of its codes."""
+        held, module = self.tensors.weights[tensor], tensor.removesuffix(".weight")
+        if module not in self._runs_in or len(held.shape) != 2 or tensor.startswith(self.need.open_prefixes):
+            return held.shape
+        packing = [one for one in self._formats if one.code_dtype == held.dtype]
+        return packing[0].weight_shape(held.shape) if packing else held.shape
+
+    @cached_property
+    def _formats(self) -> list[Format]:
+        return [get_format(name) for name in self.rules.SUPPORT]
 
     def _runs(self, layer: Layer) -> str:
         return self.decisions[layer].format
@@ -129,8 +144,12 @@ class Subject:
         stored, runs = self._stored(module), self._runs_in[module]
         if stored in (None, BF16) or runs == BF16:
             return None if stored == BF16 else stored
+        if runs in self.rules.SUPPORT and get_format(str(stored)).code_dtype != get_format(runs).code_dtype:
+            return stored
         dynamic = f"{module}.{INPUT_SCALE}" not in self.tensors.scales
-        another = f"{module}.{WEIGHT_SCALE}" in self.tensors.scales and get_format(str(stored)).dynamic_input == dynamic
+        another = (
+            f"{module}.{WEIGHT_SCALE}" in self.tensors.scales and get_format(str(stored)).has_input_scale != dynamic
+        )
         return stored if another else runs
 
     @staticmethod
@@ -138,7 +157,7 @@ class Subject:
         """Return the names of the scales that a module in a format has."""
         if format_name is None or format_name == BF16:
             return ()
-        return tuple(part.name for part in get_format(format_name).parts((1, 1)))  # alike for any shape
+        return get_format(format_name).scale_names
 
     def _promised(self) -> dict[str, str]:
         """Return the manifest's format of every quantised module, under vLLM's names."""

@@ -34,6 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 FP8_NAN = 0x7F  # OCP OFP8: E4M3 (fn) has one NaN, S.1111.111
 FP8_MAGNITUDE = 0x7F  # all but the sign
+PACKED = (torch.uint8, torch.int8, torch.int32)  # dtypes of weights with several codes a number
+PACKED_POISON = 0x5A  # no number of codes is NaN: what still holds this everywhere where no copy came was never filled
 TEXT = "List the digits."  # that any tokenizer makes tokens of
 MAX_VALUES = 1024  # a parameter with "scale" in its name and no more elements than this is written down in full
 # Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`.
@@ -190,7 +192,7 @@ def is_scale(name: str) -> bool:
 
 
 def poison(model: torch.nn.Module) -> None:
-    """Fill every floating-point parameter but scales with NaN, so that what isn't loaded shows."""
+    """Fill every parameter but scales with NaN, or packed codes with a pattern, so that what isn't loaded shows."""
     for name, parameter in model.named_parameters():
         if is_scale(name) or parameter.is_meta:
             continue
@@ -198,6 +200,13 @@ def poison(model: torch.nn.Module) -> None:
             parameter.data.view(torch.uint8).fill_(FP8_NAN)
         elif parameter.is_floating_point():
             parameter.data.fill_(float("nan"))
+        elif is_packed(name, parameter):
+            parameter.data.fill_(PACKED_POISON)
+
+
+def is_packed(name: str, tensor: torch.Tensor) -> bool:
+    """Return whether a parameter holds a weight's packed codes."""
+    return tensor.dtype in PACKED and name.rpartition(".")[2].startswith("weight")
 
 
 def is_nan(tensor: torch.Tensor) -> torch.Tensor:
@@ -205,6 +214,11 @@ def is_nan(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == torch.float8_e4m3fn:
         return (tensor.view(torch.uint8) & FP8_MAGNITUDE) == FP8_NAN
     return torch.isnan(tensor.float() if tensor.dtype in FLOAT8 else tensor)
+
+
+def is_poison(part: torch.Tensor) -> bool:
+    """Return whether a part of a parameter is all as `poison` left it."""
+    return bool((is_nan(part) if part.is_floating_point() else part == PACKED_POISON).all())
 
 
 def gaps(copies: list[Facts], elements: int) -> list[tuple[int, int]]:
@@ -219,14 +233,8 @@ def gaps(copies: list[Facts], elements: int) -> list[tuple[int, int]]:
 
 def unloaded(name: str, tensor: torch.Tensor, copies: list[Facts]) -> list[tuple[int, int]]:
     """Return the ranges that no copy reached and that nothing else filled: they hold the poison, or are scales."""
-    if not tensor.is_floating_point():
-        return []
     flat = tensor.detach().reshape(-1)
-    return [
-        (begin, end)
-        for begin, end in gaps(copies, tensor.numel())
-        if is_scale(name) or bool(is_nan(flat[begin:end]).all())
-    ]
+    return [(begin, end) for begin, end in gaps(copies, tensor.numel()) if is_scale(name) or is_poison(flat[begin:end])]
 
 
 def odd_scales(values: torch.Tensor, copies: list[Facts]) -> list[tuple[int, str]]:
@@ -245,9 +253,11 @@ def inspect_parameters(model: torch.nn.Module, parameters: Parameters) -> None:
     """Add to each parameter's facts what was never loaded, its scales, and how many of its values aren't finite."""
     for name, tensor in model.named_parameters():
         facts = parameters.facts.get(name)
-        if facts is None or tensor.is_meta or not tensor.is_floating_point():
+        if facts is None or tensor.is_meta or not (tensor.is_floating_point() or is_packed(name, tensor)):
             continue
         facts["unloaded"] = unloaded(name, tensor, facts["copies"])
+        if not tensor.is_floating_point():
+            continue  # every number is one of codes
         flat = tensor.detach().reshape(-1)
         if is_scale(name) and tensor.numel() <= MAX_VALUES:
             facts["values"] = [repr(value) for value in flat.float().tolist()]  # JSON has no NaN
@@ -273,6 +283,13 @@ def kernel_of(method: Any) -> str | None:
             break
         found, method = class_name(inner), inner
     return found
+
+
+def rounds_input(method: Any) -> bool:
+    """Return whether a quant method does anything to inputs: vLLM 0.32 says it in `spec`, 0.25.1 has another class."""
+    if hasattr(method, "spec"):
+        return method.spec.activation is not None
+    return "A16" not in class_name(method) and not class_name(method).startswith("Unquantized")
 
 
 def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -318,6 +335,7 @@ def layer_facts(model: torch.nn.Module) -> list[Facts]:
                 "shards": packed.get(name.rpartition(".")[2], []),
                 "widths": [int(width) for width in widths],
                 "created_dtype": None if weight is None else dtype_name(weight.dtype),
+                "rounds_input": rounds_input(module.quant_method),
                 "kernel": None,
                 "dtype": None,
             }
@@ -371,6 +389,26 @@ def requantising(found: list[list[int]]) -> Iterator[None]:
         yield
     finally:
         operations.scaled_fp8_quant = original
+
+
+@contextlib.contextmanager
+def emulating_fp4() -> Iterator[None]:
+    """Let FP4 layers run on CPUs by vLLM's own emulation, for which it registers no kernel there; nothing elsewhere."""
+    from vllm.model_executor.layers.quantization import modelopt
+    from vllm.platforms import current_platform
+
+    original = getattr(modelopt, "init_nvfp4_linear_kernel", None)
+    if original is None or not current_platform.is_cpu():
+        yield
+        return
+    from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
+    from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
+
+    modelopt.init_nvfp4_linear_kernel = lambda **_: EmulationNvFp4LinearKernel(NvFp4LinearLayerConfig())
+    try:
+        yield
+    finally:
+        modelopt.init_nvfp4_linear_kernel = original
 
 
 def start_process_group(store: Path) -> None:
@@ -473,7 +511,7 @@ class Probe:
 
         def create() -> Any:
             start_process_group(self.scratch / "group")
-            with set_default_torch_dtype(model_config.dtype), device:
+            with set_default_torch_dtype(model_config.dtype), device, emulating_fp4():
                 return initialize_model(vllm_config=config, model_config=model_config)
 
         def post_process() -> bool:

@@ -146,10 +146,14 @@ def _scaling(module: Any) -> dict[str, bool]:
     """
     method = module.quant_method
     weight, inputs = (getattr(getattr(method, "spec", None), name, None) for name in ("weight", "activation"))
-    if weight is None or inputs is None:
-        rowwise = "PcPt" in type(method).__name__
-        return {"channels": rowwise, "dynamic_input": rowwise}
-    return {"channels": not weight.scale.group_shape.is_per_tensor(), "dynamic_input": not inputs.scale.static}
+    if weight is None:
+        name = type(method).__name__
+        return {"channels": "PcPt" in name, "dynamic_input": "PcPt" in name or "A16" in name}
+    # of FP4 inputs the blocks' scales come with them, the one above is stored
+    scales = () if inputs is None else (inputs.scale, getattr(inputs, "scale2", None))
+    static = any(scale is not None and scale.static for scale in scales)
+    rows, columns = weight.scale.group_shape
+    return {"channels": (rows, columns) == (1, -1), "dynamic_input": not static}
 
 
 def _bytes_of(tensors: Any) -> int:

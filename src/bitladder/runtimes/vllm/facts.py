@@ -57,6 +57,7 @@ class Layer(_Fact):
     shards: tuple[str, ...] = ()
     widths: tuple[int, ...] = ()
     created_dtype: str | None
+    rounds_input: bool = True
     kernel: str | None = None
     dtype: str | None = None
 

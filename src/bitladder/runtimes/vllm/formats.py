@@ -23,7 +23,7 @@ def fitting(dtype: str, *, channels: bool | None = None, dynamic_input: bool | N
     Args:
         dtype: of the codes, as torch calls it.
         channels: whether there is a weight scale an output row; None: not known.
-        dynamic_input: whether inputs are scaled as they come; None: not known.
+        dynamic_input: whether inputs have no scale, being scaled as they come or not at all; None: not known.
     """
     formats = [get_format(name) for name in VllmRules.SUPPORT]
     return [
@@ -31,7 +31,7 @@ def fitting(dtype: str, *, channels: bool | None = None, dynamic_input: bool | N
         for one in formats
         if TORCH_NAMES[one.code_dtype] == dtype
         and channels in (None, one.channels)
-        and dynamic_input in (None, one.dynamic_input)
+        and dynamic_input in (None, not one.has_input_scale)
     ]
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 
+from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, WEIGHT_SCALE_2
 from bitladder.records import BF16, CheckpointManifest, ErrorClass, ProbedLayer, ProbeFinding
 from bitladder.runtimes.base import RECOMPUTED
 from bitladder.runtimes.child import Outcome, first_line
@@ -126,6 +127,9 @@ def missing_findings(facts: Facts) -> Iterator[ProbeFinding]:
         kind = name.rpartition(".")[2]
         if not parameter.unloaded or kind in _KV_SCALES or kind in _OPTIONAL_SCALES or _fused_on_disk(facts, name):
             continue
+        layer = layers.get(module_of(name))
+        if kind == INPUT_SCALE and layer is not None and not layer.rounds_input:
+            continue  # a place for what older checkpoints have, which is dropped
         names = {
             tensor: None
             for begin, end in parameter.unloaded
@@ -155,6 +159,23 @@ def unused_findings(facts: Facts, manifest: CheckpointManifest | None) -> Iterat
             "vLLM reads it and puts it nowhere" + (": the embeddings are used for the language head" if tied else ""),
             f"{_EXPORT} without it, or under the name that vLLM knows",
         )
+
+
+def truncated_findings(facts: Facts) -> Iterator[ProbeFinding]:
+    """Yield tensors of which vLLM took a part only: its loader of row-parallel layers cuts off what is too wide."""
+    taken: dict[str, int] = {}
+    for parameter in facts.parameters.values():
+        for copy in parameter.copies:
+            taken[copy.tensor] = taken.get(copy.tensor, 0) + copy.end - copy.begin
+    for name, count in taken.items():
+        stored = math.prod(facts.tensors[name].shape) if name in facts.tensors else count
+        if count < stored:
+            yield _error(
+                "shape",
+                name,
+                f"vLLM takes {count:,} of its {stored:,} elements, and doesn't say so",
+                f"{_EXPORT}; the tensor has another shape than its format asks for",
+            )
 
 
 def _source_of(parameter: Parameter, index: int) -> str | None:
@@ -192,7 +213,7 @@ def weight_findings(facts: Facts) -> Iterator[ProbeFinding]:
         if parameter.nan > 0 or parameter.inf > 0:
             tensors = ", ".join(dict.fromkeys(copy.tensor for copy in parameter.copies)) or name
             yield _error(
-                "bad_weight",
+                "bad_scale" if "scale" in name.rpartition(".")[2] else "bad_weight",
                 tensors,
                 f"{parameter.nan:,} NaN and {parameter.inf:,} infinite values in {name}",
                 f"{_EXPORT}; if the source has them too, it is damaged: fetch it again",
@@ -208,13 +229,16 @@ def unequal_findings(facts: Facts) -> Iterator[ProbeFinding]:
             for index, value in enumerate(parameter.values)
             if (tensor := _source_of(parameter, index)) is not None and math.isfinite(value) and value > 0
         }
-        if kind not in ("weight_scale", "input_scale") or len(set(loaded.values())) < 2:
+        if kind not in (WEIGHT_SCALE, WEIGHT_SCALE_2, INPUT_SCALE) or len(set(loaded.values())) < 2:
             continue
         if any(copy.end - copy.begin > 1 for copy in parameter.copies):  # one an output row: nothing is merged
             continue
         values = ", ".join(f"{tensor} {value:.6g}" for tensor, value in loaded.items())
         remedy = f"{_EXPORT} with one {kind} for the modules that are fused"
-        if kind == "weight_scale":
+        if kind == WEIGHT_SCALE_2:
+            done = "takes the largest above all of their blocks' scales: what runs isn't what is stored"
+            yield _error("unequal_scales", module_of(name), f"vLLM {done} ({values})", remedy)
+        elif kind == WEIGHT_SCALE:
             done = (
                 "quantises the weights again to the largest scale: what runs isn't what is stored; "
                 f"{len(facts.requantised)} shards in the whole model"
@@ -231,8 +255,8 @@ def running_format(facts: Facts, layer: Layer) -> str:
         return plain
     scale = facts.parameters.get(f"{layer.name}.weight_scale")
     rows = facts.parameters[f"{layer.name}.weight"].shape[0]
-    dynamic = f"{layer.name}.input_scale" not in facts.parameters
-    channels = scale is not None and scale.elements == rows != max(len(layer.shards), 1)
+    dynamic = f"{layer.name}.input_scale" not in facts.parameters or not layer.rounds_input
+    channels = scale is not None and len(scale.shape) < 2 and scale.elements == rows != max(len(layer.shards), 1)
     found = fitting(str(layer.created_dtype), channels=channels, dynamic_input=dynamic)
     if found:
         return found[0]
@@ -247,8 +271,10 @@ def stored_formats(facts: Facts, module: str) -> list[str]:
     if plain is not None:
         return [plain]
     scale = facts.tensors.get(f"{module}.weight_scale")
-    channels = None if scale is None else scale.shape not in ((), (1,))
-    return fitting(dtype, channels=channels) or [dtype]
+    channels = None if scale is None else len(scale.shape) == 1 and scale.shape != (1,)
+    found = fitting(dtype, channels=channels)
+    dynamic = f"{module}.input_scale" not in facts.tensors
+    return (fitting(dtype, channels=channels, dynamic_input=dynamic) or found) if len(found) > 1 else found or [dtype]
 
 
 def _numbered_part(module: str) -> str:
@@ -359,7 +385,7 @@ def findings(
     failures = [failure_finding(failure, facts) for failure in facts.errors]
     silent: list[ProbeFinding] = [*tokenizer_findings(facts), *cast_findings(facts)]
     if facts.loaded:
-        silent += [*missing_findings(facts), *unused_findings(facts, manifest)]
+        silent += [*truncated_findings(facts), *missing_findings(facts), *unused_findings(facts, manifest)]
     silent += [*scale_findings(facts), *weight_findings(facts), *unequal_findings(facts)]
     silent += format_findings(facts, layers)
     if facts.loaded:

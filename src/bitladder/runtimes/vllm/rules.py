@@ -34,6 +34,9 @@ class VllmRules(Rules):
             _MODELOPT.format(version),
             caveat="vLLM 0.25.1 takes these layers of a mix for 16-bit ones without a word; 0.32.0 runs them",
         ),
+        # of both versions: GPUs without FP4 units run these layers with inputs in 16 bits, from 7.5 on
+        "nvfp4": Support("ModelOptLinearMethod", 75, None, _MODELOPT.format(version)),
+        "nvfp4_w4a16": Support("ModelOptLinearMethod", 75, None, _MODELOPT.format(version)),
     }
     known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", MIX})
     _NEVER = ("vision_tower", "vision_model", "vit_large_projector")
@@ -125,4 +128,6 @@ class VllmRules0251(VllmRules):
     SUPPORT: ClassVar = {
         "fp8": Support("ModelOptFp8LinearMethod", 89, None, _MODELOPT.format(version)),
         "fp8_pc_pt": Support("ModelOptFp8PcPtLinearMethod", 89, None, _MODELOPT.format(version), in_mix=False),
+        "nvfp4": Support("ModelOptNvFp4LinearMethod", 75, None, _MODELOPT.format(version)),
+        "nvfp4_w4a16": Support("ModelOptNvFp4W4A16LinearMethod", 75, None, _MODELOPT.format(version)),
     }

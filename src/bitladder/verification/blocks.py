@@ -1,0 +1,55 @@
+"""FP4 E2M1 codes in blocks of 16 with E4M3 scales: read back, and compared with the weight that they stand for."""
+
+import torch
+
+from bitladder.verification.expected import BLOCK, E2M1_MAX, E4M3_MAX
+
+# Source: OCP Microscaling Formats Specification 1.0, section 5.3.3: sign, two bits of exponent, one of mantissa.
+_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Below a magnitude, half the distance of the two values around it; from the last one on 1.
+_HALF_STEPS = ((2.0, 0.25), (4.0, 0.5))
+_TOLERANCE = 1 + 1e-5  # float32 rounding of products and of the division that made the code, relative to the half step
+_AT_ONCE = 1 << 18  # codes compared at a time: what a cache holds
+_LEAST = 2.0**-9  # the least positive E4M3 number
+
+
+def scales_of(weight: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+    """Return what the blocks' scales [out_features, in_features / 16] must be, float8_e4m3fn.
+
+    The largest magnitude of a block is to be stored as 6, under the scale of the whole weight; zeros have scale 1.
+
+    Args:
+        weight: [out_features, in_features] of the source, in the arithmetic of the measurement.
+        above: scale of the whole weight.
+    """
+    amax = weight.reshape(len(weight), -1, BLOCK).abs().max(2).values.float()
+    scales: torch.Tensor = amax / (E2M1_MAX * above)
+    scales[scales == 0] = 1.0
+    return scales.clamp(_LEAST, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def wrong_codes(packed: torch.Tensor, scales: torch.Tensor, above: torch.Tensor, original: torch.Tensor) -> int:
+    """Return how many codes restore something that is farther than half a step from the source weight.
+
+    A code at ±6 may stand for more.
+
+    Args:
+        packed: [out_features, in_features / 2] uint8, the even column in the low nibble.
+        scales: [out_features, in_features / 16] of the blocks.
+        above: of the whole weight.
+        original: [out_features, in_features].
+    """
+    values = torch.tensor([*_VALUES, *(-value for value in _VALUES)])
+    wrong, at_once = 0, max(1, _AT_ONCE // original.shape[1])
+    for start in range(0, len(packed), at_once):
+        rows = slice(start, start + at_once)
+        low, high = packed[rows] % 16, packed[rows] // 16
+        codes = values[torch.stack((low, high), 2).reshape(len(low), -1).int()]
+        step = (scales[rows].float() * above).repeat_interleave(BLOCK, 1)
+        restored, wanted = codes * step, original[rows].float()
+        size, (first, second) = (wanted / step).abs(), _HALF_STEPS
+        half = torch.where(size < first[0], first[1], torch.where(size < second[0], second[1], 1.0))
+        saturated = (codes.abs() == E2M1_MAX) & (wanted.abs() >= restored.abs()) & (wanted * codes > 0)
+        near = (restored - wanted).abs() <= half * step * _TOLERANCE
+        wrong += int((~(near | saturated)).sum())
+    return wrong
