@@ -92,7 +92,8 @@ def pair_of(measurement, method: str, bits: str, chosen: list[str]) -> tuple:
     from bitladder.records import BF16
 
     formats = {group.name: "fp8" if group.name in chosen else BF16 for group in measurement.groups}
-    theirs = planning.price(measurement, f"modelopt-{method}-{bits}", formats, {"effective_bits": bits})
+    name = f"modelopt-{method}-{bits}"
+    theirs = planning.price(measurement, name, formats, SchemeSpec(name=name, effective_bits=float(bits)))
     spec = SchemeSpec(name=f"bitladder-{method}-{bits}", effective_bits=theirs.effective_bits)
     return theirs, planning.plan(measurement, spec)
 

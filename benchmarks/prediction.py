@@ -107,7 +107,7 @@ def points_of(scratch: Path, recipe: Path, kl_samples: int) -> dict:
     from bitladder.recipe import ControlSpec, SchemeSpec
     from bitladder.records import BF16
     from bitladder.runinfo import hardware, versions
-    from bitladder.steps.evidence import control_arms
+    from bitladder.steps.known import control_arms
 
     found = measurements(scratch, recipe, kl_samples)
     measurement, work = found["gradient"]

@@ -357,7 +357,7 @@ def arms_of(measurement, coverages: tuple[float, ...]) -> list[tuple[str, ...]]:
     """Return the schemes of `prediction.py`, planned by exact KL, and their control arms."""
     from bitladder import planning
     from bitladder.recipe import ControlSpec, SchemeSpec
-    from bitladder.steps.evidence import control_arms
+    from bitladder.steps.known import control_arms
 
     specs = [SchemeSpec(name=f"top{100 * share:g}", coverage=share) for share in coverages]
     specs.append(SchemeSpec(name="bits", effective_bits=prediction.EFFECTIVE_BITS))

@@ -256,6 +256,15 @@ def test_foreign_errors_become_ours_and_a_lack_of_memory_stays():
             raise error
 
 
+def test_what_a_user_named_with_a_line_end_is_still_one_line(tmp_path):
+    command = [sys.executable, "-m", "bitladder.cli", "inspect", str(tmp_path / "a\nb\u2028c")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: model directory ")
+    assert "a\\nb\\nc" in line
+
+
 @pytest.mark.parametrize("error", ["MemoryError()", 'RuntimeError("DefaultCPUAllocator: can\'t allocate memory")'])
 def test_the_command_line_says_that_memory_is_lacking_with_status_2(error):
     code = (

@@ -14,7 +14,8 @@ FLOORS = (
     {"errors"},
     {"reading"},
     {"storage"},
-    {"records", "recipe"},
+    {"recipe"},
+    {"records"},
     {"device", "runinfo"},
     {"formats"},
     {"models"},
@@ -45,6 +46,8 @@ NO_TORCH = (
     "steps.workspace",
     "steps.plan",
     "steps.report",
+    "steps.known",
+    "steps.step",
     "library",
     "planning.prediction",
 )

@@ -13,7 +13,8 @@ from bitladder.evaluation.simulation import Simulation
 from bitladder.measured import read_amax
 from bitladder.models.loading import load_model
 from bitladder.planning import controls
-from bitladder.records import BF16
+from bitladder.recipe import CONTROL_KINDS
+from bitladder.records import BF16, Control
 from conftest import llama_config, load_text, measure_text, save_model, spec
 
 
@@ -26,7 +27,7 @@ def deep(tmp_path_factory, text_file):
     return directory, measure_text(directory, text_file, output, engine="modelopt", method="gradient"), output
 
 
-def arms_of(deep, coverage=0.5, kinds=controls.KINDS, seeds=3):
+def arms_of(deep, coverage=0.5, kinds=CONTROL_KINDS, seeds=3):
     measurement = deep[1]
     scheme = planning.plan(measurement, spec("half", coverage=coverage))
     return scheme, controls.arms(measurement, scheme, kinds=kinds, seeds=seeds)
@@ -36,7 +37,7 @@ def test_every_arm_has_its_schemes_bits(deep):
     largest = max(group.weight_elements for group in deep[1].groups)
     for coverage in (0.25, 0.5, 0.9):
         scheme, arms = arms_of(deep, coverage)
-        assert [arm.asked["control"] for arm in arms] == [
+        assert [arm.asked.control for arm in arms] == [
             "random",
             "inverse",
             "first_last",
@@ -47,14 +48,14 @@ def test_every_arm_has_its_schemes_bits(deep):
         ]
         for arm in arms:
             assert scheme.weight_bits <= arm.weight_bits < scheme.weight_bits + 8 * largest
-            assert arm.asked["beside"] == "half"
+            assert arm.asked.beside == "half"
             assert arm.measurement_sha256 == scheme.measurement_sha256
         assert len({arm.name for arm in arms}) == len({tuple(arm.formats.items()) for arm in arms}) == len(arms)
 
 
 def test_inverse_is_predicted_to_be_the_worst(deep):
     scheme, arms = arms_of(deep)
-    by_kind = {arm.asked["control"]: arm.predicted_score for arm in arms}
+    by_kind = {arm.asked.control: arm.predicted_score for arm in arms}
     assert scheme.predicted_score < min(by_kind.values())
     assert max(by_kind, key=by_kind.get) == "inverse"
 
@@ -107,8 +108,8 @@ def test_modelopts_choice_keeps_the_bits_and_counts_every_batch_alike(deep):
 def test_seeds_decide(deep):
     first, second = arms_of(deep, kinds=("random",))[1], arms_of(deep, kinds=("random",))[1]
     assert first == second
-    assert [arm.asked["seed"] for arm in first] == [0, 1, 2]
-    assert arms_of(deep, kinds=("inverse",))[1][0].asked == {"control": "inverse", "beside": "half"}
+    assert [arm.asked.seed for arm in first] == [0, 1, 2]
+    assert arms_of(deep, kinds=("inverse",))[1][0].asked == Control(control="inverse", beside="half")
 
 
 def test_a_full_scheme_has_no_other_choice(deep):

@@ -5,15 +5,19 @@ import math
 import shutil
 import statistics
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import bitladder
 from bitladder import planning
 from bitladder.checkpoints.export import export
 from bitladder.data.batches import Batch, DataSet
+from bitladder.data.processors import load_processor
+from bitladder.data.samples import load_data
 from bitladder.errors import ModelError, StaleRecord
 from bitladder.evaluation import evaluate, reading
 from bitladder.evaluation import reference as reference_module
@@ -21,12 +25,15 @@ from bitladder.evaluation.evaluate import compare, evaluate_checkpoint
 from bitladder.evaluation.metrics import Sums, _kl
 from bitladder.evaluation.reading import FakeQuantLinear
 from bitladder.evaluation.reference import Reference, compare_with
+from bitladder.evaluation.task import Task
 from bitladder.formats import grids
 from bitladder.measured import read_amax
 from bitladder.models import weights
 from bitladder.models.loading import load_model
 from bitladder.models.target import find_target
+from bitladder.recipe import DataSpec
 from bitladder.records import BF16, CheckpointManifest
+from bitladder.runinfo import no_progress
 from conftest import load_text, qwen2_5_vl_config, save_model, spec
 
 
@@ -393,6 +400,29 @@ def test_a_checkpoint_generates_with_the_settings_of_the_original(ladder, llama,
     (tmp_path / "1" / "generation_config.json").write_text("{")
     with pytest.raises(ModelError, match="generation_config"):
         reading.load_checkpoint(tmp_path / "1")
+
+
+def test_answers_are_greedy_whatever_the_model_says_of_generation():
+    """A least length would make every answer wrong, beams another one, stop strings an error after the long work."""
+    demo = Path(bitladder.__file__).parent / "demo"
+    directory = demo / "qwen2_5_vl_digits"
+    processor = load_processor(directory)
+    spec = DataSpec(kind="image_text", path=str(demo / "data" / "heldout.jsonl"))
+    data = load_data(spec, processor, samples=4, sequence_length=64, batch_size=4, seed=0)
+    task = Task.exact_match(data.samples, processor)
+    model = load_model(directory, torch.float32)
+
+    def right(**settings):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+        model.generation_config.update(**settings)
+        return task.correct(model, "cpu", no_progress, "answers")
+
+    greedy = right()
+    assert greedy >= 2
+    odd = {"min_new_tokens": 50, "num_beams": 3, "guidance_scale": 2.0, "stop_strings": ["e"], "bad_words_ids": "x"}
+    assert right(**odd, forced_eos_token_id="x", suppress_tokens=list(range(300)), max_time="x") == greedy
+    assert right(repetition_penalty=1e6) < greedy, "servers take the penalty"
+    assert right(eos_token_id=[0, 1, *range(2, 300)]) < greedy, "and where to stop"
 
 
 def test_noise_floor_is_the_original_loaded_in_bf16(reference, llama, data):

@@ -25,7 +25,7 @@ from bitladder.formats import FORMATS, INPUT_SCALE, WEIGHT, WEIGHT_SCALE, E4m3, 
 from bitladder.formats.grids import half_step
 from bitladder.measured import read_amax, read_codes
 from bitladder.models.loading import load_model
-from bitladder.recipe import MeasureSpec, WorkersSpec
+from bitladder.recipe import MeasureSpec, SchemeSpec, WorkersSpec
 from bitladder.records import BF16, QuantGroup, QuantModule
 from bitladder.verification import checks, verify
 from conftest import llama_config, load_text, measure_text, save_model, spec
@@ -59,7 +59,7 @@ def measured(llama, text_file, tmp_path_factory):
 def assigned(measurement, name, formats):
     """The scheme with the format that `formats(index, group)` gives each group."""
     chosen = {group.name: formats(index, group) for index, group in enumerate(measurement.groups)}
-    return planning.price(measurement, name, chosen, {"name": name, "include": ["*"]})
+    return planning.price(measurement, name, chosen, SchemeSpec(name=name, include=("*",)))
 
 
 def mixed(measurement, name="mix"):

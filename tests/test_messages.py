@@ -1,5 +1,6 @@
 """Conversations: written by the model's template, BOS once, the right tokens count, and what isn't one is refused."""
 
+import csv
 import json
 
 import datasets
@@ -269,6 +270,32 @@ def test_a_data_set_gives_the_rows_of_a_file(stored, model, jsonl, tmp_path):
         load(place, tokenizer, kind="huggingface")
 
 
+def test_turns_may_be_json_in_a_string_or_in_the_other_column(model, jsonl, tmp_path):
+    """CSV files hold them so; of data sets that were joined, each row has the other one's column too."""
+    tokenizer = model(PLAIN)
+    expected = load(jsonl, tokenizer, samples=12).summary.sha256
+    shared = [[{"from": turn["role"], "value": turn["content"]} for turn in turns] for turns in CHATS]
+    variants = {
+        "string": [{"messages": json.dumps(turns)} for turns in CHATS],
+        "text": [{"text": json.dumps(turns)} for turns in CHATS],
+        "null": [{"messages": None, "conversations": turns} for turns in shared],
+        "empty": [{"messages": [], "conversations": turns} for turns in shared],
+    }
+    for name, rows in variants.items():
+        assert load(write(tmp_path / f"{name}.jsonl", rows), tokenizer, samples=12).summary.sha256 == expected, name
+    (tmp_path / "set").mkdir()
+    with (tmp_path / "set" / "train.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], *([json.dumps(turns)] for turns in CHATS)])
+    assert load(tmp_path / "set", tokenizer, samples=12).summary.sha256 == expected
+
+
+def test_a_template_that_writes_the_date_gives_the_same_rows_tomorrow(model, jsonl):
+    """Llama's and Mistral's do; a resumed run's data would be other data."""
+    for call in ("strftime_now('%d %b %Y')", 'strftime_now( format = "%d %b %Y" )'):
+        tokenizer = model("{% if strftime_now is defined %}{% set day = " + call + " %}{{ day }}{% endif %}" + PLAIN)
+        assert all(row.startswith("01 Jan 2025") for row in texts(load(jsonl, tokenizer, samples=2), tokenizer))
+
+
 def test_a_data_set_is_read_no_further_than_it_needs(model, tmp_path):
     tokenizer = model(PLAIN)
     rows = [{"messages": chat(index)} for index in range(20)]
@@ -290,7 +317,10 @@ def test_a_data_set_is_read_no_further_than_it_needs(model, tmp_path):
         ({"messages": [{"role": "User", "content": "a"}]}, 'a turn\'s role is "User"; write it in lower case'),
         ({"messages": chat(0), "system": ["a"]}, r"'system' is \[\"a\"\]; it must be text"),
         ({"messages": ["a"]}, 'a turn is "a", not an object'),
-        ({"messages": "hello"}, "'messages' is \"hello\", not a list of turns .* kind jsonl takes texts"),
+        (
+            {"messages": "hello"},
+            "'messages' is \"hello\", not a list of turns .* kinds jsonl and huggingface take texts",
+        ),
         ({"messages": None}, "'messages' is null"),
         ({"text": "hello"}, "has no 'messages' and no 'conversations'; it has text: set data.text_field"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 'a part of type "image"; .*image_text'),
@@ -323,6 +353,12 @@ def test_templates_that_fail_are_one_line(model, jsonl, tmp_path):
     assert load(jsonl, named).summary.counted == "assistant turns"
     with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
         load(tmp_path / "nowhere.jsonl", model(PLAIN))
+
+
+@pytest.mark.parametrize("key", ["split", "subset"])
+def test_a_file_has_no_parts_to_choose(key, model, jsonl):
+    with pytest.raises(DataError, match=rf"is a file, and has no {key} to choose; leave out data\.{key}"):
+        load(jsonl, model(PLAIN), **{key: "test"})
 
 
 def test_a_padding_token_without_an_embedding_is_not_used(model, jsonl):

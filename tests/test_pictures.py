@@ -144,9 +144,9 @@ def test_references(tmp_path):
             resolved(url, tmp_path)
 
 
-def load(processor, path: Path, samples: int = 1):
+def load(processor, path: Path, samples: int = 1, **options):
     spec = DataSpec(kind="image_text", path=str(path))
-    return load_data(spec, processor, samples=samples, sequence_length=64, batch_size=samples, seed=0)
+    return load_data(spec, processor, samples=samples, sequence_length=64, batch_size=samples, seed=0, **options)
 
 
 def bad_files(directory: Path) -> None:
@@ -205,6 +205,16 @@ def test_bad_pictures_are_one_line_with_the_place(processor, tmp_path):
         assert message.startswith(f"{path} line 2: "), message
         assert "\n" not in message
         assert len(message) < 600
+
+
+def test_a_processor_of_another_model_is_refused_before_the_model_runs(processor, tmp_path):
+    Image.fromarray(RAMP).save(tmp_path / "good.png")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"image": "good.png", "text": "3", "prompt": "?"}) + "\n")
+    own = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    load(processor, path, image_tokens=[own])
+    with pytest.raises(DataError, match=r"no token that config\.json names for pictures \(5: .*of one model"):
+        load(processor, path, image_tokens=[5])
 
 
 def test_the_pair_at_fault_is_named_among_its_batch(processor, tmp_path):

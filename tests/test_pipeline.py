@@ -29,8 +29,8 @@ from bitladder.errors import (
     VerificationFailed,
 )
 from bitladder.planning import controls
-from bitladder.planning.controls import KINDS
 from bitladder.planning.prediction import KlMap
+from bitladder.recipe import CONTROL_KINDS as KINDS
 from bitladder.recipe import SchemeSpec, parse_recipe
 from bitladder.records import (
     CheckpointManifest,
@@ -47,7 +47,7 @@ from bitladder.steps.evaluate import evaluate
 from bitladder.steps.export import export
 from bitladder.steps.look import look
 from bitladder.steps.plan import plan
-from bitladder.steps.report import make_report, standard_errors, text_only_changes
+from bitladder.steps.report import make_report
 from bitladder.steps.run import run
 from bitladder.steps.verify import verify
 from bitladder.steps.workspace import Workspace
@@ -250,8 +250,9 @@ def test_groups_that_change_when_only_text_positions_count(finished):
     both, _, text = schemes
     differing = sum(both.formats[group] != text.formats[group] for group in text.formats)
     assert differing > 0
-    assert text_only_changes(measurement, schemes) == {"both": differing, "full": 0, "text": 0}
-    assert text_only_changes(plain, schemes) == {}
+    changes = {one.name: one.text_only_changes for one in planning.remarked(measurement, schemes)}
+    assert changes == {"both": differing, "full": 0, "text": 0}
+    assert {one.text_only_changes for one in planning.remarked(plain, [both])} == {None}
 
 
 def test_a_bound_that_text_alone_cannot_meet(finished):
@@ -263,38 +264,52 @@ def test_a_bound_that_text_alone_cannot_meet(finished):
     )
     measurement = measurement.model_copy(update={"candidates": candidates})
     scheme = planning.plan(measurement, SchemeSpec(name="a", max_predicted_score=0.0))
-    assert text_only_changes(measurement, [scheme]) == {"a": None}
+    assert planning.remarked(measurement, [scheme])[0].text_only_changes == "unattainable"
 
 
 def test_a_scheme_asked_for_by_its_kl_is_compared_at_its_bits(finished):
     measurement = measured_with_images(finished)
     both = planning.plan(measurement, SchemeSpec(name="a", effective_bits=12.0))
-    by_kl = both.model_copy(update={"asked": {"name": "a", "max_kl": 1.0}})
-    by_bits = both.model_copy(update={"asked": {"name": "a", "effective_bits": both.effective_bits}})
-    changes = text_only_changes(measurement, [by_bits])
-    assert text_only_changes(measurement, [by_kl]) == changes
-    assert changes["a"] > 0
+    by_kl = both.model_copy(update={"asked": SchemeSpec(name="a", max_kl=1.0)})
+    by_bits = both.model_copy(update={"asked": SchemeSpec(name="a", effective_bits=both.effective_bits)})
+    from_kl, from_bits = planning.remarked(measurement, [by_kl, by_bits])
+    assert from_kl.text_only_changes == from_bits.text_only_changes > 0
 
 
 def test_standard_errors_are_those_of_the_score_that_was_planned(finished):
     measurement = measured_with_images(finished)
     text = planning.plan(measurement, SchemeSpec(name="text", coverage=1.0, image_weight=0.0))
     both = planning.plan(measurement, SchemeSpec(name="both", coverage=1.0))
-    errors = standard_errors(measurement, [text, both])
-    assert errors["both"] == planning.standard_error(measurement, both.formats)
-    assert errors["text"] == planning.standard_error(measurement.weigh_images(0.0), text.formats) != errors["both"]
+    for_text, for_both = (one.standard_error for one in planning.remarked(measurement, [text, both]))
+    assert for_both == planning.standard_error(measurement, both.formats)
+    assert for_text == planning.standard_error(measurement.weigh_images(0.0), text.formats) != for_both
+
+
+def test_what_is_said_of_a_scheme_is_planned_and_the_report_reads_it(files, finished, copied):
+    scheme = Scheme.read(finished / "schemes" / "top50.json")
+    measurement = Measurement.read(finished / "measurement.json")
+    assert scheme.standard_error == planning.standard_error(measurement, scheme.formats) > 0
+    unsaid = scheme.model_copy(update={"standard_error": None})
+    assert unsaid.fingerprint() == scheme.fingerprint()  # its checkpoint stays
+    unsaid.write(copied / "schemes" / "top50.json")
+    reported = {one.name: one.predicted_standard_error for one in make_report(work_of(files, copied)).schemes}
+    assert reported["top50"] is None
+    work = work_of(files, copied)
+    run(work)
+    assert work.done == ["plan"]
+    assert Scheme.read(copied / "schemes" / "top50.json") == scheme
 
 
 def test_control_arms_stand_beside_each_scheme(files, finished, copied):
     evidence = Evidence.read(finished / "evidence.json")
-    assert {arm.scheme.asked["beside"] for arm in evidence.arms} == {"top50"}  # full leaves no choice
+    assert {arm.scheme.asked.beside for arm in evidence.arms} == {"top50"}  # full leaves no choice
     # Every batch has as many tokens, so ModelOpt would choose what the scheme has: that isn't repeated.
     measurement = Measurement.read(finished / "measurement.json")
     top50 = Scheme.read(finished / "schemes" / "top50.json")
     assert controls._modelopt_choice(measurement, top50, "fp8") == top50.quantised_groups()
-    others = {arm.asked["control"] for arm in controls.arms(measurement, top50, kinds=KINDS, seeds=3)}
+    others = {arm.asked.control for arm in controls.arms(measurement, top50, kinds=KINDS, seeds=3)}
     assert {"random", "inverse", "first_last", "largest"} <= others <= set(KINDS) - {"modelopt"}
-    assert {arm.scheme.asked["control"] for arm in evidence.arms} == others
+    assert {arm.scheme.asked.control for arm in evidence.arms} == others
     assert evidence.left_out == ()
     report = make_report(work_of(files, copied))
     assert {found.control for found in report.control_comparisons} == others

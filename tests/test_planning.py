@@ -15,6 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from bitladder import formats, planning
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, MeasurementError, PlanError
 from bitladder.planning import importing, points
+from bitladder.recipe import SchemeSpec
 from bitladder.records import (
     BF16,
     Candidate,
@@ -460,7 +461,7 @@ def test_the_scheme_record():
     assert scheme.effective_bits == pytest.approx(640 / 48)
     assert scheme.coverage == pytest.approx(16 / 48)
     assert scheme.predicted_score == 4.0
-    assert scheme.asked == {"name": "x", "coverage": 0.4}
+    assert scheme.asked == SchemeSpec(name="x", coverage=0.4)
     # two batches of 1 and 3: mean 2, Σ(c - 2)² = 2, times 2 / 1
     assert planning.standard_error(measurement, scheme.formats) == pytest.approx(2.0)
 

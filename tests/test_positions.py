@@ -16,7 +16,7 @@ from bitladder.measuring.measure import measure
 from bitladder.measuring.modelopt import freeze_outside
 from bitladder.models.loading import load_model
 from bitladder.models.target import find_target
-from bitladder.recipe import DataSpec, MeasureSpec
+from bitladder.recipe import DataSpec, MeasureSpec, SchemeSpec
 from conftest import measure_text, source_of, spec
 
 DEMO = Path(bitladder.__file__).parent / "demo"
@@ -125,7 +125,7 @@ def test_a_plan_weighs_positions(measured):
     text, both = (planning.plan(measurement, spec("x", coverage=0.5, image_weight=weight)) for weight in (0.0, 1.0))
     assert text.formats != both.formats
     assert text.measurement_sha256 == both.measurement_sha256 == measurement.fingerprint()
-    assert text.asked == {"name": "x", "coverage": 0.5, "image_weight": 0.0}
+    assert text.asked == SchemeSpec(name="x", coverage=0.5, image_weight=0.0)
     assert text.predicted_score == pytest.approx(
         sum(measurement.sensitivity(measurement.by_group()[g]["fp8"], 0.0) for g in text.quantised_groups())
     )

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import broken_checkpoints as broken
 from bitladder.errors import BitladderError, ModelError
-from bitladder.runtimes.architectures import QWEN2_VL_RENAMES, architecture
+from bitladder.models.families import architecture
+from bitladder.models.families.qwen_vl import QWEN2_VL_RENAMES
 from bitladder.runtimes.files import _SCAN_BYTES, Tensor, _tensors_in
 from bitladder.runtimes.preflight import RUNTIMES, preflight
 from bitladder.runtimes.vllm.rules import VllmRules

@@ -236,6 +236,11 @@ def no_default(directory: Path) -> None:
     change(directory, "tokenizer_config.json", chat_template=[{"name": "rag", "template": moved_template(directory)}])
 
 
+def odd_template(directory: Path) -> None:
+    moved_template(directory)
+    change(directory, "tokenizer_config.json", chat_template=5)
+
+
 def text_template(directory: Path) -> None:
     (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] | trim }}{% endfor %}")
 
@@ -258,6 +263,7 @@ def only_tokenizer(directory: Path) -> None:
     [
         (no_template, r"no chat template.*chat_template\.jinja"),
         (no_default, r"named rag, and none named default"),
+        (odd_template, r"chat template is 5, not text; .*chat_template\.jinja"),
         (text_template, "writes nothing for a picture"),
         (blind_template, "writes nothing for a picture"),
         (refusing_template, r"line \d+: .*only users"),
@@ -294,6 +300,8 @@ def test_the_processors_template_is_the_one_that_counts():
     assert template_of(processor) == "b"
     processor.chat_template = "a"
     assert template_of(processor) == "a"
+    processor.chat_template = "{{ strftime_now('%Y-%m-%d') }}"
+    assert template_of(processor) == '{{ "2025-01-01" }}', "the same day always, in pairs too"
 
 
 TEKKEN = {

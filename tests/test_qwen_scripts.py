@@ -75,7 +75,7 @@ def test_checkpoints_manifests_and_report_are_where_the_plan_says(root):
         assert (directory / "config.json").exists()
         assert (directory / "chat_template.jinja").exists()
         content = json.loads((root / "quantized" / f"{name}_coco2017.manifest.json").read_text())
-        assert Scheme.model_validate(content["scheme"]).asked["coverage"] == share
+        assert Scheme.model_validate(content["scheme"]).asked.coverage == share
         inside = CheckpointManifest.read(directory / CheckpointManifest.FILE_NAME)
         assert CheckpointManifest.model_validate(content["checkpoint"]) == inside
     report = (root / "reports" / "report-fp8-autoquant-schemes.md").read_text()

@@ -10,7 +10,7 @@ import yaml
 
 import bitladder
 from bitladder.errors import RecipeError
-from bitladder.recipe import MeasureSpec, Recipe, parse_schemes, read_recipe, resolve_path
+from bitladder.recipe import DataSpec, MeasureSpec, Recipe, parse_schemes, read_recipe, resolve_path
 
 GOOD: dict[str, Any] = {
     "model": {"path": "./model"},
@@ -361,6 +361,34 @@ def test_wrong_calibration_sets(tmp_path: Path, sets: Any, where: str, expected:
     message = error_of(write(tmp_path, changed("calibration", sets)))
     assert f": {where}: " in message or f"'{where}'" in message
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "for_kinds"),
+    [
+        ("text", "text_field", "jsonl and huggingface and image_text and messages"),
+        ("generated", "text_field", "jsonl and huggingface"),
+        ("jsonl", "split", "huggingface and coco and messages"),
+        ("coco", "subset", "huggingface and messages"),
+        ("huggingface", "annotations", "coco"),
+        ("messages", "prompt", "image_text and coco"),
+    ],
+)
+def test_a_key_of_data_that_its_kind_would_pass_over_is_refused(
+    tmp_path: Path, kind: str, key: str, for_kinds: str
+) -> None:
+    source = {"kind": kind, key: "other"} | ({} if kind == "generated" else {"path": "x"})
+    message = error_of(write(tmp_path, changed("calibration", {"data": source})))
+    assert f"calibration.data: {key} is for data of kind {for_kinds}" in message
+    assert "remove it (got 'other')" in message
+
+
+def test_a_kind_of_data_takes_every_key_of_its_own_and_the_defaults_of_others() -> None:
+    for kind in ("text", "jsonl", "huggingface", "image_text", "coco", "messages"):
+        spec = DataSpec(kind=kind, path="x")
+        assert DataSpec(**spec.model_dump()) == spec
+    DataSpec(kind="coco", path="x", split="val2017", annotations="mine.json", prompt="What?")
+    DataSpec(kind="messages", path="x", text_field="chats", split="test", subset="en")
 
 
 def test_what_calibration_leaves_over_must_be_known(tmp_path: Path) -> None:

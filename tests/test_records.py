@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from bitladder import records
 from bitladder.errors import OutputError, RecordError
+from bitladder.recipe import SchemeSpec
 from bitladder.records import (
     Candidate,
     CheckpointManifest,
@@ -493,7 +494,7 @@ def other_value(value: Any) -> Any:
         return {}
     if isinstance(value, tuple):
         return ()
-    if isinstance(value, Part):
+    if isinstance(value, Part | SchemeSpec):
         name = next(iter(type(value).model_fields))
         return value.model_copy(update={name: other_value(getattr(value, name))})
     return f"{value}x"
@@ -526,7 +527,7 @@ def test_fingerprint_ignores_when_and_where_it_ran() -> None:
 
 def test_fingerprint_ignores_the_order_of_keys_and_lists_against_tuples() -> None:
     formats = dict(reversed(SCHEME.formats.items()))
-    asked = {"exclude": ("*.0.*",), "coverage": 0.25, "name": "top25"}
+    asked = SchemeSpec.model_validate({"exclude": ("*.0.*",), "coverage": 0.25, "name": "top25"})
     assert SCHEME.model_copy(update={"formats": formats, "asked": asked}).fingerprint() == SCHEME.fingerprint()
 
 

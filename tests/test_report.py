@@ -104,7 +104,7 @@ def make_scheme(measurement: Measurement, name: str, chosen: set[int], **changes
     fields: dict[str, Any] = {
         "name": name,
         "measurement_sha256": measurement.fingerprint(),
-        "asked": {"name": name, "coverage": 0.25, "include": None, "exclude": ()},
+        "asked": {"name": name, "coverage": 0.25},
         "formats": {g.name: "fp8" if i in chosen else "bf16" for i, g in enumerate(measurement.groups)},
         "effective_bits": bits / total,
         "coverage": quantised / total,
@@ -217,8 +217,8 @@ def make_report(
     measurement = make_measurement()
     schemes = [
         make_scheme(measurement, "full", set(range(8))),
-        make_scheme(measurement, "top25", {0, 1}),
-        make_scheme(measurement, "top50", {0, 1, 2}),
+        make_scheme(measurement, "top25", {0, 1}, standard_error=2e-4),
+        make_scheme(measurement, "top50", {0, 1, 2}, standard_error=3e-4),
     ]
     manifests = {scheme.name: make_manifest(scheme) for scheme in schemes}
     if kls is None:
@@ -237,7 +237,6 @@ def make_report(
         make_verification(manifests, broken),
         evaluations,
         phases,
-        {"top25": 2e-4, "top50": 3e-4, "full": None},
     )
 
 
@@ -536,13 +535,17 @@ def with_images(shares: tuple[float, ...] = IMAGE_SHARES, **changes: Any) -> Mea
     return make_measurement(candidates=candidates, **changes)
 
 
-def positions_report(measurement: Measurement, changes: dict[str, int | None] | None = None) -> Report:
-    schemes = [make_scheme(measurement, "top25", {0, 1}), make_scheme(measurement, "full", set(range(8)))]
-    return build_report({}, measurement, schemes, {}, None, {}, [], text_only_changes=changes or {})
+def positions_report(measurement: Measurement, changes: dict[str, Any] | None = None) -> Report:
+    found = changes or {}
+    schemes = [
+        make_scheme(measurement, name, groups, text_only_changes=found.get(name))
+        for name, groups in (("top25", {0, 1}), ("full", set(range(8))))
+    ]
+    return build_report({}, measurement, schemes, {}, None, {}, [])
 
 
 def test_text_and_image_positions_apart() -> None:
-    report = positions_report(with_images(), {"full": None, "top25": 3})
+    report = positions_report(with_images(), {"full": "unattainable", "top25": 3})
     assert report.positions is not None
     (ranking,) = report.positions.rankings
     scores = [n + 1 for n in range(8)]
@@ -564,7 +567,7 @@ def test_text_and_image_positions_apart() -> None:
 
 
 def test_text_and_image_positions_on_the_page() -> None:
-    report = positions_report(with_images(), {"full": None, "top25": 3})
+    report = positions_report(with_images(), {"full": "unattainable", "top25": 3})
     text = section(render_markdown(report), "Text and image positions")
     assert report.positions is not None
     (ranking,) = report.positions.rankings
@@ -733,7 +736,8 @@ def test_tables_are_well_formed(report: Report) -> None:
 
 def test_text_from_records_stays_in_its_cell() -> None:
     measurement = make_measurement()
-    scheme = make_scheme(measurement, "mine", {0}, asked={"include": ["a|b", "*.0.*"], "exclude": ["c"]})
+    asked = {"name": "mine", "include": ["a|b", "*.0.*"], "exclude": ["c"]}
+    scheme = make_scheme(measurement, "mine", {0}, asked=asked)
     markdown = render_markdown(build_report({}, measurement, [scheme], {}, None, {}, []))
     assert summary_row(markdown, "mine")["asked"] == "include <code>a&#124;b</code>, `*.0.*`; exclude `c`"
 
@@ -780,8 +784,8 @@ def test_settings_hardware_and_cost_are_there() -> None:
 
 def test_predicted_kl_is_shown_in_the_unit_of_the_measured_one() -> None:
     measurement = make_measurement(score_unit="nats per token", method="kl_div")
-    scheme = make_scheme(measurement, "a", {0, 1})
-    markdown = render_markdown(build_report({}, measurement, [scheme], {}, None, {}, [], {"a": 1.2e-4}))
+    scheme = make_scheme(measurement, "a", {0, 1}, standard_error=1.2e-4)
+    markdown = render_markdown(build_report({}, measurement, [scheme], {}, None, {}, []))
     assert summary_row(markdown, "a")["predicted score ± SE, 10⁻³ nats per token"] == "3.00 ± 0.12"
     assert "compare it with the measured one" in markdown
 

@@ -77,9 +77,27 @@ def test_a_checkpoint_that_is_not_what_it_says_is_not_advised():
     assert said.startswith("Take `top50`")
     assert "`full` is left out: its files don't match it" in said
     said = verdict_of(kls, [("full", {"findings": (MISSING,)})])
-    assert "`full` is left out: vllm 0.32.0: missing_tensor" in said
+    assert "`full` is left out: vLLM 0.32.0: missing_tensor" in said
     every = [(name, {"findings": (MISSING,)}) for name in CHOSEN]
     assert verdict_of(kls, every).startswith("No scheme can be advised: `top25` is left out: ")
+
+
+def test_a_runtime_that_nobody_asked_leaves_no_scheme_out():
+    kls = {"top25": 1e-3, "top50": 2e-3, "full": 5e-3}
+    rules = {"stage": "preflight", "reached": "preflight", "device": None}
+    loaded = ("full", {"stage": "load", "reached": "load"})
+    refused = ("full", {**rules, "runtime": "sglang", "version": "0.5", "findings": (MISSING,)})
+    for probes in ([loaded, refused], [("full", rules), refused]):
+        said = verdict_of(kls, probes)
+        assert said.startswith("Uniform FP8 is good enough: take `full`")
+        assert "`full`: not for SGLang 0.5 (missing_tensor)" in said
+        assert "left out" not in said
+    # Asked, it decides, whatever the rules of others say; by rules alone one that takes it suffices.
+    said = verdict_of(
+        kls, [("full", {**loaded[1], "findings": (MISSING,)}), (refused[0], {**refused[1], "findings": ()})]
+    )
+    assert "`full` is left out: vLLM 0.32.0: missing_tensor" in said
+    assert "`full` is left out: SGLang 0.5: missing_tensor" in verdict_of(kls, [refused])
 
 
 def speeds(prefill, decode):

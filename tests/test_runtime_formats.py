@@ -351,7 +351,7 @@ print("ANSWERS" + json.dumps(answers))
 
 def test_a_mix_is_looked_up_as_by_vllm_itself(vllm_python, tmp_path):
     """Random lists, in the checkpoint's names as vLLM's mapper leaves them, in part or whole."""
-    from bitladder.runtimes.architectures import architecture
+    from bitladder.models.families import architecture
 
     pick = random.Random(3)
     need = architecture(broken.read_json(broken.SOURCE, broken.CONFIG), {})

@@ -18,7 +18,7 @@ from bitladder.measuring.partial import Partial
 from bitladder.models.loading import load_model
 from bitladder.models.target import find_target
 from bitladder.planning import controls
-from bitladder.recipe import MeasureSpec
+from bitladder.recipe import MeasureSpec, SchemeSpec
 from bitladder.records import BF16, Measurement
 from conftest import load_text, measure_text, qwen2_5_vl_config, save_model, source_of
 
@@ -87,7 +87,7 @@ def test_the_modelopt_control_is_the_choice_of_modelopts_own_solver(beside_model
         recipes = _resolve_best_recipe(theirs, {"effective_bits": bits})
         chosen = {group for name, group in names.items() if recipes[name] != QuantRecipe(quant_cfg=None)}
         formats = {group.name: "fp8" if group.name in chosen else BF16 for group in ours.groups}
-        scheme = planning.price(ours, f"at-{bits:g}", formats, {"effective_bits": bits})
+        scheme = planning.price(ours, f"at-{bits:g}", formats, SchemeSpec(name=f"at-{bits:g}", effective_bits=bits))
         assert controls._modelopt_choice(ours, scheme, "fp8") == chosen
         sizes.add(len(chosen))
     assert len(sizes) >= 3  # not one choice for all

@@ -170,6 +170,12 @@ def test_a_null_section_about_quantisation_is_none(model, llama, text_file, tmp_
         step(work)
 
 
+@pytest.mark.parametrize("value", [None, [], "configuration_my.py"])
+def test_an_odd_note_of_code_is_named_and_not_the_code(model, value):
+    edit(model, auto_map=value)
+    refused(model, "auto_map is no JSON object; remove it")
+
+
 def test_quantised_models_are_refused_wherever_they_say_so(model, tmp_path):
     edit(model, quantization_config={"quant_method": "awq"})
     refused(model, "already quantised (awq)", kind=UnsupportedModel)
@@ -344,6 +350,23 @@ def test_a_value_for_generation_that_transformers_refuses_is_named_by_inspect(mo
     refused(model, "generation_config.json", f"; remove {key} from it")
     del wanted[key]
     (model / "generation_config.json").write_text(json.dumps(wanted))
+    find_target(model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("eos_token_id", "abc", 'eos_token_id is "abc"; it must be a token\'s number'),
+        ("eos_token_id", [1, "x"], "eos_token_id is"),
+        ("eos_token_id", True, "eos_token_id is true"),
+        ("repetition_penalty", "1.1", 'repetition_penalty is "1.1"; it must be a positive number'),
+        ("repetition_penalty", 0, "repetition_penalty is 0"),
+    ],
+)
+def test_what_fails_only_when_answers_are_generated_is_found_by_inspect(model, key, value, words):
+    (model / "generation_config.json").write_text(json.dumps({key: value}))
+    refused(model, "generation_config.json", words)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "repetition_penalty": 1.1}))
     find_target(model)
 
 

@@ -65,13 +65,17 @@ def test_every_row_begins_with_bos_once(tokenizer, text_file):
 @pytest.mark.parametrize("kind", ["jsonl", "huggingface"])
 def test_documents_are_separated_by_eos_alone(kind, tokenizer, tmp_path):
     """A text that begins with BOS itself, as chats rendered beforehand do, doesn't give it twice."""
-    lines = [json.dumps({"text": "<bos>" * (i % 2) + line}) for i, line in enumerate(make_text(60).splitlines())]
+    begins, ends = ("", "<bos>", "<bos><bos>", "\n <bos>"), ("", "<eos>")
+    texts = [begins[i % 4] + line + ends[i % 3 == 0] for i, line in enumerate(make_text(60).splitlines())]
+    lines = [json.dumps({"text": text}) for text in texts]
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join(lines))
-    ids = ids_of(load(text_spec(tmp_path if kind == "huggingface" else path, kind=kind), tokenizer))
+    ids = ids_of(load(text_spec(tmp_path if kind == "huggingface" else path, kind=kind), tokenizer, samples=30))
     assert bool((ids[:, 0] == tokenizer.bos_token_id).all())
     assert not bool((ids[:, 1:] == tokenizer.bos_token_id).any())
-    assert bool((ids[:, 1:] == tokenizer.eos_token_id).any())
+    ended = ids == tokenizer.eos_token_id
+    assert bool(ended[:, 1:].any())
+    assert not bool((ended[:, 1:] & ended[:, :-1]).any()), "nor EOS, which some end with by themselves"
 
 
 def test_of_several_tokens_that_are_put_first_none_counts(text_file, tmp_path):
@@ -122,6 +126,22 @@ def test_a_chat_template_and_the_tokenizer_give_bos_once(writes, tmp_path):
 def test_a_rendered_chat_begins_once(tokenizer):
     assert begun_once(tokenizer, "<bos>hello") == "<bos>hello"
     assert begun_once(tokenizer, "hello") == "<bos>hello"
+
+
+def test_a_first_token_that_no_text_can_hold_is_refused_for_chats(tmp_path):
+    """Its name would stand there in letters, and the row begin without it."""
+    save_tokenizer(tmp_path)
+    put_first(tmp_path, template=WRITES_BOS)
+    for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", None)):
+        content = json.loads((tmp_path / name).read_text())
+        if key:
+            content[key] = [token for token in content[key] if token["content"] != "<bos>"]
+        content.pop("bos_token", None)
+        (tmp_path / name).write_text(json.dumps(content))
+    tokenizer = load_processor(tmp_path)
+    assert len(prefix_of(tokenizer)) == 1
+    with pytest.raises(DataError, match="puts <bos> before a text, but takes it for letters .* added_tokens"):
+        begun_once(tokenizer, "hello")
 
 
 def test_a_token_beyond_the_embedding_is_named(tokenizer, text_file):

@@ -91,7 +91,12 @@ def test_other_encodings_and_containers_are_named(kind, content, words, tokenize
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("d.jsonl", "use kind: jsonl, or messages"), ("d.NDJSON", "use kind: jsonl"), ("d.csv", "kind: huggingface")],
+    [
+        ("d.jsonl", "use kind: jsonl, or messages"),
+        ("d.NDJSON", "use kind: jsonl"),
+        ("d.json", r"jq -c '\.\[\]'\), and use kind: jsonl"),
+        ("d.csv", "kind: huggingface"),
+    ],
 )
 def test_a_file_of_rows_is_not_taken_for_prose(name, words, tokenizer, tmp_path):
     """Its syntax would be calibrated on without a word."""
@@ -181,6 +186,32 @@ def test_splits_that_were_saved_to_disk(tokenizer, tmp_path):
     assert [row["text"] for _, row in data_set_rows(spec)] == LINES[30:]
     with pytest.raises(DataError, match=r"\(split validation\) can't be loaded"):
         load(text_spec(tmp_path / "both", kind="huggingface", split="validation"), tokenizer)
+
+
+@pytest.mark.parametrize(("saved", "asked"), [(None, "test"), ("train", "validation"), ("test", "train")])
+def test_a_set_that_was_saved_alone_has_no_other_split(saved, asked, tokenizer, tmp_path):
+    """Its rows would be held out, or calibrated on, under the name of others."""
+    rows = datasets.Dataset.from_dict({"text": LINES}, split=saved and datasets.NamedSplit(saved))
+    rows.save_to_disk(str(tmp_path / "one"))
+    for split in (None, saved or "train"):
+        assert load(text_spec(tmp_path / "one", kind="huggingface", split=split), tokenizer).summary.samples
+    with pytest.raises(DataError, match=f"saved as one set.* has no split {asked}; leave out data.split") as caught:
+        load(text_spec(tmp_path / "one", kind="huggingface", split=asked), tokenizer)
+    assert "can't be loaded" not in str(caught.value)
+    with pytest.raises(DataError, match="no subsets; leave out data.subset"):
+        load(text_spec(tmp_path / "one", kind="huggingface", subset="en"), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "huggingface"])
+def test_turns_that_are_written_as_json_in_a_string_are_no_text(kind, tokenizer, tmp_path):
+    """CSV files hold them so; their syntax would be calibrated on."""
+    turns = json.dumps([{"role": "user", "content": "a cat"}])
+    rows = jsonl({"text": line, "messages": turns} for line in LINES)
+    path = put(tmp_path / "train.jsonl", rows)
+    spec = text_spec(tmp_path if kind == "huggingface" else path, kind=kind)
+    assert load(spec, tokenizer).summary.samples
+    with pytest.raises(DataError, match=r"1 holds a list of turns \('messages'\), not a text; use kind: messages"):
+        load(spec.model_copy(update={"text_field": "messages"}), tokenizer)
 
 
 def test_a_data_set_is_streamed_as_far_as_it_is_needed(tokenizer, tmp_path, monkeypatch):

@@ -18,11 +18,11 @@ from bitladder.checkpoints.export import export
 from bitladder.evaluation.evaluate import evaluate_checkpoint
 from bitladder.evaluation.reference import Reference
 from bitladder.measured import read_amax
+from bitladder.models.families import architecture, uneven_layers
 from bitladder.models.target import find_target
 from bitladder.planning import plan
 from bitladder.planning.pricing import _with_vllms_names
 from bitladder.records import Candidate, DataSummary, Measurement
-from bitladder.runtimes.architectures import architecture, uneven_layers
 from bitladder.runtimes.preflight import RUNTIMES, preflight
 from bitladder.runtimes.vllm.rules import VllmRules
 from conftest import TEXT, load_text, measure_text, save_model, source_of, spec

@@ -176,5 +176,7 @@ def complain(error: Exception, line: str, status: int) -> None:
         import traceback
 
         traceback.print_exception(error)
-    complaints.print(line, soft_wrap=True, highlight=False, markup=False)
+    # What people named, or a library says, may hold line ends.
+    one = "\\n".join(line.splitlines())
+    complaints.print(one, soft_wrap=True, highlight=False, markup=False)
     sys.exit(status)

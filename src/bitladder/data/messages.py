@@ -21,7 +21,7 @@ import torch
 from bitladder.data.batches import IGNORED_LABEL, Batch, DataSet, fingerprint
 from bitladder.data.processors import has_template, template_of, tokenizer_of
 from bitladder.data.special import begun_once, check_ids, check_text, end_of_prefix, placeholders, prefix_of
-from bitladder.data.text import data_set_rows, is_conversation, jsonl_rows, of_a_file, pool_size
+from bitladder.data.text import data_set_rows, is_conversation, jsonl_rows, of_a_file, parsed_turns, pool_size
 from bitladder.errors import DataError, reason_of
 from bitladder.reading import parse_json
 from bitladder.recipe import DataSpec
@@ -143,7 +143,9 @@ def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
 def _column(spec: DataSpec, row: dict[str, Any], where: str) -> str:
     """Return the name of the column that holds a row's turns."""
     names = _COLUMNS if spec.text_field == _DEFAULT_FIELD else (spec.text_field,)
-    name = next((name for name in names if name in row and (name != "text" or is_conversation(row[name]))), None)
+    held = [name for name in names if name in row and (name != "text" or is_conversation(parsed_turns(row[name])))]
+    # Of data sets that were joined, each row has the other one's column too, null.
+    name = next((name for name in held if row[name] not in (None, [])), held[0] if held else None)
     if name is None:
         missing = " and ".join(f"no '{name}'" for name in names[:2])
         raise DataError(
@@ -155,13 +157,13 @@ def _column(spec: DataSpec, row: dict[str, Any], where: str) -> str:
 def _conversation(spec: DataSpec, row: dict[str, Any], where: str, *, nullable: bool) -> Conversation | None:
     """Return a row's conversation; None where it holds none, or one in which nobody says or calls anything."""
     name = _column(spec, row, where)
-    turns = row[name]
+    turns = parsed_turns(row[name])
     if turns == [] or (turns is None and nullable):
         return None
     if not isinstance(turns, list):
         raise DataError(
             f"{where}: '{name}' is {json.dumps(turns, default=str)[:40]}, not a list of turns "
-            '({"role", "content"} or {"from", "value"}); kind jsonl takes texts'
+            '({"role", "content"} or {"from", "value"}); kinds jsonl and huggingface take texts'
         )
     made = [_turn(turn, where) for turn in turns]
     if not any(map(_says, made)):
@@ -190,6 +192,9 @@ def conversations_of(spec: DataSpec, processor: Any, most: int | None = None) ->
     """
     template_of(processor)
     file = of_a_file(spec)
+    if file and (spec.split or spec.subset):
+        given = "split" if spec.split else "subset"
+        raise DataError(f"{spec.path} is a file, and has no {given} to choose; leave out data.{given}")
     rows = jsonl_rows(Path(spec.path)) if file else data_set_rows(spec)
     named = (
         (f"{spec.path} line {number}" if file else f"data set {spec.path} row {number}", row) for number, row in rows

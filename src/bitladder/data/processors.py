@@ -2,6 +2,9 @@
 
 import importlib.util
 import inspect
+import json
+import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from bitladder.reading import read_json
 # What transformers says where the video half of a processor is what can't be built.
 _VIDEO_HALF = ("orchvision", "VIDEO_PROCESSOR", "video processor")
 _CONFIGS = ("processor_config.json", "preprocessor_config.json")
+_CLOCK = datetime(2025, 1, 1)  # what chat templates are told that it is
+_ASKS_THE_DATE = re.compile(r"""\bstrftime_now\(\s*(?:format\s*=\s*)?(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
 def load_processor(directory: Path) -> Any:
@@ -163,10 +168,21 @@ def _templates(processor: Any) -> list[Any]:
     return [None if isinstance(one, str) and not one.strip() else one for one in found]
 
 
+def _dated(template: str) -> str:
+    """Return a template whose clock stands still.
+
+    Llama's and Mistral's write today's date into the system's turn: the same recipe would give other rows tomorrow, and
+    a measurement of today would be stale. transformers lets no function be given to a template.
+
+    Source: transformers, utils/chat_template_utils.py, `strftime_now`.
+    """
+    return _ASKS_THE_DATE.sub(lambda found: json.dumps(_CLOCK.strftime(found["format"])), template)
+
+
 def template_of(processor: Any) -> str:
     """Return the chat template that a conversation is written with: the processor's, else its tokenizer's.
 
-    Of several named ones it is "default", as in transformers and vLLM.
+    Of several named ones it is "default", as in transformers and vLLM. Where it writes the date, it is always the same.
 
     Raises:
         DataError: there is none, or none of them is the default.
@@ -174,10 +190,15 @@ def template_of(processor: Any) -> str:
     found = _templates(processor)
     for template in found:
         if isinstance(template, str):
-            return template
-        if template and "default" in template:
-            return str(template["default"])
-    names = ", ".join(sorted({name for template in found if template for name in template}))
+            return _dated(template)
+        if template and not isinstance(template, dict):
+            raise DataError(
+                f"the model's chat template is {json.dumps(template, default=str)[:40]}, not text; put the one that it "
+                "is served with into chat_template.jinja beside its weights, or calibrate it on text"
+            )
+        if template and isinstance(template.get("default"), str):
+            return _dated(template["default"])
+    names = ", ".join(sorted({str(name) for template in found if template for name in template}))
     if names:
         raise DataError(
             f"the model has chat templates named {names}, and none named default; put the one that it is served with "

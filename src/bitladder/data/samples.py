@@ -20,7 +20,7 @@ from bitladder.data.batches import IGNORED_LABEL, Batch, DataSet, fingerprint
 from bitladder.data.messages import load_conversations
 from bitladder.data.pairs import Sample, check_samples, encode, samples_of
 from bitladder.data.processors import tokenizer_of
-from bitladder.data.special import check_ids, prefix_of
+from bitladder.data.special import check_ids, check_pictured, prefix_of
 from bitladder.data.text import token_rows
 from bitladder.errors import DataError
 from bitladder.recipe import GENERATED, MESSAGES, PAIR_KINDS, DataSpec
@@ -41,6 +41,7 @@ def load_data(
     avoid: DataSummary | None = None,
     written: torch.Tensor | None = None,
     vocabulary: int | None = None,
+    image_tokens: Sequence[int] = (),
 ) -> DataSet:
     """Return `samples` samples of a source as batches, chosen by a shuffle with `seed`.
 
@@ -54,6 +55,7 @@ def load_data(
         avoid: samples of this data set are passed over, so that held-out data is what calibration never saw.
         written: the rows [samples, sequence_length] of a source of kind generated (`generation`).
         vocabulary: rows of the model's embedding, which every token id must be among; None: not checked.
+        image_tokens: ids that stand for pieces of pictures in the model, one of which every pair must have.
 
     Raises:
         DataError: missing, malformed, empty or too short data; the message says how much there is.
@@ -118,6 +120,8 @@ def load_data(
         )
     for batch in batches:
         check_ids(batch.inputs["input_ids"], vocabulary, tokenizer_of(processor), spec.path or GENERATED_SOURCE)
+        if spec.kind in PAIR_KINDS:
+            check_pictured(batch.inputs["input_ids"], image_tokens)
     tokens = [batch.loss_tokens for batch in batches]
     if min(tokens) == 0:
         raise DataError(f"{spec.path}: a batch has no token that counts for the loss; its texts are empty")

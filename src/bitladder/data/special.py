@@ -47,8 +47,17 @@ def begun_once(tokenizer: Any, text: str) -> str:
     """Return a rendered chat that begins exactly once with what the tokenizer puts first, for use without adding any.
 
     Many chat templates write BOS themselves, some after white space; where one doesn't, the tokenizer would.
+
+    Raises:
+        DataError: the tokenizer doesn't know what it puts first where a text holds it.
     """
-    before = "".join(tokenizer.convert_ids_to_tokens(list(prefix_of(tokenizer))))
+    prefix = prefix_of(tokenizer)
+    before = "".join(tokenizer.convert_ids_to_tokens(list(prefix)))
+    if prefix and tuple(ids_of(tokenizer, before)) != prefix:
+        raise DataError(
+            f"the tokenizer puts {before} before a text, but takes it for letters where a chat template writes it; "
+            "declare it among the added_tokens of the model's tokenizer.json, or calibrate the model on text"
+        )
     return text if text.lstrip().startswith(before) else before + text
 
 
@@ -59,9 +68,17 @@ def end_of_prefix(ids: Sequence[int], prefix: Sequence[int]) -> int:
     return next((at + size for at in places if tuple(ids[at : at + size]) == tuple(prefix)), 0)
 
 
-def without_prefix(ids: list[int], prefix: Sequence[int]) -> list[int]:
-    """Return a document's ids without a prefix that its own text wrote (chats that were rendered beforehand)."""
-    return ids[len(prefix) :] if prefix and tuple(ids[: len(prefix)]) == tuple(prefix) else ids
+def document_ids(tokenizer: Any, text: str, prefix: Sequence[int]) -> list[int]:
+    """Return a document's ids without a prefix that its own text wrote (chats that were rendered beforehand).
+
+    It may stand there twice, as where a template wrote it and the tokenizer too, and behind white space.
+    """
+    size, whole = len(prefix), ids_of(tokenizer, text)
+    inner = ids_of(tokenizer, text.lstrip()) if size and text[:1].isspace() else whole
+    ids = inner if size and tuple(inner[:size]) == tuple(prefix) else whole
+    while size and tuple(ids[:size]) == tuple(prefix):
+        ids = ids[size:]
+    return ids
 
 
 def placeholders(processor: Any) -> frozenset[str]:
@@ -93,6 +110,24 @@ def check_text(text: str, where: str, forbidden: frozenset[str]) -> None:
     if held is not None:
         raise DataError(
             f"{where} holds {held}, which the model takes for a picture; remove it (kind image_text places pictures)"
+        )
+
+
+def check_pictured(ids: torch.Tensor, image_tokens: Sequence[int]) -> None:
+    """Raise where a pair has no token that the model takes for a piece of a picture, so that it would fail on it.
+
+    Args:
+        ids: of pairs, [pairs, tokens].
+        image_tokens: those of the model's configuration; empty: it names none, nothing is checked.
+
+    Raises:
+        DataError: processor and configuration disagree.
+    """
+    if image_tokens and not torch.isin(ids, torch.tensor(image_tokens)).any(-1).all():
+        named = ", ".join(map(str, image_tokens))
+        raise DataError(
+            f"the processor writes no token that config.json names for pictures ({named}: image_token_id or "
+            "image_token_index); take config.json and the processor's files of one model"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bitladder.data.processors import tokenizer_of
-from bitladder.data.special import check_text, ids_of, placeholders, prefix_of, without_prefix
+from bitladder.data.special import check_text, document_ids, placeholders, prefix_of
 from bitladder.errors import DataError, reason_of
 from bitladder.reading import parse_json, read_bytes
 from bitladder.recipe import MESSAGES, DataSpec, names_a_file
@@ -34,6 +34,7 @@ _BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # bytes that text in no
 # Endings of files that hold rows: as one text, they would be calibrated on with their syntax.
 _ROW_FILES = {
     **dict.fromkeys((".jsonl", ".ndjson"), "use kind: jsonl, or messages for conversations"),
+    ".json": "write one object a line (an array: jq -c '.[]'), and use kind: jsonl, or messages for conversations",
     **dict.fromkeys((".csv", ".tsv"), _AS_DATA_SET),
 }
 _ROWS_PER_SAMPLE = 8  # rows of a data set that one sample is chosen from; what lies beyond isn't read
@@ -41,6 +42,7 @@ _OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # 
 _MARK = "\ufeff"  # byte order mark
 _TRUE = ("1", "ON", "YES", "TRUE")  # huggingface_hub, constants.py
 _CHATS = ("messages", "conversations")  # fields in which chat data holds its turns
+_TURNS = re.compile(r'\s*\[\s*\{\s*"')  # how a list of turns begins, written as JSON
 
 
 def _refuse_other_files(path: Path, content: bytes) -> None:
@@ -124,6 +126,21 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
+def _one_set(rows: Any, spec: DataSpec) -> Any:
+    """Return a data set that was saved alone, unless the recipe names another part of it.
+
+    Raises:
+        DataError: it does, and would be given these rows all the same.
+    """
+    has = None if rows.split is None else str(rows.split)
+    if spec.split not in (None, has or "train"):
+        raise DataError(
+            f"data set {spec.path} was saved as one set{f', {has}' * bool(has)}, and has no split {spec.split}; leave "
+            "out data.split, or name the directory that holds it"
+        )
+    return rows
+
+
 def data_set_rows(spec: DataSpec) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (row number from 1, row) of a data set of the Hub or a local one, in its order, reading as it goes.
 
@@ -139,13 +156,19 @@ def data_set_rows(spec: DataSpec) -> Iterator[tuple[int, dict[str, Any]]]:
     split, local = spec.split or "train", Path(spec.path)
     try:
         if (local / "state.json").exists() or (local / "dataset_dict.json").exists():  # Dataset.save_to_disk
+            if spec.subset is not None:
+                raise DataError(
+                    f"data set {spec.path} was saved to disk, where there are no subsets; leave out data.subset"
+                )
             rows: Any = datasets.load_from_disk(str(local))
-            rows = rows[split] if isinstance(rows, dict) else rows
+            rows = rows[split] if isinstance(rows, dict) else _one_set(rows, spec)
         else:
             # Offline a data set of the Hub is found in the cache, which isn't streamed.
             streaming = local.exists() or not datasets.config.HF_HUB_OFFLINE
             rows = datasets.load_dataset(spec.path, spec.subset, split=split, streaming=streaming)
         yield from enumerate(map(dict, rows), start=1)
+    except DataError:
+        raise
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
         reason = reason_of(error)
         if isinstance(error, ConnectionError) and not local.exists():
@@ -160,6 +183,17 @@ def data_set_rows(spec: DataSpec) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"data set {spec.path} (split {split}) can't be loaded: {reason}") from error
 
 
+def parsed_turns(value: Any) -> Any:
+    """Return a list that is written as JSON in a string, as CSV files hold turns; anything else as it is."""
+    if not isinstance(value, str) or not _TURNS.match(value):
+        return value
+    try:
+        found = parse_json(value)
+    except ValueError:
+        return value
+    return found if is_conversation(found) else value
+
+
 def is_conversation(value: Any) -> bool:
     """Return whether a value is a list of turns, OpenAI's or ShareGPT's."""
     turn = value[0] if isinstance(value, list) and value else None
@@ -169,9 +203,9 @@ def is_conversation(value: Any) -> bool:
 def _text_of(spec: DataSpec, row: dict[str, Any], where: str) -> str | None:
     """Return a row's text; None where a data set has none (null)."""
     value = row.get(spec.text_field)
-    if isinstance(value, str):
+    if isinstance(value, str) and parsed_turns(value) is value:
         return value
-    chat = next((name for name in (spec.text_field, *_CHATS) if is_conversation(row.get(name))), None)
+    chat = next((name for name in (spec.text_field, *_CHATS) if is_conversation(parsed_turns(row.get(name)))), None)
     if chat is not None:
         raise DataError(f"{where} holds a list of turns ('{chat}'), not a text; use kind: messages")
     if isinstance(value, list):
@@ -251,8 +285,9 @@ def token_rows(spec: DataSpec, processor: Any, length: int, samples: int, avoide
             nulls += 1
             continue
         check_text(text, where, forbidden)
-        stream += [] if empty else separator
-        stream += without_prefix(ids_of(tokenizer, text), prefix)
+        if not empty and stream[-1:] != separator:  # a text may end with it by itself
+            stream += separator
+        stream += document_ids(tokenizer, text, prefix)
         empty = False
         if most is not None and len(stream) >= most * taken:
             break

@@ -14,6 +14,18 @@ from bitladder.runinfo import Progress
 _PROMPTS_AT_ONCE = 50
 
 
+def _as_served(settings: Any) -> Any:
+    """Return what a server takes of a model's generation settings when it answers greedily: where to stop, the penalty.
+
+    With beams, a least length, or words to write or never to write, answers would be other ones, or none.
+
+    Source: vLLM 0.32, config/model.py, `get_diff_sampling_param`; its temperature and top_k are those of sampling.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig(eos_token_id=settings.eos_token_id, repetition_penalty=settings.repetition_penalty)
+
+
 @dataclass(frozen=True)
 class Task:
     """Questions about pictures, answered greedily; an answer counts when it is exactly the expected text."""
@@ -29,7 +41,8 @@ class Task:
 
     @torch.no_grad()
     def correct(self, model: Any, device: str, progress: Progress, phase: str) -> int:
-        """Return how many of the samples the model answers exactly."""
+        """Return how many of the samples the model answers exactly. Its other generation settings are lost."""
+        model.generation_config = _as_served(model.generation_config)
         longest = max(len(self.tokenizer(sample.text)["input_ids"]) for sample in self.samples)
         right = 0
         for start in range(0, len(self.samples), _PROMPTS_AT_ONCE):

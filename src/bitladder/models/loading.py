@@ -59,6 +59,10 @@ def load_config(directory: Path) -> Any:
     if method is not None:
         raise UnsupportedModel(f"{directory} is already quantised ({method}); start from the original checkpoint")
     _check_layers(raw, directory)
+    if not isinstance(raw.get("auto_map", {}), dict):
+        raise ModelError(
+            f"{directory / 'config.json'}: auto_map is no JSON object; remove it: code of a model's own is never run"
+        )
     try:
         with foreign(UnsupportedModel, f"transformers can't read {directory / 'config.json'}", "correct it"):
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)

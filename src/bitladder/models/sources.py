@@ -7,6 +7,7 @@ damaged one is found before anything is computed.
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -152,6 +153,7 @@ def _check_generation(path: Path, content: dict[str, Any]) -> None:
 
     why = reason(content)
     if why is None:
+        _check_served(path, content)
         return
     others = {key: [other for other in content if other != key] for key in content}
     odd = [key for key in content if reason(others[key]) is None] or [key for key in content if reason([key])]
@@ -159,6 +161,22 @@ def _check_generation(path: Path, content: dict[str, Any]) -> None:
         f"transformers can't take {path} ({why.rstrip('.')}); "
         + (f"remove {odd[0]} from it, or correct its value" if odd else "correct it")
     )
+
+
+def _check_served(path: Path, content: dict[str, Any]) -> None:
+    """Check what servers take of the file, and transformers looks at only when it generates.
+
+    Raises:
+        ModelError: tokens to stop at that are none, or a penalty that divides by no positive number.
+    """
+    ends = content.get("eos_token_id")
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [] if ends is None else [ends])):
+        raise ModelError(
+            f"{path}: eos_token_id is {json.dumps(ends)[:40]}; it must be a token's number, or a list of them"
+        )
+    penalty = content.get("repetition_penalty")
+    if penalty is not None and (type(penalty) not in (int, float) or not 0 < penalty < math.inf):
+        raise ModelError(f"{path}: repetition_penalty is {json.dumps(penalty)[:40]}; it must be a positive number")
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ pricing     what an assignment costs and is predicted to do
 patterns    what patterns name
 ranges      refusals that name the attainable range
 asking      every way to ask for a scheme
+remarks     what is said of a scheme beside its costs
 """
 
 from bitladder.planning.asking import plan, plan_all, related
@@ -17,6 +18,7 @@ from bitladder.planning.patterns import Searched, matching_groups
 from bitladder.planning.points import MAX_FRONTIER_CHOICES
 from bitladder.planning.pricing import density_order, price, standard_error
 from bitladder.planning.ranges import at_the_floor, refuse_unattainable
+from bitladder.planning.remarks import remarked
 from bitladder.planning.solver import Solver, outline
 
 __all__ = [
@@ -35,5 +37,6 @@ __all__ = [
     "price",
     "refuse_unattainable",
     "related",
+    "remarked",
     "standard_error",
 ]

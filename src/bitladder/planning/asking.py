@@ -86,7 +86,7 @@ class _Planner:
             measurement,
             spec.name,
             formats,
-            spec.model_dump(mode="json", exclude_defaults=True),
+            spec,
             kv_cache_format="fp8" if spec.kv_cache == "fp8" else None,
             fingerprint=self._fingerprint,
         )
@@ -147,8 +147,9 @@ def related(schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:
             if scheme.name == other.name:
                 raise PlanError(f"two schemes are named {scheme.name}; rename one")
             if (scheme.formats, scheme.kv_cache_format) == (other.formats, other.kv_cache_format):
+                first, second = (one.model_dump(mode="json")["asked"] for one in (scheme, other))
                 raise DuplicateSchemes(
-                    f"schemes {scheme.name} ({scheme.asked}) and {other.name} ({other.asked}) assign the same formats "
+                    f"schemes {scheme.name} ({first}) and {other.name} ({second}) assign the same formats "
                     f"(coverage {scheme.coverage:.4f}, {scheme.effective_bits:.3f} bits); drop one or change its target"
                 )
     return tuple(

@@ -21,13 +21,13 @@ from collections.abc import Callable, Sequence
 from bitladder.errors import PlanError
 from bitladder.planning.pricing import density_order, price
 from bitladder.planning.solver import Solver
-from bitladder.records import BF16, Measurement, Scheme
+from bitladder.recipe import CONTROL_KINDS, ControlKind
+from bitladder.records import BF16, Control, Measurement, Scheme
 
-KINDS = ("random", "inverse", "first_last", "largest", "lowest_score", "modelopt")
 _LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a module's path
 
 
-def arms(measurement: Measurement, scheme: Scheme, *, kinds: Sequence[str], seeds: int) -> tuple[Scheme, ...]:
+def arms(measurement: Measurement, scheme: Scheme, *, kinds: Sequence[ControlKind], seeds: int) -> tuple[Scheme, ...]:
     """Return the control arms of one scheme, each once; `asked` says what each is.
 
     None where every group is quantised: there is no other choice then.
@@ -35,15 +35,15 @@ def arms(measurement: Measurement, scheme: Scheme, *, kinds: Sequence[str], seed
     Args:
         measurement: what the scheme was planned from.
         scheme: the one whose bits the arms may have.
-        kinds: of `KINDS`.
+        kinds: of `CONTROL_KINDS`.
         seeds: number of random arms.
 
     Raises:
         PlanError: an unknown kind, or a scheme with several formats, which has no single order.
     """
-    unknown = sorted(set(kinds) - set(KINDS))
+    unknown = sorted(set(kinds) - set(CONTROL_KINDS))
     if unknown:
-        raise PlanError(f"control {unknown[0]!r} is unknown; known: {', '.join(KINDS)}")
+        raise PlanError(f"control {unknown[0]!r} is unknown; known: {', '.join(CONTROL_KINDS)}")
     formats = {name for name in scheme.formats.values() if name != BF16}
     if len(formats) > 1 or BF16 not in scheme.formats.values():
         return ()  # which groups are quantised is what an arm chooses otherwise, not in which of several formats
@@ -58,24 +58,25 @@ def arms(measurement: Measurement, scheme: Scheme, *, kinds: Sequence[str], seed
         if not chosen or chosen in taken:  # a small model has few choices
             continue
         taken.add(chosen)
-        asked: dict[str, object] = {"control": kind, "beside": scheme.name}
         label = kind if seed is None else f"{kind}{seed}"
         found.append(
             price(
                 measurement,
                 f"{scheme.name}.{label}",
                 {group: name if group in chosen else BF16 for group in scheme.formats},
-                asked if seed is None else {**asked, "seed": seed},
+                Control(control=kind, beside=scheme.name, seed=seed),
                 kv_cache_format=scheme.kv_cache_format,
             )
         )
     return tuple(found)
 
 
-def _wanted(kinds: Sequence[str], seeds: int) -> list[tuple[str, int | None]]:
+def _wanted(kinds: Sequence[ControlKind], seeds: int) -> list[tuple[ControlKind, int | None]]:
     """Return (kind, seed) in the order in which they should be evaluated where time is short."""
-    single: list[tuple[str, int | None]] = [(kind, None) for kind in kinds if kind != "random"]
-    drawn: list[tuple[str, int | None]] = [("random", seed) for seed in range(seeds)] if "random" in kinds else []
+    single: list[tuple[ControlKind, int | None]] = [(kind, None) for kind in kinds if kind != "random"]
+    drawn: list[tuple[ControlKind, int | None]] = (
+        [("random", seed) for seed in range(seeds)] if "random" in kinds else []
+    )
     return [*drawn[:1], *single, *drawn[1:]]
 
 

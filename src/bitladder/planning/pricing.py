@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from bitladder.errors import InfeasibleTarget, PlanError
 from bitladder.formats import get_format, group_bits
 from bitladder.models.fusing import Fusing
 from bitladder.planning.options import check_usable
-from bitladder.records import BF16, BF16_BITS, Measurement, QuantGroup, Scheme
+from bitladder.recipe import SchemeSpec
+from bitladder.records import BF16, BF16_BITS, Control, Measurement, QuantGroup, Scheme
 
 
 def density_order(measurement: Measurement, format_name: str) -> list[str]:
@@ -55,7 +55,7 @@ def price(
     measurement: Measurement,
     name: str,
     formats: Mapping[str, str],
-    asked: Mapping[str, Any],
+    asked: SchemeSpec | Control,
     *,
     kv_cache_format: str | None = None,
     fingerprint: str | None = None,
@@ -91,7 +91,7 @@ def price(
     return Scheme(
         name=name,
         measurement_sha256=fingerprint or measurement.fingerprint(),
-        asked=dict(asked),
+        asked=asked,
         formats=dict(formats),
         effective_bits=weight_bits / measurement.searched_weights,
         coverage=quantised / measurement.searched_weights,

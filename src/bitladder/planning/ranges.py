@@ -117,7 +117,8 @@ def at_the_floor(measurement: Measurement, scheme: Scheme) -> str | None:
     """Return what is to be said of a scheme whose effective bits leave no choice; None: they leave one."""
     table = measurement.by_group()
     floor = sum(min(one.weight_bits for one in candidates.values()) for candidates in table.values())
-    if "effective_bits" not in scheme.asked or scheme.weight_bits > floor:
+    by_bits = isinstance(scheme.asked, SchemeSpec) and scheme.asked.effective_bits is not None
+    if not by_bits or scheme.weight_bits > floor:
         return None
     smallest = ", ".join(name for name in measurement.formats if name in scheme.formats.values())
     return (

@@ -89,11 +89,10 @@ def flips(measurement: Measurement, scheme: Scheme) -> Flips | None:
     """
     formats = {name for name in scheme.formats.values() if name != BF16}
     batches = len(measurement.score_weights)
-    by_name = scheme.asked.get("include") is not None
-    if len(formats) != 1 or BF16 not in scheme.formats.values() or by_name or batches < 2:
+    if len(formats) != 1 or BF16 not in scheme.formats.values() or scheme.by_name or batches < 2:
         return None
     (format_name,) = formats
-    measurement = measurement.weigh_images(float(scheme.asked.get("image_weight", 1.0)))
+    measurement = scheme.weigh(measurement)
     sizes = np.array([group.weight_elements for group in measurement.groups])
     chosen = np.array([scheme.formats[group.name] != BF16 for group in measurement.groups])
     room = int(sizes[chosen].sum())

@@ -18,9 +18,19 @@ from pydantic import (
 
 from bitladder.storage import TEMPORARY_PREFIX
 
+ControlKind = Literal["random", "inverse", "first_last", "largest", "lowest_score", "modelopt"]
+CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
 PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
 GENERATED = "generated"  # the kind of data that the model writes itself
 MESSAGES = "messages"  # the kind of data that is conversations
+_ONLY_FOR = {  # keys of data that only some kinds look at
+    "text_field": ("jsonl", "huggingface", "image_text", MESSAGES),
+    "split": ("huggingface", "coco", MESSAGES),
+    "annotations": ("coco",),
+    "subset": ("huggingface", MESSAGES),
+    "prompt": PAIR_KINDS,
+    "temperature": (GENERATED,),
+}
 SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name goes
 DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
 _MAX_SHOWN = 100  # characters of a wrong value that an error repeats
@@ -123,8 +133,13 @@ class DataSpec(Section):
             raise ValueError(f"data of kind generated has no path, the model writes it; got {shortened(self.path)}")
         if self.kind != GENERATED and not self.path:
             raise ValueError(f"data of kind {self.kind} needs a `path`")
-        if self.kind != GENERATED and self.temperature is not None:
-            raise ValueError("temperature is for data of kind generated")
+        for name, kinds in _ONLY_FOR.items():
+            value = getattr(self, name)
+            if self.kind not in kinds and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is for data of kind {' and '.join(kinds)}, and kind {self.kind} would pass it over; "
+                    f"remove it (got {shortened(value)})"
+                )
         return self
 
 
@@ -326,9 +341,7 @@ class LayoutSpec(Section):
 class ControlSpec(Section):
     """Other choices of groups at each scheme's bits, evaluated beside it to show what the search is worth."""
 
-    kinds: tuple[Literal["random", "inverse", "first_last", "largest", "lowest_score", "modelopt"], ...] = Field(
-        default=("random", "inverse", "first_last", "largest", "lowest_score", "modelopt"), description="empty: none"
-    )
+    kinds: tuple[ControlKind, ...] = Field(default=CONTROL_KINDS, description="empty: none")
     seeds: int = Field(default=3, ge=1, description="random arms of each scheme")
     max_seconds: float = Field(default=300.0, ge=0, description="no arm is begun after so many seconds")
 

@@ -52,7 +52,7 @@ from bitladder.records.probe import (
     Stage,
     Throughput,
 )
-from bitladder.records.scheme import KlPoint, KlPoints, Refinement, Refinements, Scheme, SimulatedKls
+from bitladder.records.scheme import Control, KlPoint, KlPoints, Refinement, Refinements, Scheme, SimulatedKls
 
 __all__ = [
     "ALL_TOKENS",
@@ -65,6 +65,7 @@ __all__ = [
     "Candidate",
     "CheckpointManifest",
     "CheckpointVerification",
+    "Control",
     "ControlArm",
     "Counted",
     "DataSummary",

@@ -106,6 +106,11 @@ class Verification(Record):
         """Whether no checkpoint and no pair has a finding."""
         return all(c.ok for c in self.checkpoints) and not any(p.findings for p in self.pairs)
 
+    @property
+    def manifest_sha256(self) -> dict[str, str]:
+        """What was verified: the fingerprint of each scheme's manifest."""
+        return {check.scheme: check.manifest_sha256 for check in self.checkpoints}
+
     def matches(self, scheme: str) -> bool | None:
         """Return whether nothing speaks against a scheme's checkpoint; None: it wasn't checked.
 

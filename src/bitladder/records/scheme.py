@@ -1,22 +1,31 @@
 """Records of plans: schemes, and what was simulated for them."""
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_serializer
 
+from bitladder.recipe import ControlKind, SchemeSpec
 from bitladder.records.base import BF16, Part, Record, RunInfo
-from bitladder.records.measurement import DataSummary
+from bitladder.records.measurement import DataSummary, Measurement
+
+
+class Control(Part):
+    """What led to a control arm: another choice of groups at a scheme's own bits."""
+
+    control: ControlKind
+    beside: str = Field(description="the scheme whose bits it has")
+    seed: int | None = Field(default=None, description="of a random one")
 
 
 class Scheme(Record):
     """The format of every quant group, and what it costs and is predicted to do."""
 
-    # Depends on which other schemes there are: one more of them must not make this one's checkpoint stale.
-    volatile = frozenset({"nested_in"})
+    # What is said of the scheme, not what it is: one scheme more must not make this one's checkpoint stale.
+    volatile = frozenset({"nested_in", "standard_error", "text_only_changes"})
 
     name: str
     measurement_sha256: str
-    asked: dict[str, Any] = Field(description="the recipe's entry for this scheme")
+    asked: SchemeSpec | Control = Field(description="the recipe's entry for this scheme, or which control arm it is")
     formats: dict[str, str] = Field(description="group name -> format; `bf16` is left as in the source")
     effective_bits: float = Field(description="Σ weight bits / Σ weights over the searched groups")
     coverage: float = Field(description="share of the searched weight elements that are quantised")
@@ -25,11 +34,36 @@ class Scheme(Record):
     weight_bytes: int = Field(description="the searched weights and their scales on disk")
     predicted_score: float
     score_unit: str
+    standard_error: float | None = Field(
+        default=None, description="of the predicted score over the scoring batches; None: there is one, or not planned"
+    )
+    text_only_changes: int | Literal["unattainable"] | None = Field(
+        default=None,
+        description="groups that would have another format if text positions alone counted; unattainable: what is "
+        "asked can't be met then; None: image positions are not known apart",
+    )
     exclude_modules: tuple[str, ...] = Field(
         description="exact checkpoint names of the linear modules left alone, and of fused layers that vLLM asks for"
     )
     kv_cache_format: str | None = Field(default=None, description="None: 16 bits")
     nested_in: tuple[str, ...] = Field(default=(), description="schemes that quantise all of its groups and more")
+
+    @field_serializer("asked")
+    def _as_given(self, asked: SchemeSpec | Control) -> dict[str, Any]:
+        return asked.model_dump(mode="json", exclude_defaults=True)
+
+    def weigh(self, measurement: Measurement) -> Measurement:
+        """Return the measurement with image positions weighed as they were to plan this scheme.
+
+        Raises:
+            MeasurementError: they are not known apart.
+        """
+        return measurement.weigh_images(self.asked.image_weight if isinstance(self.asked, SchemeSpec) else 1.0)
+
+    @property
+    def by_name(self) -> bool:
+        """Whether its groups were named, so that no score chose them."""
+        return isinstance(self.asked, SchemeSpec) and self.asked.include is not None
 
     def quantised_groups(self) -> frozenset[str]:
         """Return the names of the groups that this scheme quantises."""

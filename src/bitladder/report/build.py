@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from bitladder.errors import StaleRecord
@@ -48,8 +47,6 @@ def build_report(
     verification: Verification | None,
     evaluations: Mapping[str, Evaluation],
     phases: Sequence[PhaseCost],
-    standard_errors: Mapping[str, float | None] = MappingProxyType({}),
-    text_only_changes: Mapping[str, int | None] = MappingProxyType({}),
     probes: Sequence[ProbeResult] = (),
     evidence: Evidence | None = None,
     refinements: Refinements | None = None,
@@ -64,8 +61,6 @@ def build_report(
         verification: of those checkpoints, or None.
         evaluations: of those checkpoints, by scheme name.
         phases: what every phase of every step took; empty: the measurement's own phases.
-        standard_errors: of the predicted scores, by scheme name.
-        text_only_changes: groups of each scheme that would change if only text positions counted; None: can't be met.
         probes: what the runtimes do with those checkpoints.
         evidence: the control arms of the schemes.
         refinements: of the schemes, where they were refined.
@@ -102,9 +97,7 @@ def build_report(
         score_unit=measurement.score_unit,
         score_batches=len(measurement.score_weights),
         schemes=tuple(
-            _reported_scheme(
-                scheme, nested_in[scheme.name], measurement, manifests, verification, evaluations, standard_errors
-            )
+            _reported_scheme(scheme, nested_in[scheme.name], measurement, manifests, verification, evaluations)
             for scheme in ladder
         ),
         nesting=_chains(nested_in),
@@ -116,7 +109,7 @@ def build_report(
         below_noise_floor=tuple(s.name for s in ladder if below_floor(evaluations.get(s.name))),
         edges=tuple(edge for scheme in ladder if (edge := edge_of(scheme, measurement)) is not None),
         groups=reported_groups(measurement, ladder),
-        positions=positions_of(measurement, ladder, text_only_changes),
+        positions=positions_of(measurement, ladder),
         evaluations=tuple(
             reported
             for s in ladder
@@ -189,13 +182,12 @@ def _reported_scheme(
     manifests: Mapping[str, CheckpointManifest],
     verification: Verification | None,
     evaluations: Mapping[str, Evaluation],
-    standard_errors: Mapping[str, float | None],
 ) -> ReportedScheme:
     manifest = manifests.get(scheme.name)
     evaluation = evaluations.get(scheme.name)
     return ReportedScheme(
         name=scheme.name,
-        asked=_plain(scheme.asked),
+        asked=scheme.model_dump(mode="json")["asked"],
         coverage=scheme.coverage,
         effective_bits=scheme.effective_bits,
         weight_bytes=scheme.weight_bytes,
@@ -203,7 +195,7 @@ def _reported_scheme(
         checkpoint_bytes=manifest.total_bytes if manifest else None,
         kv_cache_format=scheme.kv_cache_format,
         predicted_score=scheme.predicted_score,
-        predicted_standard_error=standard_errors.get(scheme.name),
+        predicted_standard_error=scheme.standard_error,
         results=evaluation.results if evaluation else None,
         verified=None if verification is None else verification.matches(scheme.name),
         format_counts=format_counts(scheme, measurement),

@@ -97,15 +97,17 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     return math.fsum(a * b for a, b in zip(*ranks, strict=True)) / norm if norm else None
 
 
-def positions_of(
-    measurement: Measurement, ladder: Sequence[Scheme], text_only_changes: Mapping[str, int | None]
-) -> Positions | None:
+def positions_of(measurement: Measurement, ladder: Sequence[Scheme]) -> Positions | None:
     """Return what text and image positions say apart; None where it isn't known of every candidate."""
     if not all(candidate.image_scores for candidate in measurement.candidates):
         return None
     return Positions(
         rankings=tuple(_position_ranking(measurement, format_name) for format_name in measurement.formats),
-        scheme_changes={s.name: text_only_changes[s.name] for s in ladder if s.name in text_only_changes},
+        scheme_changes={
+            scheme.name: None if scheme.text_only_changes == "unattainable" else scheme.text_only_changes
+            for scheme in ladder
+            if scheme.text_only_changes is not None
+        },
     )
 
 
@@ -179,7 +181,7 @@ def edge_of(scheme: Scheme, measurement: Measurement) -> Edge | None:
 
     The scores are those that it was planned from: image positions count for what was asked.
     """
-    measurement = measurement.weigh_images(float(scheme.asked.get("image_weight", 1.0)))
+    measurement = scheme.weigh(measurement)
     table = measurement.by_group()
     taken: list[tuple[float, str, list[float]]] = []  # score per bit saved, group, its parts batch by batch
     left: list[tuple[float, str, list[float]]] = []

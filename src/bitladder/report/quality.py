@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out
-from bitladder.records import KL, ControlArm, EvalResult, Evaluation, Scheme
+from bitladder.records import KL, Control, ControlArm, EvalResult, Evaluation, Scheme
 from bitladder.report.types import (
     WITHIN_NOISE_ERRORS,
     Comparison,
@@ -45,13 +45,19 @@ def below_floor(evaluation: Evaluation | None) -> bool:
     return result is not None and result.noise_floor is not None and result.value < result.noise_floor
 
 
+def control_of(arm: ControlArm) -> Control:
+    """Return what led to a control arm."""
+    assert isinstance(arm.scheme.asked, Control)  # as `planning.controls.arms` makes them
+    return arm.scheme.asked
+
+
 def reported_arm(arm: ControlArm) -> ReportedArm:
     """Return what the report says of one control arm."""
-    scheme = arm.scheme
+    scheme, asked = arm.scheme, control_of(arm)
     return ReportedArm(
         name=scheme.name,
-        control=str(scheme.asked["control"]),
-        beside=str(scheme.asked["beside"]),
+        control=asked.control,
+        beside=asked.beside,
         coverage=scheme.coverage,
         effective_bits=scheme.effective_bits,
         predicted_score=scheme.predicted_score,
@@ -73,9 +79,9 @@ def control_comparisons_of(
         own = kl_of(evaluations[scheme.name].results) if scheme.name in evaluations else None
         kinds: dict[str, list[float]] = {}
         for arm in arms:
-            kl = kl_of(arm.results)
-            if arm.scheme.asked["beside"] == scheme.name and kl is not None:
-                kinds.setdefault(str(arm.scheme.asked["control"]), []).append(kl)
+            kl, asked = kl_of(arm.results), control_of(arm)
+            if asked.beside == scheme.name and kl is not None:
+                kinds.setdefault(asked.control, []).append(kl)
         for kind, kls in kinds.items():
             found.append(
                 ControlComparison(

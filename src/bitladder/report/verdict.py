@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bitladder.records import KL, EvalResult, Throughput
+from bitladder.records import BF16, KL, EvalResult, Throughput
+from bitladder.report.numbers import runtime_name
 
 if TYPE_CHECKING:  # a report holds its verdict
     from bitladder.report.types import Report, ReportedProbe, ReportedScheme
@@ -19,9 +20,10 @@ _EVERYTHING = 1.0  # coverage
 
 
 def verdict(report: Report) -> str:
-    """Return which scheme to take for which aim, or that uniform FP8 is good enough, with the numbers that say so.
+    """Return which scheme to take for which aim, or that everything quantised is good enough, with its numbers.
 
-    A scheme counts if its files match it and no runtime that was asked fails on it. It is *nearly lossless* if on every
+    A scheme counts if its files match it and no runtime that was asked to load it fails; where none was, if it loads by
+    the rules of one at least. It is *nearly lossless* if on every
     held-out set its KL, plus two standard errors, is at most `NEARLY_LOSSLESS_KL`, and if on none with a task its
     accuracy lies more than two standard errors below the original's.
     """
@@ -35,7 +37,7 @@ def verdict(report: Report) -> str:
     left_out = [f"`{name}` is left out: {problem}" for name, problem in problems.items()]
     if not usable:
         return f"No scheme can be advised: {'; '.join(left_out)}."
-    return "; ".join([_advice(report, usable), *_speed(report, usable), *left_out]) + "."
+    return "; ".join([_advice(report, usable), *_speed(report, usable), *_caveats(report, usable), *left_out]) + "."
 
 
 def _worst_kl(scheme: ReportedScheme) -> float | None:
@@ -55,11 +57,26 @@ def _is_damage(result: EvalResult) -> bool:
 
 
 def _problem(report: Report, scheme: ReportedScheme) -> str | None:
-    """Return why a scheme's checkpoint must not be served; None: nothing is known against it."""
+    """Return why a scheme's checkpoint must not be served; None: nothing is known against it, but see `_caveats`."""
     if scheme.verified is False:
         return "its files don't match it"
-    failed = [probe for probe in report.probes if probe.scheme == scheme.name and probe.verdict != "ok"]
-    return f"{failed[0].runtime} {failed[0].version}: {failed[0].verdict}" if failed else None
+    probes = [probe for probe in report.probes if probe.scheme == scheme.name]
+    asked = {probe.runtime for probe in probes if probe.stage != "preflight"}
+    failed = [probe for probe in probes if probe.verdict != "ok"]
+    decisive = [probe for probe in failed if probe.runtime in asked]
+    if not asked and {probe.runtime for probe in failed} == {probe.runtime for probe in probes}:
+        decisive = failed  # there is none that takes it
+    return f"{runtime_name(decisive[0])}: {decisive[0].verdict}" if decisive else None
+
+
+def _caveats(report: Report, usable: Sequence[ReportedScheme]) -> list[str]:
+    """Return which runtimes, that nobody asked, don't take a scheme by their rules."""
+    refused: dict[str, list[str]] = {}
+    for scheme in usable:
+        for probe in report.probes:
+            if probe.scheme == scheme.name and probe.verdict != "ok":
+                refused.setdefault(f"{runtime_name(probe)} ({probe.verdict})", []).append(f"`{scheme.name}`")
+    return [f"{', '.join(dict.fromkeys(names))}: not for {runtime}" for runtime, names in refused.items()]
 
 
 def _advice(report: Report, usable: Sequence[ReportedScheme]) -> str:
@@ -68,8 +85,10 @@ def _advice(report: Report, usable: Sequence[ReportedScheme]) -> str:
     bound = f"at most {NEARLY_LOSSLESS_KL:g} nats per token"
     if _is_nearly_lossless(smallest):
         if smallest.coverage >= _EVERYTHING:
+            formats = [count.format for count in smallest.format_counts if count.format != BF16]
+            what = f"Uniform {formats[0].upper()}" if len(formats) == 1 else "Quantising everything"
             return (
-                f"Uniform FP8 is good enough: take `{smallest.name}` {_numbers(report, smallest)}, nearly lossless "
+                f"{what} is good enough: take `{smallest.name}` {_numbers(report, smallest)}, nearly lossless "
                 f"({bound}), so that a search has little left to win"
             )
         return f"Take `{smallest.name}` {_numbers(report, smallest)}: the smallest, and nearly lossless ({bound})"

@@ -4,6 +4,7 @@ One class of rules a runtime, applied to the modules that an architecture has (`
 of a format is its row in the runtime's `SUPPORT`; what the format is, `bitladder.formats` says.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +12,14 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 from bitladder.formats import format_of_algorithm, get_format
+from bitladder.models.families import Architecture
 from bitladder.models.fusing import Layer
 from bitladder.records import BF16
-from bitladder.runtimes.architectures import Architecture
 
 MIX = "MIXED_PRECISION"  # the `quant_algo` of a checkpoint whose modules each name their own
+# Tensors that older checkpoints carry and that runtimes compute themselves.
+# Source: vllm model_executor/models/utils.py, AutoWeightsLoader.REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER.
+RECOMPUTED = re.compile(r"rotary_(?:emb|pos_emb)\.(?:inv_freq|cos_cached|sin_cached)$")
 UNIFORM = get_format("fp8").modelopt_algorithm  # what is meant where no algorithm is said
 
 

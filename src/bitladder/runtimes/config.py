@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bitladder.models.families import section_of
+
 CONFIG_FILE, LEGACY_FILE = "config.json", "hf_quant_config.json"
 
 
@@ -18,12 +20,6 @@ class Quantisation:
     method: str  # quant_method; hf_quant_config.json is always ModelOpt's
     well_formed: bool  # whether the exclusions are a list of names, as runtimes insist
     layers: Mapping[str, str] | None = None  # of a mix: module -> algorithm; None: it lists none, or not as it should
-
-
-def section_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a section of a configuration, empty where there is none."""
-    section = config.get(name)
-    return section if isinstance(section, dict) else {}
 
 
 def _layers(listed: Mapping[str, Any]) -> dict[str, str] | None:

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitladder.errors import BitladderError, ModelError
+from bitladder.models.families import Architecture, architecture
 from bitladder.records import BF16, ProbedLayer, ProbeResult
-from bitladder.runtimes.architectures import Architecture, architecture
 from bitladder.runtimes.base import Rules
 from bitladder.runtimes.checks.configuration import ConfigurationCheck
 from bitladder.runtimes.checks.formats import FormatsCheck

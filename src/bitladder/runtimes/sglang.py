@@ -4,8 +4,10 @@ import re
 from functools import cached_property
 from typing import ClassVar
 
+from bitladder.models.families import Architecture
+from bitladder.models.families.llava import LLAVA_RENAMES
+from bitladder.models.families.qwen_vl import QWEN2_VL_RENAMES
 from bitladder.models.fusing import Layer
-from bitladder.runtimes.architectures import LLAVA_RENAMES, QWEN2_VL_RENAMES, Architecture
 from bitladder.runtimes.base import MIX, Decision, Rules, Support
 
 _PLAIN = re.compile(r"[\w.\-]+")  # a name without any sign that means something in a regular expression

@@ -3,8 +3,9 @@
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
+from bitladder.models.families import Architecture
+from bitladder.models.families.qwen_vl import QWEN2_VL_RENAMES
 from bitladder.models.fusing import Layer
-from bitladder.runtimes.architectures import QWEN2_VL_RENAMES, Architecture
 from bitladder.runtimes.base import MIX, Decision, Rules, Support
 
 _KERNEL_MULTIPLE = 16  # FP8 products of cuBLAS want dimensions of 16 bytes (cuBLAS documentation, cublasLtMatmul)

@@ -4,10 +4,10 @@ import time
 
 from bitladder.evaluation.evaluate import ARITHMETIC
 from bitladder.records import ControlArm, Evidence, digest_of
-from bitladder.runinfo import Meter
-from bitladder.steps.evidence import control_arms
+from bitladder.steps.known import control_arms
 from bitladder.steps.originals import Originals
 from bitladder.steps.simulated import simulation_of
+from bitladder.steps.step import doing, valid
 from bitladder.steps.workspace import EVIDENCE_FILE, Workspace
 
 
@@ -33,31 +33,29 @@ def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Ev
         with Originals(work) as originals:
             return evaluate_controls(work, originals)
     key = digest_of([*originals.settings(), spec.model_dump_json(), *(arm.fingerprint() for arm in arms)])
-    evidence = work.known(Evidence, path)
-    if evidence is None or evidence.settings_sha256 != key:
-        evidence = Evidence(
-            measurement_sha256=measurement.fingerprint(),
-            settings_sha256=key,
-            data={split: data.summary for split, data in originals.data.items()},
-            arithmetic=ARITHMETIC,
-            arms=(),
-        )
+    evidence = valid(work, Evidence, path, settings_sha256=key) or Evidence(
+        measurement_sha256=measurement.fingerprint(),
+        settings_sha256=key,
+        data={split: data.summary for split, data in originals.data.items()},
+        arithmetic=ARITHMETIC,
+        arms=(),
+    )
     found = list(evidence.arms)
     if len(found) + len(evidence.left_out) == len(arms):
         return evidence
-    meter, start = Meter(), time.monotonic()
-    references = originals.references(meter)
-    with meter.phase("control arms"):
-        simulation = simulation_of(work, measurement, references[0].device)
-        for index, arm in enumerate(arms[len(found) :], start=len(found)):
-            work.progress("control arms", index, len(arms))
-            if time.monotonic() - start > spec.max_seconds:
-                break
-            found.append(ControlArm(scheme=arm, results=simulation.results(references, arm)))
-            evidence.model_copy(update={"arms": tuple(found)}).write(path)  # a killed run goes on after it
-        work.progress("control arms", len(arms), len(arms))
-    left_out = tuple(arm.name for arm in arms[len(found) :])
-    evidence = evidence.model_copy(update={"arms": tuple(found), "left_out": left_out, "run": meter.info()})
-    evidence.write(path)
-    work.finished("controls", meter.phases)
+    start = time.monotonic()
+    with doing(work, "controls") as meter:
+        references = originals.references(meter)
+        with meter.phase("control arms"):
+            simulation = simulation_of(work, measurement, references[0].device)
+            for index, arm in enumerate(arms[len(found) :], start=len(found)):
+                work.progress("control arms", index, len(arms))
+                if time.monotonic() - start > spec.max_seconds:
+                    break
+                found.append(ControlArm(scheme=arm, results=simulation.results(references, arm)))
+                evidence.model_copy(update={"arms": tuple(found)}).write(path)  # a killed run goes on after it
+            work.progress("control arms", len(arms), len(arms))
+        left_out = tuple(arm.name for arm in arms[len(found) :])
+        evidence = evidence.model_copy(update={"arms": tuple(found), "left_out": left_out, "run": meter.info()})
+        evidence.write(path)
     return evidence

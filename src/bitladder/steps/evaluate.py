@@ -2,8 +2,8 @@
 
 from bitladder.evaluation.evaluate import evaluate_checkpoint
 from bitladder.records import Evaluation, digest_of
-from bitladder.runinfo import Meter
 from bitladder.steps.originals import Originals
+from bitladder.steps.step import doing, valid
 from bitladder.steps.workspace import Workspace
 
 
@@ -23,18 +23,17 @@ def evaluate(work: Workspace, originals: Originals | None = None) -> dict[str, E
     manifests, key = work.manifests(), digest_of(originals.settings())
     results: dict[str, Evaluation] = {}
     for name, manifest in manifests.items():
-        path = work.evaluation_file(name)
-        known = work.known(Evaluation, path)
-        if known and known.settings_sha256 == key and known.manifest_sha256 == manifest.fingerprint():
+        made_from = {"settings_sha256": key, "manifest_sha256": manifest.fingerprint()}
+        known = valid(work, Evaluation, work.evaluation_file(name), **made_from)
+        if known is not None:
             results[name] = known
     missing = [name for name in manifests if name not in results]
     if missing:
-        meter = Meter()
-        references = originals.references(meter)
-        for name in missing:
-            with meter.phase(f"evaluate {name}"):
-                result = evaluate_checkpoint(references, work.checkpoint_directory(name), progress=work.progress)
-            results[name] = result.model_copy(update={"settings_sha256": key})
-            results[name].write(work.evaluation_file(name))
-        work.finished("evaluate", meter.phases)
+        with doing(work, "evaluate") as meter:
+            references = originals.references(meter)
+            for name in missing:
+                with meter.phase(f"evaluate {name}"):
+                    result = evaluate_checkpoint(references, work.checkpoint_directory(name), progress=work.progress)
+                results[name] = result.model_copy(update={"settings_sha256": key})
+                results[name].write(work.evaluation_file(name))
     return {name: results[name] for name in manifests}

@@ -5,7 +5,7 @@ from pathlib import Path
 from bitladder.checkpoints.export import export_all, share_equal_files
 from bitladder.measured import read_amax, read_codes
 from bitladder.records import CheckpointManifest, Scheme
-from bitladder.runinfo import Meter
+from bitladder.steps.step import doing, valid
 from bitladder.steps.workspace import Workspace
 
 
@@ -14,8 +14,9 @@ def is_intact(work: Workspace, scheme: Scheme, directory: Path) -> bool:
 
     Files whose size and modification time are known are not read again.
     """
-    manifest = work.known(CheckpointManifest, directory / CheckpointManifest.FILE_NAME)
-    if manifest is None or manifest.scheme_sha256 != scheme.fingerprint():
+    path = directory / CheckpointManifest.FILE_NAME
+    manifest = valid(work, CheckpointManifest, path, scheme_sha256=scheme.fingerprint())
+    if manifest is None:
         return False
     present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
     known = {CheckpointManifest.FILE_NAME, CheckpointManifest.CARD_NAME, *(entry.name for entry in manifest.files)}
@@ -38,15 +39,14 @@ def export(work: Workspace) -> dict[str, CheckpointManifest]:
     for scheme in missing:
         work.check_place(work.checkpoint_directory(scheme.name))
     if missing:
-        meter = Meter()
-        with meter.phase(f"export {len(missing)} scheme{'s' if len(missing) > 1 else ''}"):
-            directories = {scheme.name: work.checkpoint_directory(scheme.name) for scheme in missing}
-            export_all(missing, measurement, amax, work.model_directory, directories, work.progress, codes)
-        if work.recipe.export.share_files:
-            share_equal_files([work.checkpoint_directory(scheme.name) for scheme in schemes])
-        for scheme in schemes:
-            is_intact(work, scheme, work.checkpoint_directory(scheme.name))  # fills the cache of digests
-        work.finished("export", meter.phases)
+        with doing(work, "export") as meter:
+            with meter.phase(f"export {len(missing)} scheme{'s' if len(missing) > 1 else ''}"):
+                directories = {scheme.name: work.checkpoint_directory(scheme.name) for scheme in missing}
+                export_all(missing, measurement, amax, work.model_directory, directories, work.progress, codes)
+            if work.recipe.export.share_files:
+                share_equal_files([work.checkpoint_directory(scheme.name) for scheme in schemes])
+            for scheme in schemes:
+                is_intact(work, scheme, work.checkpoint_directory(scheme.name))  # fills the cache of digests
     manifests = work.manifests()
     work.place_manifests(schemes, manifests)
     return manifests

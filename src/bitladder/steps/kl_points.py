@@ -9,11 +9,12 @@ from bitladder.planning import controls
 from bitladder.planning.prediction import KlMap
 from bitladder.recipe import SchemeSpec
 from bitladder.records import KlPoint, KlPoints, Measurement, Scheme, digest_of
-from bitladder.runinfo import Meter
 from bitladder.steps.data import scored_calibration_data
 from bitladder.steps.simulated import kl_on
+from bitladder.steps.step import doing, valid
 from bitladder.steps.workspace import KL_POINTS_FILE, Workspace
 
+_STEP = "measure KL of a few schemes"
 _KL_POINT_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the searched weights; schemes between which KL is interpolated
 
 
@@ -27,25 +28,25 @@ def measure_kl_points(work: Workspace) -> KlPoints:
     data, schemes = scored_calibration_data(work, measurement), kl_point_schemes(measurement)
     key = digest_of([ARITHMETIC, str(len(data.batches)), *(scheme.fingerprint() for scheme in schemes)])
     path = work.output / KL_POINTS_FILE
-    known = work.known(KlPoints, path)
-    if known is not None and known.settings_sha256 == key:
+    known = valid(work, KlPoints, path, settings_sha256=key)
+    if known is not None:
         return known
-    meter, points = Meter(), []
-    with meter.phase("measure KL of a few schemes"), kl_on(work, measurement, data) as kl:
-        for index, scheme in enumerate(schemes):
-            work.progress("measure KL of a few schemes", index, len(schemes))
-            points.append(KlPoint(name=scheme.name, score=scheme.predicted_score, kl=kl(scheme)))
-        work.progress("measure KL of a few schemes", len(schemes), len(schemes))
-    result = KlPoints(
-        measurement_sha256=measurement.fingerprint(),
-        settings_sha256=key,
-        data=data.summary,
-        samples=sum(len(batch.labels) for batch in data.batches),
-        points=tuple(points),
-        run=meter.info(),
-    )
-    result.write(path)
-    work.finished("measure KL of a few schemes", meter.phases)
+    with doing(work, _STEP) as meter:
+        points = []
+        with meter.phase(_STEP), kl_on(work, measurement, data) as kl:
+            for index, scheme in enumerate(schemes):
+                work.progress(_STEP, index, len(schemes))
+                points.append(KlPoint(name=scheme.name, score=scheme.predicted_score, kl=kl(scheme)))
+            work.progress(_STEP, len(schemes), len(schemes))
+        result = KlPoints(
+            measurement_sha256=measurement.fingerprint(),
+            settings_sha256=key,
+            data=data.summary,
+            samples=sum(len(batch.labels) for batch in data.batches),
+            points=tuple(points),
+            run=meter.info(),
+        )
+        result.write(path)
     return result
 
 

@@ -1,5 +1,6 @@
 """Measure once, or take over what somebody measured."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bitladder.recipe import Recipe
 from bitladder.records import Measurement, ModelSource
 from bitladder.steps.data import calibration_data
 from bitladder.steps.look import look
+from bitladder.steps.step import read_valid
 from bitladder.steps.workspace import Workspace
 from bitladder.storage import atomic_write
 
@@ -30,16 +32,14 @@ def measure(work: Workspace) -> Measurement:
     source, directory, data = work.source(), work.model_directory, calibration_data(work)
     path = work.output / MEASUREMENT_FILE
     key = settings_sha256(source, data, work.recipe.measurement)
-    if path.exists():
-        known = Measurement.read(path)
-        amax = work.output / AMAX_FILE
-        has_amax = amax.is_file() and work.cache.sha256(amax) == known.amax_sha256
-        has_codes = codes_are_intact(work, known, work.output)
-        if known.settings_sha256 == key and has_amax and has_codes:
+    known = read_valid(Measurement, path)  # a damaged one is refused: what took hours isn't made again unasked
+    if known is not None:
+        damaged = damaged_beside(work, known, work.output)
+        if known.settings_sha256 == key and not damaged:
             forget_partial(work.output)  # of a run that was killed when it had measured
             work.note_measured_with(deciding(work.recipe))  # nor had it noted this
             return known
-        work.tell(f"measuring again: {why_again(work, known, source, data, has_amax=has_amax, has_codes=has_codes)}")
+        work.tell(f"measuring again: {why_again(work, known, source, data, damaged)}")
     target = work.target
     if any(spec.kv_cache == "fp8" for spec in work.recipe.scheme_specs()):
         check_layers(target.groups)
@@ -56,15 +56,7 @@ def deciding(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", include={"model", "calibration", "measurement"})
 
 
-def why_again(
-    work: Workspace,
-    known: Measurement,
-    source: ModelSource,
-    data: DataSet,
-    *,
-    has_amax: bool,
-    has_codes: bool,
-) -> str:
+def why_again(work: Workspace, known: Measurement, source: ModelSource, data: DataSet, damaged: Sequence[str]) -> str:
     """Say in a line what is not as it was when the measurement that is there was made."""
     before = work.state.measured_with
     changes = _changes(before, deciding(work.recipe)) if before else []
@@ -72,10 +64,7 @@ def why_again(
         changes.append("the model's files are others")
     if known.calibration.sha256 != data.summary.sha256 and not any(line.startswith("calibration") for line in changes):
         changes.append("the calibration samples are others")
-    if not has_amax:
-        changes.append(f"{AMAX_FILE} is missing or damaged")
-    if not has_codes:
-        changes.append(f"{CODES} is missing or damaged")
+    changes += [f"{name} is missing or damaged" for name in damaged]
     return ", ".join(changes) or "the settings are others than those that it was made with"
 
 
@@ -96,13 +85,15 @@ def _changes(before: Any, after: Any, name: str = "") -> list[str]:
     return [line for part, old, new in pairs for line in _changes(old, new, part)]
 
 
-def codes_are_intact(work: Workspace, measurement: Measurement, directory: Path) -> bool:
-    """Return whether the compensated codes of a measurement, where it has some, lie in `directory` as they were."""
+def damaged_beside(work: Workspace, measurement: Measurement, directory: Path) -> list[str]:
+    """Return which of the files that belong to a measurement don't lie in `directory` as they were."""
+    amax = directory / AMAX_FILE
+    whole = amax.is_file() and work.cache.sha256(amax) == measurement.amax_sha256
     try:
-        read_codes(measurement, directory, work.cache.sha256)
+        read_codes(measurement, directory, work.cache.sha256)  # compensated ones, where it has some
     except RecordError:
-        return False
-    return True
+        return [CODES] if whole else [AMAX_FILE, CODES]
+    return [] if whole else [AMAX_FILE]
 
 
 def take_over(work: Workspace, path: Path) -> Measurement:
@@ -121,10 +112,8 @@ def take_over(work: Workspace, path: Path) -> Measurement:
             f"{path} was measured on other weights ({known.model.path}) than {source.path} has; measure, or name the "
             "model that it is of"
         )
-    if not amax.is_file() or work.cache.sha256(amax) != known.amax_sha256:
-        raise RecordError(f"{amax} is missing or not the one that {path} was written with; copy both files together")
-    if not codes_are_intact(work, known, path.parent):
-        raise RecordError(f"{path.parent / CODES} does not hold the codes that {path} was written with; copy it too")
+    for name in damaged_beside(work, known, path.parent):
+        raise RecordError(f"{path.parent / name} is missing or not what {path} was written with; copy both together")
     own = work.output / MEASUREMENT_FILE
     if path.resolve() != own.resolve():
         atomic_write(work.output / AMAX_FILE, read_bytes(amax))

@@ -33,6 +33,7 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
         from bitladder.steps.refine import refine_schemes
 
         schemes = refine_schemes(work, schemes)
+    schemes = planning.remarked(measurement, schemes)
     changed = []
     for scheme in schemes:
         path = work.scheme_file(scheme.name)

@@ -3,7 +3,7 @@
 from bitladder.records import ProbeResult
 from bitladder.runinfo import Meter
 from bitladder.runtimes import preflight as rules
-from bitladder.steps.probes import probe_path, probes
+from bitladder.steps.known import probe_path, probed
 from bitladder.steps.workspace import Workspace
 
 
@@ -18,7 +18,7 @@ def preflight(work: Workspace) -> tuple[ProbeResult, ...]:
     with meter.phase("preflight"):
         for name in manifests:
             results += rules.preflight(work.checkpoint_directory(name))
-    known = {result.fingerprint() for result in probes(work, manifests)}
+    known = {result.fingerprint() for result in probed(work, manifests)}
     changed = [result for result in results if result.fingerprint() not in known]
     for result in changed:
         result.write(probe_path(work, result))

@@ -1,6 +1,6 @@
 """Have the recipe's runtime load, and serve, each checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bitladder.device import resolve_device
@@ -10,8 +10,9 @@ from bitladder.runinfo import Meter
 from bitladder.runtimes.child import vllm_version
 from bitladder.runtimes.vllm import load
 from bitladder.steps.asking import serve_on
+from bitladder.steps.known import probe_path, probed
 from bitladder.steps.originals import Originals
-from bitladder.steps.probes import probe_path, probes
+from bitladder.steps.step import doing
 from bitladder.steps.workspace import Workspace
 
 
@@ -31,28 +32,38 @@ def probe(work: Workspace) -> tuple[ProbeResult, ...]:
     version = vllm_version(python)
     known = {
         result.scheme: result
-        for result in probes(work, manifests)
+        for result in probed(work, manifests)
         if (result.runtime, result.version, result.stage) == ("vllm", version, spec.stage)
     }
-    missing, meter = [name for name in manifests if name not in known], Meter()
-    if missing and spec.stage == "load":
-        for index, name in enumerate(missing):
-            work.progress("probe: load", index, len(missing))
-            with meter.phase(f"probe {name}: load"):
-                known[name] = load.probe(work.checkpoint_directory(name), python, timeout=spec.timeout)
-            known[name].write(probe_path(work, known[name]))
-        work.progress("probe: load", len(missing), len(missing))
-    elif missing:
-        work.progress("probe: generate", 0, 0)
-        with meter.phase("probe: generate"):
-            directories = [work.checkpoint_directory(name) for name in missing]
-            served = _serve(work, directories, python, spec.timeout)
-        for name, result in zip(missing, served, strict=True):
-            known[name] = result
-            result.write(probe_path(work, result))
+    missing = [name for name in manifests if name not in known]
     if missing:
-        work.finished("probe", meter.phases)
+        with doing(work, "probe") as meter:
+            ask = _load_each if spec.stage == "load" else _serve_all
+            for result in ask(work, missing, python, spec.timeout, meter):
+                known[str(result.scheme)] = result
+                result.write(probe_path(work, result))
     return tuple(known[name] for name in manifests)
+
+
+def _load_each(
+    work: Workspace, names: Sequence[str], python: Path, timeout: float, meter: Meter
+) -> Iterator[ProbeResult]:
+    """Yield what vLLM's loader makes of each scheme's checkpoint, one after the other."""
+    for index, name in enumerate(names):
+        work.progress("probe: load", index, len(names))
+        with meter.phase(f"probe {name}: load"):
+            result = load.probe(work.checkpoint_directory(name), python, timeout=timeout)
+        yield result
+    work.progress("probe: load", len(names), len(names))
+
+
+def _serve_all(
+    work: Workspace, names: Sequence[str], python: Path, timeout: float, meter: Meter
+) -> tuple[ProbeResult, ...]:
+    """Return what vLLM's engine makes of the checkpoints."""
+    work.progress("probe: generate", 0, 0)
+    with meter.phase("probe: generate"):
+        return _serve(work, [work.checkpoint_directory(name) for name in names], python, timeout)
 
 
 def _serve(work: Workspace, directories: Sequence[Path], python: Path, timeout: float) -> tuple[ProbeResult, ...]:

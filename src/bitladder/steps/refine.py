@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 from bitladder import planning
 from bitladder.evaluation.evaluate import ARITHMETIC
-from bitladder.planning.refinement import refine, with_formats
-from bitladder.recipe import SchemeSpec
+from bitladder.planning.refinement import Kl, refine, with_formats
+from bitladder.recipe import RefineSpec, SchemeSpec
 from bitladder.records import BF16, Measurement, Refinement, Refinements, Scheme, digest_of
-from bitladder.runinfo import Meter
 from bitladder.steps.data import scored_calibration_data
 from bitladder.steps.simulated import kl_on
+from bitladder.steps.step import doing, valid
 from bitladder.steps.workspace import REFINEMENTS_FILE, Workspace
+
+_STEP = "refine schemes"
 
 
 def refine_schemes(work: Workspace, schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:
@@ -24,47 +26,50 @@ def refine_schemes(work: Workspace, schemes: Sequence[Scheme]) -> tuple[Scheme, 
     measurement, spec, path = work.measurement(), work.recipe.refine, work.output / REFINEMENTS_FILE
     data = scored_calibration_data(work, measurement)
     key = digest_of([ARITHMETIC, str(len(data.batches)), spec.model_dump_json()])
-    known = work.known(Refinements, path)
-    done = {} if known is None or known.settings_sha256 != key else {r.planned_sha256: r for r in known.refinements}
-    open_ = [scheme for scheme in schemes if BF16 in scheme.formats.values() and "include" not in scheme.asked]
+    known = valid(work, Refinements, path, settings_sha256=key)
+    done = {one.planned_sha256: one for one in known.refinements} if known is not None else {}
+    open_ = [scheme for scheme in schemes if BF16 in scheme.formats.values() and not scheme.by_name]
     missing = [scheme for scheme in open_ if scheme.fingerprint() not in done]
     if missing:
-        meter = Meter()
-        with meter.phase("refine schemes"), kl_on(work, measurement, data) as kl:
-            for index, scheme in enumerate(missing):
-                work.progress("refine schemes", index, len(missing))
-                asked = SchemeSpec.model_validate(scheme.asked)
-                found = refine(
-                    measurement.weigh_images(asked.image_weight),
-                    scheme,
-                    kl,
-                    evaluations=spec.evaluations,
-                    marginal=spec.marginal,
-                    excluded=planning.matching_groups(measurement, scheme.name, asked.exclude),
-                )
-                done[scheme.fingerprint()] = Refinement(
-                    scheme=scheme.name,
-                    planned_sha256=scheme.fingerprint(),
-                    kl_planned=found.before,
-                    kl_refined=found.after,
-                    evaluations=found.evaluations,
-                    changes={group: found.scheme.formats[group] for group in found.swapped},
-                )
-            work.progress("refine schemes", len(missing), len(missing))
-        Refinements(
-            measurement_sha256=measurement.fingerprint(),
-            settings_sha256=key,
-            data=data.summary,
-            samples=sum(len(batch.labels) for batch in data.batches),
-            refinements=tuple(done[scheme.fingerprint()] for scheme in open_),
-            run=meter.info(),
-        ).write(path)
-        work.finished("refine schemes", meter.phases)
+        with doing(work, _STEP) as meter:
+            with meter.phase(_STEP), kl_on(work, measurement, data) as kl:
+                for index, scheme in enumerate(missing):
+                    work.progress(_STEP, index, len(missing))
+                    done[scheme.fingerprint()] = _refinement(measurement, scheme, kl, spec)
+                work.progress(_STEP, len(missing), len(missing))
+            Refinements(
+                measurement_sha256=measurement.fingerprint(),
+                settings_sha256=key,
+                data=data.summary,
+                samples=sum(len(batch.labels) for batch in data.batches),
+                refinements=tuple(done[scheme.fingerprint()] for scheme in open_),
+                run=meter.info(),
+            ).write(path)
     return planning.related([_refined(measurement, scheme, done.get(scheme.fingerprint())) for scheme in schemes])
+
+
+def _refinement(measurement: Measurement, scheme: Scheme, kl: Kl, spec: RefineSpec) -> Refinement:
+    """Refine one scheme and return what that came to."""
+    excluded = scheme.asked.exclude if isinstance(scheme.asked, SchemeSpec) else ()
+    found = refine(
+        scheme.weigh(measurement),
+        scheme,
+        kl,
+        evaluations=spec.evaluations,
+        marginal=spec.marginal,
+        excluded=planning.matching_groups(measurement, scheme.name, excluded),
+    )
+    return Refinement(
+        scheme=scheme.name,
+        planned_sha256=scheme.fingerprint(),
+        kl_planned=found.before,
+        kl_refined=found.after,
+        evaluations=found.evaluations,
+        changes={group: found.scheme.formats[group] for group in found.swapped},
+    )
 
 
 def _refined(measurement: Measurement, scheme: Scheme, refinement: Refinement | None) -> Scheme:
     if refinement is None:
         return scheme
-    weight = SchemeSpec.model_validate(scheme.asked).image_weight
-    return with_formats(measurement.weigh_images(weight), scheme, refinement.changes)
+    return with_formats(scheme.weigh(measurement), scheme, refinement.changes)

@@ -10,6 +10,7 @@ from bitladder.evaluation.reference import Reference
 from bitladder.evaluation.simulation import Simulation
 from bitladder.measured import read_amax, read_codes
 from bitladder.records import Measurement, Scheme, SimulatedKls, digest_of
+from bitladder.steps.step import valid
 from bitladder.steps.workspace import SIMULATED_FILE, Workspace
 
 
@@ -25,8 +26,8 @@ def kl_on(work: Workspace, measurement: Measurement, data: DataSet) -> Iterator[
     """
     path = work.output / SIMULATED_FILE
     key = digest_of([measurement.fingerprint(), data.summary.sha256, str(len(data.batches)), ARITHMETIC])
-    known = work.known(SimulatedKls, path)
-    kls = dict(known.kl) if known is not None and known.settings_sha256 == key else {}
+    known = valid(work, SimulatedKls, path, settings_sha256=key)
+    kls = dict(known.kl) if known is not None else {}
     device = resolve_device(work.recipe.measurement.device)
     with ExitStack() as stack:
         prepared: list[tuple[Reference, Simulation]] = []

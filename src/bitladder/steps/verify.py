@@ -5,8 +5,9 @@ from bitladder.errors import VerificationFailed
 from bitladder.measured import read_amax
 from bitladder.models.weights import DigestCache
 from bitladder.records import Verification
-from bitladder.runinfo import Meter
 from bitladder.steps.export import is_intact
+from bitladder.steps.known import fingerprints
+from bitladder.steps.step import doing, valid
 from bitladder.steps.workspace import VERIFICATION_FILE, Workspace
 
 
@@ -25,21 +26,19 @@ def verify(work: Workspace, *, trust_times: bool = False) -> Verification:
         work.cache = DigestCache()
     measurement, schemes, manifests = work.measurement(), work.schemes(), work.manifests()
     path = work.output / VERIFICATION_FILE
-    wanted = {name: manifest.fingerprint() for name, manifest in manifests.items()}
+    directories = {scheme.name: work.checkpoint_directory(scheme.name) for scheme in schemes}
     result = None
-    if trust_times and path.exists() and all(is_intact(work, s, work.checkpoint_directory(s.name)) for s in schemes):
-        known = work.known(Verification, path)
-        if known is not None and {c.scheme: c.manifest_sha256 for c in known.checkpoints} == wanted and known.ok:
-            result = known
+    if trust_times and path.exists() and all(is_intact(work, s, directories[s.name]) for s in schemes):
+        result = valid(work, Verification, path, manifest_sha256=fingerprints(manifests), ok=True)
     if result is None:
-        meter = Meter()
-        with meter.phase("verify"):
-            directories = {scheme.name: work.checkpoint_directory(scheme.name) for scheme in schemes}
-            amax = read_amax(measurement, work.output)
-            result = verification.verify(schemes, measurement, amax, work.model_directory, directories, work.progress)
-        result = result.model_copy(update={"times_trusted": trust_times})
-        result.write(path)
-        work.finished("verify", meter.phases)
+        with doing(work, "verify") as meter:
+            with meter.phase("verify"):
+                amax = read_amax(measurement, work.output)
+                found = verification.verify(
+                    schemes, measurement, amax, work.model_directory, directories, work.progress
+                )
+            result = found.model_copy(update={"times_trusted": trust_times})
+            result.write(path)
     findings = [(c.scheme, f) for c in result.checkpoints for f in c.findings]
     findings += [(f"{p.first} and {p.second}", f) for p in result.pairs for f in p.findings]
     if findings:

@@ -1,7 +1,7 @@
 """Which configuration a runtime reads, and whether the rules here cover what it asks for."""
 
 from bitladder.formats import get_format
-from bitladder.runtimes.architectures import architecture_name
+from bitladder.models.families import architecture_name
 from bitladder.runtimes.base import MIX, format_of
 from bitladder.runtimes.checks.subject import Subject
 from bitladder.runtimes.config import CONFIG_FILE, Quantisation

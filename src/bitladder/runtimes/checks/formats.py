@@ -1,9 +1,9 @@
 """In which format is a layer stored, in which would it run, and in which was it promised?"""
 
 from bitladder.formats import get_format
+from bitladder.models.families import SCALES
 from bitladder.models.fusing import Layer
 from bitladder.records import BF16, CheckpointManifest
-from bitladder.runtimes.architectures import SCALES
 from bitladder.runtimes.checks.subject import Subject
 from bitladder.runtimes.config import CONFIG_FILE, LEGACY_FILE
 from bitladder.runtimes.files import SIXTEEN_BIT

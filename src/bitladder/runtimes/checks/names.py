@@ -1,6 +1,6 @@
 """Has every tensor a place, every place a tensor of its shape, and every name in a list a module?"""
 
-from bitladder.runtimes.architectures import uneven_layers
+from bitladder.models.families import uneven_layers
 from bitladder.runtimes.checks.subject import Subject
 from bitladder.runtimes.config import CONFIG_FILE
 from bitladder.runtimes.findings import EXPORT_AGAIN

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, WEIGHT_SCALE_2, Format, get_format
+from bitladder.models.families import SCALES, Architecture
 from bitladder.models.fusing import Layer
 from bitladder.records import BF16
-from bitladder.runtimes.architectures import SCALES, Architecture
-from bitladder.runtimes.base import MIX, UNIFORM, Decision, Rules
+from bitladder.runtimes.base import MIX, RECOMPUTED, UNIFORM, Decision, Rules
 from bitladder.runtimes.config import LEGACY_FILE, inline, nested
 from bitladder.runtimes.files import SIXTEEN_BIT, Files, Tensor
 from bitladder.runtimes.findings import Findings
@@ -19,9 +19,6 @@ from bitladder.runtimes.findings import Findings
 _KV_SCALE = re.compile(
     r"^(?P<attention>.+\.(?:self_attn|mixer))\.(?:[kv]_proj\.|qkv_proj\.|attn\.)?(?P<which>[kv])_scale$"
 )
-# Tensors that older checkpoints carry and that runtimes compute themselves.
-# Source: vllm model_executor/models/utils.py, AutoWeightsLoader.REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER.
-_RECOMPUTED = re.compile(r"rotary_(?:emb|pos_emb)\.(?:inv_freq|cos_cached|sin_cached)$")
 
 
 @dataclass
@@ -41,7 +38,7 @@ def _sort(need: Architecture, tensors: Iterable[Tensor]) -> Sorted:
         name = need.rename(tensor.name)
         module, _, leaf = name.rpartition(".")
         cache = _KV_SCALE.match(name)
-        if _RECOMPUTED.search(name):
+        if RECOMPUTED.search(name):
             continue
         if cache and f"{cache['attention']}.k_proj.weight" in need.tensors:
             kinds.kv_scales[f"{cache['attention']}.{cache['which']}_scale"] = tensor

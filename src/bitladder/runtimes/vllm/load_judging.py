@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 
 from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, WEIGHT_SCALE_2
 from bitladder.records import BF16, CheckpointManifest, ErrorClass, ProbedLayer, ProbeFinding
+from bitladder.runtimes.base import RECOMPUTED
 from bitladder.runtimes.child import Outcome, first_line
 from bitladder.runtimes.vllm.exceptions import SEE_TRACEBACK, classify, classify_exit, exit_words
 from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
@@ -22,9 +23,6 @@ _KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
 # Source: vllm model_executor/layers/quantization/kv_cache.py, BaseKVCacheMethod.create_weights.
 _OPTIONAL_SCALES = ("q_scale", "prob_scale")
 _KV_SCALES = ("k_scale", "v_scale")
-# Tensors that older checkpoints carry and that every runtime computes itself.
-# Source: vllm model_executor/models/utils.py, AutoWeightsLoader (rotary embeddings are dropped).
-_RECOMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
 def module_of(tensor: str) -> str:
@@ -151,7 +149,7 @@ def unused_findings(facts: Facts, manifest: CheckpointManifest | None) -> Iterat
     """Yield tensors that vLLM read and put nowhere."""
     promised = set() if manifest is None else {module.tensor for module in manifest.modules}
     for tensor in facts.unused:
-        if tensor.endswith(_RECOMPUTED):
+        if RECOMPUTED.search(tensor):
             continue
         tied = bool(facts.config.get("tied")) and tensor.endswith("lm_head.weight")
         make = _warning if tied and tensor not in promised and facts.tensors[tensor].dtype in SIXTEEN_BIT else _error

@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import ClassVar
 
+from bitladder.models.families import Architecture
 from bitladder.models.fusing import Layer
-from bitladder.runtimes.architectures import Architecture
 from bitladder.runtimes.base import MIX, Decision, Rules, Support
 
 _MODELOPT = "vllm {}, model_executor/layers/quantization/modelopt.py"
