@@ -39,7 +39,7 @@ def test_a_uniform_checkpoint_passes_where_the_runtime_has_the_format(tmp_path, 
     result, seen = found(make(tmp_path / "x", dict.fromkeys(LINEARS, algorithm), mix=False), runtime)
     if runtime == "tensorrt_llm" and algorithm == FP4_W:
         assert [kind for kind, severity, _ in seen if severity == "error"] == ["unsupported_format"]
-        assert "W4A16_NVFP4 is no algorithm" in result.findings[0].problem
+        assert "has no W4A16_NVFP4" in result.findings[0].problem
         return
     assert [one for one in seen if one[1] == "error"] == []
     formats = {layer.name: layer.format for layer in result.layers}
