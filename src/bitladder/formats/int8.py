@@ -24,6 +24,7 @@ class Int8(Format):
     """See the module."""
 
     name = "int8"
+    title = "INT8, a scale a row and a token"
     modelopt_config = ""
     modelopt_algorithm = ""
     code_dtype = "I8"

@@ -13,6 +13,7 @@ class Int8W8a16(IntGroups):
     """See the module."""
 
     name = "int8_w8a16"
+    title = "INT8 in groups of 128, inputs in 16 bits"
     code_bits = 8
     codes_a_number = 4
     group_size = 128
@@ -23,5 +24,6 @@ class Int8W8a16Group64(Int8W8a16):
     """The same in groups of 64: of models whose widths 128 doesn't divide."""
 
     name = "int8_w8a16_g64"
+    title = "INT8 in groups of 64, inputs in 16 bits"
     group_size = 64
     layouts: ClassVar = {COMPRESSED_TENSORS: packed_layout(8, 64)}

@@ -16,7 +16,7 @@ from bitladder.runtimes.base import RECOMPUTED
 from bitladder.runtimes.child import Outcome, first_line
 from bitladder.runtimes.vllm.exceptions import SEE_TRACEBACK, classify, classify_exit, exit_words
 from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
-from bitladder.runtimes.vllm.formats import SIXTEEN_BIT, fitting, plain_format, wrong_format
+from bitladder.runtimes.vllm.formats import PACKED, SIXTEEN_BIT, fitting, plain_format, wrong_format
 
 _EXPORT = "export the checkpoint again"
 _KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
@@ -287,9 +287,8 @@ def stored_formats(facts: Facts, module: str) -> list[str]:
     scale = facts.tensors.get(f"{module}.weight_scale")
     flat = scale is not None and (len(scale.shape) == 1 or (scale.shape[1:] == (1,) and scale.dtype == "float32"))
     channels = None if scale is None else flat and scale.shape != (1,)
-    found = fitting(dtype, channels=channels)
-    dynamic = not _has_input_scale(facts.tensors, module)
-    return (fitting(dtype, channels=channels, dynamic_input=dynamic) or found) if len(found) > 1 else found or [dtype]
+    dynamic = not _has_input_scale(facts.tensors, module) if dtype in PACKED else None
+    return fitting(dtype, channels=channels, dynamic_input=dynamic) or [dtype]
 
 
 def _numbered_part(module: str) -> str:
@@ -400,7 +399,7 @@ def findings(
     failures = [failure_finding(failure, facts) for failure in facts.errors]
     silent: list[ProbeFinding] = [*tokenizer_findings(facts), *cast_findings(facts)]
     if facts.loaded:
-        silent += [*truncated_findings(facts), *missing_findings(facts), *unused_findings(facts, manifest)]
+        silent += [*missing_findings(facts), *unused_findings(facts, manifest), *truncated_findings(facts)]
     silent += [*scale_findings(facts), *weight_findings(facts), *unequal_findings(facts)]
     silent += format_findings(facts, layers)
     if facts.loaded:
