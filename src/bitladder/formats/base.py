@@ -50,6 +50,7 @@ class Format(ABC):
     channels: ClassVar[bool] = False  # whether every row of a weight has a scale of its own
     # What is done to an input: rounded with a stored scale, with one a token that is made when it is seen, or nothing.
     input: ClassVar[Literal["static", "token", "unrounded"]]
+    weight_like: ClassVar[str | None] = None  # another format that stores the very same of a weight
     multiplies: ClassVar[bool] = False  # whether torch._scaled_mm takes its codes, with a scalar scale on either side
 
     @property

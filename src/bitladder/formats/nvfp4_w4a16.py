@@ -18,6 +18,7 @@ class Nvfp4W4a16(E2m1Blocks):
     modelopt_config = "W4A16_NVFP4_CFG"
     modelopt_algorithm = "W4A16_NVFP4"
     input = "unrounded"
+    weight_like = "nvfp4"
 
     def round_input(self, x: "torch.Tensor", scale: "torch.Tensor | None") -> "torch.Tensor":
         """Return the input as it is."""
