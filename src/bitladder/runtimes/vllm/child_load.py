@@ -18,6 +18,7 @@ model_executor/model_loader/base_loader.py (BaseModelLoader.load_model), vLLM 0.
 
 import contextlib
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -42,6 +43,14 @@ MAX_VALUES = 1024  # a parameter with "scale" in its name and no more elements t
 KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op")
 
 Facts = dict[str, Any]
+
+
+def sibling(name: str) -> Any:
+    """Return the module in a file beside this one, whose directory isn't on the path."""
+    spec: Any = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Report:
@@ -391,26 +400,6 @@ def requantising(found: list[list[int]]) -> Iterator[None]:
         operations.scaled_fp8_quant = original
 
 
-@contextlib.contextmanager
-def emulating_fp4() -> Iterator[None]:
-    """Let FP4 layers run on CPUs by vLLM's own emulation, for which it registers no kernel there; nothing elsewhere."""
-    from vllm.model_executor.layers.quantization import modelopt
-    from vllm.platforms import current_platform
-
-    original = getattr(modelopt, "init_nvfp4_linear_kernel", None)
-    if original is None or not current_platform.is_cpu():
-        yield
-        return
-    from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
-    from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
-
-    modelopt.init_nvfp4_linear_kernel = lambda **_: EmulationNvFp4LinearKernel(NvFp4LinearLayerConfig())
-    try:
-        yield
-    finally:
-        modelopt.init_nvfp4_linear_kernel = original
-
-
 def start_process_group(store: Path) -> None:
     """Make the process group of one process that vLLM's layers ask for their rank; once a process.
 
@@ -511,7 +500,7 @@ class Probe:
 
         def create() -> Any:
             start_process_group(self.scratch / "group")
-            with set_default_torch_dtype(model_config.dtype), device, emulating_fp4():
+            with set_default_torch_dtype(model_config.dtype), device, sibling("child_fp4").emulating():
                 return initialize_model(vllm_config=config, model_config=model_config)
 
         def post_process() -> bool:

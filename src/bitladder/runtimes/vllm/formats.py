@@ -1,6 +1,6 @@
 """Which of our formats a layer of vLLM's runs in: told by dtype and scales, which every release has."""
 
-from bitladder.formats import get_format
+from bitladder.formats import FORMATS, get_format
 from bitladder.models.weights import TORCH_NAMES
 from bitladder.records import BF16, ProbedLayer, ProbeFinding
 from bitladder.runtimes import files
@@ -8,6 +8,8 @@ from bitladder.runtimes.vllm.rules import VllmRules
 
 # dtypes of weights that aren't quantised, as torch calls them
 SIXTEEN_BIT = tuple(TORCH_NAMES[dtype] for dtype in files.SIXTEEN_BIT)
+# of codes of which several are one number
+PACKED = frozenset(TORCH_NAMES[one.code_dtype] for one in FORMATS.values() if one.codes_a_number > 1)
 
 
 def plain_format(dtype: str | None) -> str | None:
