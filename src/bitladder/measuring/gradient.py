@@ -59,7 +59,7 @@ from bitladder.models.loading import image_token_ids
 from bitladder.records import QuantGroup
 
 _GRAPHED_FROM = 4  # batches from which capturing a CUDA graph is worth it
-_COMPILED_FROM = 500_000  # tokens of a shape from which a dozen seconds of compiling layers are worth it
+_COMPILED_FROM = 500_000  # tokens of a shape, times formats, from which a dozen seconds of compiling are worth it
 
 
 class _Taps:
@@ -138,7 +138,7 @@ class GradientScorer(ExitStack):
     def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
         self.layers, self.job = layers, job
-        self.decoder = Decoder(layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM))
+        self.decoder = Decoder(layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM // len(job.spec.formats)))
         self.taps = _Taps(layers, job, amax, codes)
         self.states = len(layers) + 1  # of each batch: every layer's input
         self.image_tokens = image_token_ids(layers.model.config)
