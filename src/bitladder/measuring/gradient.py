@@ -138,7 +138,9 @@ class GradientScorer(ExitStack):
     def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
         self.layers, self.job = layers, job
-        self.decoder = Decoder(layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM // len(job.spec.formats)))
+        self.decoder = Decoder(
+            layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM // len(job.spec.formats))
+        )
         self.taps = _Taps(layers, job, amax, codes)
         self.states = len(layers) + 1  # of each batch: every layer's input
         self.image_tokens = image_token_ids(layers.model.config)
