@@ -199,7 +199,11 @@ def test_another_method_of_quantisation_is_not_judged(made):
 
 def test_another_algorithm_is_judged_only_if_nothing_is_stored_so(made):
     directory = made("unknown_algorithm")
-    for name, verdict in (("FP8_PER_CHANNEL_PER_TOKEN", "unsupported_format"), ("nvfp4", "unsupported_format")):
+    for name, verdict in (
+        ("FP8_PER_CHANNEL_PER_TOKEN", "unsupported_format"),
+        ("NVFP4", "unsupported_format"),
+        ("mxfp8", "unsupported_format"),
+    ):
         config = broken.read_json(directory, broken.CONFIG)
         config["quantization_config"]["quant_algo"] = name
         broken.write_json(directory, broken.CONFIG, config)

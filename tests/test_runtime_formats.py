@@ -316,7 +316,9 @@ def test_the_layout_is_that_of_modelopts_own_export(tmp_path):
         ("float8_e4m3fn", True, True, "fp8_pc_pt"),
         ("bfloat16", False, False, "bf16"),
         ("float8_e4m3fn", True, False, "float8_e4m3fn with other scales than any known format's"),
-        ("uint8", False, False, "uint8"),
+        ("uint8", False, False, "nvfp4"),
+        ("uint8", False, True, "nvfp4_w4a16"),
+        ("int8", False, False, "int8"),
     ],
 )
 def test_a_served_layer_is_told_by_dtype_and_scales(dtype, channels, dynamic, expected):

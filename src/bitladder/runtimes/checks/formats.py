@@ -21,7 +21,8 @@ class FormatsCheck(Subject):
         linear = {f"{module}.weight" for module in self.need.linears}
         codes = {get_format(name).code_dtype for name in self.rules.SUPPORT}
         for name, tensor in self.tensors.weights.items():
-            if name in linear and tensor.dtype not in (*codes, *SIXTEEN_BIT):
+            known = name in linear and tensor.dtype in codes and self._stored(name.removesuffix(".weight")) is not None
+            if name in linear and not known and tensor.dtype not in SIXTEEN_BIT:
                 runs = self._runs_in[name.removesuffix(".weight")]
                 wanted = get_format(next(iter(self.rules.SUPPORT)) if runs == BF16 else runs)
                 self.findings.error(

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, Format, get_format
+from bitladder.formats import INPUT_SCALE, WEIGHT_SCALE, WEIGHT_SCALE_2, Format, get_format
 from bitladder.models.families import SCALES, Architecture
 from bitladder.models.fusing import Layer
 from bitladder.records import BF16
@@ -116,9 +116,10 @@ class Subject:
         if scale is not None and len(scale.shape) < 2 and (not scale.one_number or tensor.shape[:1] != (1,)):
             alike = [name for name in alike if get_format(name).channels != scale.one_number]
         runs = self._runs_in[module]
-        if runs not in alike and len(alike) > 1:
-            rounded = f"{module}.{INPUT_SCALE}" in self.tensors.scales
-            alike = [name for name in alike if get_format(name).has_input_scale == rounded] or alike
+        if runs not in alike and tensor.dtype in self._packed:  # any bytes may be such codes: scales tell
+            rounded, held = f"{module}.{INPUT_SCALE}" in self.tensors.scales, self.tensors.scales
+            alike = [name for name in alike if get_format(name).has_input_scale == rounded]
+            return next(iter(alike), None) if f"{module}.{WEIGHT_SCALE_2}" in held else None
         return runs if runs in alike else next(iter(alike), None)
 
     def _shape(self, tensor: str) -> tuple[int, ...]:
@@ -126,8 +127,13 @@ class Subject:
         held, module = self.tensors.weights[tensor], tensor.removesuffix(".weight")
         if module not in self._runs_in or len(held.shape) != 2 or tensor.startswith(self.need.open_prefixes):
             return held.shape
-        packing = [one for one in self._formats if one.code_dtype == held.dtype]
-        return packing[0].weight_shape(held.shape) if packing else held.shape
+        stored = self._stored(module)
+        return held.shape if stored in (None, BF16) else get_format(str(stored)).weight_shape(held.shape)
+
+    @cached_property
+    def _packed(self) -> frozenset[str]:
+        """The dtypes of several codes a number."""
+        return frozenset(one.code_dtype for one in self._formats if one.codes_a_number > 1)
 
     @cached_property
     def _formats(self) -> list[Format]:
