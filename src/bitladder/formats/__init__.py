@@ -19,6 +19,7 @@ from bitladder.formats.base import (
     Part,
 )
 from bitladder.formats.e4m3 import E4m3
+from bitladder.formats.fp8_block import Fp8Block
 from bitladder.formats.fp8_channel import Fp8Channel
 from bitladder.formats.fp8_tensor import Fp8Tensor
 from bitladder.formats.nvfp4 import Nvfp4
@@ -46,7 +47,7 @@ __all__ = [
     "why_not",
 ]
 
-FORMATS: dict[str, Format] = {one.name: one for one in (Fp8Tensor(), Fp8Channel(), Nvfp4(), Nvfp4W4a16())}
+FORMATS: dict[str, Format] = {one.name: one for one in (Fp8Tensor(), Fp8Channel(), Fp8Block(), Nvfp4(), Nvfp4W4a16())}
 
 
 def get_format(name: str) -> Format:
@@ -75,7 +76,7 @@ def column_format(name: str) -> E4m3:
     if not isinstance(found, E4m3):
         able = ", ".join(one.name for one in FORMATS.values() if isinstance(one, E4m3))
         raise RecipeError(
-            f"rounding: compensated can't make codes of {name}, whose scales lie along a row; it can of {able}: set "
+            f"rounding: compensated can't make codes of {name}, whose scales are of blocks; it can of {able}: set "
             "measurement.rounding: nearest, or another format"
         )
     return found

@@ -26,6 +26,7 @@ _E2M1_STEPS = ((2.0, 0.5), (4.0, 1.0))  # below a magnitude, how far apart value
 # Below it amax / 448 is no normal float32 number, or 448 / amax no finite one.
 LEAST_AMAX = E4M3_MAX * 2 * torch.finfo(torch.float32).tiny
 LEAST_BLOCKS_AMAX = E2M1_MAX * LEAST_AMAX  # of a tensor in blocks
+LEAST_GROUP_AMAX = 1e-10  # of a group of a token, in which its scale is made (fp8_utils.py, `eps`)
 
 
 def amax_of(values: torch.Tensor) -> torch.Tensor:
@@ -164,3 +165,20 @@ def _inverse(numbers: torch.Tensor) -> torch.Tensor:
     Source: get_reciprocal in the same file.
     """
     return 1.0 / (numbers + (numbers == 0) * 1e8)
+
+
+def squares(values: torch.Tensor, side: int) -> torch.Tensor:
+    """Return a view [rows / side, side, columns / side, side] of [rows, columns]."""
+    rows, columns = values.shape
+    return values.reshape(rows // side, side, columns // side, side)
+
+
+def fake_quantise_groups(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Return `values` [..., columns] with every `size` neighbours rounded with a scale of their own, in their dtype.
+
+    Source: vllm 0.32.0, quantization/utils/fp8_utils.py, per_token_group_quant_fp8, with float32 scales.
+    """
+    groups = values.float().unflatten(-1, (-1, size))
+    scales = groups.abs().amax(-1, keepdim=True).clamp_min(LEAST_GROUP_AMAX) / E4M3_MAX
+    codes = (groups / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE)
+    return (codes.float() * scales).flatten(-2).to(values.dtype)
