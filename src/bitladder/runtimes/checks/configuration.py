@@ -81,8 +81,7 @@ class ConfigurationCheck(Subject):
     @staticmethod
     def _has_many(format_name: str) -> bool:
         """Return whether a weight in a format has many scales."""
-        format_ = get_format(format_name)
-        return format_.channels or format_.group_size is not None
+        return get_format(format_name).spread != "tensor"
 
     @property
     def _many_scales(self) -> bool:

@@ -253,11 +253,11 @@ def inspect_parameters(model: torch.nn.Module, parameters: Parameters) -> None:
     """Add to each parameter's facts what was never loaded, its scales, and how many of its values aren't finite."""
     for name, tensor in model.named_parameters():
         facts = parameters.facts.get(name)
-        if facts is None or tensor.is_meta or not (tensor.is_floating_point() or is_packed(name, tensor)):
+        if facts is None or tensor.is_meta or not (tensor.is_floating_point() or is_packed(name, tensor) or is_scale(name)):
             continue
         facts["unloaded"] = unloaded(name, tensor, facts["copies"])
         if not tensor.is_floating_point():
-            continue  # every number is one of codes
+            continue  # every number is one of codes, or an exponent
         flat = tensor.detach().reshape(-1)
         if is_scale(name) and tensor.numel() <= MAX_VALUES:
             facts["values"] = [repr(value) for value in flat.float().tolist()]  # JSON has no NaN
@@ -392,23 +392,41 @@ def requantising(found: list[list[int]]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def emulating_fp4() -> Iterator[None]:
-    """Let FP4 layers run on CPUs by vLLM's own emulation, for which it registers no kernel there; nothing elsewhere."""
+def emulating() -> Iterator[None]:
+    """Let layers of blocks run on CPUs by vLLM's own emulation, which it registers nowhere there; nothing elsewhere."""
     from vllm.model_executor.layers.quantization import modelopt
     from vllm.platforms import current_platform
 
-    original = getattr(modelopt, "init_nvfp4_linear_kernel", None)
-    if original is None or not current_platform.is_cpu():
+    names = ("init_nvfp4_linear_kernel", "init_mxfp8_linear_kernel")
+    originals = {name: getattr(modelopt, name, None) for name in names}
+    if None in originals.values() or not current_platform.is_cpu():
         yield
         return
+    from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8LinearKernel
+    from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8LinearLayerConfig
     from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
     from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
 
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.scaled_mm.pytorch import BlockWiseTorchFP8ScaledMMLinearKernel as Squares
+
+    # vLLM's own for square blocks need AMX; whatever one does is the same until it multiplies, which loading doesn't
+    able, known = Squares.is_supported, linear._POSSIBLE_FP8_BLOCK_KERNELS
+    Squares.is_supported = classmethod(lambda *_: (True, None))
+    linear._POSSIBLE_FP8_BLOCK_KERNELS = {
+        platform: [*kernels, *([Squares] if platform == current_platform._enum else [])]
+        for platform, kernels in known.items()
+    }
     modelopt.init_nvfp4_linear_kernel = lambda **_: EmulationNvFp4LinearKernel(NvFp4LinearLayerConfig())
+    modelopt.init_mxfp8_linear_kernel = lambda weight_shape, **_: EmulationMxfp8LinearKernel(
+        Mxfp8LinearLayerConfig(weight_shape=weight_shape)
+    )
     try:
         yield
     finally:
-        modelopt.init_nvfp4_linear_kernel = original
+        for name, original in originals.items():
+            setattr(modelopt, name, original)
+        Squares.is_supported, linear._POSSIBLE_FP8_BLOCK_KERNELS = able, known
 
 
 def start_process_group(store: Path) -> None:
@@ -511,7 +529,7 @@ class Probe:
 
         def create() -> Any:
             start_process_group(self.scratch / "group")
-            with set_default_torch_dtype(model_config.dtype), device, emulating_fp4():
+            with set_default_torch_dtype(model_config.dtype), device, emulating():
                 return initialize_model(vllm_config=config, model_config=model_config)
 
         def post_process() -> bool:

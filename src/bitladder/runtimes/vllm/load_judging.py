@@ -15,7 +15,7 @@ from bitladder.runtimes.base import RECOMPUTED
 from bitladder.runtimes.child import Outcome, first_line
 from bitladder.runtimes.vllm.exceptions import SEE_TRACEBACK, classify, classify_exit, exit_words
 from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
-from bitladder.runtimes.vllm.formats import SIXTEEN_BIT, fitting, plain_format, wrong_format
+from bitladder.runtimes.vllm.formats import SIXTEEN_BIT, fitting, plain_format, spread_of, wrong_format
 
 _EXPORT = "export the checkpoint again"
 _KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
@@ -256,8 +256,10 @@ def running_format(facts: Facts, layer: Layer) -> str:
     scale = facts.parameters.get(f"{layer.name}.weight_scale")
     rows = facts.parameters[f"{layer.name}.weight"].shape[0]
     dynamic = f"{layer.name}.input_scale" not in facts.parameters or not layer.rounds_input
-    channels = scale is not None and len(scale.shape) < 2 and scale.elements == rows != max(len(layer.shards), 1)
-    found = fitting(str(layer.created_dtype), channels=channels, dynamic_input=dynamic)
+    spread = None if scale is None else spread_of(scale.shape)
+    if scale is not None and spread == "row" and not scale.elements == rows != max(len(layer.shards), 1):
+        spread = "tensor"  # of each of its shards
+    found = fitting(str(layer.created_dtype), spread=spread, dynamic_input=dynamic)
     if found:
         return found[0]
     scales = "no weight_scale" if scale is None else f"weight_scale {list(scale.shape)}"
@@ -271,10 +273,10 @@ def stored_formats(facts: Facts, module: str) -> list[str]:
     if plain is not None:
         return [plain]
     scale = facts.tensors.get(f"{module}.weight_scale")
-    channels = None if scale is None else len(scale.shape) == 1 and scale.shape != (1,)
-    found = fitting(dtype, channels=channels)
+    spread = None if scale is None else spread_of(scale.shape)
+    found = fitting(dtype, spread=spread)
     dynamic = f"{module}.input_scale" not in facts.tensors
-    return (fitting(dtype, channels=channels, dynamic_input=dynamic) or found) if len(found) > 1 else found or [dtype]
+    return (fitting(dtype, spread=spread, dynamic_input=dynamic) or found) if len(found) > 1 else found or [dtype]
 
 
 def _numbered_part(module: str) -> str:
