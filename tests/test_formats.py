@@ -243,7 +243,9 @@ def test_what_takes_one_format_refuses_two():
     problem = WorkersSpec(count=2).problem(MeasureSpec(formats=("fp8", ROWS)))
     assert problem is not None
     assert "workers score in one: name one" in problem
-    with pytest.raises(RecipeError, match="unknown format 'fp9'; known: fp8, fp8_pc_pt, fp8_block, .*nvfp4, nvfp4_w4a16 "):
+    with pytest.raises(
+        RecipeError, match="unknown format 'fp9'; known: fp8, fp8_pc_pt, fp8_block, .*nvfp4, nvfp4_w4a16 "
+    ):
         get_format("fp9")
     with pytest.raises(RecipeError, match=r"compensated can't make codes of nvfp4, .* it can of fp8, fp8_pc_pt: set "):
         column_format("nvfp4")

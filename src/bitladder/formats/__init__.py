@@ -50,7 +50,9 @@ __all__ = [
     "why_not",
 ]
 
-FORMATS: dict[str, Format] = {one.name: one for one in (Fp8Tensor(), Fp8Channel(), Fp8Block(), Mxfp8(), Nvfp4(), Nvfp4W4a16())}
+FORMATS: dict[str, Format] = {
+    one.name: one for one in (Fp8Tensor(), Fp8Channel(), Fp8Block(), Mxfp8(), Nvfp4(), Nvfp4W4a16())
+}
 
 
 def get_format(name: str) -> Format:

@@ -1,5 +1,7 @@
 """FP8 E4M3 numbers, and FP4 E2M1 numbers in blocks: magnitudes, scales, codes, and back. Only this module knows 448, 6.
 
+MXFP8 is E4M3 numbers in blocks of 32 with a power of two for each, stored as its exponent (E8M0).
+
 A value x of a tensor with amax a is stored as the E4M3 code nearest to x · (448 / a), saturated at ±448, and restored
 as code · (a / 448). Products and the division run in float32, as ModelOpt's fake quantisation does
 (modelopt.torch.quantization.tensor_quant.fp8_eager); ModelOpt's own export divides in BF16, which moves some codes to
@@ -80,9 +82,9 @@ def scale_of_blocks(amax: torch.Tensor) -> torch.Tensor:
     return amax.float() / (E2M1_MAX * E4M3_MAX)
 
 
-def in_blocks(values: torch.Tensor) -> torch.Tensor:
-    """Return a view [..., columns / 16, 16] of [..., columns]."""
-    return values.reshape(*values.shape[:-1], -1, BLOCK)
+def in_blocks(values: torch.Tensor, size: int = BLOCK) -> torch.Tensor:
+    """Return a view [..., columns / size, size] of [..., columns]."""
+    return values.reshape(*values.shape[:-1], -1, size)
 
 
 def block_scales(values: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
@@ -181,10 +183,10 @@ def fake_quantise_groups(values: torch.Tensor, size: int) -> torch.Tensor:
 
     Source: vllm 0.32.0, quantization/utils/fp8_utils.py, per_token_group_quant_fp8, with float32 scales.
     """
-    groups = values.float().unflatten(-1, (-1, size))
+    groups = in_blocks(values.float(), size)
     scales = groups.abs().amax(-1, keepdim=True).clamp_min(LEAST_GROUP_AMAX) / E4M3_MAX
     codes = (groups / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE)
-    return (codes.float() * scales).flatten(-2).to(values.dtype)
+    return (codes.float() * scales).reshape(values.shape).to(values.dtype)
 
 
 def powers(exponents: torch.Tensor) -> torch.Tensor:
@@ -203,7 +205,7 @@ def exponents_of(values: torch.Tensor, size: int) -> torch.Tensor:
 
     Source: MXFP8QTensor._compute_e8m0_exponent; vllm 0.32.0, mxfp8_utils.py, _mxfp8_e4m3_quantize_torch.
     """
-    amax = values.detach().unflatten(-1, (-1, size)).abs().amax(-1).float()
+    amax = in_blocks(values.detach(), size).abs().amax(-1).float()
     bits = (amax / E4M3_MAX).view(torch.int32)
     rounded_up = (bits + _MANTISSA) >> _MANTISSA_BITS
     return torch.where(bits <= _LEAST_POWER, 0, rounded_up).to(torch.uint8)
@@ -214,12 +216,12 @@ def exponent_codes(values: torch.Tensor, exponents: torch.Tensor) -> torch.Tenso
 
     Source: MXFP8QTensor.quantize_with_scale.
     """
-    blocks = values.detach().float().unflatten(-1, (exponents.shape[-1], -1))
+    blocks = in_blocks(values.detach().float(), values.shape[-1] // exponents.shape[-1])
     scaled = blocks * torch.exp2(E8M0_BIAS - exponents.float()).unsqueeze(-1)
     return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE).reshape(values.shape)
 
 
 def restored_by_exponents(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
     """Return code · scale in float32, [..., columns]; E8M0 scales are [..., columns / size]."""
-    blocks = codes.float().unflatten(-1, (exponents.shape[-1], -1))
+    blocks = in_blocks(codes.float(), codes.shape[-1] // exponents.shape[-1])
     return (blocks * powers(exponents).unsqueeze(-1)).reshape(codes.shape)

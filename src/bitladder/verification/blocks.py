@@ -30,16 +30,20 @@ def many_scales(weight: torch.Tensor, spread: Spread, above: torch.Tensor | None
         return None
     if spread == "exponent":
         # amax / 448 = m · 2^e with 1/2 <= m < 1, so the least power of two above is 2^e, or itself where m is 1/2
-        amax = torch.stack([part.abs().amax(1) for part in weight.split(EXPONENT_BLOCK, 1)], 1)
+        amax = _largest(weight, EXPONENT_BLOCK)
         mantissa, exponent = torch.frexp(amax.double() / E4M3_MAX)
         power = torch.where(mantissa == 0.5, exponent - 1, exponent)
         return torch.where(mantissa == 0, 0, power + 127).clamp(0, 254).to(torch.uint8)
     if spread == "square":
-        columns = torch.stack([part.abs().amax(1) for part in weight.split(SQUARE, 1)], 1)
-        amax = torch.stack([part.amax(0) for part in columns.split(SQUARE)])[:, None, :, None]
+        amax = _largest(_largest(weight, SQUARE).t(), SQUARE).t()[:, None, :, None]
     else:
         amax = weight.abs().amax(1)
     return amax.float().clamp_min(_LEAST_AMAX) / torch.tensor(E4M3_MAX)
+
+
+def _largest(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the largest magnitude of every `size` neighbours of a row, [rows, columns / size]."""
+    return torch.stack([values[:, at : at + size].abs().amax(1) for at in range(0, values.shape[1], size)], 1)
 
 
 def steps(scale: torch.Tensor, spread: Spread, first: int, count: int) -> torch.Tensor:

@@ -105,6 +105,10 @@ class ConfigurationCheck(Subject):
             )
             return False
         unknown = sorted({one for one in asked.layers.values() if self.rules.algorithm(one) is None})
+        reason = self.rules.why_not(format_of(unknown[0])) if unknown else None
+        if reason is not None:
+            self._unsupported(asked, f"quantized_layers asks for {unknown[0]!r}: {reason}")
+            return False
         if unknown:
             self.findings.error(
                 "unsupported_format",

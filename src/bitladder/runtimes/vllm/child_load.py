@@ -253,7 +253,11 @@ def inspect_parameters(model: torch.nn.Module, parameters: Parameters) -> None:
     """Add to each parameter's facts what was never loaded, its scales, and how many of its values aren't finite."""
     for name, tensor in model.named_parameters():
         facts = parameters.facts.get(name)
-        if facts is None or tensor.is_meta or not (tensor.is_floating_point() or is_packed(name, tensor) or is_scale(name)):
+        if (
+            facts is None
+            or tensor.is_meta
+            or not (tensor.is_floating_point() or is_packed(name, tensor) or is_scale(name))
+        ):
             continue
         facts["unloaded"] = unloaded(name, tensor, facts["copies"])
         if not tensor.is_floating_point():
@@ -402,12 +406,11 @@ def emulating() -> Iterator[None]:
     if None in originals.values() or not current_platform.is_cpu():
         yield
         return
+    from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8LinearKernel
     from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8LinearLayerConfig
     from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
     from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
-
-    from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.scaled_mm.pytorch import BlockWiseTorchFP8ScaledMMLinearKernel as Squares
 
     # vLLM's own for square blocks need AMX; whatever one does is the same until it multiplies, which loading doesn't

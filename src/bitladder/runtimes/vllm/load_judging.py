@@ -86,9 +86,9 @@ def _shards(layer: Layer | None, parameter: Parameter, begin: int, end: int) -> 
         return []
     if parameter.elements == len(layer.shards):  # a scale for each
         edges = list(range(len(layer.shards) + 1))
-    elif sum(layer.widths) == parameter.shape[0]:
-        row = parameter.elements // parameter.shape[0]
-        edges = [0, *(row * rows for rows in accumulate(layer.widths))]
+    elif sum(layer.widths) % parameter.shape[0] == 0:
+        line, rows = parameter.elements // parameter.shape[0], sum(layer.widths) // parameter.shape[0]
+        edges = [0, *(line * end // rows for end in accumulate(layer.widths))]  # a line a row, or a square's rows
     else:
         return []
     return [index for index, (low, high) in enumerate(pairwise(edges)) if low < end and begin < high]

@@ -37,9 +37,7 @@ class VllmRules(Rules):
         ),
         # both need the whole blocks that the formats ask for; inputs are rounded as they come, in blocks of a token.
         # Of MXFP8's kernels only Blackwell's do that: from 8.0 on inputs stay in 16 bits
-        "fp8_block": Support(
-            "ModelOptLinearMethod", 80, None, _MODELOPT.format(version), caveat=_NOT_IN_OLD_MIX
-        ),
+        "fp8_block": Support("ModelOptLinearMethod", 80, None, _MODELOPT.format(version), caveat=_NOT_IN_OLD_MIX),
         "mxfp8": Support("ModelOptLinearMethod", 80, None, _MODELOPT.format(version)),
         # of both versions: GPUs without FP4 units run these layers with inputs in 16 bits, from 7.5 on
         "nvfp4": Support("ModelOptLinearMethod", 75, None, _MODELOPT.format(version)),
