@@ -171,7 +171,7 @@ def test_shapes_that_the_formats_do_not_take():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny Llama of which MXFP8 takes everything, and square blocks all but gate, up and down (320 rows or columns)."""
+    """A tiny Llama of which MXFP8 takes everything, squares all but gate, up and down: 320 rows or columns."""
     config = llama_config(hidden_size=256, intermediate_size=320, num_hidden_layers=2)
     return save_model(transformers.LlamaForCausalLM, config, tmp_path_factory.mktemp("model"))
 

@@ -194,6 +194,19 @@ def test_our_engine_agrees_with_modelopt_in_every_format(llama, text_file, tmp_p
         assert score == pytest.approx(found[1][key], rel=2e-2 if key[1] == SQUARES else 5e-3), key  # ties: see above
 
 
+@pytest.mark.parametrize("name", [ROWS, SQUARES])
+def test_modelopt_measures_a_format_alone_that_stores_nothing_of_an_input(llama, text_file, tmp_path, name):
+    asked = {"engine": "modelopt", "method": "gradient", "formats": (name,), "samples": 2}
+    measurement = measure_text(llama, text_file, tmp_path, **asked)
+    assert {candidate.format for candidate in measurement.candidates} == {name}
+    assert len(measurement.candidates) == len(measurement.groups) == 8
+    scheme = assigned(measurement, "all", lambda *_: name)
+    amax = read_amax(measurement, tmp_path)
+    export(scheme, measurement, amax, llama, tmp_path / "checkpoint")
+    result = verify([scheme], measurement, amax, llama, {"all": tmp_path / "checkpoint"})
+    assert result.ok, result
+
+
 def test_a_format_scores_the_same_beside_another(llama, text_file, tmp_path, measured):
     for name in EACH:
         alone = measure_text(llama, text_file, tmp_path / name, formats=(name,))

@@ -22,7 +22,7 @@ from torch import nn
 from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, deterministic, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import Format, get_format, why_not
+from bitladder.formats import Format, get_format, grids, why_not
 from bitladder.measured import Amax
 from bitladder.measuring.amax import shared
 from bitladder.measuring.checks import with_scales
@@ -83,7 +83,8 @@ class _Session:
         self.places = {module: place for place, module in enumerate(self.model.modules())}
         amax = self._read_amax(groups) if self.known_amax is None else self.known_amax
         sharing = self.job.spec.share_fused_scales
-        target = with_scales(self.job.target, shared(amax, self.job.target.groups) if sharing else amax, self.job.spec)
+        common = shared(amax, self.job.target.groups) if sharing else {}
+        target = with_scales(self.job.target, amax | common, self.job.spec)
         for group in self.job.target.groups:
             if group not in target.groups:
                 self._disable(groups.pop(group.name))
@@ -249,7 +250,8 @@ def _as_kept(key: str, amax: torch.Tensor) -> torch.Tensor:
     """Return an amax of ModelOpt's as measurements keep it: a scalar, [out_features] of rows, or one a square block."""
     if key.endswith(f".{_ONE_NUMBER}") or amax.dim() == 0:
         return amax.reshape(())
-    return amax[:, 0, :, 0] if amax.dim() == 4 else amax.reshape(-1)
+    kept = amax[:, 0, :, 0] if amax.dim() == 4 else amax.reshape(-1)
+    return kept.clamp_min(grids.LEAST_AMAX)  # of a row or block of zeros, too, a scale is made
 
 
 @contextlib.contextmanager

@@ -22,9 +22,9 @@ class TensorRtLlmRules(Rules):
     (QuantConfig.is_module_excluded_from_quantization), _torch/models/modeling_utils.py at cb4c622cf5bb
     (apply_quant_config_exclude_modules), quantization/modelopt_config.py at 2edf354d4b92 (which file wins),
     _torch/model_config.py at 008e0af8980f (load_modelopt_quant_config), _torch/models/modeling_qwen2vl.py
-    (Qwen2VisionModelBase), and _torch/modules/linear.py at 00bbf71e7964 (FP8QDQLinearMethod: cuBLAS; FP8RowwiseLinearMethod). Of a mix:
-    model_config.py (_build_modelopt_quant_config; a quant_cfg.json beside it isn't read here) and modeling_utils.py
-    (apply_layerwise_quant_config, then the exclusions).
+    (Qwen2VisionModelBase), and _torch/modules/linear.py at 00bbf71e7964 (FP8QDQLinearMethod: cuBLAS;
+    FP8RowwiseLinearMethod; FP8BlockScalesLinearMethod). Of a mix: model_config.py (_build_modelopt_quant_config; a
+    quant_cfg.json beside it isn't read here) and modeling_utils.py (apply_layerwise_quant_config, then the exclusions).
     """
 
     runtime = "tensorrt_llm"
