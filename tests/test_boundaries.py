@@ -186,7 +186,7 @@ OPENED_ELSEWHERE = {
     ("models/weights.py", "np.memmap"): "a file that is open already",
 }
 # Run by the runtime's own interpreter, which has no Bitladder: they read what their parent has written or checked.
-CHILDREN = {"runtimes/vllm/child_load.py", "runtimes/vllm/child_serve.py"}
+CHILDREN = {f"runtimes/vllm/child_{name}.py" for name in ("fp4", "load", "serve")}
 
 
 def openers_in(tree):

@@ -12,6 +12,7 @@ import transformers
 from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from safetensors.torch import load_file, save_file
 
+import bitladder
 from bitladder import planning
 from bitladder.checkpoints.export import export
 from bitladder.errors import EngineError, InfeasibleTarget, MeasurementError, ModelError, PlanError, RecipeError
@@ -453,6 +454,42 @@ def test_an_intact_mix_passes_and_formats_that_store_alike_differ(llama, measure
     assert result.ok, result
     (pair,) = result.pairs
     assert pair.modules_differing == pair.modules_expected > 0
+
+
+def test_the_loaded_model_is_what_vllms_functions_make_of_the_files(llama, checkpoint, vllms):
+    """Every module by its own `quant_algo`, straight from the files, in the original's place."""
+    tensors = load_file(checkpoint[1] / "model.safetensors")
+    listed = json.loads((checkpoint[1] / "config.json").read_text())["quantization_config"]["quantized_layers"]
+    model, ids = load_model(llama, torch.float32), torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        original = model(input_ids=ids).logits
+
+    def rounding(algorithm, scale):
+        def hook(_, inputs):
+            rows = inputs[0].flatten(0, 1)
+            if algorithm == "NVFP4":
+                rows = vllms.ref_nvfp4_quant_dequant(rows, 1 / scale, 16)
+            else:
+                rows = (rows / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+            return (rows.view_as(inputs[0]),)
+
+        return hook
+
+    for name, entry in listed.items():
+        linear, algorithm = model.get_submodule(name), entry["quant_algo"]
+        weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+        if algorithm == "FP8":
+            linear.weight.data = weight.float() * scale
+        else:
+            above = tensors[f"{name}.weight_scale_2"]
+            linear.weight.data = vllms.dequantize_to_dtype(weight, scale, above, torch.float32, 16, swizzle=False)
+        if algorithm != "W4A16_NVFP4":
+            linear.register_forward_pre_hook(rounding(algorithm, tensors[f"{name}.input_scale"]))
+    with torch.no_grad():
+        theirs, ours = model(input_ids=ids).logits, bitladder.load(checkpoint[1])(input_ids=ids).logits
+    assert {entry["quant_algo"] for entry in listed.values()} == {"NVFP4", "W4A16_NVFP4", "FP8"}
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05 * float((theirs - original).abs().max()))
+    assert float((ours - theirs).abs().mean()) < 1e-3 * float((theirs - original).abs().mean())
 
 
 def test_evaluation_refuses_what_it_cannot_read(checkpoint, tmp_path):

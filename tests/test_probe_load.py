@@ -56,7 +56,7 @@ LAYER = Layer(
 def facts(parameters=None, dtype="float8_e4m3fn", **fields):
     """Return what the child says of one fused FP8 layer and a norm that are as they should be, but for the changes."""
     known = {"weight": WEIGHT, "weight_scale": WEIGHT_SCALE, "input_scale": INPUT_SCALE, "bias": BIAS}
-    stored = {f"{m}.weight": Tensor(dtype=dtype, shape=(4, 4)) for m in (Q, K, V)}
+    stored = {f"{m}.weight": Tensor(dtype=dtype, shape=(rows, 4)) for m, rows in ((Q, 4), (K, 2), (V, 2))}
     defaults = {
         "directory": "x",
         "reached": "inspection",

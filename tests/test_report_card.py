@@ -43,6 +43,21 @@ def test_a_card_is_about_one_scheme():
     assert card == render_card(report, "top50")
 
 
+def test_a_card_names_the_formats_that_its_scheme_has_and_says_what_they_are():
+    report = make_report()
+    assert "of its language model in FP8 (E4M3, one scale a tensor for weights and one for inputs). Everything" in (
+        render_card(report, "full")
+    )
+    scheme = next(scheme for scheme in report.schemes if scheme.name == "full")
+    (fp8,) = (count for count in scheme.format_counts if count.format == "fp8")
+    four = fp8.model_copy(update={"format": "nvfp4_w4a16"})
+    none = fp8.model_copy(update={"groups": 0, "modules": 0})
+    changed = scheme.model_copy(update={"format_counts": (none, four)})
+    card = render_card(report.model_copy(update={"schemes": (changed,)}), "full")
+    assert "model in NVFP4_W4A16 (E2M1, an E4M3 scale for 16 weights of a row; inputs in 16 bits). Everything" in card
+    assert metadata_of(card)["tags"] == ["nvfp4", "mixed-precision", "modelopt", "vllm", "bitladder"]
+
+
 def test_what_was_not_done_is_said():
     assert "Not evaluated." in render_card(make_report({}), "full")
     assert "**they do not match**" in render_card(make_report(broken="full"), "full")

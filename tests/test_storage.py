@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,17 @@ def test_an_exception_while_filling_keeps_the_old_directory(tmp_path: Path) -> N
         raise RuntimeError("stop")
     assert names(path) == ["old"]
     assert names(tmp_path) == ["checkpoint"]
+
+
+def test_a_directory_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    with atomic_directory(path):
+        pass
+    path.chmod(0o711)
+    with atomic_directory(path) as temporary:
+        (temporary / "new").write_text("new")
+    assert names(path) == ["new"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o711
 
 
 def test_no_space_while_filling_keeps_the_old_directory(tmp_path: Path) -> None:

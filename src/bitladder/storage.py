@@ -15,6 +15,7 @@ import os
 import re
 import resource
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -248,6 +249,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     try:
         with explain_os_errors(path):
             temporary.mkdir()
+            if path.is_dir():
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))  # whoever might read it may go on
             yield temporary
             fsync_path(temporary)
             if not path.exists():

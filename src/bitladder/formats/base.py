@@ -42,6 +42,7 @@ class Format(ABC):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]  # what it is, in a few words that stand in parentheses
     modelopt_config: ClassVar[str]  # ModelOpt's configuration, an attribute of modelopt.torch.quantization
     modelopt_algorithm: ClassVar[str]  # `quant_algo` in hf_quant_config.json
     modelopt_on_cpu: ClassVar[bool] = True  # whether ModelOpt can compute with it there

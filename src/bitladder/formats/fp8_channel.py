@@ -20,6 +20,7 @@ class Fp8Channel(E4m3):
     """See the module."""
 
     name = "fp8_pc_pt"
+    title = "E4M3, a scale a row for weights and one a token for inputs"
     modelopt_config = "FP8_PER_CHANNEL_PER_TOKEN_CFG"
     modelopt_algorithm = "FP8_PER_CHANNEL_PER_TOKEN"
     channels = True

@@ -19,6 +19,7 @@ class Fp8Tensor(E4m3):
     """See the module."""
 
     name = "fp8"
+    title = "E4M3, one scale a tensor for weights and one for inputs"
     modelopt_config = "FP8_DEFAULT_CFG"
     modelopt_algorithm = "FP8"
     input = "static"

@@ -22,6 +22,7 @@ class Nvfp4(E2m1Blocks):
     """See the module."""
 
     name = "nvfp4"
+    title = "E2M1, an E4M3 scale for 16 weights or inputs of a row"
     modelopt_config = "NVFP4_DEFAULT_CFG"
     modelopt_algorithm = "NVFP4"
     input = "static"

@@ -15,6 +15,7 @@ class Nvfp4W4a16(E2m1Blocks):
     """See the module."""
 
     name = "nvfp4_w4a16"
+    title = "E2M1, an E4M3 scale for 16 weights of a row; inputs in 16 bits"
     modelopt_config = "W4A16_NVFP4_CFG"
     modelopt_algorithm = "W4A16_NVFP4"
     input = "unrounded"

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from bitladder.formats import FORMATS
 from bitladder.records import BF16
 from bitladder.report.escaping import Markdown
 from bitladder.report.ladder import Ladder
@@ -15,7 +16,7 @@ from bitladder.report.tables import controls, evaluation_table, held_out, layer_
 from bitladder.report.types import Report, ReportedScheme
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
-_TAGS = ("fp8", "mixed-precision", "modelopt", "vllm", "bitladder")
+_TAGS = ("mixed-precision", "modelopt", "vllm", "bitladder")
 
 
 def render_card(report: Report, name: str) -> str:
@@ -41,12 +42,12 @@ def render_card(report: Report, name: str) -> str:
     return template("card.md.jinja").render(
         report=alone,
         scheme=scheme,
-        metadata=Markdown(yaml.safe_dump(_metadata(report), sort_keys=False)),
+        metadata=Markdown(yaml.safe_dump(_metadata(report, scheme), sort_keys=False)),
         base=PurePath(report.model.path).name or report.model.path,
         quantised=_modules(scheme, quantised=True),
         modules=_modules(scheme, quantised=True) + _modules(scheme, quantised=False),
         left=[module for group in groups for module in group.modules],
-        formats=" and ".join(count.format.upper() for count in scheme.format_counts if count.format != BF16),
+        formats=" and ".join(_described(name) for name in _formats(scheme)),
         calibration=data_names(report.calibration, quote="`"),
         layers=layer_counts(alone),
         evaluation=evaluation_table(alone, ladder) if scheme.results else "",
@@ -56,11 +57,22 @@ def render_card(report: Report, name: str) -> str:
     )
 
 
-def _metadata(report: Report) -> dict[str, Any]:
+def _metadata(report: Report, scheme: ReportedScheme) -> dict[str, Any]:
     """Return a hub's metadata; the base model is named only where it came from a hub."""
     known = report.model.revision is not None and _HUB_NAME.fullmatch(report.model.path)
     base = {"base_model": report.model.path, "base_model_relation": "quantized"} if known else {}
-    return {**base, "tags": list(_TAGS)}
+    kinds = dict.fromkeys(name.partition("_")[0] for name in _formats(scheme))
+    return {**base, "tags": [*kinds, *_TAGS]}
+
+
+def _formats(scheme: ReportedScheme) -> list[str]:
+    """Return the formats that some group has, but for bf16."""
+    return [count.format for count in scheme.format_counts if count.format != BF16 and count.groups]
+
+
+def _described(name: str) -> str:
+    known = FORMATS.get(name)
+    return name.upper() if known is None else f"{name.upper()} ({known.title})"
 
 
 def _modules(scheme: ReportedScheme, *, quantised: bool) -> int:

@@ -44,7 +44,7 @@ class TensorRtLlmRules(Rules):
         "mxfp8": "MXFP8 is no algorithm of what was read of TensorRT-LLM",
         # it asserts whole blocks of the input's features, as the format itself asks for
         "nvfp4": Support("NVFP4LinearMethod", None, None, _LINEAR),
-        "nvfp4_w4a16": "W4A16_NVFP4 is no algorithm of what was read of TensorRT-LLM",
+        "nvfp4_w4a16": "TensorRT-LLM has no W4A16_NVFP4 (quantization/mode.py, QuantAlgo)",
     }
     legacy_first = True
     known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_BLOCK_SCALES", "fp8_pb_wo", "NVFP4", MIX})

@@ -18,6 +18,7 @@ model_executor/model_loader/base_loader.py (BaseModelLoader.load_model), vLLM 0.
 
 import contextlib
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -42,6 +43,14 @@ MAX_VALUES = 1024  # a parameter with "scale" in its name and no more elements t
 KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op")
 
 Facts = dict[str, Any]
+
+
+def sibling(name: str) -> Any:
+    """Return the module in a file beside this one, whose directory isn't on the path."""
+    spec: Any = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Report:
@@ -396,21 +405,18 @@ def requantising(found: list[list[int]]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def emulating() -> Iterator[None]:
-    """Let layers of blocks run on CPUs by vLLM's own emulation, which it registers nowhere there; nothing elsewhere."""
+def emulating_blocks() -> Iterator[None]:
+    """Let MXFP8 and square blocks load on CPUs, where vLLM has no kernel, or one for AMX alone; nothing elsewhere."""
     from vllm.model_executor.layers.quantization import modelopt
     from vllm.platforms import current_platform
 
-    names = ("init_nvfp4_linear_kernel", "init_mxfp8_linear_kernel")
-    originals = {name: getattr(modelopt, name, None) for name in names}
-    if None in originals.values() or not current_platform.is_cpu():
+    original = getattr(modelopt, "init_mxfp8_linear_kernel", None)
+    if original is None or not current_platform.is_cpu():
         yield
         return
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8LinearKernel
     from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8LinearLayerConfig
-    from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
-    from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
     from vllm.model_executor.kernels.linear.scaled_mm.pytorch import BlockWiseTorchFP8ScaledMMLinearKernel as Squares
 
     # vLLM's own for square blocks need AMX; whatever one does is the same until it multiplies, which loading doesn't
@@ -420,15 +426,13 @@ def emulating() -> Iterator[None]:
         platform: [*kernels, *([Squares] if platform == current_platform._enum else [])]
         for platform, kernels in known.items()
     }
-    modelopt.init_nvfp4_linear_kernel = lambda **_: EmulationNvFp4LinearKernel(NvFp4LinearLayerConfig())
     modelopt.init_mxfp8_linear_kernel = lambda weight_shape, **_: EmulationMxfp8LinearKernel(
         Mxfp8LinearLayerConfig(weight_shape=weight_shape)
     )
     try:
         yield
     finally:
-        for name, original in originals.items():
-            setattr(modelopt, name, original)
+        modelopt.init_mxfp8_linear_kernel = original
         Squares.is_supported, linear._POSSIBLE_FP8_BLOCK_KERNELS = able, known
 
 
@@ -532,7 +536,8 @@ class Probe:
 
         def create() -> Any:
             start_process_group(self.scratch / "group")
-            with set_default_torch_dtype(model_config.dtype), device, emulating():
+            emulated = sibling("child_fp4").emulating()
+            with set_default_torch_dtype(model_config.dtype), device, emulated, emulating_blocks():
                 return initialize_model(vllm_config=config, model_config=model_config)
 
         def post_process() -> bool:

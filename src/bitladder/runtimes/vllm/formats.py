@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bitladder.formats import Spread, get_format
+from bitladder.formats import FORMATS, Spread, get_format
 from bitladder.models.weights import TORCH_NAMES
 from bitladder.records import BF16, ProbedLayer, ProbeFinding
 from bitladder.runtimes import files
@@ -10,6 +10,8 @@ from bitladder.runtimes.vllm.rules import VllmRules
 
 # dtypes of weights that aren't quantised, as torch calls them
 SIXTEEN_BIT = tuple(TORCH_NAMES[dtype] for dtype in files.SIXTEEN_BIT)
+# of codes of which several are one number
+PACKED = frozenset(TORCH_NAMES[one.code_dtype] for one in FORMATS.values() if one.codes_a_number > 1)
 
 
 def plain_format(dtype: str | None) -> str | None:

@@ -15,7 +15,7 @@ from bitladder.runtimes.base import RECOMPUTED
 from bitladder.runtimes.child import Outcome, first_line
 from bitladder.runtimes.vllm.exceptions import SEE_TRACEBACK, classify, classify_exit, exit_words
 from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
-from bitladder.runtimes.vllm.formats import SIXTEEN_BIT, fitting, plain_format, spread_of, wrong_format
+from bitladder.runtimes.vllm.formats import PACKED, SIXTEEN_BIT, fitting, plain_format, spread_of, wrong_format
 
 _EXPORT = "export the checkpoint again"
 _KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
@@ -274,9 +274,8 @@ def stored_formats(facts: Facts, module: str) -> list[str]:
         return [plain]
     scale = facts.tensors.get(f"{module}.weight_scale")
     spread = None if scale is None else spread_of(scale.shape)
-    found = fitting(dtype, spread=spread)
-    dynamic = f"{module}.input_scale" not in facts.tensors
-    return (fitting(dtype, spread=spread, dynamic_input=dynamic) or found) if len(found) > 1 else found or [dtype]
+    dynamic = f"{module}.{INPUT_SCALE}" not in facts.tensors if dtype in PACKED else None
+    return fitting(dtype, spread=spread, dynamic_input=dynamic) or [dtype]
 
 
 def _numbered_part(module: str) -> str:
@@ -387,7 +386,7 @@ def findings(
     failures = [failure_finding(failure, facts) for failure in facts.errors]
     silent: list[ProbeFinding] = [*tokenizer_findings(facts), *cast_findings(facts)]
     if facts.loaded:
-        silent += [*truncated_findings(facts), *missing_findings(facts), *unused_findings(facts, manifest)]
+        silent += [*missing_findings(facts), *unused_findings(facts, manifest), *truncated_findings(facts)]
     silent += [*scale_findings(facts), *weight_findings(facts), *unequal_findings(facts)]
     silent += format_findings(facts, layers)
     if facts.loaded:

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Final, Literal
 
 from bitladder.records import LogProbDifference, ProbedLayer, ProbeFinding, Throughput
-from bitladder.runtimes.vllm.formats import wrong_format
+from bitladder.runtimes.vllm.formats import PACKED, wrong_format
 from bitladder.runtimes.vllm.job import ServeJob, SpeedJob
 from bitladder.runtimes.vllm.served import Answer, Run, Served
 
@@ -20,6 +20,9 @@ NOISE_MULTIPLE: Final = 5.0
 # vLLM's CPU attention stores an FP8 KV cache by cutting off bits, where GPUs (and our evaluation) round to the nearest:
 # 0.029 and 0.032 for top50 and all FP8, 7.2 times the original's; 0.006 against an evaluation that cuts off too.
 CPU_KV_NOISE_MULTIPLE: Final = 15.0
+# Inputs in four bits go to another value where BF16 moves them over an edge: our own evaluation in BF16 is 0.026 from
+# that in float32 with every input of the embedded model so rounded, 5.8 times the original's; 0.005 with 16-bit ones.
+FP4_NOISE_MULTIPLE: Final = 15.0
 # Sets on which the model is nearly certain have a noise of 10⁻⁴, of which a multiple means nothing.
 TOLERANCE_FLOOR: Final = 0.01  # nats per token
 # The most that the original may differ, and that counts as noise: beyond it something else is wrong. FP8 taken for
@@ -88,16 +91,19 @@ def _mean(rows: Sequence[_Row]) -> float:
     return math.fsum(values) / len(values)
 
 
-def tolerance(noise: float | None, *, cpu_fp8_kv: bool) -> float:
+def tolerance(noise: float | None, *, cpu_fp8_kv: bool, fp4_inputs: bool = False) -> float:
     """Return the mean |Δ log-prob| in nats per token beyond which a result is a finding. See `NOISE_MULTIPLE`.
 
     Args:
         noise: the original's; None: it wasn't served, or is what is judged.
         cpu_fp8_kv: whether the KV cache is FP8 on a CPU.
+        fp4_inputs: whether some layer rounds its inputs to four bits.
     """
     if noise is None:
         return MAX_NOISE
-    multiple = CPU_KV_NOISE_MULTIPLE if cpu_fp8_kv else NOISE_MULTIPLE
+    multiple = max(
+        NOISE_MULTIPLE, CPU_KV_NOISE_MULTIPLE if cpu_fp8_kv else 0.0, FP4_NOISE_MULTIPLE if fp4_inputs else 0.0
+    )
     return max(TOLERANCE_FLOOR, multiple * min(noise, MAX_NOISE))
 
 
@@ -108,12 +114,13 @@ def log_prob_differences(run: Run, job: ServeJob, source: Run | None) -> tuple[L
     served = run.served
     on_cpu = served.runtime is not None and not served.runtime.gpu
     cpu_fp8_kv = on_cpu and (served.kv_cache_dtype or "").startswith("fp8")
+    fp4_inputs = any(layer.dtype in PACKED and not layer.dynamic_input for layer in served.layers.values())
     return tuple(
         LogProbDifference(
             split=split,
             tokens=sum(len(row.served) for row in rows),
             mean_abs_difference=mean,
-            tolerance=tolerance(noise.get(split), cpu_fp8_kv=cpu_fp8_kv),
+            tolerance=tolerance(noise.get(split), cpu_fp8_kv=cpu_fp8_kv, fp4_inputs=fp4_inputs),
             source_mean_abs_difference=noise.get(split),
         )
         for split, rows in _by_split(_rows(run, job)).items()
