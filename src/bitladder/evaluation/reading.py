@@ -20,6 +20,7 @@ from bitladder.formats import (
     Format,
     Part,
     format_of_algorithm,
+    grids,
 )
 from bitladder.formats.kv_cache import Fp8Cache
 from bitladder.models.kv_layers import cache_inputs, layer_index
@@ -93,7 +94,7 @@ def _scale(files: WeightFiles, weight: str, part: Part) -> torch.Tensor:
         raise ModelError(f"{file}: {weight} is stored as codes, but its {name} is missing; {EXPORT_AGAIN}")
     scale = files.load(name)
     right_shape = tuple(scale.shape) == part.shape if part.shape else scale.numel() == 1
-    values = scale.float()
+    values = grids.powers(scale) if part.dtype == "U8" else scale.float()
     if (
         files.tensors[name].dtype != part.dtype
         or not right_shape

@@ -17,10 +17,13 @@ from bitladder.formats.base import (
     WEIGHT_SCALE_2,
     Format,
     Part,
+    Spread,
 )
 from bitladder.formats.e4m3 import E4m3
+from bitladder.formats.fp8_block import Fp8Block
 from bitladder.formats.fp8_channel import Fp8Channel
 from bitladder.formats.fp8_tensor import Fp8Tensor
+from bitladder.formats.mxfp8 import Mxfp8
 from bitladder.formats.nvfp4 import Nvfp4
 from bitladder.formats.nvfp4_w4a16 import Nvfp4W4a16
 from bitladder.records import BF16, BF16_BITS, QuantGroup
@@ -37,6 +40,7 @@ __all__ = [
     "E4m3",
     "Format",
     "Part",
+    "Spread",
     "column_format",
     "format_of_algorithm",
     "get_format",
@@ -46,7 +50,9 @@ __all__ = [
     "why_not",
 ]
 
-FORMATS: dict[str, Format] = {one.name: one for one in (Fp8Tensor(), Fp8Channel(), Nvfp4(), Nvfp4W4a16())}
+FORMATS: dict[str, Format] = {
+    one.name: one for one in (Fp8Tensor(), Fp8Channel(), Fp8Block(), Mxfp8(), Nvfp4(), Nvfp4W4a16())
+}
 
 
 def get_format(name: str) -> Format:
@@ -61,8 +67,8 @@ def get_format(name: str) -> Format:
 
 
 def format_of_algorithm(algorithm: str) -> Format | None:
-    """Return the format that ModelOpt's files call `algorithm`; None: none of ours."""
-    return next((one for one in FORMATS.values() if one.modelopt_algorithm == algorithm), None)
+    """Return the format that ModelOpt's files call `algorithm`, in whatever case; None: none of ours."""
+    return next((one for one in FORMATS.values() if one.modelopt_algorithm.upper() == algorithm.upper()), None)
 
 
 def column_format(name: str) -> E4m3:
@@ -75,7 +81,7 @@ def column_format(name: str) -> E4m3:
     if not isinstance(found, E4m3):
         able = ", ".join(one.name for one in FORMATS.values() if isinstance(one, E4m3))
         raise RecipeError(
-            f"rounding: compensated can't make codes of {name}, whose scales lie along a row; it can of {able}: set "
+            f"rounding: compensated can't make codes of {name}, whose scales are of blocks; it can of {able}: set "
             "measurement.rounding: nearest, or another format"
         )
     return found

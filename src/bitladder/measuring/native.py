@@ -23,7 +23,7 @@ from torch import nn
 from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, without_cudnn_attention
 from bitladder.errors import MeasurementError
-from bitladder.formats import get_format
+from bitladder.formats import Format, get_format, why_not
 from bitladder.formats.grids import amax_of
 from bitladder.measured import Amax, Codes
 from bitladder.measuring import compensation
@@ -83,11 +83,14 @@ def calibrate(layers: Layers, job: Job) -> Amax:
 
 def _weight_amax(model: Any, groups: Iterable[QuantGroup], formats: Iterable[str]) -> Amax:
     """Return the amax of the weights of these groups, a scalar each, and what a format scales by beside it."""
-    weights = {m.name: model.get_parameter(f"{m.name}.weight") for group in groups for m in group.modules}
-    found = {f"{name}.weight_amax": amax_of(weight).float() for name, weight in weights.items()}
-    for format_ in map(get_format, formats):
-        if format_.channels:
-            found |= {format_.weight_key(name): format_.amax_of(weight) for name, weight in weights.items()}
+    found: Amax = {}
+    for group in groups:
+        fitting = (get_format(name) for name in formats if why_not(group, name) is None)
+        others = [format_ for format_ in fitting if format_.amax_name != Format.amax_name]
+        for module in group.modules:
+            weight = model.get_parameter(f"{module.name}.weight")
+            found[f"{module.name}.{Format.amax_name}"] = amax_of(weight).float()
+            found |= {format_.weight_key(module.name): format_.amax_of(weight) for format_ in others}
     return found
 
 

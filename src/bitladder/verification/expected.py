@@ -7,7 +7,7 @@ written out here a second time.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +27,11 @@ _E2M1: dict[str, Any] = {"dynamic": False, "num_bits": 4, "type": "float", "grou
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 E2M1_MAX = 6.0
 BLOCK = 16  # elements of a row that share a scale
+EXPONENT_BLOCK = 32  # elements of a row that share an exponent
+SQUARE = 128  # rows and columns that share a scale
+# What a weight's scales are for: all of it, a row, a square of rows and columns, a block of a row of
+# packed codes, or a block of a row, as an exponent.
+Spread = Literal["tensor", "row", "square", "fp4", "exponent"]
 
 
 @dataclass(frozen=True)
@@ -34,35 +39,41 @@ class _Layout:
     """What a file holds of a format: its `quant_algo`, what a weight's scale is for, whether an input has one."""
 
     algorithm: str
-    weights: dict[str, Any]  # in `config_groups`
+    weights: dict[str, Any] | None  # in `config_groups`; None: the algorithm is all that is said there
     inputs: dict[str, Any] | None  # there, too; None: nothing is said of them
     input_scale: bool
-    by_row: bool = False
-    in_blocks: bool = False  # two codes a byte, an E4M3 scale a block
+    spread: Spread = "tensor"
     grouped_alone: bool = True  # whether `config_groups` are written where a checkpoint has this format only
 
     @property
     def entry(self) -> dict[str, Any]:
         """What is said of a module in `quantized_layers`."""
-        return {"quant_algo": self.algorithm, **({"group_size": BLOCK} if self.in_blocks else {})}
+        size = {"fp4": BLOCK, "exponent": EXPONENT_BLOCK}.get(self.spread)
+        return {"quant_algo": self.algorithm, **({"group_size": size} if size else {})}
 
     @property
     def group(self) -> dict[str, Any]:
         """What is said in `config_groups`."""
+        if self.weights is None:
+            return {"quant_algo": self.algorithm}
         return {"weights": self.weights, **({} if self.inputs is None else {"input_activations": self.inputs})}
 
     @property
     def largest(self) -> float:
         """What the largest value of a weight or an input is stored as."""
-        return E4M3_MAX * E2M1_MAX if self.in_blocks else E4M3_MAX
+        return E4M3_MAX * E2M1_MAX if self.spread == "fp4" else E4M3_MAX
 
     def scales(self, shape: tuple[int, ...]) -> "dict[str, tuple[tuple[int, ...], torch.dtype]]":
         """Return `{part: (shape, dtype)}` of the scales of a weight."""
         number: tuple[tuple[int, ...], torch.dtype] = (), torch.float32
         found = {"weight_scale": number}
-        if self.by_row:
+        if self.spread == "row":
             found = {"weight_scale": ((shape[0],), torch.float32)}
-        elif self.in_blocks:
+        elif self.spread == "square":
+            found = {"weight_scale": ((shape[0] // SQUARE, 1, shape[1] // SQUARE, 1), torch.float32)}
+        elif self.spread == "exponent":
+            found = {"weight_scale": ((shape[0], shape[1] // EXPONENT_BLOCK), torch.uint8)}
+        elif self.spread == "fp4":
             blocks = (shape[0], shape[1] // BLOCK)
             found = {"weight_scale": (blocks, torch.float8_e4m3fn), "weight_scale_2": number}
         return found | ({"input_scale": number} if self.input_scale else {})
@@ -76,11 +87,22 @@ _LAYOUTS = {
         weights={**_E4M3, "strategy": "channel"},
         inputs=_E4M3,
         input_scale=False,
-        by_row=True,
+        spread="row",
         grouped_alone=False,
     ),
-    "nvfp4": _Layout("NVFP4", weights=_E2M1, inputs=_E2M1, input_scale=True, in_blocks=True),
-    "nvfp4_w4a16": _Layout("W4A16_NVFP4", weights=_E2M1, inputs=None, input_scale=False, in_blocks=True),
+    "fp8_block": _Layout(
+        "fp8_pb_wo", weights=None, inputs=None, input_scale=False, spread="square", grouped_alone=False
+    ),
+    "mxfp8": _Layout(
+        "MXFP8",
+        weights={**_E4M3, "group_size": EXPONENT_BLOCK},
+        inputs={**_E4M3, "group_size": EXPONENT_BLOCK},
+        input_scale=False,
+        spread="exponent",
+        grouped_alone=False,
+    ),
+    "nvfp4": _Layout("NVFP4", weights=_E2M1, inputs=_E2M1, input_scale=True, spread="fp4"),
+    "nvfp4_w4a16": _Layout("W4A16_NVFP4", weights=_E2M1, inputs=None, input_scale=False, spread="fp4"),
 }
 
 
@@ -92,8 +114,13 @@ class Weight:
     group: str | None = None  # None: not searched
     module: str = ""
     is_quantised: bool = False
-    in_blocks: bool = False  # two codes a byte, an E4M3 scale a block
+    spread: Spread = "tensor"
     rounded: RoundedModule | None = None  # compensated codes
+
+    @property
+    def packed(self) -> bool:
+        """Whether a byte holds two codes."""
+        return self.spread == "fp4"
 
 
 @dataclass(frozen=True)
@@ -272,7 +299,7 @@ def expect(
                 weights[name] = Weight(file, group.name, module.name)
                 continue
             layout = _LAYOUTS[scheme.formats[group.name]]
-            weights[name] = Weight(file, group.name, module.name, True, layout.in_blocks, rounded.get(module.name))
+            weights[name] = Weight(file, group.name, module.name, True, layout.spread, rounded.get(module.name))
             for part, (shape, dtype) in layout.scales(originals.shape(name)).items():
                 value = scale_of(max(inputs), layout.largest) if part == "input_scale" else None
                 many_of = name if shape else None

@@ -262,11 +262,15 @@ def inspect_parameters(model: torch.nn.Module, parameters: Parameters) -> None:
     """Add to each parameter's facts what was never loaded, its scales, and how many of its values aren't finite."""
     for name, tensor in model.named_parameters():
         facts = parameters.facts.get(name)
-        if facts is None or tensor.is_meta or not (tensor.is_floating_point() or is_packed(name, tensor)):
+        if (
+            facts is None
+            or tensor.is_meta
+            or not (tensor.is_floating_point() or is_packed(name, tensor) or is_scale(name))
+        ):
             continue
         facts["unloaded"] = unloaded(name, tensor, facts["copies"])
         if not tensor.is_floating_point():
-            continue  # every number is one of codes
+            continue  # every number is one of codes, or an exponent
         flat = tensor.detach().reshape(-1)
         if is_scale(name) and tensor.numel() <= MAX_VALUES:
             facts["values"] = [repr(value) for value in flat.float().tolist()]  # JSON has no NaN
@@ -400,6 +404,38 @@ def requantising(found: list[list[int]]) -> Iterator[None]:
         operations.scaled_fp8_quant = original
 
 
+@contextlib.contextmanager
+def emulating_blocks() -> Iterator[None]:
+    """Let MXFP8 and square blocks load on CPUs, where vLLM has no kernel, or one for AMX alone; nothing elsewhere."""
+    from vllm.model_executor.layers.quantization import modelopt
+    from vllm.platforms import current_platform
+
+    original = getattr(modelopt, "init_mxfp8_linear_kernel", None)
+    if original is None or not current_platform.is_cpu():
+        yield
+        return
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8LinearKernel
+    from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8LinearLayerConfig
+    from vllm.model_executor.kernels.linear.scaled_mm.pytorch import BlockWiseTorchFP8ScaledMMLinearKernel as Squares
+
+    # vLLM's own for square blocks need AMX; whatever one does is the same until it multiplies, which loading doesn't
+    able, known = Squares.is_supported, linear._POSSIBLE_FP8_BLOCK_KERNELS
+    Squares.is_supported = classmethod(lambda *_: (True, None))
+    linear._POSSIBLE_FP8_BLOCK_KERNELS = {
+        platform: [*kernels, *([Squares] if platform == current_platform._enum else [])]
+        for platform, kernels in known.items()
+    }
+    modelopt.init_mxfp8_linear_kernel = lambda weight_shape, **_: EmulationMxfp8LinearKernel(
+        Mxfp8LinearLayerConfig(weight_shape=weight_shape)
+    )
+    try:
+        yield
+    finally:
+        modelopt.init_mxfp8_linear_kernel = original
+        Squares.is_supported, linear._POSSIBLE_FP8_BLOCK_KERNELS = able, known
+
+
 def start_process_group(store: Path) -> None:
     """Make the process group of one process that vLLM's layers ask for their rank; once a process.
 
@@ -500,7 +536,8 @@ class Probe:
 
         def create() -> Any:
             start_process_group(self.scratch / "group")
-            with set_default_torch_dtype(model_config.dtype), device, sibling("child_fp4").emulating():
+            emulated = sibling("child_fp4").emulating()
+            with set_default_torch_dtype(model_config.dtype), device, emulated, emulating_blocks():
                 return initialize_model(vllm_config=config, model_config=model_config)
 
         def post_process() -> bool:

@@ -1,6 +1,8 @@
 """Which of our formats a layer of vLLM's runs in: told by dtype and scales, which every release has."""
 
-from bitladder.formats import FORMATS, get_format
+from collections.abc import Sequence
+
+from bitladder.formats import FORMATS, Spread, get_format
 from bitladder.models.weights import TORCH_NAMES
 from bitladder.records import BF16, ProbedLayer, ProbeFinding
 from bitladder.runtimes import files
@@ -19,12 +21,12 @@ def plain_format(dtype: str | None) -> str | None:
     return None if fitting(dtype) else dtype
 
 
-def fitting(dtype: str, *, channels: bool | None = None, dynamic_input: bool | None = None) -> list[str]:
+def fitting(dtype: str, *, spread: Spread | None = None, dynamic_input: bool | None = None) -> list[str]:
     """Return the formats, of those that vLLM runs, that store weights so.
 
     Args:
         dtype: of the codes, as torch calls it.
-        channels: whether there is a weight scale an output row; None: not known.
+        spread: what a weight scale is for; None: not known.
         dynamic_input: whether inputs have no scale, being scaled as they come or not at all; None: not known.
     """
     formats = [get_format(name) for name in VllmRules.SUPPORT]
@@ -32,9 +34,18 @@ def fitting(dtype: str, *, channels: bool | None = None, dynamic_input: bool | N
         one.name
         for one in formats
         if TORCH_NAMES[one.code_dtype] == dtype
-        and channels in (None, one.channels)
+        and spread in (None, one.spread)
         and dynamic_input in (None, not one.has_input_scale)
     ]
+
+
+def spread_of(shape: Sequence[int]) -> Spread:
+    """Return what a stored weight scale of this shape is for; an FP8 square block's is a number of four dimensions."""
+    if len(shape) == 4:
+        return "square"
+    if len(shape) >= 2:
+        return "block"
+    return "row" if tuple(shape) not in ((), (1,)) else "tensor"
 
 
 def wrong_format(layer: ProbedLayer, says: str) -> ProbeFinding:

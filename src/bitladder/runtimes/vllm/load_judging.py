@@ -15,7 +15,7 @@ from bitladder.runtimes.base import RECOMPUTED
 from bitladder.runtimes.child import Outcome, first_line
 from bitladder.runtimes.vllm.exceptions import SEE_TRACEBACK, classify, classify_exit, exit_words
 from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
-from bitladder.runtimes.vllm.formats import PACKED, SIXTEEN_BIT, fitting, plain_format, wrong_format
+from bitladder.runtimes.vllm.formats import PACKED, SIXTEEN_BIT, fitting, plain_format, spread_of, wrong_format
 
 _EXPORT = "export the checkpoint again"
 _KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
@@ -86,9 +86,9 @@ def _shards(layer: Layer | None, parameter: Parameter, begin: int, end: int) -> 
         return []
     if parameter.elements == len(layer.shards):  # a scale for each
         edges = list(range(len(layer.shards) + 1))
-    elif sum(layer.widths) == parameter.shape[0]:
-        row = parameter.elements // parameter.shape[0]
-        edges = [0, *(row * rows for rows in accumulate(layer.widths))]
+    elif sum(layer.widths) % parameter.shape[0] == 0:
+        line, rows = parameter.elements // parameter.shape[0], sum(layer.widths) // parameter.shape[0]
+        edges = [0, *(line * end // rows for end in accumulate(layer.widths))]  # a line a row, or a square's rows
     else:
         return []
     return [index for index, (low, high) in enumerate(pairwise(edges)) if low < end and begin < high]
@@ -256,8 +256,10 @@ def running_format(facts: Facts, layer: Layer) -> str:
     scale = facts.parameters.get(f"{layer.name}.weight_scale")
     rows = facts.parameters[f"{layer.name}.weight"].shape[0]
     dynamic = f"{layer.name}.input_scale" not in facts.parameters or not layer.rounds_input
-    channels = scale is not None and len(scale.shape) < 2 and scale.elements == rows != max(len(layer.shards), 1)
-    found = fitting(str(layer.created_dtype), channels=channels, dynamic_input=dynamic)
+    spread = None if scale is None else spread_of(scale.shape)
+    if scale is not None and spread == "row" and not scale.elements == rows != max(len(layer.shards), 1):
+        spread = "tensor"  # of each of its shards
+    found = fitting(str(layer.created_dtype), spread=spread, dynamic_input=dynamic)
     if found:
         return found[0]
     scales = "no weight_scale" if scale is None else f"weight_scale {list(scale.shape)}"
@@ -271,9 +273,9 @@ def stored_formats(facts: Facts, module: str) -> list[str]:
     if plain is not None:
         return [plain]
     scale = facts.tensors.get(f"{module}.weight_scale")
-    channels = None if scale is None else len(scale.shape) == 1 and scale.shape != (1,)
+    spread = None if scale is None else spread_of(scale.shape)
     dynamic = f"{module}.{INPUT_SCALE}" not in facts.tensors if dtype in PACKED else None
-    return fitting(dtype, channels=channels, dynamic_input=dynamic) or [dtype]
+    return fitting(dtype, spread=spread, dynamic_input=dynamic) or [dtype]
 
 
 def _numbered_part(module: str) -> str:

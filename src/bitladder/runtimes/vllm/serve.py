@@ -179,7 +179,7 @@ def _running_format(layer: Layer) -> str:
     if layer.dtype is None:
         return "unknown"
     plain = plain_format(layer.dtype)
-    found = fitting(layer.dtype, channels=layer.channels, dynamic_input=layer.dynamic_input)
+    found = fitting(layer.dtype, spread=layer.spread, dynamic_input=layer.dynamic_input)
     return plain or (found[0] if found else f"{layer.dtype} with other scales than any known format's")
 
 
