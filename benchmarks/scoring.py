@@ -3,6 +3,7 @@
     python benchmarks/full_size.py build DIR                  # Qwen2.5-VL-3B at full size, random weights
     python benchmarks/scoring.py run --model DIR              # writes benchmarks/results/scoring.json
     python benchmarks/scoring.py growth --model DIR           # adds 9 and 18 layers, and fewer groups, to it
+    python benchmarks/scoring.py run --model DIR --sizes 8x512 --parts FORMATS --out RESULTS/scoring_formats.json
 
 For every size (rows × tokens of a batch of real captions) each engine and method is a process of its own, so that its
 peak memory is its own. A step's time is that between two calls of the engine's progress, the GPU waited for (ours waits
@@ -11,7 +12,8 @@ which came before. Both engines are called through `bitladder.sensitivity.measur
 arithmetic and data and spares it the backward pass of the vision tower. A part's name is engine-method, and maybe how:
 `compiled` compiles the layers, however few the batches, `NNgroups` does so too and searches only as many, the first of
 every layer, `NNgb` limits the GPU memory, so that what doesn't fit runs again, and weights that don't fit are streamed,
-`float32` is the arithmetic (and shows what BF16's rounding adds to a score). Nothing is compiled in the other parts, as
+`float32` is the arithmetic (and shows what BF16's rounding adds to a score), `fp8+nvfp4` the formats, all of FP8 else;
+`FORMATS` stands for the parts that compare several formats with one. Nothing is compiled in the other parts, as
 for as few batches by itself. `plain` is the model alone: a forward pass, and one with the backward pass by activations.
 ModelOpt's CUDA extension is compiled before, and its time stated apart. The result is written after every process, so
 that a killed run keeps what it has.
@@ -46,6 +48,17 @@ PARTS = (
     "native-kl_div",
     "native-kl_div-compiled",
     "modelopt-kl_div",
+)
+THREE = "fp8+nvfp4+nvfp4_w4a16"
+FORMAT_PARTS = (
+    "plain",
+    "native-fisher-compiled",
+    f"native-fisher-compiled-{THREE}",
+    "native-gradient-compiled-fp8+nvfp4",
+    "modelopt-gradient-fp8+nvfp4",
+    f"native-fisher-{THREE}",
+    "native-kl_div-compiled",
+    "native-kl_div-compiled-fp8+nvfp4",
 )
 DEPTHS = (9, 18)  # decoder layers beside the model's own 36
 GROUPS = (36, 72)  # of 144, at 36 layers
@@ -96,14 +109,18 @@ def step_seconds(steps: list[float], overlapping: bool = False) -> float | None:
     return statistics.median(steps) if steps else None
 
 
-def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how: str = "") -> dict:
+def measure(model: Path, scratch: Path, size: str, engine: str, method: str, *hows: str) -> dict:
     """Measure once; return the seconds of each step, the peak memory, and every group's scores."""
+    from bitladder.formats import FORMATS
     from bitladder.measuring import gradient, kl
     from bitladder.measuring.measure import measure as measure_now
     from bitladder.models import weights
     from bitladder.models.target import find_target
     from bitladder.recipe import MeasureSpec
 
+    named = [one for one in hows if set(one.split("+")) <= set(FORMATS)]
+    formats = tuple(named[0].split("+")) if named else ("fp8",)
+    how = next((one for one in hows if one not in named), "")
     is_compiled = how == "compiled" or how.endswith("groups")
     gradient._COMPILED_FROM = kl._COMPILED_FROM = 0 if is_compiled else 10**9
     limit = float(how.removesuffix("gb")) if how.endswith("gb") else None
@@ -116,7 +133,9 @@ def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how
         target = with_groups(target, int(how.removesuffix("groups")))
     scored = settings["batch_size"] * (KL_BATCHES if method == "kl_div" else BATCHES)
     dtype = how if how == "float32" else DTYPE
-    spec = MeasureSpec(engine=engine, method=method, dtype=dtype, score_samples=scored, memory_gb=limit)
+    spec = MeasureSpec(
+        engine=engine, method=method, dtype=dtype, score_samples=scored, memory_gb=limit, formats=formats
+    )
     clock = Clock(engine)
     measurement = measure_now(model, source, target, data, spec, scratch, clock)
     assert measurement.run is not None
@@ -129,7 +148,10 @@ def measure(model: Path, scratch: Path, size: str, engine: str, method: str, how
         "first_score_seconds": clock.times["score"][min(done for done in clock.times["score"] if done)],
         "peak_gpu_bytes": max(phase.peak_gpu_bytes or 0 for phase in measurement.run.phases),
         "phases": [phase.model_dump() for phase in measurement.run.phases],
-        "scores": {candidate.group: measurement.sensitivity(candidate) for candidate in measurement.candidates},
+        "scores": {
+            one.group if len(formats) == 1 else f"{one.group} {one.format}": measurement.sensitivity(one)
+            for one in measurement.candidates
+        },
     }
 
 
@@ -214,6 +236,16 @@ def ratios(parts: dict[str, dict]) -> dict[str, float | None]:
         "calibration_speedup": over(get(theirs, calibration), get(ours, calibration)),
         "calibration_over_forward": over(get(ours, calibration), get("plain", "forward_seconds")),
     }
+    for part in (part for part in parts if "+" in part and part.startswith("native")):
+        one, method = part.rpartition("-")[0], part.split("-")[1]
+        theirs = f"modelopt-{method}-{part.rpartition('-')[2]}"
+        found |= {
+            f"{part}_over_forward_backward": over(get(part, step), get("plain", "forward_backward_seconds")),
+            f"{part}_over_one_format": over(get(part, step), get(one, step)),
+            f"{part}_memory_over_one_format": over(get(part, "peak_gpu_bytes"), get(one, "peak_gpu_bytes")),
+            f"{part}_speedup": over(get(theirs, step), get(part, step)),
+            **agreement(part, parts[part], parts.get(theirs, {})),
+        }
     exact = parts.get("native-kl_div-float32", {})
     for part in ("native-kl_div", "native-kl_div-compiled", "modelopt-kl_div"):
         found |= agreement(f"{part}_over_float32", parts.get(part, {}), exact)
@@ -351,7 +383,8 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="internal")
     arguments = parser.parse_args()
     if arguments.what == "run":
-        run(arguments.model, arguments.sizes.split(","), arguments.parts.split(","), arguments.out)
+        parts = list(FORMAT_PARTS) if arguments.parts == "FORMATS" else arguments.parts.split(",")
+        run(arguments.model, arguments.sizes.split(","), parts, arguments.out)
         return
     if arguments.what == "growth":
         grow(arguments.model, list(GROWTH_PARTS), arguments.out)

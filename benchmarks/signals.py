@@ -261,7 +261,7 @@ def scored(work, measurement, batches: int, scratch: Path) -> list[dict]:
                 continue
             batch = data.batches[index].to(device)
             with without_cudnn_attention():
-                with native.scorer(layers, job, get_format("fp8"), amax, None) as reference:
+                with native.scorer(layers, job, amax, None) as reference:
                     start = seconds_now()
                     (wait,) = reference.scores([data.batches[index]])
                     ours = wait()

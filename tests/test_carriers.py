@@ -34,6 +34,8 @@ NOT_ON_CPUS = ("int8_w8a16", "int8_w8a16_g64")  # vLLM 0.32 has no such kernel t
 PRESETS = {
     "fp8": "FP8",
     "fp8_pc_pt": "FP8_DYNAMIC",
+    "fp8_block": "FP8_BLOCK",
+    "mxfp8": "MXFP8",
     "nvfp4": "NVFP4",
     "nvfp4_w4a16": "NVFP4A16",
     "int8": "INT8",
@@ -46,7 +48,7 @@ IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(1))
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     """A tiny Llama whose widths 128 divides, in three layers."""
-    config = llama_config(hidden_size=128, intermediate_size=256)
+    config = llama_config(hidden_size=128, intermediate_size=256, num_key_value_heads=2)
     return save_model(transformers.LlamaForCausalLM, config, tmp_path_factory.mktemp("llama"))
 
 

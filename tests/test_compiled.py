@@ -15,7 +15,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bitladder.data.batches import IGNORED_LABEL, Batch
 from bitladder.errors import EngineError
-from bitladder.formats import get_format
 from bitladder.measuring import candidates as taps
 from bitladder.measuring import decoder, gradient, kl, native
 from bitladder.measuring.job import Job as Job_of_job
@@ -79,7 +78,7 @@ class Job:
         """Return each batch's scores, compiled if there are at least so many tokens, as in a CUDA graph (`graphed`)."""
         monkeypatch.setattr(gradient, "_COMPILED_FROM", tokens)
         monkeypatch.setattr(kl, "_COMPILED_FROM", tokens)
-        with native.scorer(self.layers, self.job, get_format("fp8"), self.amax, None) as scorer:
+        with native.scorer(self.layers, self.job, self.amax, None) as scorer:
             if isinstance(scorer, gradient.GradientScorer):
 
                 def replayed(batch, current):
@@ -112,7 +111,7 @@ def test_groups_that_go_on_together_score_as_alone(model, padding, monkeypatch):
     job, found = Job(model, "kl_div", padding), {}
     for tokens in (0, 48, 96):  # alone; a layer's four groups in two pairs; all four
         monkeypatch.setattr(kl, "_TOKENS_TOGETHER", tokens)
-        with native.scorer(job.layers, job.job, get_format("fp8"), job.amax, None) as scorer:
+        with native.scorer(job.layers, job.job, job.amax, None) as scorer:
             found[tokens] = [scorer.scores([batch])[0]() for batch in job.batches]
     for alone, pairs, four in zip(*found.values(), strict=True):
         for group, formats in alone.items():

@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from safetensors import safe_open
 
+import bitladder
+from bitladder.formats import FORMATS
 from bitladder.models import families
 from bitladder.models.families import architecture
 from bitladder.reading import read_json
@@ -61,5 +64,31 @@ def test_a_runtime(good, literal, name):
     assert set(formats.values()) == {"bf16", "fp8"}
 
 
+def test_a_format(llama, text_file, tmp_path, monkeypatch):
+    format_ = follow("formats/fp8_w8a16.py")["Fp8W8a16"]()
+    monkeypatch.setitem(FORMATS, format_.name, format_)
+    samples = {"samples": 4, "sequence_length": 24, "batch_size": 2}
+    run = bitladder.Run(
+        {
+            "model": {"path": str(llama)},
+            "calibration": {"data": {"kind": "text", "path": str(text_file)}, **samples},
+            "measurement": {"method": "kl_div", "formats": ["fp8_pc_pt", format_.name]},
+            "schemes": [{"name": "all", "coverage": 1.0, "format": format_.name}],
+            "output": str(tmp_path / "out"),
+        }
+    )
+    scores = {(one.group, one.format): sum(one.scores) for one in run.measure().candidates}
+    groups = [group for group, name in scores if name == format_.name]
+    gentler = [scores[group, format_.name] < scores[group, "fp8_pc_pt"] for group in groups]
+    assert sum(gentler) > len(groups) / 2  # inputs are left alone
+    (scheme,) = run.plan()
+    assert set(scheme.formats.values()) == {format_.name}
+    run.export()
+    loaded, source = bitladder.load(tmp_path / "out/checkpoints/all"), bitladder.load(llama)
+    weight = source.get_parameter("model.layers.0.mlp.down_proj.weight")
+    stored = format_.encode(weight.bfloat16(), format_.amax_of(weight.bfloat16()))
+    assert torch.equal(loaded.get_parameter("model.layers.0.mlp.down_proj.weight"), format_.decode(stored))
+
+
 def test_there_is_an_example_of_each():
-    assert set(EXAMPLES) == {"models/families/granite.py", "runtimes/literal.py"}
+    assert set(EXAMPLES) == {"formats/fp8_w8a16.py", "models/families/granite.py", "runtimes/literal.py"}

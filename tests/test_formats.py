@@ -40,16 +40,18 @@ from bitladder.records import BF16, QuantGroup, QuantModule
 from bitladder.verification import checks, verify
 from conftest import llama_config, load_text, measure_text, save_model, spec
 
-ROWS = "fp8_pc_pt"
+ROWS, SQUARES = "fp8_pc_pt", "fp8_block"
 EACH = sorted(name for name, one in FORMATS.items() if MODELOPT in one.layouts)  # tests/test_carriers.py: the others
 COLUMNS = [name for name in EACH if isinstance(FORMATS[name], E4m3)]  # whose codes are chosen column by column
+# of which every format takes every module
+WIDE = llama_config(hidden_size=256, intermediate_size=384, num_hidden_layers=2)
 BY_MODELOPT = [name for name in EACH if FORMATS[name].modelopt_on_cpu]
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     """A tiny Llama whose rows have very different magnitudes, and one of zeros."""
-    directory = save_model(transformers.LlamaForCausalLM, llama_config(), tmp_path_factory.mktemp("llama"))
+    directory = save_model(transformers.LlamaForCausalLM, WIDE, tmp_path_factory.mktemp("llama"))
     path = directory / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.0.mlp.gate_proj.weight"
@@ -73,7 +75,7 @@ def assigned(measurement, name, formats):
 
 
 def mixed(measurement, name="mix"):
-    return assigned(measurement, name, lambda index, _: [*EACH, BF16][index % (len(EACH) + 1)])
+    return assigned(measurement, name, lambda index, _: [BF16, *EACH][index % (len(EACH) + 1)])
 
 
 def exported(llama, measured, scheme, destination):
@@ -103,16 +105,16 @@ def checkpoint(llama, measured, tmp_path_factory):
 def test_codes_restore_a_weight_within_half_a_step(name, dtype):
     format_ = get_format(name)
     generator = torch.Generator().manual_seed(0)
-    weight = (torch.randn(48, 32, generator=generator) * torch.logspace(-3, 2, 48)[:, None]).to(dtype)
+    weight = (torch.randn(256, 128, generator=generator) * torch.logspace(-3, 2, 256)[:, None]).to(dtype)
     weight[5] = 0
     amax = format_.amax_of(weight)
     parts = format_.encode(weight, amax)
     restored = format_.decode(parts)
     assert restored.shape == weight.shape
-    assert torch.equal(restored[5], torch.zeros(32))
+    assert torch.equal(restored[5], torch.zeros(128))
     assert torch.equal(format_.decode(parts, dtype), restored.to(dtype))
     if name not in COLUMNS:
-        return  # tests/test_nvfp4.py
+        return  # tests/test_nvfp4.py, tests/test_block_formats.py
     codes, scale = parts[WEIGHT], parts[WEIGHT_SCALE]
     assert torch.equal(restored, format_.restored(codes, scale))
     step = half_step(weight.float(), scale[:, None] if scale.dim() else scale)
@@ -124,7 +126,7 @@ def test_codes_restore_a_weight_within_half_a_step(name, dtype):
 
 @pytest.mark.parametrize("name", EACH)
 def test_every_part_has_its_name_shape_and_bits(name):
-    format_, shape = get_format(name), (48, 32)
+    format_, shape = get_format(name), (256, 384)
     stored = {part.name: part for part in format_.stored(shape)}
     parts = {part.name: part for part in format_.parts(shape)}
     weight = torch.randn(shape)
@@ -137,14 +139,14 @@ def test_every_part_has_its_name_shape_and_bits(name):
         assert (dtypes[stored[part].dtype], stored[part].shape) == (tensor.dtype, tuple(tensor.shape))
         assert stored[part].bits == 8 * tensor.nbytes
         if tensor.dim() and part not in format_.tensor_scales(amax):  # what is written block by block
-            rows = format_.made(part, weight[8:20], format_.rows_of(amax, 8, 12))
-            assert torch.equal(rows.view(torch.uint8), tensor[8:20].view(torch.uint8))
+            rows = format_.made(part, weight[120:140], format_.rows_of(amax, 120, 20))
+            assert torch.equal(rows.view(torch.uint8), tensor[120:140].view(torch.uint8))
     assert format_.weight_shape(stored[WEIGHT].shape) == shape
     assert format_.tensor_scale_bytes == 4 * sum(part.shape == () for part in parts.values())
     assert format_.bits(shape) == 8 * sum(tensor.nbytes for tensor in made.values() if tensor.dim())
-    assert format_.bits(shape) == 48 * 32 * format_.least_bits + (32 * 48 if format_.channels else 0)
+    assert format_.bits(shape) == 256 * 384 * format_.least_bits + (32 * 256 if format_.channels else 0)
     module = QuantModule(name="m", tensor="m.weight", shape=shape)
-    group = QuantGroup(name="g", modules=(module, module), weight_elements=2 * 48 * 32)
+    group = QuantGroup(name="g", modules=(module, module), weight_elements=2 * 256 * 384)
     assert group_bits(group, name) == 2 * format_.bits(shape)
     unknown = group.model_copy(update={"modules": (module.model_copy(update={"shape": None}), module)})
     assert group_bits(unknown, name) == format_.least_bits * group.weight_elements
@@ -158,18 +160,23 @@ def test_weights_and_inputs_are_rounded_as_modelopt_rounds_them(name, dtype):
 
     format_ = get_format(name)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(3, 7, 32, generator=generator).to(dtype) * 3
-    linear = torch.nn.Linear(32, 48, bias=False, dtype=dtype)
+    x = torch.randn(3, 7, 256, generator=generator).to(dtype) * 3
+    linear = torch.nn.Linear(256, 128, bias=False, dtype=dtype)
     with torch.no_grad():
-        linear.weight.copy_(torch.randn(48, 32, generator=generator) * torch.logspace(-2, 1, 48)[:, None])
+        linear.weight.copy_(torch.randn(128, 256, generator=generator) * torch.logspace(-2, 1, 128)[:, None])
     model = torch.nn.Sequential(linear)
-    mtq.quantize(model, getattr(mtq, format_.modelopt_config), forward_loop=lambda m: m(x))
+    mtq.quantize(model, format_.modelopt_quantisation(), forward_loop=lambda m: m(x))
     amax = format_.amax_of(linear.weight)
     ours = format_.decode(format_.encode(linear.weight.detach(), amax), dtype)
     theirs = linear.weight_quantizer(linear.weight).detach()
     torch.testing.assert_close(ours, theirs, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
     scale = format_.input_scale(linear.input_quantizer.amax.float()) if format_.has_input_scale else None
-    torch.testing.assert_close(format_.round_input(x, scale), linear.input_quantizer(x), rtol=1e-2, atol=0)
+    rounded, known = format_.round_input(x, scale), linear.input_quantizer(x)
+    if name != SQUARES:
+        torch.testing.assert_close(rounded, known, rtol=1e-2, atol=0)
+        return
+    assert ((rounded - known).abs() > 1e-2 * known.abs()).float().mean() < 1e-3  # vLLM divides: ties go elsewhere
+    torch.testing.assert_close(rounded, known, rtol=1 / 8, atol=0)
 
 
 def test_every_token_has_a_scale_of_its_own():
@@ -194,7 +201,20 @@ def test_our_engine_agrees_with_modelopt_in_every_format(llama, text_file, tmp_p
     assert {name for _, name in found[0]} == set(BY_MODELOPT)
     assert found[0].keys() == found[1].keys()
     for key, score in found[0].items():
-        assert score == pytest.approx(found[1][key], rel=5e-3), key
+        assert score == pytest.approx(found[1][key], rel=2e-2 if key[1] == SQUARES else 5e-3), key  # ties: see above
+
+
+@pytest.mark.parametrize("name", [ROWS, SQUARES])
+def test_modelopt_measures_a_format_alone_that_stores_nothing_of_an_input(llama, text_file, tmp_path, name):
+    asked = {"engine": "modelopt", "method": "gradient", "formats": (name,), "samples": 2}
+    measurement = measure_text(llama, text_file, tmp_path, **asked)
+    assert {candidate.format for candidate in measurement.candidates} == {name}
+    assert len(measurement.candidates) == len(measurement.groups) == 8
+    scheme = assigned(measurement, "all", lambda *_: name)
+    amax = read_amax(measurement, tmp_path)
+    export(scheme, measurement, amax, llama, tmp_path / "checkpoint")
+    result = verify([scheme], measurement, amax, llama, {"all": tmp_path / "checkpoint"})
+    assert result.ok, result
 
 
 def test_a_format_scores_the_same_beside_another(llama, text_file, tmp_path, measured):
@@ -243,11 +263,11 @@ def test_a_run_with_modelopt_that_was_killed_while_scoring_gives_the_same_scores
 def test_what_takes_one_format_refuses_two():
     with pytest.raises(ValueError, match=r"compensated makes codes of one format, formats are 2 \(fp8, fp8_pc_pt\)"):
         MeasureSpec(formats=("fp8", ROWS), rounding="compensated")
-    problem = WorkersSpec(count=2).problem(MeasureSpec(formats=("fp8", ROWS)))
-    assert problem is not None
-    assert "workers score in one: name one" in problem
-    with pytest.raises(RecipeError, match="unknown format 'mxfp8'; known: fp8, fp8_pc_pt, nvfp4, nvfp4_w4a16, int8"):
-        get_format("mxfp8")
+    assert WorkersSpec(count=2).problem(MeasureSpec(formats=("fp8", ROWS))) is None  # workers score in all
+    with pytest.raises(
+        RecipeError, match="unknown format 'fp9'; known: fp8, fp8_pc_pt, fp8_block, .*nvfp4, nvfp4_w4a16, int8"
+    ):
+        get_format("fp9")
     with pytest.raises(RecipeError, match=r"compensated can't make codes of nvfp4, .* it can of fp8, fp8_pc_pt: set "):
         column_format("nvfp4")
 
@@ -308,8 +328,8 @@ def test_rows_keep_their_scales_where_a_weight_is_written_and_read_in_blocks(
     llama, measured, checkpoint, tmp_path, monkeypatch
 ):
     scheme, whole = checkpoint
-    monkeypatch.setattr(writer, "_CODED_ELEMENTS", 5 * 64)  # five rows of most weights: the last block is shorter
-    monkeypatch.setattr(checks, "_BLOCK", 7 * 64)
+    monkeypatch.setattr(writer, "_CODED_ELEMENTS", 5 * 256)  # five rows of most weights: the last block is shorter
+    monkeypatch.setattr(checks, "_BLOCK", 7 * 256)
     exported(llama, measured, scheme, tmp_path / "blocks")
     name = "model.safetensors"
     assert (tmp_path / "blocks" / name).read_bytes() == (whole / name).read_bytes()
@@ -368,7 +388,7 @@ def modelopt_export(source, measurement, scheme, amax, destination):
     ids = torch.arange(8).view(1, 8)
     mtq.quantize(model, {"quant_cfg": entries, "algorithm": "max"}, forward_loop=lambda m: m(input_ids=ids))
     for group in measurement.groups:
-        if scheme.formats[group.name] in (BF16, ROWS):
+        if scheme.formats[group.name] in (BF16, ROWS, SQUARES, "mxfp8"):
             continue
         for module in group.modules:
             linear = model.get_submodule(module.name)

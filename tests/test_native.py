@@ -15,7 +15,7 @@ from bitladder.data.batches import Batch
 from bitladder.data.processors import load_processor
 from bitladder.data.samples import load_data
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import get_format, grids
+from bitladder.formats import grids
 from bitladder.measured import read_amax
 from bitladder.measuring import kl, layers, native
 from bitladder.measuring.calls import hidden_of
@@ -245,7 +245,7 @@ def test_only_layers_that_run_one_after_another_make_a_graph(llama, text_file, t
     model = load_model(llama, torch.float32).requires_grad_(False)
     opened = Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY)
     job = Job(target, (), 4 * (batch.labels.shape,), MeasureSpec(), "cpu", lambda *_: None)
-    with native.scorer(opened, job, get_format("fp8"), amax, None) as scorer:
+    with native.scorer(opened, job, amax, None) as scorer:
         opened.memory.is_gpu = True  # what is asked doesn't need one
         assert scorer._begun(batch) is not None
         padded = {**batch.inputs, "attention_mask": batch.inputs["attention_mask"].clone()}
@@ -426,7 +426,7 @@ def test_fisher_is_the_kl_to_second_order(sure_llama, text_file, tmp_path, monke
     job = Job(target, (many,), (many.labels.shape,), MeasureSpec(method="fisher"), "cpu", lambda *_: None)
     opened = Layers.of(model, target, DeviceMemory("cpu", None), native.REMEDY)
     draws = []
-    with native.scorer(opened, job, get_format("fp8"), amax, None) as scorer:
+    with native.scorer(opened, job, amax, None) as scorer:
         for draw in range(DRAWS):
             monkeypatch.setattr("bitladder.measuring.decoder.sha256_of_bytes", lambda _, draw=draw: f"{draw:015x}")
             draws += [wait() for wait in scorer.scores([many])]

@@ -19,6 +19,7 @@ from bitladder.errors import EngineError, InfeasibleTarget, MeasurementError, Mo
 from bitladder.evaluation.reading import load_checkpoint
 from bitladder.formats import get_format, grids, why_not
 from bitladder.measured import read_amax
+from bitladder.measuring.decoder import Decoder
 from bitladder.measuring.measure import check_engine, measure
 from bitladder.models.loading import load_model
 from bitladder.models.target import find_target
@@ -234,6 +235,31 @@ def test_a_score_is_the_kl_of_the_group_as_others_compute_it(llama, measured, te
     candidate = measurement.by_group()[group.name][name]
     assert measurement.sensitivity(candidate) == pytest.approx(total / tokens, rel=1e-3)
     assert total > 0
+
+
+@pytest.mark.parametrize("method", ["gradient", "fisher", "kl_div"])
+def test_formats_scored_together_have_the_scores_of_each_alone(llama, text_file, tmp_path, method, monkeypatch):
+    passes = []
+    for name in ("begin", "record"):  # of a batch, whichever the method needs
+        monkeypatch.setattr(Decoder, name, counted(passes, getattr(Decoder, name)))
+    formats = ("fp8", "nvfp4_w4a16", "nvfp4", "fp8_pc_pt")
+    together = measure_text(llama, text_file, tmp_path / "all", method=method, formats=formats)
+    assert len(passes) == len(together.score_weights)  # one a batch, not one a format
+    found = {(one.group, one.format): one.scores for one in together.candidates}
+    for name in formats:
+        alone = measure_text(llama, text_file, tmp_path / name, method=method, formats=(name,))
+        assert {one.group: one.scores for one in alone.candidates} == {
+            group: scores for (group, format_), scores in found.items() if format_ == name
+        }
+    assert len({scores for scores in found.values()}) == len(found)
+
+
+def counted(passes, function):
+    def count(*given, **named):
+        passes.append(1)
+        return function(*given, **named)
+
+    return count
 
 
 def test_four_and_a_half_bits_are_the_floor_and_mixes_lie_above(measured):

@@ -28,7 +28,7 @@ from conftest import load_text, source_of
 
 SETTINGS = {
     "fisher": {},
-    "kl_div": {"method": "kl_div"},
+    "kl_div": {"method": "kl_div", "formats": ("fp8", "nvfp4")},
     "compensated": {"method": "gradient", "rounding": "compensated", "damping": 1.0},
 }
 BATCHES = 6

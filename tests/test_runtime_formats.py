@@ -312,19 +312,21 @@ def test_the_layout_is_that_of_modelopts_own_export(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "channels", "dynamic", "expected"),
+    ("dtype", "spread", "dynamic", "expected"),
     [
-        ("float8_e4m3fn", False, False, "fp8"),
-        ("float8_e4m3fn", True, True, "fp8_pc_pt"),
-        ("bfloat16", False, False, "bf16"),
-        ("float8_e4m3fn", True, False, "float8_e4m3fn with other scales than any known format's"),
-        ("uint8", False, False, "nvfp4"),
-        ("uint8", False, True, "nvfp4_w4a16"),
-        ("int8", False, False, "int8"),
+        ("float8_e4m3fn", "tensor", False, "fp8"),
+        ("float8_e4m3fn", "row", True, "fp8_pc_pt"),
+        ("float8_e4m3fn", "square", True, "fp8_block"),
+        ("float8_e4m3fn", "block", True, "mxfp8"),
+        ("bfloat16", "tensor", False, "bf16"),
+        ("float8_e4m3fn", "row", False, "float8_e4m3fn with other scales than any known format's"),
+        ("uint8", "block", False, "nvfp4"),
+        ("uint8", "block", True, "nvfp4_w4a16"),
+        ("int8", "tensor", False, "int8"),
     ],
 )
-def test_a_served_layer_is_told_by_dtype_and_scales(dtype, channels, dynamic, expected):
-    layer = Layer(method="m", kernel=None, dtype=dtype, channels=channels, dynamic_input=dynamic)
+def test_a_served_layer_is_told_by_dtype_and_scales(dtype, spread, dynamic, expected):
+    layer = Layer(method="m", kernel=None, dtype=dtype, spread=spread, dynamic_input=dynamic)
     served = Served(reached="built", layers={"x": layer}, names={"x": "x"}, returncode=0, timed_out=False, output="")
     assert [row.format for row in probed_layers(served, None)] == [expected]
 

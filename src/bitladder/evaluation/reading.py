@@ -26,6 +26,7 @@ from bitladder.formats import (
     Part,
     format_of_algorithm,
     format_of_group,
+    grids,
 )
 from bitladder.formats.kv_cache import Fp8Cache
 from bitladder.models.kv_layers import cache_inputs, layer_index
@@ -157,9 +158,9 @@ def _scale(files: WeightFiles, weight: str, part: Part) -> torch.Tensor:
         file = files.directory / files.tensors[weight].file
         raise ModelError(f"{file}: {weight} is stored as codes, but its {name} is missing; {EXPORT_AGAIN}")
     scale = files.load(name)
-    one = math.prod(part.shape) == 1
+    one = len(part.shape) < 2 and math.prod(part.shape) == 1
     right_shape = scale.numel() == 1 if one else tuple(scale.shape) == part.shape
-    values = scale.float()
+    values = grids.powers(scale) if part.dtype == "U8" else scale.float()
     if (
         files.tensors[name].dtype != part.dtype
         or not right_shape

@@ -18,14 +18,17 @@ from bitladder.formats.base import (
     WEIGHT_SCALE_2,
     Format,
     Part,
+    Spread,
 )
 from bitladder.formats.carriers import COMPRESSED_TENSORS, GLOBAL_SCALES, MODELOPT, WEIGHT_PACKED, Layout
 from bitladder.formats.e4m3 import E4m3
+from bitladder.formats.fp8_block import Fp8Block
 from bitladder.formats.fp8_channel import Fp8Channel
 from bitladder.formats.fp8_tensor import Fp8Tensor
 from bitladder.formats.int4_w4a16 import Int4W4a16, Int4W4a16Group64
 from bitladder.formats.int8 import Int8
 from bitladder.formats.int8_w8a16 import Int8W8a16, Int8W8a16Group64
+from bitladder.formats.mxfp8 import Mxfp8
 from bitladder.formats.nvfp4 import Nvfp4
 from bitladder.formats.nvfp4_w4a16 import Nvfp4W4a16
 from bitladder.records import BF16, BF16_BITS, QuantGroup
@@ -48,6 +51,7 @@ __all__ = [
     "Format",
     "Layout",
     "Part",
+    "Spread",
     "column_format",
     "format_of_algorithm",
     "format_of_group",
@@ -64,6 +68,8 @@ FORMATS: dict[str, Format] = {
     for one in (
         Fp8Tensor(),
         Fp8Channel(),
+        Fp8Block(),
+        Mxfp8(),
         Nvfp4(),
         Nvfp4W4a16(),
         Int8(),
@@ -93,9 +99,9 @@ def get_format(name: str) -> Format:
 
 
 def format_of_algorithm(algorithm: str) -> Format | None:
-    """Return the format that ModelOpt's files call `algorithm`; None: none of ours."""
+    """Return the format that ModelOpt's files call `algorithm`, in whatever case; None: none of ours."""
     held = (one for one in FORMATS.values() if MODELOPT in one.layouts)
-    return next((one for one in held if one.modelopt_algorithm == algorithm), None)
+    return next((one for one in held if one.modelopt_algorithm.upper() == algorithm.upper()), None)
 
 
 def format_of_group(group: Mapping[str, Any]) -> Format | None:
@@ -123,7 +129,7 @@ def column_format(name: str) -> E4m3:
     if not isinstance(found, E4m3):
         able = ", ".join(one.name for one in FORMATS.values() if isinstance(one, E4m3))
         raise RecipeError(
-            f"rounding: compensated can't make codes of {name}, whose scales lie along a row; it can of {able}: set "
+            f"rounding: compensated can't make codes of {name}, whose scales are of blocks; it can of {able}: set "
             "measurement.rounding: nearest, or another format"
         )
     return found

@@ -17,6 +17,7 @@ WEIGHT, WEIGHT_SCALE, WEIGHT_SCALE_2, INPUT_SCALE = "weight", "weight_scale", "w
 SCALE_NAMES = (WEIGHT_SCALE, WEIGHT_SCALE_2, "weight_scale_inv", INPUT_SCALE)
 KV_SCALE_NAMES = ("k_scale", "v_scale")  # of an attention that caches keys and values
 SCALE_DTYPE = "F32"  # as safetensors spells it
+Spread = Literal["tensor", "row", "block", "square"]
 _DTYPE_BITS = {"I64": 64, "F32": 32, "I32": 32, "BF16": 16, "I8": 8, "F8_E4M3": 8, "U8": 8}
 
 
@@ -43,7 +44,8 @@ class Part:
 class Format(ABC):
     """One format of a linear module's weight [out_features, in_features] and of its input.
 
-    A weight's amax is what its scale is made of, in the shape that the format scales by: a scalar, or [out_features].
+    A weight's amax is what its scale is made of, in the shape that the format scales by: a scalar, [out_features], or
+    one a square block, [out_features / square, in_features / square].
     Pure at import; torch inside methods.
     """
 
@@ -52,20 +54,39 @@ class Format(ABC):
     modelopt_config: ClassVar[str]  # ModelOpt's configuration, an attribute of modelopt.torch.quantization
     modelopt_algorithm: ClassVar[str]  # `quant_algo` in hf_quant_config.json
     modelopt_on_cpu: ClassVar[bool] = True  # whether ModelOpt can compute with it there
+    modelopt_searches: ClassVar[bool] = True  # whether its search knows the scales that a file will have
     code_dtype: ClassVar[str] = "F8_E4M3"  # of a stored weight, as safetensors spells it
     code_bits: ClassVar[int] = 8  # of an element, without scales
     codes_a_number: ClassVar[int] = 1  # how many neighbours of a row lie in one number of `code_dtype`
     group_size: ClassVar[int | None] = None  # neighbours of a row that share a scale of their own; None: no such groups
+    square: ClassVar[int | None] = None  # so many rows and columns share a scale; None: no such blocks
     channels: ClassVar[bool] = False  # whether every row of a weight has a scale of its own
-    # What is done to an input: rounded with a stored scale, with one a token that is made when it is seen, or nothing.
-    input: ClassVar[Literal["static", "token", "unrounded"]]
+    amax_name: ClassVar[str] = "weight_amax"  # of a weight's amax, in the shape that the format scales by
+    # What is done to an input: rounded with a stored scale, with one a token or a block of a token that is made when it
+    # is seen, or nothing.
+    input: ClassVar[Literal["static", "token", "block", "unrounded"]]
+    weight_like: ClassVar[str | None] = None  # another format that stores the very same of a weight
     layouts: "ClassVar[Mapping[str, Layout]]"  # the carriers that hold it
     multiplies: ClassVar[bool] = False  # whether torch._scaled_mm takes its codes, with a scalar scale on either side
+
+    @property
+    def spread(self) -> Spread:
+        """What a weight's scale is for: all of it, a row, a block of a row, or a square block."""
+        if self.square is not None:
+            return "square"
+        return "block" if self.group_size is not None else "row" if self.channels else "tensor"
 
     @property
     def has_input_scale(self) -> bool:
         """Whether a file has a scale of the module's input, which calibration settles."""
         return self.input == "static"
+
+    def modelopt_quantisation(self) -> dict[str, Any]:
+        """Return the configuration with which ModelOpt computes in this format."""
+        import modelopt.torch.quantization as mtq
+
+        preset: dict[str, Any] = getattr(mtq, self.modelopt_config)
+        return preset
 
     @abstractmethod
     def why_not(self, shape: Sequence[int]) -> str | None:
@@ -83,10 +104,15 @@ class Format(ABC):
         return self.stored(shape)[1:]
 
     @property
+    def _least_parts(self) -> tuple[Part, ...]:
+        """The parts of the smallest weight."""
+        unit = self.square or self.group_size or 1
+        return self.parts((unit, unit))
+
+    @property
     def scale_names(self) -> tuple[str, ...]:
         """The names of `parts`, which are alike for any shape."""
-        unit = self.group_size or 1
-        return tuple(part.name for part in self.parts((unit, unit)))
+        return tuple(part.name for part in self._least_parts)
 
     def weight_shape(self, stored: Sequence[int]) -> tuple[int, int]:
         """Return [out_features, in_features] of a weight whose codes are stored in this shape."""
@@ -105,8 +131,7 @@ class Format(ABC):
     @property
     def tensor_scale_bytes(self) -> int:
         """Bytes of a module's scales that don't grow with its weight, which `bits` leaves out."""
-        unit = self.group_size or 1
-        return sum(part.bits for part in self.parts((unit, unit)) if not part.grows) // 8
+        return sum(part.bits for part in self._least_parts if not part.grows) // 8
 
     def config_group(self) -> dict[str, Any]:
         """Return what `config_groups` say of weights and inputs, in ModelOpt's words.
@@ -133,7 +158,7 @@ class Format(ABC):
 
     def weight_key(self, module: str) -> str:
         """Return the name of a module's weight amax in this format among a measurement's tensors."""
-        return f"{module}.row_amax" if self.channels else f"{module}.weight_amax"
+        return f"{module}.{self.amax_name}"
 
     @property
     @abstractmethod
@@ -149,7 +174,11 @@ class Format(ABC):
         """Return the parts that a weight's amax settles without the weight: `{part: scale}`, float32."""
 
     def rows_of(self, amax: "torch.Tensor", first: int, count: int) -> "torch.Tensor":
-        """Return the amax of some rows of a weight, from that of all of it."""
+        """Return the amax of some rows of a weight, from that of all of it; of square blocks a line a row."""
+        if self.square is not None:
+            import torch
+
+            return amax[torch.arange(first, first + count, device=amax.device) // self.square]
         return amax[first : first + count] if self.channels else amax
 
     @abstractmethod
@@ -159,7 +188,7 @@ class Format(ABC):
         Args:
             part: its name, one of those that `tensor_scales` doesn't give.
             weight: [rows, in_features].
-            amax: of these rows, or of the whole weight, as the format scales by it.
+            amax: what `rows_of` gives of these rows.
         """
 
     def encode(self, weight: "torch.Tensor", amax: "torch.Tensor") -> "dict[str, torch.Tensor]":
@@ -171,7 +200,8 @@ class Format(ABC):
         """
         scales = self.tensor_scales(amax)
         names = [part.name for part in self.stored(tuple(weight.shape)) if part.name not in {*scales, INPUT_SCALE}]
-        return {name: self.made(name, weight, amax) for name in names} | scales
+        rows = self.rows_of(amax, 0, len(weight))
+        return {name: self.made(name, weight, rows) for name in names} | scales
 
     @abstractmethod
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":

@@ -3,6 +3,7 @@
 A format's parts are those of ModelOpt's files. compressed-tensors keeps the same numbers, but
 
 - of a tensor [1], of rows [out_features, 1], where ModelOpt has [] and [out_features];
+- of square blocks a matrix, without ModelOpt's axes of 1;
 - packed codes as `weight_packed`;
 - a scale above blocks by the name of a global scale, and inverted: the file has what values are multiplied with.
 
@@ -22,6 +23,8 @@ MODELOPT, COMPRESSED_TENSORS = "modelopt", "compressed-tensors"
 CARRIERS = (MODELOPT, COMPRESSED_TENSORS)
 WEIGHT_PACKED = "weight_packed"
 GLOBAL_SCALES = {WEIGHT_SCALE_2: "weight_global_scale", INPUT_SCALE: "input_global_scale"}
+_SQUARE_AXES = 4  # of the scales of square blocks, every other one is 1
+_EXPONENTS = "torch.uint8"  # dtype of scales that are exponents, without which codes like these are scaled otherwise
 _STATED = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "block_structure")
 
 
@@ -32,7 +35,7 @@ class Layout:
     Attributes:
         names: part -> its name in the carrier's files, where that is another one.
         inverted: the parts that are stored as 1 / scale.
-        with_axis: whether one number is stored as [1], and one a row as [rows, 1].
+        with_axis: whether one number is stored as [1], one a row as [rows, 1], one a square block as [rows, columns].
         compression: compressed-tensors' name of the way in which a weight is stored, its `format`.
         weights: what its configuration says of weights, as `QuantizationArgs`.
         inputs: and of inputs; None: they aren't rounded.
@@ -51,8 +54,10 @@ class Layout:
 
     def shape(self, part: Part) -> tuple[int, ...]:
         """Return the shape in which a part is stored."""
-        if not self.with_axis or part.name == WEIGHT or len(part.shape) > 1 or part.counts:
+        if not self.with_axis or part.name == WEIGHT or part.counts:
             return part.shape
+        if len(part.shape) > 1:
+            return part.shape[::2] if len(part.shape) == _SQUARE_AXES else part.shape
         return (*part.shape, 1)
 
     def stored(self, part: str, scale: "torch.Tensor") -> "torch.Tensor":
@@ -73,6 +78,7 @@ class Layout:
         return (
             isinstance(weights, Mapping)
             and _stated(weights) == _stated(self.weights)
+            and (weights.get("scale_dtype") == _EXPONENTS) == (self.weights.get("scale_dtype") == _EXPONENTS)
             and (_stated(inputs) if isinstance(inputs, Mapping) else None)
             == (None if self.inputs is None else _stated(self.inputs))
         )
@@ -83,6 +89,11 @@ def _stated(numbers: Mapping[str, Any]) -> tuple[Any, ...]:
     defaults = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
     stated = {**defaults, **{key: value for key, value in numbers.items() if value is not None}}
     return tuple(str(stated.get(key)).lower() for key in _STATED)
+
+
+def exponents(*, dynamic: bool = False) -> dict[str, Any]:
+    """Return compressed-tensors' words for MXFP8's numbers."""
+    return {**floats(8, "group", dynamic), "group_size": 32, "scale_dtype": _EXPONENTS}
 
 
 def floats(bits: int, strategy: str, dynamic: bool | str = False, group_size: int | None = None) -> dict[str, Any]:

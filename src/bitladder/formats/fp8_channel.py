@@ -25,6 +25,7 @@ class Fp8Channel(E4m3):
     modelopt_config = "FP8_PER_CHANNEL_PER_TOKEN_CFG"
     modelopt_algorithm = "FP8_PER_CHANNEL_PER_TOKEN"
     channels = True
+    amax_name = "row_amax"
     input = "token"
     layouts: ClassVar = {
         MODELOPT: Layout(),

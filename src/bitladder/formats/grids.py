@@ -1,5 +1,7 @@
 """FP8 E4M3 numbers, and FP4 E2M1 numbers in blocks: magnitudes, scales, codes, and back. Only this module knows 448, 6.
 
+MXFP8 is E4M3 numbers in blocks of 32 with a power of two for each, stored as its exponent (E8M0).
+
 A value x of a tensor with amax a is stored as the E4M3 code nearest to x · (448 / a), saturated at ±448, and restored
 as code · (a / 448). Products and the division run in float32, as ModelOpt's fake quantisation does
 (modelopt.torch.quantization.tensor_quant.fp8_eager); ModelOpt's own export divides in BF16, which moves some codes to
@@ -26,6 +28,10 @@ _E2M1_STEPS = ((2.0, 0.5), (4.0, 1.0))  # below a magnitude, how far apart value
 # Below it amax / 448 is no normal float32 number, or 448 / amax no finite one.
 LEAST_AMAX = E4M3_MAX * 2 * torch.finfo(torch.float32).tiny
 LEAST_BLOCKS_AMAX = E2M1_MAX * LEAST_AMAX  # of a tensor in blocks
+E8M0_BIAS, E8M0_NAN = 127, 255  # OCP Microscaling Formats Specification 1.0, section 5.4.1
+_MANTISSA_BITS, _MANTISSA = 23, (1 << 23) - 1  # of a float32 number
+_LEAST_POWER = 1 << 22  # the bits of 2^-127, which E8M0 holds and float32 only as a subnormal number
+LEAST_GROUP_AMAX = 1e-10  # of a group of a token, in which its scale is made (fp8_utils.py, `eps`)
 
 
 def amax_of(values: torch.Tensor) -> torch.Tensor:
@@ -76,9 +82,9 @@ def scale_of_blocks(amax: torch.Tensor) -> torch.Tensor:
     return amax.float() / (E2M1_MAX * E4M3_MAX)
 
 
-def in_blocks(values: torch.Tensor) -> torch.Tensor:
-    """Return a view [..., columns / 16, 16] of [..., columns]."""
-    return values.reshape(*values.shape[:-1], -1, BLOCK)
+def in_blocks(values: torch.Tensor, size: int = BLOCK) -> torch.Tensor:
+    """Return a view [..., columns / size, size] of [..., columns]."""
+    return values.reshape(*values.shape[:-1], -1, size)
 
 
 def block_scales(values: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
@@ -164,3 +170,58 @@ def _inverse(numbers: torch.Tensor) -> torch.Tensor:
     Source: get_reciprocal in the same file.
     """
     return 1.0 / (numbers + (numbers == 0) * 1e8)
+
+
+def squares(values: torch.Tensor, side: int) -> torch.Tensor:
+    """Return a view [rows / side, side, columns / side, side] of [rows, columns]."""
+    rows, columns = values.shape
+    return values.reshape(rows // side, side, columns // side, side)
+
+
+def fake_quantise_groups(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Return `values` [..., columns] with every `size` neighbours rounded with a scale of their own, in their dtype.
+
+    Source: vllm 0.32.0, quantization/utils/fp8_utils.py, per_token_group_quant_fp8, with float32 scales.
+    """
+    groups = in_blocks(values.float(), size)
+    scales = groups.abs().amax(-1, keepdim=True).clamp_min(LEAST_GROUP_AMAX) / E4M3_MAX
+    codes = (groups / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE)
+    return (codes.float() * scales).reshape(values.shape).to(values.dtype)
+
+
+def powers(exponents: torch.Tensor) -> torch.Tensor:
+    """Return the scales, float32, that E8M0 numbers (uint8) stand for: 2^(number - 127); 255 is NaN.
+
+    Source: OCP Microscaling Formats Specification 1.0, section 5.4.1.
+    """
+    return torch.where(exponents == E8M0_NAN, torch.nan, torch.exp2(exponents.float() - E8M0_BIAS))
+
+
+def exponents_of(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the E8M0 scale of every `size` neighbours of [..., columns]: ceil(log2(amax / 448)) + 127, uint8.
+
+    Read off the bits of amax / 448, since a logarithm beside a power of two is rounded to it, otherwise on each device.
+    Zeros have the least, 0.
+
+    Source: MXFP8QTensor._compute_e8m0_exponent; vllm 0.32.0, mxfp8_utils.py, _mxfp8_e4m3_quantize_torch.
+    """
+    amax = in_blocks(values.detach(), size).abs().amax(-1).float()
+    bits = (amax / E4M3_MAX).view(torch.int32)
+    rounded_up = (bits + _MANTISSA) >> _MANTISSA_BITS
+    return torch.where(bits <= _LEAST_POWER, 0, rounded_up).to(torch.uint8)
+
+
+def exponent_codes(values: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Return the nearest E4M3 codes of `values` [..., columns] with E8M0 scales [..., columns / size].
+
+    Source: MXFP8QTensor.quantize_with_scale.
+    """
+    blocks = in_blocks(values.detach().float(), values.shape[-1] // exponents.shape[-1])
+    scaled = blocks * torch.exp2(E8M0_BIAS - exponents.float()).unsqueeze(-1)
+    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE).reshape(values.shape)
+
+
+def restored_by_exponents(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Return code · scale in float32, [..., columns]; E8M0 scales are [..., columns / size]."""
+    blocks = in_blocks(codes.float(), codes.shape[-1] // exponents.shape[-1])
+    return (blocks * powers(exponents).unsqueeze(-1)).reshape(codes.shape)

@@ -21,6 +21,7 @@ class Nvfp4W4a16(E2m1Blocks):
     modelopt_algorithm = "W4A16_NVFP4"
     input = "unrounded"
     layouts: ClassVar = {MODELOPT: Layout(), COMPRESSED_TENSORS: PACKED}
+    weight_like = "nvfp4"
 
     def round_input(self, x: "torch.Tensor", scale: "torch.Tensor | None") -> "torch.Tensor":
         """Return the input as it is."""

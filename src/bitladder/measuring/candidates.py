@@ -5,10 +5,12 @@ dynamic modules work alike. So a layer's code is the same in every layer, and to
 """
 
 import contextlib
+import dataclasses
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from bitladder.models.anatomy import PLAIN, Layout, tokens_first
 from bitladder.records import QuantGroup
 
 _FP8_CAPABILITY = (8, 9)  # of the first NVIDIA GPUs that multiply FP8 numbers
+_PARTS = 4  # of a form that its product is made of: input, weight, the scale of either
 _FP8_MULTIPLE = 16  # torch._scaled_mm takes matrices whose sides are multiples of this
 
 
@@ -71,12 +74,34 @@ def _product(
     return torch._scaled_mm(seen, weight.t(), scale_a=input_scale, scale_b=weight_scale, bias=bias, out_dtype=dtype)
 
 
-def forms_of(model: nn.Module, group: QuantGroup, format_: Format, amax: Amax, codes: Codes | None) -> dict[str, Form]:
-    """Return what a group's modules are in a format, by name; their weights must be at hand."""
+def forms_of(
+    model: nn.Module,
+    group: QuantGroup,
+    format_: Format,
+    amax: Amax,
+    codes: Codes | None,
+    known: Mapping[str, Mapping[str, Form]] = MappingProxyType({}),
+) -> dict[str, Form]:
+    """Return what a group's modules are in a format, by name; their weights must be at hand.
+
+    Args:
+        model: whose modules they are.
+        group: the modules.
+        format_: what they are to be in.
+        amax: of weights and inputs.
+        codes: compensated ones, where there are any.
+        known: the same in other formats, by name: one that stores the same weights shares them.
+    """
     inputs: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
     found = {}
+    alike = known.get(format_.weight_like or "", {})
     for module in group.modules:
         weight: Any = model.get_parameter(f"{module.name}.weight")
+        if module.name in alike and not format_.has_input_scale:
+            found[module.name] = dataclasses.replace(
+                alike[module.name], format=format_, input_amax=None, input_scale=None
+            )
+            continue
         weight_amax = amax[format_.weight_key(module.name)].to(weight.device, non_blocking=True)
         parts = encoded(module.name, weight, weight_amax, format_, codes)
         multiplied = _multiplies(format_, weight)
@@ -86,11 +111,11 @@ def forms_of(model: nn.Module, group: QuantGroup, format_: Format, amax: Amax, c
             found[module.name] = Form(format_, stored, weight_scale, None, None)
             continue
         input_amax = amax[f"{module.name}.input_amax"]
-        known = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
-        if known not in inputs:
+        value = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
+        if value not in inputs:
             moved = input_amax.to(weight.device, non_blocking=True)
-            inputs[known] = moved, format_.input_scale(moved)
-        found[module.name] = Form(format_, stored, weight_scale, *inputs[known])
+            inputs[value] = moved, format_.input_scale(moved)
+        found[module.name] = Form(format_, stored, weight_scale, *inputs[value])
     return found
 
 
@@ -116,30 +141,35 @@ class InForm(nn.Linear):
 
 
 class LastInput:
-    """The input seen last, and what it is in the format: modules that are fused by the runtime share both."""
+    """The input seen last, and what it is in every format: modules that are fused by the runtime share both."""
 
     def __init__(self) -> None:
-        # The input, the amax of the form that saw it, and what that made of it.
-        self._known: tuple[weakref.ref[torch.Tensor], torch.Tensor | None, torch.Tensor] | None = None
+        self._input: weakref.ref[torch.Tensor] | None = None
+        # By format and type of weight: the amax of the form that saw the input, and what that made of it.
+        self._made: dict[tuple[str, torch.dtype], tuple[torch.Tensor | None, torch.Tensor]] = {}
 
     def of(self, form: Form, x: torch.Tensor) -> torch.Tensor:
         """Return `form.input_of(x)`."""
-        known = self._known
-        if known is None or known[0]() is not x or known[1] is not form.input_amax:
-            self._known = known = weakref.ref(x), form.input_amax, form.input_of(x)
-        return known[2]
+        if self._input is None or self._input() is not x:
+            self._input = weakref.ref(x)
+            self._made.clear()
+        key = form.format.name, form.weight.dtype
+        known = self._made.get(key)
+        if known is None or known[0] is not form.input_amax:
+            self._made[key] = known = form.input_amax, form.input_of(x)
+        return known[1]
 
 
 class Tapped(nn.Linear):
-    """A linear module whose backward pass also gives what every token adds to the module's score.
+    """A linear module whose backward pass also gives what every token adds to the module's score in each of its forms.
 
-    It arrives as the gradient of the `sink` that the module was given before it ran: [rows, tokens], in float64; what
-    several runs in one pass add is summed. `layout` says which dimensions of its output these are; `copied`, that the
-    layer changes the output in place.
+    It arrives as the gradient of the `sink` that the module was given before it ran: [forms, rows, tokens], in float64;
+    what several runs in one pass add is summed. `layout` says which dimensions of its output rows and tokens are;
+    `copied`, that the layer changes the output in place.
     """
 
     name: str  # read for an error alone: torch would compile a layer for every name
-    form: Form
+    forms: tuple[Form, ...]
     directional: bool
     last_input: LastInput
     sink: torch.Tensor | None = None
@@ -154,21 +184,14 @@ class Tapped(nn.Linear):
         sink = self.sink
         if sink is None:
             raise EngineError(f"{self.name} runs outside its own layer; use engine: modelopt")
-        form = self.form
+        parts: list[torch.Tensor | None] = []
         with torch.no_grad():
-            # Where torch compiles, it finds equal inputs itself.
-            seen = form.input_of(x) if torch.compiler.is_compiling() else self.last_input.of(form, x)
+            for form in self.forms:
+                # Where torch compiles, it finds equal inputs itself.
+                seen = form.input_of(x) if torch.compiler.is_compiling() else self.last_input.of(form, x)
+                parts += [seen, form.weight, form.input_scale, form.weight_scale]
         tapped: torch.Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
-            output,
-            sink,
-            seen,
-            form.weight,
-            form.input_scale,
-            form.weight_scale,
-            self.bias,
-            self.directional,
-            self.layout,
-            self.copied,
+            output, sink, self.bias, self.directional, self.layout, self.copied, *parts
         )
         return tapped
 
@@ -181,28 +204,26 @@ class _Tap(torch.autograd.Function):
         ctx: Any,
         output: torch.Tensor,
         sink: torch.Tensor,
-        seen: torch.Tensor,
-        weight: torch.Tensor,
-        input_scale: torch.Tensor | None,
-        weight_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         directional: bool,
         layout: Layout,
         copied: bool,
+        *parts: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(output, seen, weight, input_scale, weight_scale, bias)
-        ctx.directional, ctx.layout, ctx.shape = directional, layout, sink.shape
+        ctx.save_for_backward(output, bias, *parts)
+        ctx.directional, ctx.layout, ctx.shape = directional, layout, sink.shape[1:]
         return output.clone() if copied else output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        output, seen, weight, input_scale, weight_scale, bias = ctx.saved_tensors
-        quantised = _product(seen, weight, input_scale, weight_scale, bias, output.dtype).view_as(output)
+        output, bias, *parts = ctx.saved_tensors
         by_token = token_directions if ctx.directional else token_scores
-        scores = tokens_first(by_token(gradient, quantised - output), ctx.layout, ctx.shape)
-        if scores.dim() > len(ctx.shape):
-            scores = scores.flatten(len(ctx.shape)).sum(-1)
-        return gradient, scores, *(None,) * 8
+        found = []
+        for seen, weight, input_scale, weight_scale in zip(*[iter(parts)] * _PARTS, strict=True):
+            quantised = _product(seen, weight, input_scale, weight_scale, bias, output.dtype).view_as(output)
+            scores = tokens_first(by_token(gradient, quantised - output), ctx.layout, ctx.shape)
+            found.append(scores.flatten(len(ctx.shape)).sum(-1) if scores.dim() > len(ctx.shape) else scores)
+        return gradient, torch.stack(found), *(None,) * (4 + len(parts))
 
 
 @contextlib.contextmanager

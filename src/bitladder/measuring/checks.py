@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bitladder.errors import MeasurementError, ModelError
-from bitladder.formats import get_format, why_not
+from bitladder.formats import Format, get_format, why_not
 from bitladder.measured import Amax
 from bitladder.models.loading import checkpoint_tensor_names
 from bitladder.models.target import ZERO_WEIGHTS, Target
@@ -82,8 +82,9 @@ def with_scales(target: Target, amax: Amax, spec: MeasureSpec) -> Target:
     formats = [get_format(name) for name in spec.formats]
     observed = spec.engine == "native" or any(format_.has_input_scale for format_ in formats)
     least = max(format_.least_amax for format_ in formats)
+    names = {Format.amax_name, *(format_.amax_name for format_ in formats)}
     for group in target.groups:
-        found = {module.name: _why_no_scale(module.name, amax, observed, least) for module in group.modules}
+        found = {module.name: _why_no_scale(module.name, amax, names, observed, least) for module in group.modules}
         reasons = {name: reason for name, reason in found.items() if reason is not None}
         if not reasons:
             kept.append(group)
@@ -96,19 +97,21 @@ def with_scales(target: Target, amax: Amax, spec: MeasureSpec) -> Target:
     return dataclasses.replace(target, groups=tuple(kept), untouched=(*target.untouched, *left))
 
 
-def _why_no_scale(module: str, amax: Amax, observed: bool, least: float) -> str | None:
+def _why_no_scale(module: str, amax: Amax, names: set[str], observed: bool, least: float) -> str | None:
     """Return why a module has no scale, or None.
 
     Args:
         module: its name.
         amax: of all modules.
+        names: what a weight's amax is called; an engine may know it in one shape alone.
         observed: whether inputs were looked at.
         least: amax of which a scale can be made.
 
     Raises:
         MeasurementError: NaN or Inf.
     """
-    weights, inputs = (amax.get(f"{module}.{kind}") for kind in ("weight_amax", "input_amax"))
+    known = [amax[key].max() for name in sorted(names) if (key := f"{module}.{name}") in amax]
+    weights, inputs = (torch.stack(known).max() if known else None), amax.get(f"{module}.input_amax")
     for value, what in ((weights, "weights"), (inputs, "activations")):
         if value is not None and not bool(torch.isfinite(value)):
             raise MeasurementError(

@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from bitladder.data.batches import Batch
 from bitladder.errors import EngineError
+from bitladder.formats import get_format
 from bitladder.measuring.calls import LayerCall, LayerRecorder, by_layer, hidden_of
-from bitladder.measuring.job import BatchScores, Job
+from bitladder.measuring.job import BatchScores, Job, Variant
 from bitladder.measuring.layers import Layers, last_position
 from bitladder.measuring.tail import Tail
-from bitladder.records import QuantGroup
 from bitladder.storage import sha256_of_bytes
 
 ROWS_AT_ONCE = 256  # of logits: 151,936 a row in float32 make 156 MB, and a loss or KL needs several of them
@@ -234,10 +234,12 @@ def counted(hidden: torch.Tensor, current: Pass) -> torch.Tensor:
     return before.flatten(0, 1) if current.whole else before[current.batch.predicted.to(hidden.device)]
 
 
-def named(values: torch.Tensor, groups: Sequence[QuantGroup], format_name: str) -> BatchScores:
-    """Return a batch's scores from [groups, 1 or 2], which are waited for."""
-    rows = zip(groups, values.cpu().tolist(), strict=True)
-    return {group.name: {format_name: tuple(row)} for group, row in rows}
+def named(values: torch.Tensor, variants: Sequence[Variant]) -> BatchScores:
+    """Return a batch's scores from [variants, 1 or 2], which are waited for."""
+    scores: BatchScores = {}
+    for (group, name), row in zip(variants, values.cpu().tolist(), strict=True):
+        scores.setdefault(group.name, {})[name] = tuple(row)
+    return scores
 
 
 def is_whole(batch: Batch) -> bool:
@@ -246,9 +248,13 @@ def is_whole(batch: Batch) -> bool:
 
 
 def copies_fit(layers: Layers, job: Job) -> bool:
-    """Return whether all searched weights are kept in a format too: making a layer's anew takes time."""
-    copies = sum(group.weight_elements for group in job.target.groups)
-    copies *= 1 if layers.memory.is_gpu else next(layers.model.parameters()).element_size()
+    """Return whether all searched weights are kept in their formats too: making a layer's anew takes time."""
+    size = next(layers.model.parameters()).element_size()
+    copies = sum(
+        group.weight_elements * (1 if layers.memory.is_gpu and get_format(name).multiplies else size)
+        for group, name in job.variants
+        if get_format(name).weight_like not in job.formats_of(group)
+    )
     return not layers.streamed and layers.memory.free() > copies + _COPIES_LEFT
 
 

@@ -35,10 +35,10 @@ from torch import nn
 from bitladder.data.batches import Batch
 from bitladder.device import deterministic
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import Format
+from bitladder.formats import get_format
 from bitladder.measured import Amax, Codes
 from bitladder.measuring.calls import LayerCall
-from bitladder.measuring.candidates import LastInput, Tapped, forms_of, taken
+from bitladder.measuring.candidates import Form, LastInput, Tapped, forms_of, taken
 from bitladder.measuring.decoder import (
     GROWTH,
     LAYERS_LEFT,
@@ -59,14 +59,14 @@ from bitladder.models.loading import image_token_ids
 from bitladder.records import QuantGroup
 
 _GRAPHED_FROM = 4  # batches from which capturing a CUDA graph is worth it
-_COMPILED_FROM = 500_000  # tokens of a shape from which a dozen seconds of compiling layers are worth it
+_COMPILED_FROM = 500_000  # tokens of a shape, times formats, from which a dozen seconds of compiling are worth it
 
 
 class _Taps:
     """The searched modules of layers that run with gradients, each of which gives its scores too."""
 
-    def __init__(self, layers: Layers, job: Job, format_: Format, amax: Amax, codes: Codes | None) -> None:
-        self.model, self.format, self.amax, self.codes = layers.model, format_, amax, codes
+    def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
+        self.model, self.job, self.amax, self.codes = layers.model, job, amax, codes
         self.anatomy = layers.anatomy
         self.shared = {"directional": job.spec.method != "gradient", "last_input": LastInput()}
         self.given: list[Any] = []  # modules that have a sink now
@@ -75,13 +75,20 @@ class _Taps:
         """Tap the modules of these groups, whose weights must be at hand, until the context is left."""
         stack = ExitStack()
         for group in groups:
-            for name, form in forms_of(self.model, group, self.format, self.amax, self.codes).items():
+            for name, forms in self._forms(group).items():
                 linear, layout = self.model.get_submodule(name), self.anatomy.positions.get(name, PLAIN)
                 if layout is None:
                     raise EngineError(f"{name}: its output doesn't say what belongs to which token; use method: kl_div")
                 own = {"layout": layout, "copied": name in self.anatomy.overwritten}
-                stack.enter_context(taken(linear, Tapped, name=name, form=form, sink=None, **own, **self.shared))
+                stack.enter_context(taken(linear, Tapped, name=name, forms=forms, sink=None, **own, **self.shared))
         return stack
+
+    def _forms(self, group: QuantGroup) -> dict[str, tuple[Form, ...]]:
+        """Return what each of a group's modules is in every format that the group can have."""
+        known: dict[str, dict[str, Form]] = {}
+        for name in self.job.formats_of(group):
+            known[name] = forms_of(self.model, group, get_format(name), self.amax, self.codes, known)
+        return {module.name: tuple(forms[module.name] for forms in known.values()) for module in group.modules}
 
     def give_sinks(self, current: Pass, groups: Iterable[QuantGroup]) -> None:
         """Give every module of a layer's groups, before the layer runs with gradients, where its scores will arrive.
@@ -90,8 +97,9 @@ class _Taps:
         """
         self.take_sinks()
         labels = current.batch.labels
-        zeros = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
         for group in groups:
+            forms = len(self.job.formats_of(group))
+            zeros = torch.zeros((forms, *labels.shape), dtype=torch.float64, device=labels.device)
             for module in group.modules:
                 current.sinks[module.name] = sink = zeros.detach().requires_grad_()
                 tapped: Any = self.model.get_submodule(module.name)
@@ -106,7 +114,9 @@ class _Taps:
 
 
 def _read(current: Pass, groups: Sequence[QuantGroup], method: str) -> torch.Tensor:
-    """Return each group's score and what of it lies at image-token positions, [groups, 2]; modules in their order.
+    """Return the score of each group in each of its formats, and what of it lies at image-token positions.
+
+    [variants, 2], in the order of `Job.variants`.
 
     Raises:
         MeasurementError: a module that no gradient reached.
@@ -117,18 +127,21 @@ def _read(current: Pass, groups: Sequence[QuantGroup], method: str) -> torch.Ten
         if missing:
             raise MeasurementError(f"{missing[0]}: no gradient of the loss reaches this module")
         tokens = torch.stack([current.scores[module.name] for module in group.modules]).sum(0)
-        found.append(by_position(tokens if method == "gradient" else tokens.square() / 2, current.images))
+        for of_format in tokens if method == "gradient" else tokens.square() / 2:  # [rows, tokens]
+            found.append(by_position(of_format, current.images))
     return torch.stack(found)
 
 
 class GradientScorer(ExitStack):
     """Scores by `gradient` or `fisher`; a context manager, within which the searched modules are tapped."""
 
-    def __init__(self, layers: Layers, job: Job, format_: Format, amax: Amax, codes: Codes | None) -> None:
+    def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
-        self.layers, self.job, self.format = layers, job, format_
-        self.decoder = Decoder(layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM))
-        self.taps = _Taps(layers, job, format_, amax, codes)
+        self.layers, self.job = layers, job
+        self.decoder = Decoder(
+            layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM // len(job.spec.formats))
+        )
+        self.taps = _Taps(layers, job, amax, codes)
         self.states = len(layers) + 1  # of each batch: every layer's input
         self.image_tokens = image_token_ids(layers.model.config)
         self.graphs: dict[torch.Size, _Graph] = {}  # by the shape of the batch; one at a time
@@ -149,10 +162,10 @@ class GradientScorer(ExitStack):
         """
         with compiling(self.decoder):
             values = self._values(batches)
-        return [bound(named, each, self.job.target.groups, self.format.name) for each in values]
+        return [bound(named, each, self.job.variants) for each in values]
 
     def _values(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """Return the scores [groups, 2] of each batch."""
+        """Return the scores [variants, 2] of each batch."""
         if len(batches) == 1:
             begun = self._begun(batches[0])
             if begun is not None:
@@ -219,7 +232,7 @@ class GradientScorer(ExitStack):
         return bool(self.room > GROWTH * state * (len(self.layers) + LAYERS_LEFT))
 
     def _replayed(self, batch: Batch, current: Pass) -> torch.Tensor:
-        """Return the scores [groups, 2] of a batch, which is before the first layer, by the CUDA graph of its shape."""
+        """Return the scores [variants, 2] of a batch before the first layer, by the CUDA graph of its shape."""
         shape = batch.labels.shape
         if shape not in self.graphs:
             self.graphs.clear()  # each holds the memory of a whole step
@@ -228,7 +241,7 @@ class GradientScorer(ExitStack):
         return self.graphs[shape].replay(current)
 
     def _scores(self, current: Pass) -> torch.Tensor:
-        """Return the scores [groups, 2] of a batch before the first layer, without waiting for the GPU anywhere."""
+        """Return the scores [variants, 2] of a batch before the first layer, without waiting for the GPU anywhere."""
         with deterministic() if self.decoder.compiled else contextlib.nullcontext():  # a compiled backward pass asks
             for index, call in enumerate(current.calls):
                 self._run_kept(index, current, call, current.output, self.decoder.call)

@@ -1,7 +1,7 @@
 """What an engine is given, and what it gives back."""
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -10,8 +10,10 @@ from bitladder.errors import MeasurementError
 from bitladder.formats import why_not
 from bitladder.models.target import Target
 from bitladder.recipe import MeasureSpec
+from bitladder.records import QuantGroup
 from bitladder.runinfo import Progress
 
+Variant = tuple[QuantGroup, str]  # a group in a format
 RawScore = tuple[float, ...]  # (score,) or (score, what of it lies at image-token positions)
 BatchScores = dict[str, dict[str, RawScore]]  # group -> format -> raw score of one batch
 
@@ -32,10 +34,14 @@ class Job:
         """How many batches are scored."""
         return len(self.scored)
 
-    def in_format(self, name: str) -> "Job":
-        """Return this job with those groups alone that can have a format."""
-        groups = tuple(group for group in self.target.groups if why_not(group, name) is None)
-        return self if groups == self.target.groups else replace(self, target=replace(self.target, groups=groups))
+    def formats_of(self, group: QuantGroup) -> tuple[str, ...]:
+        """Return those of the job's formats that a group can have."""
+        return tuple(name for name in self.spec.formats if why_not(group, name) is None)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Every group in every format that it can have, a group's together."""
+        return tuple((group, name) for group in self.target.groups for name in self.formats_of(group))
 
 
 def score_batch_count(data: DataSet, spec: MeasureSpec) -> int:

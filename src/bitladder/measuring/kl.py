@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bitladder.data.batches import Batch
-from bitladder.formats import Format
+from bitladder.formats import get_format
 from bitladder.measured import Amax, Codes
 from bitladder.measuring.calls import LayerCall
 from bitladder.measuring.candidates import Form, InForm, forms_of, taken
@@ -40,36 +40,37 @@ from bitladder.records import QuantGroup
 
 _KERNEL_ROWS_AT_ONCE = 1024  # of logits where kernels take them as they are: 311 MB, twice
 _COMPILED_FROM = 40_000  # tokens of a shape from which a dozen seconds of compiling layers are worth it
-_COMPILED_FORMS = (
-    64  # of a layer at most: alone and with each of its groups quantised, for every type of layer and shape
-)
+# Of a layer at most, for every format: alone and with each of its groups quantised, for every type of layer and shape.
+_COMPILED_FORMS = 64
 _TOKENS_TOGETHER = 16384  # of states that go through a layer together: fewer launches, and larger products
 
 
 @dataclass
 class _States:
-    """Hidden states of a batch with one of these groups quantised, for each: [groups x rows, tokens, hidden]."""
+    """Hidden states of a batch in each of these variants: [variants x rows, tokens, hidden]."""
 
-    groups: list[str]
+    variants: list[tuple[str, str]]  # the group that is quantised, and in which format
     hidden: torch.Tensor
 
 
 class KlScorer(ExitStack):
     """KL scores: nats, added up over the batch's counted tokens."""
 
-    def __init__(self, layers: Layers, job: Job, format_: Format, amax: Amax, codes: Codes | None) -> None:
+    def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
-        self.layers, self.job, self.format, self.amax, self.codes = layers, job, format_, amax, codes
+        self.layers, self.job, self.amax, self.codes = layers, job, amax, codes
         self.decoder = Decoder(layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM))
-        self.states = len(job.target.groups) + 1  # of each batch: the original's, and with every group quantised
-        self.forms: dict[str, dict[str, Form]] = {}  # group -> its modules quantised, where all of them fit
+        self.states = len(job.variants) + 1  # of each batch: the original's, and every variant's
+        self.forms: dict[tuple[str, str], dict[str, Form]] = {}  # of every variant, where all of them fit
         if copies_fit(layers, job):
-            self.forms = {
-                group.name: forms_of(layers.model, group, format_, amax, codes) for group in job.target.groups
-            }
+            for group in job.target.groups:
+                known: dict[str, dict[str, Form]] = {}
+                for name in job.formats_of(group):
+                    known[name] = forms_of(layers.model, group, get_format(name), amax, codes, known)
+                    self.forms[group.name, name] = known[name]
         if self.decoder.compiled:
             config: Any = torch._dynamo.config
-            self.enter_context(config.patch(recompile_limit=_COMPILED_FORMS))
+            self.enter_context(config.patch(recompile_limit=_COMPILED_FORMS * len(job.spec.formats)))
         self.normalisers, self.kl, self.rows = _normalisers, _kl_of_rows, ROWS_AT_ONCE
         if can_compile(job.device):
             from bitladder.measuring import kernels
@@ -93,22 +94,25 @@ class KlScorer(ExitStack):
         return [self._batch_scores(current, known) for current, known in zip(passes, states, strict=True)]
 
     def _through(self, passes: Sequence[Pass]) -> list[list[_States]]:
-        """Bring the batches behind the last layer, and return each one's hidden states with every group quantised.
+        """Bring the batches behind the last layer, and return each one's hidden states in every variant.
 
-        What the groups of a layer give goes through the layers behind it together, as one larger batch.
+        What the variants of a layer give goes through the layers behind it together, as one larger batch.
         """
         states: list[list[_States]] = [[] for _ in passes]
         sizes = [self._together(current) for current in passes]
         for index in range(len(self.layers)):
             with self.layers.loaded(index) as layer:
-                fresh: list[dict[str, torch.Tensor]] = [{} for _ in passes]
+                fresh: list[dict[tuple[str, str], torch.Tensor]] = [{} for _ in passes]
                 for group in self.decoder.groups.get(index, ()):
-                    with self._in_format(group):
-                        for current, found in zip(passes, fresh, strict=True):
-                            found[group.name] = self.decoder.run(layer, current.output, current.calls[index])
+                    for name in self.job.formats_of(group):
+                        with self._in_format(group, name):
+                            for current, found in zip(passes, fresh, strict=True):
+                                found[group.name, name] = self.decoder.run(layer, current.output, current.calls[index])
                 for current, known, found, size in zip(passes, states, fresh, sizes, strict=True):
                     for each in known:
-                        each.hidden = self.decoder.run(layer, each.hidden, self._call(current, len(each.groups), index))
+                        each.hidden = self.decoder.run(
+                            layer, each.hidden, self._call(current, len(each.variants), index)
+                        )
                     current.output = self.decoder.run(layer, current.output, current.calls[index])
                     names = list(found)
                     for start in range(0, len(names), size):
@@ -117,7 +121,7 @@ class KlScorer(ExitStack):
         return states
 
     def _together(self, current: Pass) -> int:
-        """Return how many groups' hidden states at most go through a layer together."""
+        """Return how many variants' hidden states at most go through a layer together."""
         is_text = set(current.batch.inputs) == {"input_ids", "attention_mask"}
         return max(1, _TOKENS_TOGETHER // current.batch.labels.numel()) if is_text else 1
 
@@ -133,9 +137,11 @@ class KlScorer(ExitStack):
         return current.copies[copies][index]
 
     @contextlib.contextmanager
-    def _in_format(self, group: QuantGroup) -> Iterator[None]:
-        """Let the group's modules give what they would quantised."""
-        forms = self.forms.get(group.name) or forms_of(self.layers.model, group, self.format, self.amax, self.codes)
+    def _in_format(self, group: QuantGroup, name: str) -> Iterator[None]:
+        """Let the group's modules give what they would in a format."""
+        forms = self.forms.get((group.name, name)) or forms_of(
+            self.layers.model, group, get_format(name), self.amax, self.codes
+        )
         with ExitStack() as stack:
             for name, form in forms.items():
                 stack.enter_context(taken(self.layers.model.get_submodule(name), InForm, form=form))
@@ -143,11 +149,11 @@ class KlScorer(ExitStack):
 
     def _batch_scores(self, current: Pass, states: list[_States]) -> Callable[[], BatchScores]:
         original = counted(current.output, current)
-        names = [group for each in states for group in each.groups]
-        others = [counted(part, current) for each in states for part in each.hidden.chunk(len(each.groups))]
-        values = dict(zip(names, self._kl(original, others), strict=True))
-        groups = self.job.target.groups
-        return bound(named, torch.stack([values[group.name] for group in groups])[:, None], groups, self.format.name)
+        found = [variant for each in states for variant in each.variants]
+        others = [counted(part, current) for each in states for part in each.hidden.chunk(len(each.variants))]
+        values = dict(zip(found, self._kl(original, others), strict=True))
+        variants = self.job.variants
+        return bound(named, torch.stack([values[group.name, name] for group, name in variants])[:, None], variants)
 
     def _kl(self, original: torch.Tensor, others: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return KL(original || other) in nats, added up over the rows, for each of `others` [counted, hidden]."""

@@ -22,7 +22,7 @@ from torch import nn
 from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, deterministic, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import MODELOPT, get_format, why_not
+from bitladder.formats import MODELOPT, Format, get_format, grids, why_not
 from bitladder.measured import Amax
 from bitladder.measuring.amax import shared
 from bitladder.measuring.checks import with_scales
@@ -34,6 +34,7 @@ from bitladder.models.kv_layers import cache_inputs
 from bitladder.models.loading import image_token_ids
 from bitladder.runinfo import Meter
 
+_ONE_NUMBER = Format.amax_name  # what a weight's amax is called where it is one number
 _ATTENTION_PLUGIN = "register_hf_attentions_on_the_fly"
 # What ModelOpt and a model's own code raise; what stops a run from outside (a caller's progress) is none of these.
 _RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
@@ -48,6 +49,7 @@ class _Session:
 
         self.model, self.job, self.partial = model, job, partial
         self.no_quant = QuantRecipe(quant_cfg=None)
+        self._recipes: dict[str, QuantRecipe] = {}  # format -> ModelOpt's own
         self.known_amax = partial.amax()
         self.iterations = 0
         self.calibrating = False
@@ -81,7 +83,8 @@ class _Session:
         self.places = {module: place for place, module in enumerate(self.model.modules())}
         amax = self._read_amax(groups) if self.known_amax is None else self.known_amax
         sharing = self.job.spec.share_fused_scales
-        target = with_scales(self.job.target, shared(amax, self.job.target.groups) if sharing else amax, self.job.spec)
+        common = shared(amax, self.job.target.groups) if sharing else {}
+        target = with_scales(self.job.target, amax | common, self.job.spec)
         for group in self.job.target.groups:
             if group not in target.groups:
                 self._disable(groups.pop(group.name))
@@ -128,9 +131,13 @@ class _Session:
         return {name: theirs[members] for members, name in ours.items()}
 
     def recipe(self, hparam: Any, format_name: str) -> Any:
-        """Return ModelOpt's name for one of our formats, as this hyperparameter knows it."""
-        wanted = get_format(format_name).modelopt_config
-        return next(choice for choice in hparam.choices if str(choice).partition("(")[0] == wanted)
+        """Return what ModelOpt computes one of our formats with, as this hyperparameter knows it."""
+        if format_name not in self._recipes:
+            from modelopt.torch.quantization.algorithms import QuantRecipe
+
+            config = get_format(format_name).modelopt_quantisation()
+            self._recipes[format_name] = QuantRecipe(config, name=format_name)
+        return next(choice for choice in hparam.choices if choice == self._recipes[format_name])
 
     @contextlib.contextmanager
     def _active(self, hparam: Any, recipe: Any) -> Iterator[None]:
@@ -147,7 +154,7 @@ class _Session:
 
         for hparam in groups.values():
             for name in self.job.spec.formats:
-                if get_format(name).channels and not get_format(name).has_input_scale:
+                if get_format(name).amax_name != _ONE_NUMBER and not get_format(name).has_input_scale:
                     continue  # nothing of it is shared
                 with self._active(hparam, self.recipe(hparam, name)):
                     preprocess_linear_fusion(hparam.quant_modules)
@@ -161,10 +168,12 @@ class _Session:
                     linear.input_quantizer.disable()
 
     def _quantisers(self, groups: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Yield ("<module>.weight_amax" or "<module>.input_amax", quantiser) for every searched module."""
+        """Yield ("<module>.weight_amax" or "<module>.input_amax", quantiser) of every format that a module can have."""
         for group in self.job.target.groups:
             hparam = groups.get(group.name)
             for name in self.job.spec.formats if hparam is not None else ():
+                if why_not(group, name) is not None:
+                    continue
                 with self._active(hparam, self.recipe(hparam, name)):
                     for module in group.modules:
                         linear: Any = self.model.get_submodule(module.name)
@@ -182,7 +191,7 @@ class _Session:
     def _install_amax(self, groups: dict[str, Any], amax: Amax) -> None:
         for key, quantiser in self._quantisers(groups):
             kept = amax[key].to(self.job.device)
-            quantiser.amax = kept[:, None] if kept.dim() else kept
+            quantiser.amax = kept[:, None, :, None] if kept.dim() == 2 else kept[:, None] if kept.dim() else kept
 
     def score(self, gradient: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
         """Stand in for ModelOpt's score of one module's output, with image-token positions apart: [2]."""
@@ -238,8 +247,11 @@ class _Session:
 
 
 def _as_kept(key: str, amax: torch.Tensor) -> torch.Tensor:
-    """Return an amax of ModelOpt's as measurements keep it: a scalar, or [out_features] of rows."""
-    return amax.reshape(-1) if key.endswith(".row_amax") else amax.reshape(())
+    """Return an amax of ModelOpt's as measurements keep it: a scalar, [out_features] of rows, or one a square block."""
+    if key.endswith(f".{_ONE_NUMBER}") or amax.dim() == 0:
+        return amax.reshape(())
+    kept = amax[:, 0, :, 0] if amax.dim() == 4 else amax.reshape(-1)
+    return kept.clamp_min(grids.LEAST_AMAX)  # of a row or block of zeros, too, a scale is made
 
 
 @contextlib.contextmanager
@@ -332,6 +344,12 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     foreign = [name for name in job.spec.formats if MODELOPT not in get_format(name).layouts]
     if foreign:
         raise EngineError(f"ModelOpt has no format {', '.join(foreign)}; use engine: native")
+    unknown = [name for name in job.spec.formats if not get_format(name).modelopt_searches]
+    if unknown:
+        raise EngineError(
+            f"ModelOpt's search keeps no amax of {', '.join(unknown)}, without which nothing can be exported; use "
+            "engine: native"
+        )
     off_cpu = [name for name in job.spec.formats if not get_format(name).modelopt_on_cpu]
     if off_cpu and not job.device.startswith("cuda"):
         raise EngineError(
@@ -350,7 +368,7 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
             mtq.auto_quantize(
                 model,
                 constraints={"effective_bits": _KEEP_EVERYTHING_BITS},
-                quantization_formats=[getattr(mtq, get_format(name).modelopt_config) for name in job.spec.formats],
+                quantization_formats=[get_format(name).modelopt_quantisation() for name in job.spec.formats],
                 data_loader=session,
                 forward_step=session.forward_step,
                 forward_backward_step=session.forward_backward_step if job.spec.method == "gradient" else None,

@@ -23,7 +23,7 @@ from torch import nn
 from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, without_cudnn_attention
 from bitladder.errors import MeasurementError
-from bitladder.formats import Format, get_format
+from bitladder.formats import Format, get_format, why_not
 from bitladder.formats.grids import amax_of
 from bitladder.measured import Amax, Codes
 from bitladder.measuring import compensation
@@ -83,11 +83,14 @@ def calibrate(layers: Layers, job: Job) -> Amax:
 
 def _weight_amax(model: Any, groups: Iterable[QuantGroup], formats: Iterable[str]) -> Amax:
     """Return the amax of the weights of these groups, a scalar each, and what a format scales by beside it."""
-    weights = {m.name: model.get_parameter(f"{m.name}.weight") for group in groups for m in group.modules}
-    found = {f"{name}.weight_amax": amax_of(weight).float() for name, weight in weights.items()}
-    for format_ in map(get_format, formats):
-        if format_.channels:
-            found |= {format_.weight_key(name): format_.amax_of(weight) for name, weight in weights.items()}
+    found: Amax = {}
+    for group in groups:
+        fitting = (get_format(name) for name in formats if why_not(group, name) is None)
+        others = [format_ for format_ in fitting if format_.amax_name != Format.amax_name]
+        for module in group.modules:
+            weight = model.get_parameter(f"{module.name}.weight")
+            found[f"{module.name}.{Format.amax_name}"] = amax_of(weight).float()
+            found |= {format_.weight_key(module.name): format_.amax_of(weight) for format_ in others}
     return found
 
 
@@ -161,47 +164,25 @@ def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
 
 
 def scorer(
-    layers: Layers, job: Job, format_: Format, amax: Amax, codes: Codes | None
+    layers: Layers, job: Job, amax: Amax, codes: Codes | None
 ) -> AbstractContextManager["GradientScorer | KlScorer"]:
-    """Return what scores batches in a format: a context, within which `.scores(batches)` takes some."""
-    return (KlScorer if job.spec.method == "kl_div" else GradientScorer)(layers, job, format_, amax, codes)
+    """Return what scores batches in all formats at once: a context, within which `.scores(batches)` takes some."""
+    return (KlScorer if job.spec.method == "kl_div" else GradientScorer)(layers, job, amax, codes)
 
 
 def _score(layers: Layers, job: Job, partial: Partial, amax: Amax, codes: Codes | None) -> None:
-    """Score every batch in one format after the other: a module is tapped in one format at a time."""
-    missing = {
-        name: [index for index in range(job.score_batches) if not partial.scored(index, name)]
-        for name in job.spec.formats
-    }
-    total = job.score_batches * len(missing)
-    done = total - sum(map(len, missing.values()))
-    for name, batches in missing.items():
-        job.progress("score", done, total)
-        if batches:
-            _score_in(get_format(name), batches, layers, job.in_format(name), partial, amax, codes, (done, total))
-        done += len(batches)
-    job.progress("score", total, total)
-
-
-def _score_in(
-    format_: Format,
-    missing: list[int],
-    layers: Layers,
-    job: Job,
-    partial: Partial,
-    amax: Amax,
-    codes: Codes | None,
-    progress: tuple[int, int],
-) -> None:
-    """Score these batches in a format; `progress`: how many batches and formats were done before, and of how many."""
-    done, total = progress
-    with scorer(layers, job, format_, amax, codes) as scoring:
+    """Score every batch that wasn't yet."""
+    total = job.score_batches
+    names = job.spec.formats
+    missing = [index for index in range(total) if not all(partial.scored(index, name) for name in names)]
+    job.progress("score", total - len(missing), total)
+    with scorer(layers, job, amax, codes) as scoring:
         before: list[tuple[int, Callable[[], BatchScores]]] = []  # whose scores the GPU is still at
 
         def settle() -> None:
             for index, wait in before:
                 partial.keep_scores(index, wait())
-                job.progress("score", done + missing.index(index) + 1, total)
+                job.progress("score", total - len(missing) + missing.index(index) + 1, total)
             before.clear()
 
         for _, chunk in _chunks(missing, layers, job.batches, scoring.states):
@@ -211,3 +192,4 @@ def _score_in(
             if not layers.memory.is_gpu:
                 settle()  # a CPU has done it already
         settle()
+    job.progress("score", total, total)

@@ -32,7 +32,6 @@ import torch
 from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, without_cudnn_attention
 from bitladder.errors import BitladderError, MeasurementError, ModelError
-from bitladder.formats import get_format
 from bitladder.measured import Amax, Codes, codes_files
 from bitladder.measuring import compensation, native
 from bitladder.measuring.amax import RunningAmax
@@ -436,8 +435,7 @@ class _Worker:
                 raise MeasurementError(_not_shared(directory))
             codes = Codes.in_files(files)
         job = dataclasses.replace(self.job, target=with_scales(self.job.target, amax, self.job.spec))
-        (name,) = job.spec.formats
-        scorer = native.scorer(self.layers, job.in_format(name), get_format(name), amax, codes)
+        scorer = native.scorer(self.layers, job, amax, codes)
         self.scorer = scorer.__enter__()  # for the rest of its life
 
     def score(self, batch: Batch) -> BatchScores:

@@ -255,11 +255,6 @@ class WorkersSpec(Section):
                 f"workers.count is {self.count}, but measurement.engine: {measurement.engine} measures in one process; "
                 "use engine: native, or leave workers out"
             )
-        if self.count and len(measurement.formats) > 1:
-            return (
-                f"workers.count is {self.count}, but measurement.formats are {len(measurement.formats)} "
-                f"({', '.join(measurement.formats)}); workers score in one: name one, or leave workers out"
-            )
         if self.count and ":" in measurement.device:
             return f"measurement.device: {measurement.device} names one GPU, workers take one each; use device: cuda"
         return None

@@ -32,7 +32,8 @@ class Support:
         capability: least compute capability of an NVIDIA GPU, times ten; None: not known here.
         multiple: of a layer's two dimensions; None: any will do.
         source: where that is read.
-        in_mix: whether it also does where the checkpoint is a mix; otherwise it leaves such layers in 16 bits.
+        in_mix: whether it also does where the checkpoint is a mix; otherwise it leaves such layers in 16 bits, or does
+            what is said.
         caveat: what other versions do with such layers of a mix, to be warned of; None: nothing else.
     """
 
@@ -40,7 +41,7 @@ class Support:
     capability: int | None
     multiple: int | None
     source: str
-    in_mix: bool = True
+    in_mix: bool | str = True
     caveat: str | None = None
 
 
@@ -103,6 +104,11 @@ class Rules(ABC):
         """Return the runtime's reading of `quant_algo`; None: it refuses."""
 
     @classmethod
+    def listed_algorithm(cls, name: str) -> str:
+        """Return the runtime's reading of the algorithm of a module in a mix."""
+        return cls.algorithm(name) or name
+
+    @classmethod
     def why_no_mix(cls, formats: frozenset[str]) -> str | None:
         """Return why the runtime refuses a mix of these formats; None: it doesn't."""
         return None
@@ -158,9 +164,11 @@ class Rules(ABC):
             return Decision("mixed", entries)
         (name,) = formats
         support = self.support(name)
-        if support is not None and support.in_mix:
+        if support is not None and support.in_mix is True:
             return Decision("quantised", entries, name)
         in_mix = f"{self.runtime} {self.version} leaves {name} in 16 bits where a checkpoint mixes formats"
+        if support is not None and isinstance(support.in_mix, str):
+            in_mix = support.in_mix
         return Decision("excluded", entries, dropped=self.why_not(name) or in_mix)
 
     def name(self, module: str) -> str:

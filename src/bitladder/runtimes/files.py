@@ -39,6 +39,7 @@ _MAGNITUDES = [  # of the codes 0 to 126: m / 8 · 2^-6 below 2^-6, (1 + m / 8) 
     *((1 + m / 8) * 2 ** (e - 7) for e in range(1, 16) for m in range(8)),
 ][:-1]
 _E4M3 = np.array([*_MAGNITUDES, np.nan, *(-value for value in _MAGNITUDES), np.nan], dtype=np.float32)
+_E8M0_BIAS, _E8M0_NAN = 127, 255  # Source: OCP Microscaling Formats Specification 1.0, section 5.4.1
 _NUMBERS: dict[str, Callable[[bytes], "np.ndarray[Any, Any]"]] = {  # dtype -> elements
     "BF16": lambda data: (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32),
     "F16": lambda data: np.frombuffer(data, "<f2"),
@@ -66,10 +67,16 @@ class Tensor:
         return self.shape in ((), (1,))
 
     def numbers(self, file: BinaryIO) -> "np.ndarray[Any, Any] | None":
-        """Return the elements of a tensor of numbers, in a row, read from its opened file; None: another dtype."""
+        """Return the elements of a tensor of numbers, in a row, read from its opened file; None: another dtype.
+
+        Bytes that lie as the scales of blocks do are exponents, E8M0.
+        """
+        file.seek(self.begin)
+        if self.dtype == "U8" and len(self.shape) == 2:
+            exponents = np.frombuffer(file.read(self.end - self.begin), np.uint8)
+            return np.where(exponents == _E8M0_NAN, np.nan, np.ldexp(1.0, exponents.astype(np.int32) - _E8M0_BIAS))
         if self.dtype not in _NUMBERS:
             return None
-        file.seek(self.begin)
         return _NUMBERS[self.dtype](file.read(self.end - self.begin))
 
     def finite(self) -> bool:

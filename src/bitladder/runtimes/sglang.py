@@ -12,6 +12,11 @@ from bitladder.runtimes.base import MIX, Decision, Rules, Support
 
 _PLAIN = re.compile(r"[\w.\-]+")  # a name without any sign that means something in a regular expression
 _FP4 = "sglang 0.5.23, srt/layers/quantization/modelopt_quant.py (ModelOptFp4Config; ModelOptMixedPrecisionConfig)"
+# Source: the same file, ModelOptFp8Config.from_config and ModelOptMixedPrecisionConfig; fp8.py, Fp8LinearMethod
+_SCALE_INV = (
+    "SGLang has no ModelOpt checkpoint of it alone, and in a mix looks for scales named weight_scale_inv, as DeepSeek "
+    "calls them; ModelOpt writes weight_scale"
+)
 
 
 class SglangRules(Rules):
@@ -29,6 +34,8 @@ class SglangRules(Rules):
     SUPPORT: ClassVar = {
         "fp8": Support("ModelOptFp8LinearMethod", 89, None, "modelopt/schemes/modelopt_fp8.py at 578ca2f63399"),
         "fp8_pc_pt": "SGLang takes it for FP8 with one scale a tensor and one for its inputs, and in a mix for 16 bits",
+        "fp8_block": _SCALE_INV,
+        "mxfp8": _SCALE_INV,
         "nvfp4": Support("ModelOptFp4LinearMethod", 80, None, _FP4),
         "nvfp4_w4a16": Support("ModelOptNvFp4A16LinearMethod", 80, None, _FP4),
     }
@@ -49,6 +56,11 @@ class SglangRules(Rules):
         if name is None or name in cls.known_algorithms:
             return name
         return "FP8" if "FP8" in name else None
+
+    @classmethod
+    def listed_algorithm(cls, name: str) -> str:
+        """Return the name itself: a mix is looked up by whole names. Source: `get_quant_method` of the mix."""
+        return name
 
     @classmethod
     def reproduced(cls, need: Architecture) -> bool:

@@ -21,10 +21,10 @@ class TensorRtLlmRules(Rules):
     Source: NVIDIA/TensorRT-LLM, tensorrt_llm/models/modeling_utils.py at 01ea6d79d454
     (QuantConfig.is_module_excluded_from_quantization), _torch/models/modeling_utils.py at cb4c622cf5bb
     (apply_quant_config_exclude_modules), quantization/modelopt_config.py at 2edf354d4b92 (which file wins),
-    _torch/model_config.py at 008e0af8980f, _torch/models/modeling_qwen2vl.py (Qwen2VisionModelBase), and
-    _torch/modules/linear.py at 00bbf71e7964 (FP8QDQLinearMethod: cuBLAS; FP8RowwiseLinearMethod). Of a mix:
-    model_config.py (_build_modelopt_quant_config; a quant_cfg.json beside it isn't read here) and modeling_utils.py
-    (apply_layerwise_quant_config, then the exclusions).
+    _torch/model_config.py at 008e0af8980f (load_modelopt_quant_config), _torch/models/modeling_qwen2vl.py
+    (Qwen2VisionModelBase), and _torch/modules/linear.py at 00bbf71e7964 (FP8QDQLinearMethod: cuBLAS;
+    FP8RowwiseLinearMethod; FP8BlockScalesLinearMethod). Of a mix: model_config.py (_build_modelopt_quant_config; a
+    quant_cfg.json beside it isn't read here) and modeling_utils.py (apply_layerwise_quant_config, then the exclusions).
     """
 
     runtime = "tensorrt_llm"
@@ -33,12 +33,21 @@ class TensorRtLlmRules(Rules):
         "fp8": Support("FP8QDQLinearMethod", None, _KERNEL_MULTIPLE, _LINEAR),
         # the dimensions of fp8_rowwise_gemm weren't read: CUTLASS, too, moves 16 bytes at a time
         "fp8_pc_pt": Support("FP8RowwiseLinearMethod", None, _KERNEL_MULTIPLE, _LINEAR),
+        # `fp8_pb_wo` is renamed to FP8_BLOCK_SCALES, and the two dimensions of one of its scales are squeezed out
+        "fp8_block": Support(
+            "FP8BlockScalesLinearMethod",
+            None,
+            None,
+            _LINEAR,
+            in_mix="TensorRT-LLM knows fp8_pb_wo as the algorithm of a whole checkpoint, not of a module in a mix",
+        ),
+        "mxfp8": "MXFP8 is no algorithm of what was read of TensorRT-LLM",
         # it asserts whole blocks of the input's features, as the format itself asks for
         "nvfp4": Support("NVFP4LinearMethod", None, None, _LINEAR),
         "nvfp4_w4a16": "TensorRT-LLM has no W4A16_NVFP4 (quantization/mode.py, QuantAlgo)",
     }
     legacy_first = True
-    known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_BLOCK_SCALES", "NVFP4", MIX})
+    known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_BLOCK_SCALES", "fp8_pb_wo", "NVFP4", MIX})
     # what decides about a fused layer in a mix: the first entry that has one of these in its name
     _DECIDING: ClassVar = {"gate_up_proj": ("gate_proj", "gate_up_proj"), "qkv_proj": ("q_proj",)}
 

@@ -1,8 +1,8 @@
-"""FP4 E2M1 codes in blocks of 16 with E4M3 scales: read back, and compared with the weight that they stand for."""
+"""Scales of rows and blocks, and FP4 codes in blocks: read back, and compared with the weight that they stand for."""
 
 import torch
 
-from bitladder.verification.expected import BLOCK, E2M1_MAX, E4M3_MAX
+from bitladder.verification.layouts import BLOCK, E2M1_MAX, E4M3_MAX, EXPONENT_BLOCK, SQUARE, Spread
 
 # Source: OCP Microscaling Formats Specification 1.0, section 5.3.3: sign, two bits of exponent, one of mantissa.
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -11,6 +11,59 @@ _HALF_STEPS = ((2.0, 0.25), (4.0, 0.5))
 _TOLERANCE = 1 + 1e-5  # float32 rounding of products and of the division that made the code, relative to the half step
 _AT_ONCE = 1 << 18  # codes compared at a time: what a cache holds
 _LEAST = 2.0**-9  # the least positive E4M3 number
+# Of a row or square of zeros: below it the greatest code / amax is no finite float32 number, or its inverse no normal
+# one.
+_LEAST_AMAX = E4M3_MAX * 2 * torch.finfo(torch.float32).tiny
+
+
+def many_scales(weight: torch.Tensor, spread: Spread, above: torch.Tensor | None) -> torch.Tensor | None:
+    """Return what the scales of a weight's rows or blocks must be; None: it has none, or `above` isn't known.
+
+    Args:
+        weight: [out_features, in_features] of the source, in the arithmetic of the measurement.
+        spread: what the scales are for.
+        above: scale of the whole weight, of FP4 codes.
+    """
+    if spread == "fp4":
+        return None if above is None else scales_of(weight, above)
+    if spread == "tensor":
+        return None
+    if spread == "exponent":
+        # amax / 448 = m · 2^e with 1/2 <= m < 1, so the least power of two above is 2^e, or itself where m is 1/2
+        amax = _largest(weight, EXPONENT_BLOCK)
+        mantissa, exponent = torch.frexp(amax.double() / E4M3_MAX)
+        power = torch.where(mantissa == 0.5, exponent - 1, exponent)
+        return torch.where(mantissa == 0, 0, power + 127).clamp(0, 254).to(torch.uint8)
+    if spread == "square":
+        amax = _largest(_largest(weight, SQUARE).t(), SQUARE).t()[:, None, :, None]
+    else:
+        amax = weight.abs().amax(1)
+    return amax.float().clamp_min(_LEAST_AMAX) / torch.tensor(E4M3_MAX)
+
+
+def _largest(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the largest magnitude of every `size` neighbours of a row, [rows, columns / size]."""
+    return torch.stack([values[:, at : at + size].abs().amax(1) for at in range(0, values.shape[1], size)], 1)
+
+
+def steps(scale: torch.Tensor, spread: Spread, first: int, count: int) -> torch.Tensor:
+    """Return what the codes of some rows are multiplied with, so that it broadcasts over [count, in_features].
+
+    Args:
+        scale: as it is stored.
+        spread: what it is for.
+        first: the first row.
+        count: how many.
+    """
+    if spread == "row":
+        return scale[first : first + count, None]
+    if spread == "square":
+        lines = scale.reshape(len(scale), -1).repeat_interleave(SQUARE, 0)[first : first + count]
+        return lines.repeat_interleave(SQUARE, 1)
+    if spread == "exponent":
+        powers = scale[first : first + count].view(torch.float8_e8m0fnu).float()
+        return powers.repeat_interleave(EXPONENT_BLOCK, 1)
+    return scale
 
 
 def scales_of(weight: torch.Tensor, above: torch.Tensor) -> torch.Tensor:

@@ -19,15 +19,13 @@ from bitladder.records import CheckpointManifest, Finding, Measurement, Scheme
 from bitladder.runinfo import one_core_each
 from bitladder.storage import sha256_of_file
 from bitladder.verification import blocks, ints
-from bitladder.verification.expected import CONFIG, E4M3_MAX, LEGACY, Expected, Scale, Weight, scale_of
+from bitladder.verification.expected import CONFIG, LEGACY, Expected, Scale, Weight, scale_of
 from bitladder.verification.reading import INDEX, Tensors, bytes_of, differences, read_json
 
 EXPORT_AGAIN = "remove its directory and export this scheme again"
 MANIFEST = CheckpointManifest.FILE_NAME
 # float32 rounding of code · scale and of the division that made the code, relative to the half step
 _STEP_TOLERANCE = 1 + 1e-5
-# Of a row of zeros: below it the greatest code / amax is no finite float32 number, or its inverse no normal one.
-_LEAST_AMAX = E4M3_MAX * 2 * torch.finfo(torch.float32).tiny
 _BLOCK = 1 << 18  # codes compared at a time: what a cache holds
 _THREADS = min(8, os.cpu_count() or 1)
 _NOT_NEAREST = "not the ones nearest to the source"
@@ -171,19 +169,18 @@ def _weights(
     def one(name: str) -> Examination:
         part, entry = exam.part(), expected.weights[name]
         original = originals.get(entry.original)
-        bits = entry.bits or (4 if entry.in_blocks else 8)
+        bits = entry.bits or (4 if entry.packed else 8)
         part.stored_bytes = original.numel() * bits // 8 if entry.is_quantised else original.nbytes
         if entry.is_quantised and entry.group is not None:
             # Weights are measured in the arithmetic of the measurement, to which they were cast.
             part.weight_amax[entry.group] = float(original.abs().max().to(dtype))
             if entry.bits is not None:
                 part.many_scales[name] = ints.scales_of(original.to(dtype), entry.bits, expected.scales[entry.scale])
-            elif not entry.in_blocks and expected.scales[entry.scale].by_row:
-                rows = original.to(dtype).abs().amax(1).float().clamp_min(_LEAST_AMAX)
-                part.many_scales[name] = rows / torch.tensor(E4M3_MAX)
-            above = _read_scale(tensors, expected, entry.above)
-            if above is not None:
-                part.many_scales[name] = blocks.scales_of(original.to(dtype), above)
+            else:
+                above = _read_scale(tensors, expected, entry.above)
+                many = blocks.many_scales(original.to(dtype), entry.spread, above)
+                if many is not None:
+                    part.many_scales[name] = many
         if name in tensors.files:
             part.tensors = 1
             _weight(part, name, entry, expected, tensors, original)
@@ -207,7 +204,7 @@ def _weight(
         content.update(str(entry.input_scale in tensors.files).encode())
         exam.digests[entry.module] = content.hexdigest()
     wanted, shape, says = original.dtype, list(original.shape), f"leaves it alone: {original.dtype}"
-    if entry.in_blocks:
+    if entry.packed:
         wanted, shape, says = torch.uint8, [shape[0], shape[1] // 2], "says FP4 codes, two a byte,"
     elif entry.bits is not None:
         wanted, shape, says = ints.stored_as(original, entry.bits, packed=not name.endswith(".weight"))
@@ -217,10 +214,10 @@ def _weight(
         exam.find(file, name, f"is {tensor.dtype} {list(tensor.shape)}, the scheme {says} {shape}")
     elif entry.is_quantised:
         scale = _read_scale(tensors, expected, entry.scale)
-        above = _read_scale(tensors, expected, entry.above) if entry.in_blocks else scale
+        above = _read_scale(tensors, expected, entry.above) if entry.packed else scale
         if scale is None or above is None:
             pass  # a finding of its own
-        elif entry.in_blocks or entry.bits is not None:
+        elif entry.packed or entry.bits is not None:
             exam.codes += original.numel()
             if entry.bits is None:
                 wrong = blocks.wrong_codes(tensor, scale, above, original)
@@ -273,7 +270,7 @@ def _codes(
     at_once = max(1, _BLOCK // codes.shape[1])
     for start in range(0, len(codes), at_once):
         rows = slice(start, start + at_once)
-        some, step = codes[rows], scale[rows, None] if scale.dim() else scale
+        some, step = codes[rows], blocks.steps(scale, entry.spread, start, len(codes[rows]))
         restored, wanted = some.float() * step, original[rows].float()
         if not bool(torch.isfinite(restored).all()):
             exam.find(entry.file, name, "holds NaN codes")
@@ -350,7 +347,7 @@ def _dtype_name(entry: Weight, name: str) -> str:
     """Return the dtype of codes as a manifest names it."""
     if entry.bits is not None:
         return "I8" if name.endswith(".weight") else "I32"
-    return "U8" if entry.in_blocks else "F8_E4M3"
+    return "U8" if entry.packed else "F8_E4M3"
 
 
 def _manifest(

@@ -15,6 +15,7 @@ from bitladder.errors import RecordError, StaleRecord
 from bitladder.models.sources import side_files
 from bitladder.reading import read_json
 from bitladder.records import BF16, Measurement, RoundedModule, Scheme
+from bitladder.verification.layouts import CARRIERS, E4M3, E4M3_MAX, GROUPS, INTEGERS, LAYOUTS, Spread
 from bitladder.verification.reading import INDEX, Tensors
 
 CONFIG, LEGACY = "config.json", "hf_quant_config.json"
@@ -22,154 +23,6 @@ _KV_FORMATS = (None, "fp8")
 _KV_MODULES = ("k_proj", "v_proj")
 # Source: modelopt 0.47.0, torch/export/convert_hf_config.py and quant_utils.py; tests compare with its export.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
-_E4M3: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
-_E2M1: dict[str, Any] = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
-E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
-E2M1_MAX = 6.0
-BLOCK = 16  # elements of a row that share a scale
-
-
-# Of which ModelOpt has no files: bits of a code, and how many share a scale; None: a row.
-_INTEGERS = {
-    "int8": (8, None),
-    "int8_w8a16": (8, 128),
-    "int8_w8a16_g64": (8, 64),
-    "int4_w4a16": (4, 128),
-    "int4_w4a16_g64": (4, 64),
-}
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What a file holds of a format: its `quant_algo`, what a weight's scale is for, whether an input has one."""
-
-    algorithm: str
-    weights: dict[str, Any]  # in `config_groups`
-    inputs: dict[str, Any] | None  # there, too; None: nothing is said of them
-    input_scale: bool
-    by_row: bool = False
-    in_blocks: bool = False  # two codes a byte, an E4M3 scale a block
-    bits: int | None = None  # of integers; None: they aren't
-    sharing: int | None = None  # of packed integers: how many neighbours of a row share a BF16 scale
-    grouped_alone: bool = True  # whether `config_groups` are written where a checkpoint has this format only
-
-    @property
-    def entry(self) -> dict[str, Any]:
-        """What is said of a module in `quantized_layers`."""
-        return {"quant_algo": self.algorithm, **({"group_size": BLOCK} if self.in_blocks else {})}
-
-    @property
-    def group(self) -> dict[str, Any]:
-        """What is said in `config_groups`."""
-        return {"weights": self.weights, **({} if self.inputs is None else {"input_activations": self.inputs})}
-
-    @property
-    def largest(self) -> float:
-        """What the largest value of a weight or an input is stored as."""
-        return E4M3_MAX * E2M1_MAX if self.in_blocks else E4M3_MAX
-
-    def scales(self, shape: tuple[int, ...]) -> "dict[str, tuple[tuple[int, ...], torch.dtype]]":
-        """Return `{part: (shape, dtype)}` of the scales of a weight."""
-        number: tuple[tuple[int, ...], torch.dtype] = (), torch.float32
-        found = {"weight_scale": number}
-        if self.sharing is not None:
-            groups = (shape[0], shape[1] // self.sharing)
-            return {"weight_scale": (groups, torch.bfloat16), "weight_shape": ((2,), torch.int64)}
-        if self.by_row:
-            found = {"weight_scale": ((shape[0],), torch.float32)}
-        elif self.in_blocks:
-            blocks = (shape[0], shape[1] // BLOCK)
-            found = {"weight_scale": (blocks, torch.float8_e4m3fn), "weight_scale_2": number}
-        return found | ({"input_scale": number} if self.input_scale else {})
-
-
-# Source: modelopt 0.47.0, torch/export/convert_hf_config.py.
-_LAYOUTS = {
-    "fp8": _Layout("FP8", weights=_E4M3, inputs=_E4M3, input_scale=True),
-    "fp8_pc_pt": _Layout(
-        "FP8_PER_CHANNEL_PER_TOKEN",
-        weights={**_E4M3, "strategy": "channel"},
-        inputs=_E4M3,
-        input_scale=False,
-        by_row=True,
-        grouped_alone=False,
-    ),
-    "nvfp4": _Layout("NVFP4", weights=_E2M1, inputs=_E2M1, input_scale=True, in_blocks=True),
-    "nvfp4_w4a16": _Layout("W4A16_NVFP4", weights=_E2M1, inputs=None, input_scale=False, in_blocks=True),
-    **{
-        name: _Layout("", weights={}, inputs=None, input_scale=False, bits=bits, sharing=group, by_row=group is None)
-        for name, (bits, group) in _INTEGERS.items()
-    },
-}
-
-
-@dataclass(frozen=True)
-class _Carrier:
-    """How a kind of checkpoint spells what a layout has."""
-
-    codes: str  # of weights in blocks
-    above: str  # the scale over the blocks' scales
-    input_above: str  # the input's, where a weight is in blocks
-    inverted: bool  # whether those two are 1 / scale
-    with_axis: bool  # whether one number is [1], and one a row [rows, 1]
-
-    def stored(self, part: str, shape: tuple[int, ...], in_blocks: bool) -> tuple[str, tuple[int, ...], bool]:
-        """Return a scale's name, shape, and whether it is inverted."""
-        name = self.above if part == "weight_scale_2" else part
-        name = self.input_above if part == "input_scale" and in_blocks else name
-        inverted = self.inverted and (part == "weight_scale_2" or (part == "input_scale" and in_blocks))
-        flat = self.with_axis and len(shape) < 2 and part != "weight_shape"
-        return name, (*shape, 1) if flat else shape, inverted
-
-
-# Source: compressed_tensors 0.20.0, compressors/nvfp4/base.py and quantization/lifecycle/initialize.py; vllm 0.32.0,
-# compressed_tensors/schemes/compressed_tensors_w4a4_nvfp4.py ("stores as divisors").
-_CARRIERS = {
-    "modelopt": _Carrier("weight", "weight_scale_2", "input_scale", inverted=False, with_axis=False),
-    "compressed-tensors": _Carrier(
-        "weight_packed", "weight_global_scale", "input_global_scale", inverted=True, with_axis=True
-    ),
-}
-
-
-def _numbers(bits: int, strategy: str, dynamic: bool | str = False) -> dict[str, Any]:
-    """Return what compressed-tensors' configuration says of floating-point numbers."""
-    group = {"group_size": BLOCK, "scale_dtype": "torch.float8_e4m3fn"} if strategy == "tensor_group" else {}
-    return {"num_bits": bits, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": dynamic, **group}
-
-
-# Source: compressed_tensors 0.20.0, quantization/quant_scheme.py (FP8, FP8_DYNAMIC, NVFP4, NVFP4A16).
-_GROUPS: dict[str, dict[str, Any]] = {
-    "fp8": {
-        "format": "float-quantized",
-        "weights": _numbers(8, "tensor"),
-        "input_activations": _numbers(8, "tensor"),
-    },
-    "fp8_pc_pt": {
-        "format": "float-quantized",
-        "weights": _numbers(8, "channel"),
-        "input_activations": _numbers(8, "token", dynamic=True),
-    },
-    "nvfp4": {
-        "format": "nvfp4-pack-quantized",
-        "weights": _numbers(4, "tensor_group"),
-        "input_activations": _numbers(4, "tensor_group", dynamic="local"),
-    },
-    "nvfp4_w4a16": {"format": "nvfp4-pack-quantized", "weights": _numbers(4, "tensor_group")},
-    "int8": {
-        "format": "int-quantized",
-        "weights": {**_numbers(8, "channel"), "type": "int"},
-        "input_activations": {**_numbers(8, "token", dynamic=True), "type": "int"},
-    },
-    **{
-        name: {
-            "format": "pack-quantized",
-            "weights": {**_numbers(bits, "group"), "type": "int", "group_size": group},
-        }
-        for name, (bits, group) in _INTEGERS.items()
-        if group is not None
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -181,12 +34,17 @@ class Weight:
     group: str | None = None  # None: not searched
     module: str = ""
     is_quantised: bool = False
-    in_blocks: bool = False  # two codes a byte, an E4M3 scale a block
+    spread: Spread = "tensor"
     rounded: RoundedModule | None = None  # compensated codes
     scale: str = ""  # the tensors beside it
     above: str | None = None
     bits: int | None = None  # of integers; None: they aren't
     input_scale: str | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether a byte holds two codes."""
+        return self.spread == "fp4"
 
 
 @dataclass(frozen=True)
@@ -281,13 +139,13 @@ def _groups(scheme: Scheme, measurement: Measurement) -> dict[str, Any]:
     names = [((module.tensor or module.name).removesuffix(".weight"), own) for module, own in chosen]
     names = list(dict.fromkeys([*names, *((module.name, own) for module, own in chosen)]))
     used = list(dict.fromkeys(own for _, own in names))
-    stored = {_GROUPS[name]["format"] for name in used}
+    stored = {GROUPS[name]["format"] for name in used}
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": "mixed-precision" if len(stored) > 1 else _GROUPS[used[0]]["format"],
+        "format": "mixed-precision" if len(stored) > 1 else GROUPS[used[0]]["format"],
         "config_groups": {
-            f"group_{index}": {**_GROUPS[name], "targets": [module for module, own in names if own == name]}
+            f"group_{index}": {**GROUPS[name], "targets": [module for module, own in names if own == name]}
             for index, name in enumerate(used)
         },
         "ignore": list(scheme.exclude_modules),
@@ -307,7 +165,7 @@ def _quantisation(
         if scheme.formats[group.name] != BF16
     }
     used = list(dict.fromkeys(layers.values()))
-    algorithm = "MIXED_PRECISION" if len(used) > 1 else _LAYOUTS[used[0]].algorithm
+    algorithm = "MIXED_PRECISION" if len(used) > 1 else LAYOUTS[used[0]].algorithm
     names = list(scheme.exclude_modules)
     section: dict[str, Any] = {
         "quant_method": "modelopt",
@@ -318,19 +176,19 @@ def _quantisation(
     groups = {
         f"group_{index}": {
             "targets": sorted(m for m, own in layers.items() if own == name) if len(used) > 1 else ["Linear"],
-            **_LAYOUTS[name].group,
+            **LAYOUTS[name].group,
         }
         for index, name in enumerate(used)
     }
-    if len(used) > 1 or _LAYOUTS[used[0]].grouped_alone:
+    if len(used) > 1 or LAYOUTS[used[0]].grouped_alone:
         section["config_groups"] = groups
     if scheme.kv_cache_format is not None:
-        section["kv_cache_scheme"] = _E4M3
+        section["kv_cache_scheme"] = E4M3
     kv_cache = None if scheme.kv_cache_format is None else "FP8"
     legacy: dict[str, Any] = {"kv_cache_quant_algo": kv_cache, "exclude_modules": names}
-    legacy |= {"quant_algo": algorithm} if len(used) > 1 else _LAYOUTS[used[0]].entry
+    legacy |= {"quant_algo": algorithm} if len(used) > 1 else LAYOUTS[used[0]].entry
     if len(used) > 1:
-        each = {module: _LAYOUTS[name].entry for module, name in layers.items()}
+        each = {module: LAYOUTS[name].entry for module, name in layers.items()}
         section["quantized_layers"] = legacy["quantized_layers"] = each
     return section, {"producer": _PRODUCER, "quantization": legacy}
 
@@ -341,7 +199,7 @@ def check_scheme(scheme: Scheme, measurement: Measurement, carrier: str = "model
     Raises:
         StaleRecord: it isn't.
     """
-    known = {BF16, *(set(_LAYOUTS) - set(_INTEGERS) if carrier == "modelopt" else _GROUPS)}
+    known = {BF16, *(set(LAYOUTS) - set(INTEGERS) if carrier == "modelopt" else GROUPS)}
     problem = None
     if scheme.measurement_sha256 != measurement.fingerprint():
         problem = "was planned from another measurement"
@@ -395,9 +253,10 @@ def expect(
     for group in measurement.groups:
         is_quantised = scheme.formats[group.name] != BF16
         # What a runtime fuses has one input, and one scale for it.
-        has_input = is_quantised and _LAYOUTS[scheme.formats[group.name]].input_scale
+        has_input = is_quantised and LAYOUTS[scheme.formats[group.name]].input_scale
         inputs = [_number(amax, f"{module.name}.input_amax") for module in group.modules] if has_input else []
-        likely = [_number(amax, f"{module.name}.weight_amax") for module in group.modules] if is_quantised else []
+        has_above = is_quantised and LAYOUTS[scheme.formats[group.name]].spread == "fp4"
+        likely = [_number(amax, f"{module.name}.weight_amax") for module in group.modules] if has_above else []
         for module in group.modules:
             if module.tensor not in originals.files:
                 raise StaleRecord(f"{source} has no tensor {module.tensor}, which was measured; measure again")
@@ -405,12 +264,13 @@ def expect(
             if not is_quantised:
                 weights[name] = Weight(file, name, group.name, module.name)
                 continue
-            layout, how = _LAYOUTS[scheme.formats[group.name]], _CARRIERS[carrier]
+            layout, how = LAYOUTS[scheme.formats[group.name]], CARRIERS[carrier]
+            in_blocks = layout.spread == "fp4"
             prefix, own = name.removesuffix(".weight"), {}
-            codes = f"{prefix}.{how.codes}" if layout.in_blocks or layout.sharing is not None else name
+            codes = f"{prefix}.{how.codes}" if in_blocks or layout.sharing is not None else name
             for part, (shape, dtype) in layout.scales(originals.shape(name)).items():
                 value = scale_of(max(inputs), layout.largest) if part == "input_scale" else None
-                leaf, held, inverted = how.stored(part, shape, layout.in_blocks)
+                leaf, held, inverted = how.stored(part, shape, in_blocks)
                 own[part] = f"{prefix}.{leaf}"
                 scales[own[part]] = Scale(
                     file,
@@ -421,7 +281,7 @@ def expect(
                     held,
                     dtype,
                     layout.largest,
-                    by_row=layout.by_row,
+                    by_row=layout.spread == "row",
                     inverted=inverted,
                     says=originals.shape(name) if part == "weight_shape" else None,
                     likely=scale_of(max(likely), layout.largest) if inverted else None,
@@ -433,7 +293,7 @@ def expect(
                 group.name,
                 module.name,
                 True,
-                layout.in_blocks,
+                layout.spread,
                 rounded.get(module.name),
                 own["weight_scale"],
                 own.get("weight_scale_2"),

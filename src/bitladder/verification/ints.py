@@ -2,7 +2,8 @@
 
 import torch
 
-from bitladder.verification.expected import E4M3_MAX, Scale
+from bitladder.verification.expected import Scale
+from bitladder.verification.layouts import E4M3_MAX
 
 # float32 rounding of code · scale and of the division that made the code, relative to the half step, at code 127
 _TOLERANCE = 1 + 1e-4

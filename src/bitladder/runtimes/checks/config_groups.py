@@ -175,7 +175,7 @@ class GroupsCheck:
         for part in format_.stored(shape):
             held = self.tensors.get(f"{module}.{layout.name(part.name)}")
             wanted = Part(layout.name(part.name), part.dtype, layout.shape(part))
-            one = math.prod(wanted.shape) == 1 and held is not None and math.prod(held.shape) == 1
+            one = wanted.shape in ((), (1,)) and held is not None and math.prod(held.shape) == 1
             if part.counts and held is not None and held.shape == (2,) and not self._says(held, shape):
                 return replace(wanted, counts=True), held
             if held is None or held.dtype != wanted.dtype or not (one or held.shape == wanted.shape):

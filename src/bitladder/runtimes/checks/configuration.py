@@ -82,8 +82,7 @@ class ConfigurationCheck(Subject):
     @staticmethod
     def _has_many(format_name: str) -> bool:
         """Return whether a weight in a format has many scales."""
-        format_ = get_format(format_name)
-        return format_.channels or format_.group_size is not None
+        return get_format(format_name).spread != "tensor"
 
     @property
     def _many_scales(self) -> bool:
@@ -107,6 +106,10 @@ class ConfigurationCheck(Subject):
             )
             return False
         unknown = sorted({one for one in asked.layers.values() if self.rules.algorithm(one) is None})
+        reason = self.rules.why_not(format_of(unknown[0])) if unknown else None
+        if reason is not None:
+            self._unsupported(asked, f"quantized_layers asks for {unknown[0]!r}: {reason}")
+            return False
         if unknown:
             self.findings.error(
                 "unsupported_format",

@@ -12,11 +12,11 @@ from bitladder.models.fusing import Layer
 from bitladder.reading import open_file
 from bitladder.records import BF16
 from bitladder.runtimes.base import UNIFORM
-from bitladder.runtimes.checks.subject import Subject
+from bitladder.runtimes.checks.subject import ANY_SHAPE, Subject
 from bitladder.runtimes.files import Tensor
 from bitladder.runtimes.findings import EXPORT_AGAIN
 
-_ANY_SHAPE = (1 << 10, 1 << 10)  # of a weight: which of its scales are one number is alike for all
+_AS_THEY_COME = " scales inputs as they come"
 
 
 def _usable(scale: float | None) -> bool:
@@ -37,7 +37,7 @@ class ScalesCheck(Subject):
             if self._runs(layer) == BF16:
                 continue
             shared = [m for m in layer.modules if m in modules and self._stored(m) not in (None, BF16)]
-            for part in get_format(self._runs(layer)).parts(_ANY_SHAPE):
+            for part in get_format(self._runs(layer)).parts(ANY_SHAPE):
                 if not part.shape:
                     self._equal(layer, shared, part.name)
 
@@ -64,7 +64,7 @@ class ScalesCheck(Subject):
         wanted = get_format(expected)
         part = next((part for part in wanted.parts(self._shape(f"{module}.weight")) if part.name == leaf), None)
         if part is None:
-            rounds = {"token": " scales inputs as they come", "unrounded": " leaves inputs in 16 bits"}
+            rounds = {"token": _AS_THEY_COME, "block": _AS_THEY_COME, "unrounded": " leaves inputs in 16 bits"}
             why = rounds.get(wanted.input, " has none") if leaf == INPUT_SCALE else " has none"
             self.findings.error(
                 "unexpected_tensor",

@@ -14,6 +14,7 @@ from bitladder.runtimes.config import LEGACY_FILE, inline, nested
 from bitladder.runtimes.files import SIXTEEN_BIT, Files, Tensor
 from bitladder.runtimes.findings import Findings
 
+ANY_SHAPE = (1 << 10, 1 << 10)  # of a weight: dimensions and dtypes of its scales are alike for all
 # Names of the scales of an attention's cached keys and values, in ModelOpt's form and in those that vLLM also knows.
 # Source: vllm model_executor/model_loader/weight_utils.py, maybe_remap_kv_scale_name.
 _KV_SCALE = re.compile(
@@ -77,7 +78,7 @@ class Subject:
         if asked is None:
             return UNIFORM
         if rules.algorithm(asked.algorithm) == MIX:
-            return {name: rules.algorithm(one) or one for name, one in (asked.layers or {}).items()}
+            return {name: rules.listed_algorithm(one) for name, one in (asked.layers or {}).items()}
         return rules.algorithm(asked.algorithm) or UNIFORM
 
     def _decide(self, layer: Layer) -> Decision:
@@ -113,14 +114,24 @@ class Subject:
             return BF16
         alike = [one.name for one in self._formats if one.code_dtype == tensor.dtype]
         scale = self.tensors.scales.get(f"{module}.{WEIGHT_SCALE}")
-        if scale is not None and len(scale.shape) < 2 and (not scale.one_number or tensor.shape[:1] != (1,)):
-            alike = [name for name in alike if get_format(name).channels != scale.one_number]
+        if scale is not None and len(scale.shape) >= 2:
+            alike = [name for name in alike if self._has_such(name, scale)] or alike
+        elif scale is not None and (not scale.one_number or tensor.shape[:1] != (1,)):
+            spreads = ("tensor", *(["block"] if tensor.dtype in self._packed else [])) if scale.one_number else ("row",)
+            alike = [name for name in alike if get_format(name).spread in spreads]
         runs = self._runs_in[module]
         if runs not in alike and tensor.dtype in self._packed:  # any bytes may be such codes: scales tell
             rounded, held = f"{module}.{INPUT_SCALE}" in self.tensors.scales, self.tensors.scales
             alike = [name for name in alike if get_format(name).has_input_scale == rounded]
             return next(iter(alike), None) if f"{module}.{WEIGHT_SCALE_2}" in held else None
         return runs if runs in alike else next(iter(alike), None)
+
+    @staticmethod
+    def _has_such(format_name: str, scale: Tensor) -> bool:
+        """Return whether a format's weight scale is of this dtype and has so many dimensions."""
+        parts = get_format(format_name).parts(ANY_SHAPE)
+        found = next(part for part in parts if part.name == WEIGHT_SCALE)
+        return (found.dtype, len(found.shape)) == (scale.dtype, len(scale.shape))
 
     def _shape(self, tensor: str) -> tuple[int, ...]:
         """Return a stored weight's shape, of a linear without the packing of its codes."""

@@ -18,6 +18,7 @@ model_executor/model_loader/base_loader.py (BaseModelLoader.load_model), vLLM 0.
 
 import contextlib
 import gc
+import importlib
 import importlib.util
 import json
 import math
@@ -41,6 +42,9 @@ TEXT = "List the digits."  # that any tokenizer makes tokens of
 MAX_VALUES = 1024  # a parameter with "scale" in its name and no more elements than this is written down in full
 # Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`.
 KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op")
+
+# Where compressed-tensors checkpoints get their MXFP8 kernel from.
+_CARRIED_MXFP8 = "vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_mxfp8"
 
 Facts = dict[str, Any]
 
@@ -262,11 +266,15 @@ def inspect_parameters(model: torch.nn.Module, parameters: Parameters) -> None:
     """Add to each parameter's facts what was never loaded, its scales, and how many of its values aren't finite."""
     for name, tensor in model.named_parameters():
         facts = parameters.facts.get(name)
-        if facts is None or tensor.is_meta or not (tensor.is_floating_point() or is_packed(name, tensor)):
+        if (
+            facts is None
+            or tensor.is_meta
+            or not (tensor.is_floating_point() or is_packed(name, tensor) or is_scale(name))
+        ):
             continue
         facts["unloaded"] = unloaded(name, tensor, facts["copies"])
         if not tensor.is_floating_point():
-            continue  # every number is one of codes
+            continue  # every number is one of codes, or an exponent
         flat = tensor.detach().reshape(-1)
         if is_scale(name) and tensor.numel() <= MAX_VALUES:
             facts["values"] = [repr(value) for value in flat.float().tolist()]  # JSON has no NaN
@@ -416,6 +424,43 @@ def requantising(found: list[list[int]]) -> Iterator[None]:
         operations.scaled_fp8_quant = original
 
 
+@contextlib.contextmanager
+def emulating_blocks() -> Iterator[None]:
+    """Let MXFP8 and square blocks load on CPUs, where vLLM has no kernel, or one for AMX alone; nothing elsewhere."""
+    from vllm.model_executor.layers.quantization import modelopt
+    from vllm.platforms import current_platform
+
+    original = getattr(modelopt, "init_mxfp8_linear_kernel", None)
+    if original is None or not current_platform.is_cpu():
+        yield
+        return
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8LinearKernel
+    from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8LinearLayerConfig
+    from vllm.model_executor.kernels.linear.scaled_mm.pytorch import BlockWiseTorchFP8ScaledMMLinearKernel as Squares
+
+    # vLLM's own for square blocks need AMX; whatever one does is the same until it multiplies, which loading doesn't
+    able, known = Squares.is_supported, linear._POSSIBLE_FP8_BLOCK_KERNELS
+    Squares.is_supported = classmethod(lambda *_: (True, None))
+    linear._POSSIBLE_FP8_BLOCK_KERNELS = {
+        platform: [*kernels, *([Squares] if platform == current_platform._enum else [])]
+        for platform, kernels in known.items()
+    }
+    callers: list[Any] = [modelopt]
+    with contextlib.suppress(ImportError):  # earlier releases read no such checkpoint
+        callers.append(importlib.import_module(_CARRIED_MXFP8))
+    for module in callers:
+        module.init_mxfp8_linear_kernel = lambda weight_shape, **_: EmulationMxfp8LinearKernel(
+            Mxfp8LinearLayerConfig(weight_shape=weight_shape)
+        )
+    try:
+        yield
+    finally:
+        for module in callers:
+            module.init_mxfp8_linear_kernel = original
+        Squares.is_supported, linear._POSSIBLE_FP8_BLOCK_KERNELS = able, known
+
+
 def start_process_group(store: Path) -> None:
     """Make the process group of one process that vLLM's layers ask for their rank; once a process.
 
@@ -516,7 +561,8 @@ class Probe:
 
         def create() -> Any:
             start_process_group(self.scratch / "group")
-            with set_default_torch_dtype(model_config.dtype), device, sibling("child_fp4").emulating():
+            emulated = sibling("child_fp4").emulating()
+            with set_default_torch_dtype(model_config.dtype), device, emulated, emulating_blocks():
                 return initialize_model(vllm_config=config, model_config=model_config)
 
         def post_process() -> bool:

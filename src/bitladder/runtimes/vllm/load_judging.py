@@ -16,7 +16,7 @@ from bitladder.runtimes.base import RECOMPUTED
 from bitladder.runtimes.child import Outcome, first_line
 from bitladder.runtimes.vllm.exceptions import SEE_TRACEBACK, classify, classify_exit, exit_words
 from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
-from bitladder.runtimes.vllm.formats import PACKED, SIXTEEN_BIT, fitting, plain_format, wrong_format
+from bitladder.runtimes.vllm.formats import PACKED, SIXTEEN_BIT, fitting, plain_format, spread_of, wrong_format
 
 _EXPORT = "export the checkpoint again"
 _KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
@@ -94,9 +94,9 @@ def _shards(layer: Layer | None, parameter: Parameter, begin: int, end: int) -> 
         return []
     if parameter.elements == len(layer.shards):  # a scale for each
         edges = list(range(len(layer.shards) + 1))
-    elif sum(layer.widths) == parameter.shape[0]:
-        row = parameter.elements // parameter.shape[0]
-        edges = [0, *(row * rows for rows in accumulate(layer.widths))]
+    elif sum(layer.widths) % parameter.shape[0] == 0:
+        line, rows = parameter.elements // parameter.shape[0], sum(layer.widths) // parameter.shape[0]
+        edges = [0, *(line * end // rows for end in accumulate(layer.widths))]  # a line a row, or a square's rows
     else:
         return []
     return [index for index, (low, high) in enumerate(pairwise(edges)) if low < end and begin < high]
@@ -268,10 +268,11 @@ def running_format(facts: Facts, layer: Layer) -> str:
     scale = facts.parameters.get(f"{layer.name}.weight_scale")
     rows = _codes(facts.parameters, layer.name).shape[0]
     dynamic = not _has_input_scale(facts.parameters, layer.name) or not layer.rounds_input
-    flat = scale is not None and (len(scale.shape) < 2 or (scale.shape[1] == 1 and scale.dtype == "float32"))
-    channels = scale is not None and flat and scale.elements == rows != max(len(layer.shards), 1)
+    spread = None if scale is None else spread_of(scale.shape, scale.dtype, rows)
+    if scale is not None and spread == "row" and not scale.elements == rows != max(len(layer.shards), 1):
+        spread = "tensor"  # of each of its shards
     packing = {"bits": layer.bits, "group_size": layer.group_size} if layer.bits is not None else {}
-    found = fitting(str(layer.created_dtype), channels=channels, dynamic_input=dynamic, **packing)
+    found = fitting(str(layer.created_dtype), spread=spread, dynamic_input=dynamic, **packing)
     if found:
         return found[0]
     scales = "no weight_scale" if scale is None else f"weight_scale {list(scale.shape)}"
@@ -280,15 +281,14 @@ def running_format(facts: Facts, layer: Layer) -> str:
 
 def stored_formats(facts: Facts, module: str) -> list[str]:
     """Return the formats in which a module may be stored, by its dtype and scales; several where a scale is missing."""
-    dtype = _codes(facts.tensors, module).dtype
-    plain = plain_format(dtype)
+    codes = _codes(facts.tensors, module)
+    plain = plain_format(codes.dtype)
     if plain is not None:
         return [plain]
     scale = facts.tensors.get(f"{module}.weight_scale")
-    flat = scale is not None and (len(scale.shape) == 1 or (scale.shape[1:] == (1,) and scale.dtype == "float32"))
-    channels = None if scale is None else flat and scale.shape != (1,)
-    dynamic = not _has_input_scale(facts.tensors, module) if dtype in PACKED else None
-    return fitting(dtype, channels=channels, dynamic_input=dynamic) or [dtype]
+    spread = None if scale is None else spread_of(scale.shape, scale.dtype, codes.shape[0])
+    dynamic = not _has_input_scale(facts.tensors, module) if codes.dtype in PACKED else None
+    return fitting(codes.dtype, spread=spread, dynamic_input=dynamic) or [codes.dtype]
 
 
 def _numbered_part(module: str) -> str:

@@ -9,6 +9,7 @@ from bitladder.models.families import Architecture
 from bitladder.models.fusing import Layer
 from bitladder.runtimes.base import MIX, Decision, Rules, Support
 
+_NOT_IN_OLD_MIX = "vLLM 0.25.1 takes these layers of a mix for 16-bit ones without a word; 0.32.0 runs them"
 _MODELOPT = "vllm {}, model_executor/layers/quantization/modelopt.py"
 _SCHEMES = "vllm 0.32.0, model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_{}.py"
 
@@ -33,8 +34,12 @@ class VllmRules(Rules):
             80,
             None,
             _MODELOPT.format(version),
-            caveat="vLLM 0.25.1 takes these layers of a mix for 16-bit ones without a word; 0.32.0 runs them",
+            caveat=_NOT_IN_OLD_MIX,
         ),
+        # both need the whole blocks that the formats ask for; inputs are rounded as they come, in blocks of a token.
+        # Of MXFP8's kernels only Blackwell's do that: from 8.0 on inputs stay in 16 bits
+        "fp8_block": Support("ModelOptLinearMethod", 80, None, _MODELOPT.format(version), caveat=_NOT_IN_OLD_MIX),
+        "mxfp8": Support("ModelOptLinearMethod", 80, None, _MODELOPT.format(version)),
         # of both versions: GPUs without FP4 units run these layers with inputs in 16 bits, from 7.5 on
         "nvfp4": Support("ModelOptLinearMethod", 75, None, _MODELOPT.format(version)),
         "nvfp4_w4a16": Support("ModelOptLinearMethod", 75, None, _MODELOPT.format(version)),
@@ -42,6 +47,8 @@ class VllmRules(Rules):
     CARRIED: ClassVar = {
         "fp8": Support("CompressedTensorsW8A8Fp8", 89, None, _SCHEMES.format("w8a8_fp8")),
         "fp8_pc_pt": Support("CompressedTensorsW8A8Fp8", 89, None, _SCHEMES.format("w8a8_fp8")),
+        "fp8_block": Support("CompressedTensorsW8A8Fp8", 89, None, _SCHEMES.format("w8a8_fp8")),
+        "mxfp8": Support("CompressedTensorsW8A8Mxfp8", 80, None, _SCHEMES.format("w8a8_mxfp8")),
         "nvfp4": Support("CompressedTensorsW4A4Fp4", 75, None, _SCHEMES.format("w4a4_nvfp4")),
         "nvfp4_w4a16": Support("CompressedTensorsW4A4Fp4", 75, None, _SCHEMES.format("w4a4_nvfp4")),
         "int8": Support("CompressedTensorsW8A8Int8", 75, None, _SCHEMES.format("w8a8_int8")),
@@ -141,6 +148,8 @@ class VllmRules0251(VllmRules):
     SUPPORT: ClassVar = {
         "fp8": Support("ModelOptFp8LinearMethod", 89, None, _MODELOPT.format(version)),
         "fp8_pc_pt": Support("ModelOptFp8PcPtLinearMethod", 89, None, _MODELOPT.format(version), in_mix=False),
+        "fp8_block": Support("ModelOptFp8PbWoLinearMethod", 89, None, _MODELOPT.format(version), in_mix=False),
+        "mxfp8": Support("ModelOptMxFp8LinearMethod", 80, None, _MODELOPT.format(version)),
         "nvfp4": Support("ModelOptNvFp4LinearMethod", 75, None, _MODELOPT.format(version)),
         "nvfp4_w4a16": Support("ModelOptNvFp4W4A16LinearMethod", 75, None, _MODELOPT.format(version)),
     }

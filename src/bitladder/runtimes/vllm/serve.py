@@ -180,7 +180,7 @@ def _running_format(layer: Layer) -> str:
         return "unknown"
     plain = plain_format(layer.dtype)
     packing = {"bits": layer.bits, "group_size": layer.group_size} if layer.bits is not None else {}
-    found = fitting(layer.dtype, channels=layer.channels, dynamic_input=layer.dynamic_input, **packing)
+    found = fitting(layer.dtype, spread=layer.spread, dynamic_input=layer.dynamic_input, **packing)
     return plain or (found[0] if found else f"{layer.dtype} with other scales than any known format's")
 
 

@@ -7,6 +7,7 @@ from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from bitladder.formats import Spread
 from bitladder.records import PhaseCost, ProbeResult
 from bitladder.runtimes.child import Outcome
 from bitladder.runtimes.vllm.job import LogProbs
@@ -47,7 +48,7 @@ class Layer(_Fact):
     dtype: str | None
     bits: int | None = None  # of packed integers, and how many share a scale
     group_size: int | None = None
-    channels: bool = False  # whether its weight has a scale an output row
+    spread: Spread = "tensor"  # what its weight's scales are for
     dynamic_input: bool = False  # whether its inputs are scaled as they come
 
 

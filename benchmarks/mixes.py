@@ -1,0 +1,182 @@
+"""Mixes of several formats at equal effective bits: Bitladder's choice against that of ModelOpt's AutoQuantize.
+
+    python benchmarks/mixes.py --scratch DIR             # writes benchmarks/results/mixes.json; needs an NVIDIA GPU
+
+ModelOpt calibrates and scores {NVFP4, FP8} with its own `auto_quantize` by each of its methods, and its own solver
+chooses at 4.8 to 9 effective bits, modules that aren't searched left out of its count. Bitladder measures once by
+`kl_div` and once by `gradient`, on the same samples, in all its formats; it plans with at most the bits of ModelOpt's
+choice, from the same formats and from others. All choices are simulated with the same scales and nearest codes, inputs
+rounded as each format says; KL on held-out text, in nats per token. What is finished is kept in the scratch directory.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import ladder
+import prediction
+
+BITS = (4.8, 5.4, 6.0, 7.0, 8.0, 9.0)
+THEIRS = ("fp8", "nvfp4")
+SETS = {
+    "same": THEIRS,
+    "fp8_pc_pt + nvfp4_w4a16": ("fp8_pc_pt", "nvfp4_w4a16"),
+    "all": ("fp8", "fp8_pc_pt", "mxfp8", "nvfp4", "nvfp4_w4a16"),
+}
+METHODS = ("kl_div", "gradient")
+KL_SAMPLES = 16  # 4,096 tokens
+
+
+def measured(scratch: Path, recipe: Path, method: str) -> tuple:
+    """Return (measurement in all formats, its workspace)."""
+    from bitladder.recipe import read_recipe
+    from bitladder.steps.measure import measure
+    from bitladder.steps.workspace import Workspace
+
+    output = scratch / method
+    spec = read_recipe(recipe)
+    changed = {"method": method, "formats": SETS["all"], "engine": "native", "dtype": "float32"}
+    changed |= {"score_samples": KL_SAMPLES} if method == "kl_div" else {}
+    asked = spec.measurement.model_copy(update=changed)
+    near = spec.held_out[0].model_copy(update={"name": "near", "data": None})  # what calibration leaves of its own text
+    held_out = (near, *spec.held_out)
+    work = Workspace(
+        spec.model_copy(update={"measurement": asked, "held_out": held_out, "output": str(output)}), output
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    return measure(work), work
+
+
+def limited(measurement, formats: tuple[str, ...]):
+    """Return the measurement as if only these formats had been scored."""
+    candidates = tuple(one for one in measurement.candidates if one.format in formats)
+    return measurement.model_copy(update={"candidates": candidates, "formats": formats})
+
+
+def planned(measurement, formats: tuple[str, ...], name: str, bits: float):
+    """Return the choice among some formats with at most so many bits, as a scheme of the whole measurement."""
+    from bitladder import planning
+    from bitladder.recipe import SchemeSpec
+
+    spec = SchemeSpec(name=name, effective_bits=bits)
+    return planning.price(measurement, name, planning.plan(limited(measurement, formats), spec).formats, spec)
+
+
+def modelopt_choices(work, measurement, method: str) -> dict[str, dict[str, str]]:
+    """Return what ModelOpt's own solver chooses from its own scores: bits asked -> group -> format."""
+    import modelopt.torch.quantization as mtq
+    import torch
+    from modelopt.torch.quantization.algorithms import QuantRecipe, _resolve_best_recipe
+
+    from bitladder.device import resolve_device
+    from bitladder.formats import get_format
+    from bitladder.models.loading import load_model
+    from bitladder.records import BF16
+    from bitladder.steps.data import calibration_data
+
+    data, device = calibration_data(work), resolve_device(work.recipe.measurement.device)
+    searched = {module.name: group.name for group in measurement.groups for module in group.modules}
+    model = load_model(work.model_directory, torch.float32, device)
+    model.config.use_cache = False
+    left_alone = [name for name, _ in model.named_modules() if name and name not in searched]
+    cost = {"cost": {"excluded_module_name_patterns": left_alone}}
+    presets = {name: get_format(name).modelopt_quantisation() for name in THEIRS}
+
+    def forward(loaded, batch):
+        if method == "gradient":
+            return loaded(**batch.inputs, labels=batch.labels)
+        return loaded(**batch.inputs).logits[:, :-1][batch.predicted]
+
+    scored = KL_SAMPLES // len(data.batches[0].labels) if method == "kl_div" else len(data.batches)
+    _, state = mtq.auto_quantize(
+        model,
+        constraints={"effective_bits": BITS[-1], **cost},
+        quantization_formats=list(presets.values()),
+        data_loader=[batch.to(device) for batch in data.batches],
+        forward_step=forward,
+        loss_func=(lambda output, _: output.loss) if method == "gradient" else None,
+        num_calib_steps=len(data.batches),
+        num_score_steps=scored,
+        method=method,
+        disabled_layers=left_alone,
+        verbose=False,
+    )
+    names = [(QuantRecipe(quant_cfg=preset), name) for name, preset in presets.items()]
+    names.append((QuantRecipe(quant_cfg=None), BF16))
+    found = {}
+    for bits in BITS:
+        best = _resolve_best_recipe(state, {"effective_bits": bits, **cost})
+        formats = {}
+        for stat, recipe in best.items():
+            chosen = next(name for known, name in names if known == recipe)
+            formats |= {searched[m]: chosen for m in state["candidate_stats"][stat]["module_names"] if m in searched}
+        assert set(formats) == set(searched.values())
+        found[f"{bits:g}"] = formats
+    return found
+
+
+def compare(recipe: Path, scratch: Path) -> list[dict]:
+    """Return one row for each of ModelOpt's methods and bits: the held-out KL of its choice and of ours."""
+    from bitladder import planning
+    from bitladder.recipe import SchemeSpec
+
+    found = {method: measured(scratch, recipe, method) for method in METHODS}
+    measurement, work = found["kl_div"]
+    theirs = {}
+    for method in METHODS:
+        path = scratch / f"modelopt-{method}.json"
+        if not path.exists():
+            path.write_text(json.dumps(modelopt_choices(work, measurement, method)))
+        theirs[method] = json.loads(path.read_text())
+    rows: list[dict] = []
+    schemes = {}
+    for method, choices in theirs.items():
+        for bits, formats in choices.items():
+            name = f"modelopt-{method}-{bits}"
+            spec = SchemeSpec(name=name, effective_bits=float(bits))
+            schemes[name] = planning.price(measurement, name, formats, spec)
+            row = {"modelopt": method, "bits": float(bits), "effective_bits": schemes[name].effective_bits}
+            for label, chosen in SETS.items():
+                for ours in METHODS:
+                    plan = planned(found[ours][0], chosen, f"plan{len(schemes)}", row["effective_bits"])
+                    schemes[f"{label}, {ours} {name}"] = planning.price(
+                        measurement, plan.name, plan.formats, plan.asked
+                    )
+            rows.append(row)
+    kls = prediction.results_of(work, measurement, list(schemes.values()), scratch / "simulated.json")
+    for row in rows:
+        name = f"modelopt-{row['modelopt']}-{row['bits']:g}"
+        row["kl"] = kls[schemes[name].fingerprint()]
+        for key, scheme in schemes.items():
+            if key.endswith(f" {name}"):
+                label = key.removesuffix(f" {name}")
+                result = kls[scheme.fingerprint()]
+                row[label] = {"effective_bits": scheme.effective_bits, "kl": result}
+                row[label]["ratio"] = {split: value[0] / row["kl"][split][0] for split, value in result.items()}
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--recipe", type=Path, default=ladder.ROOT / "recipes/smollm2_135m.yaml")
+    parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/mixes.json")
+    arguments = parser.parse_args()
+
+    import transformers
+
+    from bitladder.runinfo import hardware, versions
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    known = json.loads(arguments.result.read_text()) if arguments.result.exists() else {"models": {}}
+    name = arguments.recipe.stem
+    rows = compare(arguments.recipe, arguments.scratch.resolve() / name)
+    known["models"][name] = {"hardware": hardware(), "versions": versions(), "rows": rows}
+    known["claim"] = "held-out KL of mixes at equal effective bits, ours and ModelOpt's"
+    arguments.result.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
