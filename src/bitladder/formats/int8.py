@@ -29,6 +29,7 @@ class Int8(Format):
     modelopt_algorithm = ""
     code_dtype = "I8"
     channels = True
+    amax_name = "row_amax"
     input = "token"
     layouts: ClassVar = {
         COMPRESSED_TENSORS: Layout(

@@ -239,7 +239,8 @@ def unequal_findings(facts: Facts) -> Iterator[ProbeFinding]:
         }
         if kind not in (WEIGHT_SCALE, INPUT_SCALE, *_ABOVE, *GLOBAL_SCALES.values()) or len(set(loaded.values())) < 2:
             continue
-        if any(copy.end - copy.begin > 1 for copy in parameter.copies):  # one an output row: nothing is merged
+        # one an output row or a block, of which a small shard may have just one: nothing is merged
+        if len(parameter.shape) > 1 or any(copy.end - copy.begin > 1 for copy in parameter.copies):
             continue
         values = ", ".join(f"{tensor} {value:.6g}" for tensor, value in loaded.items())
         remedy = f"{_EXPORT} with one {kind} for the modules that are fused"
