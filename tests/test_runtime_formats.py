@@ -322,7 +322,9 @@ def test_the_layout_is_that_of_modelopts_own_export(tmp_path):
         ("float8_e4m3fn", "row", False, "float8_e4m3fn with other scales than any known format's"),
         ("uint8", "block", False, "nvfp4"),
         ("uint8", "block", True, "nvfp4_w4a16"),
-        ("int8", "tensor", False, "int8"),
+        ("int8", "row", True, "int8"),
+        ("int8", "tensor", False, "int8 with other scales than any known format's"),
+        ("int16", "tensor", False, "int16"),
     ],
 )
 def test_a_served_layer_is_told_by_dtype_and_scales(dtype, spread, dynamic, expected):
