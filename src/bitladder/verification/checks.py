@@ -194,8 +194,8 @@ def _weight(
     if entry.module:
         content = hashlib.sha256(str(tensor.dtype).encode())
         content.update(bytes_of(tensor).numpy().data)
-        # Formats that differ in what is done to inputs may store a weight alike.
-        content.update(str(f"{name.removesuffix('.weight')}.input_scale" in tensors.files).encode())
+        if tensor.dtype != original.dtype:  # formats that differ in what is done to inputs may store a weight alike
+            content.update(str(f"{name.removesuffix('.weight')}.input_scale" in tensors.files).encode())
         exam.digests[entry.module] = content.hexdigest()
     wanted, shape, says = original.dtype, list(original.shape), f"leaves it alone: {original.dtype}"
     if entry.packed:
