@@ -1,14 +1,16 @@
 """Records of checkpoints: manifest and verification."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
-from bitladder.records.base import FileDigest, Part, Record
+from bitladder.records.base import FileDigest, Grown, Part, Record
 
 
-class ModuleRecord(Part):
+class ModuleRecord(Grown):
     """One quantised module in a checkpoint: scales are multipliers that restore a value from its code."""
+
+    later = frozenset({"weight_scale_2"})
 
     name: str
     tensor: str
@@ -19,13 +21,6 @@ class ModuleRecord(Part):
     weight_scale_2: float | None = Field(default=None, description="of a weight whose blocks have scales; else None")
     input_scale: float | None = Field(description="None: made of the input itself when it is served")
     rounding: Literal["nearest", "compensated"] = "nearest"
-
-    @model_serializer(mode="wrap")
-    def _without_second_scale(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = handler(self)
-        if self.weight_scale_2 is None:  # digests stay what they were before there was a format with two
-            content.pop("weight_scale_2", None)
-        return content
 
 
 class KvScale(Part):
