@@ -8,7 +8,7 @@ An input's scale is made when it is served, so calibration settles nothing of it
 Source: ModelOpt's FP8_PER_CHANNEL_PER_TOKEN_CFG; vLLM's ModelOptFp8PcPtLinearMethod.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bitladder.formats.e4m3 import E4m3
 
@@ -26,10 +26,7 @@ class Fp8Channel(E4m3):
     channels = True
     amax_name = "row_amax"
     input = "token"
-
-    def uniform_config_group(self) -> dict[str, Any] | None:
-        """Return None: ModelOpt 0.47 writes no `config_groups` for this format alone, and runtimes read none."""
-        return None
+    grouped_alone = False
 
     def amax_of(self, weight: "torch.Tensor") -> "torch.Tensor":
         """Return each row's largest magnitude, [out_features]; a row of zeros has the least that a scale can be."""
