@@ -186,7 +186,7 @@ OPENED_ELSEWHERE = {
     ("models/weights.py", "np.memmap"): "a file that is open already",
 }
 # Run by the runtime's own interpreter, which has no Bitladder: they read what their parent has written or checked.
-CHILDREN = {f"runtimes/vllm/child_{name}.py" for name in ("fp4", "load", "serve")}
+CHILDREN = {f"runtimes/vllm/child_{name}.py" for name in ("kernels", "load", "serve", "watch")}
 
 
 def openers_in(tree):

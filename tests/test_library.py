@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from transformers.utils import logging as transformers_logging
 
 import bitladder
 from bitladder.errors import BitladderError, ModelError, OutputError, RecipeError, RecordError
+from bitladder.formats import FORMATS
 from bitladder.library import quiet_libraries
 from bitladder.records import CheckpointManifest, Evaluation, Evidence, Measurement, ProbeResult, Scheme, Verification
 from bitladder.steps.workspace import Workspace
-from conftest import make_text
+from conftest import llama_config, make_text, save_model
 
 MANIFEST = Path(__file__).parent / "data" / "qwen2_5_vl_3b_instruct_fp8_autoquant_manifest.json"
 HEAVY = ("torch", "transformers", "modelopt", "scipy")
@@ -264,3 +266,33 @@ def test_planning_and_reporting_commands_import_nothing_heavy(finished, recipe, 
 
 def test_the_test_above_can_fail(recipe):
     assert "torch" in loaded_by("export", recipe)
+
+
+def test_every_format_goes_through_a_whole_run(text_file, tmp_path):
+    """Alone and in a mix of all, from the measurement to the report and the model cards."""
+    config = llama_config(hidden_size=256, intermediate_size=256, num_attention_heads=4, head_dim=64)
+    model = save_model(transformers.LlamaForCausalLM, config, tmp_path / "model")
+    samples = {"samples": 4, "sequence_length": 24, "batch_size": 4}
+    run = bitladder.Run(
+        {
+            "model": {"path": str(model)},
+            "calibration": {"data": {"kind": "text", "path": str(text_file)}, **samples},
+            "held_out": {"name": "text", **samples},
+            "measurement": {"formats": list(FORMATS)},
+            "schemes": [
+                *({"name": name, "coverage": 1.0, "format": name} for name in FORMATS),
+                {"name": "mix", "effective_bits": 7.0},
+            ],
+            "controls": {"kinds": []},
+            "output": str(tmp_path / "out"),
+        }
+    )
+    report = run.run()
+    assert {scheme.name: scheme.verified for scheme in report.schemes} == dict.fromkeys([*FORMATS, "mix"], True)
+    assert all(scheme.results for scheme in report.schemes)
+    for name, format_ in FORMATS.items():
+        directory = tmp_path / "out" / "checkpoints" / name
+        assert f"{name.upper()} ({format_.title})" in (directory / "README.md").read_text()
+        assert bitladder.load(directory).get_parameter("model.layers.0.mlp.up_proj.weight").isfinite().all()
+    mix = next(scheme for scheme in report.schemes if scheme.name == "mix")
+    assert sum(count.groups > 0 for count in mix.format_counts) > 2

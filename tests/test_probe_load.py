@@ -10,7 +10,7 @@ import broken_checkpoints
 from bitladder.errors import BitladderError, ModelError
 from bitladder.records import CheckpointManifest, KvScale, ModuleRecord
 from bitladder.runtimes.child import Outcome
-from bitladder.runtimes.vllm import child_load, load
+from bitladder.runtimes.vllm import child_load, child_watch, load
 from bitladder.runtimes.vllm.facts import Attention, Cast, Copy, Facts, Failure, Layer, Parameter, Tensor, Tokenizer
 from bitladder.runtimes.vllm.load import judge, load_all, probe
 from bitladder.runtimes.vllm.load_judging import findings, probed_layers
@@ -357,9 +357,9 @@ def test_every_copy_and_cast_below_the_dispatcher_is_seen():
     model.register_parameter("weight_scale", scale)
     codes = torch.nn.Parameter(torch.zeros(2, 2).to(torch.float8_e4m3fn), requires_grad=False)
     model.register_parameter("codes", codes)
-    child_load.poison(model)
-    parameters = child_load.Parameters(model)
-    watch = child_load.Watch(parameters)
+    child_watch.poison(model)
+    parameters = child_watch.Parameters(model)
+    watch = child_watch.Watch(parameters)
     tensors = {"q": torch.ones(2, 4), "v": torch.ones(3, 4), "s": torch.tensor(0.5), "c": torch.ones(2, 2)}
     tensors["unused"] = torch.ones(1)
     with torch.no_grad(), watch:
@@ -372,7 +372,7 @@ def test_every_copy_and_cast_below_the_dispatcher_is_seen():
                 model.weight_scale.data[1].copy_(tensor)
             elif name == "c":
                 model.codes.data.copy_(tensor.to(torch.bfloat16))
-    child_load.inspect_parameters(model, parameters)
+    child_watch.inspect_parameters(model, parameters)
     seen = parameters.facts
     assert [(c["tensor"], c["begin"], c["end"]) for c in seen["weight"]["copies"]] == [("q", 0, 8), ("v", 12, 24)]
     assert seen["weight"]["unloaded"] == [(8, 12)]
@@ -387,20 +387,20 @@ def test_every_copy_and_cast_below_the_dispatcher_is_seen():
 
 def test_loaded_values_that_are_not_finite_are_counted_apart_from_what_was_never_loaded():
     model = torch.nn.Linear(4, 2, bias=False)
-    child_load.poison(model)
-    parameters = child_load.Parameters(model)
-    watch = child_load.Watch(parameters)
+    child_watch.poison(model)
+    parameters = child_watch.Parameters(model)
+    watch = child_watch.Watch(parameters)
     with torch.no_grad(), watch:
         for _, tensor in watch.follow([("w", torch.tensor([[1.0, float("nan"), float("inf"), 2.0]]))]):
             model.weight.data[0:1].copy_(tensor)
-    child_load.inspect_parameters(model, parameters)
+    child_watch.inspect_parameters(model, parameters)
     assert parameters.facts["weight"]["unloaded"] == [(4, 8)]
     assert (parameters.facts["weight"]["nan"], parameters.facts["weight"]["inf"]) == (1, 1)
 
 
 def test_both_signs_of_the_e4m3_nan_are_seen():
     codes = torch.tensor([0x00, 0x7E, 0x7F, 0xFE, 0xFF], dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert child_load.is_nan(codes).tolist() == [False, False, True, False, True]
+    assert child_watch.is_nan(codes).tolist() == [False, False, True, False, True]
 
 
 def test_the_result_file_is_whole_after_each_step(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from bitladder.errors import ModelError
+from bitladder.formats import FORMATS, get_format
 from bitladder.records import ModelSource
 from bitladder.report import build_report, closing_table, render_card, render_html, render_markdown
 from conftest import source_of
@@ -56,6 +57,18 @@ def test_a_card_names_the_formats_that_its_scheme_has_and_says_what_they_are():
     card = render_card(report.model_copy(update={"schemes": (changed,)}), "full")
     assert "model in NVFP4_W4A16 (E2M1, an E4M3 scale for 16 weights of a row; inputs in 16 bits). Everything" in card
     assert metadata_of(card)["tags"] == ["nvfp4", "mixed-precision", "modelopt", "vllm", "bitladder"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_card_says_of_every_format_what_it_is(name):
+    report = make_report()
+    scheme = next(scheme for scheme in report.schemes if scheme.name == "full")
+    counts = tuple(count.model_copy(update={"format": name}) for count in scheme.format_counts if count.format == "fp8")
+    card = render_card(
+        report.model_copy(update={"schemes": (scheme.model_copy(update={"format_counts": counts}),)}), "full"
+    )
+    assert f"model in {name.upper()} ({get_format(name).title}). Everything" in card
+    assert len({one.title for one in FORMATS.values()}) == len(FORMATS)
 
 
 def test_what_was_not_done_is_said():

@@ -346,7 +346,7 @@ def test_a_run_keeps_its_codes_or_measures_again(llama, text_file, tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     other = run("other")
-    with pytest.raises(RecordError, match="does not hold the codes that .* was written with; copy it too"):
+    with pytest.raises(RecordError, match="is missing or not what .* was written with; copy both together"):
         take_over(other, tmp_path / "first/measurement.json")
     damaged = run("first", measurement=COMPENSATED)
     run_step(damaged)

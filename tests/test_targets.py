@@ -199,7 +199,7 @@ def test_missing_shard(sharded_llama, tmp_path):
 def test_how_many_positions_a_model_has(config, most, tmp_path):
     """As vLLM derives them: a factor of linear scaling counts, YaRN's is in the limit already."""
     config.save_pretrained(tmp_path)
-    assert most_positions(tmp_path) == most
+    assert most_positions(load_config(tmp_path)) == most
 
 
 @pytest.mark.parametrize("section", [None, "text_config"])

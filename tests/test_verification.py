@@ -106,6 +106,13 @@ def move_one_code(tensors, name):
     tensors[name] = codes.view(torch.float8_e4m3fn)
 
 
+def turn_the_largest(tensors, name):
+    codes = tensors[name].view(torch.uint8).clone()
+    flat = codes.view(-1)
+    flat[int((flat & 0x7F).argmax())] ^= 0x80
+    tensors[name] = codes.view(torch.float8_e4m3fn)
+
+
 def nan_code(tensors, name):
     codes = tensors[name].view(torch.uint8).clone()
     codes[0, 0] = 0x7F
@@ -118,6 +125,7 @@ def flip_embedding(tensors, name):
 
 DAMAGE = {
     "one code moved by a step": (move_one_code, [".weight"], "1 of"),
+    "largest code with the other sign": (turn_the_largest, [".weight"], "1 of"),
     "NaN code": (nan_code, ["weight"], "NaN"),
     "weight_scale missing": (lambda t, n: t.pop(prefix(n) + "weight_scale"), ["weight_scale"], "missing"),
     "input_scale missing": (lambda t, n: t.pop(prefix(n) + "input_scale"), ["input_scale"], "missing"),

@@ -55,6 +55,7 @@ class Format(ABC):
     modelopt_algorithm: ClassVar[str]  # `quant_algo` in hf_quant_config.json
     modelopt_on_cpu: ClassVar[bool] = True  # whether ModelOpt can compute with it there
     modelopt_searches: ClassVar[bool] = True  # whether its search knows the scales that a file will have
+    grouped_alone: ClassVar[bool] = True  # whether ModelOpt 0.47 writes `config_groups` for a checkpoint of it alone
     code_dtype: ClassVar[str] = "F8_E4M3"  # of a stored weight, as safetensors spells it
     code_bits: ClassVar[int] = 8  # of an element, without scales
     codes_a_number: ClassVar[int] = 1  # how many neighbours of a row lie in one number of `code_dtype`
@@ -104,15 +105,15 @@ class Format(ABC):
         return self.stored(shape)[1:]
 
     @property
-    def _least_parts(self) -> tuple[Part, ...]:
-        """The parts of the smallest weight."""
-        unit = self.square or self.group_size or 1
-        return self.parts((unit, unit))
+    def _least_shape(self) -> tuple[int, int]:
+        """The shape of the smallest weight."""
+        side = self.square or self.group_size or 1
+        return side, side
 
     @property
     def scale_names(self) -> tuple[str, ...]:
         """The names of `parts`, which are alike for any shape."""
-        return tuple(part.name for part in self._least_parts)
+        return tuple(part.name for part in self.parts(self._least_shape))
 
     def weight_shape(self, stored: Sequence[int]) -> tuple[int, int]:
         """Return [out_features, in_features] of a weight whose codes are stored in this shape."""
@@ -125,13 +126,15 @@ class Format(ABC):
 
     @property
     def least_bits(self) -> float:
-        """The fewest bits that an element of a weight takes: scales of groups count, those of rows become few."""
-        return self.code_bits
+        """The fewest bits that an element of a weight takes: scales of blocks count, those of rows become few."""
+        if self.spread in ("tensor", "row"):
+            return self.code_bits
+        return self.bits(self._least_shape) / math.prod(self._least_shape)
 
     @property
     def tensor_scale_bytes(self) -> int:
         """Bytes of a module's scales that don't grow with its weight, which `bits` leaves out."""
-        return sum(part.bits for part in self._least_parts if not part.grows) // 8
+        return sum(part.bits for part in self.parts(self._least_shape) if not part.grows) // 8
 
     def config_group(self) -> dict[str, Any]:
         """Return what `config_groups` say of weights and inputs, in ModelOpt's words.
@@ -146,7 +149,7 @@ class Format(ABC):
 
     def uniform_config_group(self) -> dict[str, Any] | None:
         """Return the same for a checkpoint of this format alone; None: ModelOpt writes none."""
-        return self.config_group()
+        return self.config_group() if self.grouped_alone else None
 
     def layer_config(self) -> dict[str, Any]:
         """Return what `quantized_layers` say of a module, or `quantization` of a checkpoint of this format alone.
@@ -165,9 +168,11 @@ class Format(ABC):
     def least_amax(self) -> float:
         """The least amax of a weight or an input of which a scale can be made."""
 
-    @abstractmethod
     def amax_of(self, weight: "torch.Tensor") -> "torch.Tensor":
-        """Return the amax of a weight [out_features, in_features] that its scale is made of."""
+        """Return the amax of a weight [out_features, in_features] that its scale is made of: of all of it, a scalar."""
+        from bitladder.formats import grids
+
+        return grids.amax_of(weight)
 
     @abstractmethod
     def tensor_scales(self, amax: "torch.Tensor") -> "dict[str, torch.Tensor]":

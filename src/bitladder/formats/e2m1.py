@@ -66,22 +66,11 @@ class E2m1Blocks(Format):
         return (*parts, Part(INPUT_SCALE, SCALE_DTYPE, ())) if self.has_input_scale else parts
 
     @property
-    def least_bits(self) -> float:
-        """See `Format.least_bits`: an element's own, and its share of an E4M3 scale."""
-        return self.code_bits + 8 / self.group_size
-
-    @property
     def least_amax(self) -> float:
         """See `grids.LEAST_BLOCKS_AMAX`."""
         from bitladder.formats import grids
 
         return grids.LEAST_BLOCKS_AMAX
-
-    def amax_of(self, weight: "torch.Tensor") -> "torch.Tensor":
-        """Return the weight's largest magnitude, a scalar."""
-        from bitladder.formats import grids
-
-        return grids.amax_of(weight)
 
     def tensor_scales(self, amax: "torch.Tensor") -> "dict[str, torch.Tensor]":
         """Return the scale above the blocks' scales."""

@@ -26,7 +26,7 @@ class Fp8Block(Format):
     """See the module."""
 
     name = "fp8_block"
-    title = "E4M3, a scale a block of 128 x 128 for weights and one for 128 of a token for inputs"
+    title = "E4M3, a scale for 128 x 128 weights and for 128 inputs of a token"
     modelopt_config = "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"
     modelopt_algorithm = "fp8_pb_wo"
     square = _SIDE
@@ -41,6 +41,7 @@ class Fp8Block(Format):
             inputs={**floats(8, "group", dynamic=True), "group_size": _SIDE},
         ),
     }
+    grouped_alone = False
 
     def modelopt_quantisation(self) -> dict[str, Any]:
         """Return ModelOpt's preset, and how runtimes round inputs, of which it says nothing."""
@@ -69,21 +70,12 @@ class Fp8Block(Format):
             Part(WEIGHT_SCALE, SCALE_DTYPE, (rows, 1, columns, 1)),
         )
 
-    @property
-    def least_bits(self) -> float:
-        """See `Format.least_bits`: an element's own, and its share of a float32 scale."""
-        return self.code_bits + 32 / _SIDE**2
-
     def config_group(self) -> dict[str, Any]:
         """Return what ModelOpt writes of an algorithm that it has no words for.
 
         Source: modelopt.torch.export.convert_hf_config, _quant_algo_to_group_config, its last branch.
         """
         return {"quant_algo": self.modelopt_algorithm}
-
-    def uniform_config_group(self) -> dict[str, Any] | None:
-        """Return None: ModelOpt 0.47 writes no `config_groups` for this format alone, and runtimes read none."""
-        return None
 
     @property
     def least_amax(self) -> float:

@@ -8,7 +8,7 @@ An input's scale is made when it is served, so calibration settles nothing of it
 Source: ModelOpt's FP8_PER_CHANNEL_PER_TOKEN_CFG; vLLM's ModelOptFp8PcPtLinearMethod.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from bitladder.formats.carriers import COMPRESSED_TENSORS, MODELOPT, Layout, floats
 from bitladder.formats.e4m3 import E4m3
@@ -36,10 +36,7 @@ class Fp8Channel(E4m3):
             inputs=floats(8, "token", dynamic=True),
         ),
     }
-
-    def uniform_config_group(self) -> dict[str, Any] | None:
-        """Return None: ModelOpt 0.47 writes no `config_groups` for this format alone, and runtimes read none."""
-        return None
+    grouped_alone = False
 
     def amax_of(self, weight: "torch.Tensor") -> "torch.Tensor":
         """Return each row's largest magnitude, [out_features]; a row of zeros has the least that a scale can be."""

@@ -32,12 +32,6 @@ class Fp8Tensor(E4m3):
         ),
     }
 
-    def amax_of(self, weight: "torch.Tensor") -> "torch.Tensor":
-        """Return the weight's largest magnitude, a scalar."""
-        from bitladder.formats import grids
-
-        return grids.amax_of(weight)
-
     def round_input(self, x: "torch.Tensor", scale: "torch.Tensor | None") -> "torch.Tensor":
         """Return the input rounded with its stored scale."""
         from bitladder.formats import grids

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHT_SHAPE = "weight_shape"
-_SCALE_BITS = 16
 
 
 def packed_layout(bits: int, group_size: int) -> Layout:
@@ -63,22 +62,11 @@ class IntGroups(Format):
         )
 
     @property
-    def least_bits(self) -> float:
-        """See `Format.least_bits`: an element's own, and its share of a scale."""
-        return self.code_bits + _SCALE_BITS / self.group_size
-
-    @property
     def least_amax(self) -> float:
         """See `grids.LEAST_AMAX`."""
         from bitladder.formats import grids
 
         return grids.LEAST_AMAX
-
-    def amax_of(self, weight: "torch.Tensor") -> "torch.Tensor":
-        """Return the weight's largest magnitude, a scalar; no scale is made of it."""
-        from bitladder.formats import grids
-
-        return grids.amax_of(weight)
 
     def tensor_scales(self, amax: "torch.Tensor") -> "dict[str, torch.Tensor]":
         """Return none: every scale is made of its group."""

@@ -25,7 +25,7 @@ class Mxfp8(Format):
     """See the module."""
 
     name = "mxfp8"
-    title = "E4M3, a power of two for 32 of a row"
+    title = "E4M3, a power of two for 32 weights or inputs of a row"
     modelopt_config = "MXFP8_DEFAULT_CFG"
     modelopt_algorithm = "MXFP8"
     modelopt_on_cpu = False
@@ -38,6 +38,7 @@ class Mxfp8(Format):
             with_axis=True, compression="mxfp8-quantized", weights=exponents(), inputs=exponents(dynamic=True)
         ),
     }
+    grouped_alone = False
 
     def why_not(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of this shape has no whole blocks, or None; vLLM 0.32.0 asks for no more."""
@@ -54,25 +55,11 @@ class Mxfp8(Format):
         )
 
     @property
-    def least_bits(self) -> float:
-        """See `Format.least_bits`: an element's own, and its share of an exponent."""
-        return self.code_bits + 8 / self.group_size
-
-    def uniform_config_group(self) -> None:
-        """Return None: ModelOpt 0.47 writes no `config_groups` for this format alone, and runtimes read none."""
-
-    @property
     def least_amax(self) -> float:
         """See `grids.LEAST_AMAX`."""
         from bitladder.formats import grids
 
         return grids.LEAST_AMAX
-
-    def amax_of(self, weight: "torch.Tensor") -> "torch.Tensor":
-        """Return the weight's largest magnitude, a scalar, of which nothing that is stored is made."""
-        from bitladder.formats import grids
-
-        return grids.amax_of(weight)
 
     def tensor_scales(self, amax: "torch.Tensor") -> "dict[str, torch.Tensor]":
         """Return nothing: the weight settles all."""

@@ -8,9 +8,8 @@ import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from bitladder.errors import EngineError
-from bitladder.formats import WEIGHT, WEIGHT_SCALE, Format, grids
+from bitladder.formats import WEIGHT, WEIGHT_SCALE, Format, get_format, grids
 from bitladder.measured import Amax, Codes, encoded
 from bitladder.measuring.scores import token_directions, token_scores
 from bitladder.models.anatomy import PLAIN, Layout, tokens_first
@@ -74,34 +73,33 @@ def _product(
     return torch._scaled_mm(seen, weight.t(), scale_a=input_scale, scale_b=weight_scale, bias=bias, out_dtype=dtype)
 
 
-def forms_of(
-    model: nn.Module,
-    group: QuantGroup,
-    format_: Format,
-    amax: Amax,
-    codes: Codes | None,
-    known: Mapping[str, Mapping[str, Form]] = MappingProxyType({}),
-) -> dict[str, Form]:
-    """Return what a group's modules are in a format, by name; their weights must be at hand.
+def forms_in(
+    model: nn.Module, group: QuantGroup, formats: Sequence[str], amax: Amax, codes: Codes | None
+) -> dict[str, dict[str, Form]]:
+    """Return what a group's modules are in each of these formats: `{format: {module: form}}`.
 
-    Args:
-        model: whose modules they are.
-        group: the modules.
-        format_: what they are to be in.
-        amax: of weights and inputs.
-        codes: compensated ones, where there are any.
-        known: the same in other formats, by name: one that stores the same weights shares them.
+    A format that stores the same weights as another shares them.
     """
+    found: dict[str, dict[str, Form]] = {}
+    for name in formats:
+        format_ = get_format(name)
+        alike = found.get(format_.weight_like or "")
+        if alike is None or format_.has_input_scale:
+            found[name] = forms_of(model, group, format_, amax, codes)
+        else:
+            found[name] = {
+                module: dataclasses.replace(form, format=format_, input_amax=None, input_scale=None)
+                for module, form in alike.items()
+            }
+    return found
+
+
+def forms_of(model: nn.Module, group: QuantGroup, format_: Format, amax: Amax, codes: Codes | None) -> dict[str, Form]:
+    """Return what a group's modules are in a format, by name; their weights must be at hand."""
     inputs: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
     found = {}
-    alike = known.get(format_.weight_like or "", {})
     for module in group.modules:
         weight: Any = model.get_parameter(f"{module.name}.weight")
-        if module.name in alike and not format_.has_input_scale:
-            found[module.name] = dataclasses.replace(
-                alike[module.name], format=format_, input_amax=None, input_scale=None
-            )
-            continue
         weight_amax = amax[format_.weight_key(module.name)].to(weight.device, non_blocking=True)
         parts = encoded(module.name, weight, weight_amax, format_, codes)
         multiplied = _multiplies(format_, weight)
@@ -111,11 +109,11 @@ def forms_of(
             found[module.name] = Form(format_, stored, weight_scale, None, None)
             continue
         input_amax = amax[f"{module.name}.input_amax"]
-        value = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
-        if value not in inputs:
+        known = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
+        if known not in inputs:
             moved = input_amax.to(weight.device, non_blocking=True)
-            inputs[value] = moved, format_.input_scale(moved)
-        found[module.name] = Form(format_, stored, weight_scale, *inputs[value])
+            inputs[known] = moved, format_.input_scale(moved)
+        found[module.name] = Form(format_, stored, weight_scale, *inputs[known])
     return found
 
 

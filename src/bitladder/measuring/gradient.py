@@ -35,10 +35,9 @@ from torch import nn
 from bitladder.data.batches import Batch
 from bitladder.device import deterministic
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import get_format
 from bitladder.measured import Amax, Codes
 from bitladder.measuring.calls import LayerCall
-from bitladder.measuring.candidates import Form, LastInput, Tapped, forms_of, taken
+from bitladder.measuring.candidates import Form, LastInput, Tapped, forms_in, taken
 from bitladder.measuring.decoder import (
     GROWTH,
     LAYERS_LEFT,
@@ -85,10 +84,8 @@ class _Taps:
 
     def _forms(self, group: QuantGroup) -> dict[str, tuple[Form, ...]]:
         """Return what each of a group's modules is in every format that the group can have."""
-        known: dict[str, dict[str, Form]] = {}
-        for name in self.job.formats_of(group):
-            known[name] = forms_of(self.model, group, get_format(name), self.amax, self.codes, known)
-        return {module.name: tuple(forms[module.name] for forms in known.values()) for module in group.modules}
+        found = forms_in(self.model, group, self.job.formats_of(group), self.amax, self.codes).values()
+        return {module.name: tuple(forms[module.name] for forms in found) for module in group.modules}
 
     def give_sinks(self, current: Pass, groups: Iterable[QuantGroup]) -> None:
         """Give every module of a layer's groups, before the layer runs with gradients, where its scores will arrive.

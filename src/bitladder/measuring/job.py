@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -34,11 +35,17 @@ class Job:
         """How many batches are scored."""
         return len(self.scored)
 
+    @cached_property
+    def left_out(self) -> dict[tuple[str, str], str]:
+        """Why a group can't have a format: (its name, the format) -> the reason."""
+        asked = ((group, name, why_not(group, name)) for group in self.target.groups for name in self.spec.formats)
+        return {(group.name, name): reason for group, name, reason in asked if reason is not None}
+
     def formats_of(self, group: QuantGroup) -> tuple[str, ...]:
         """Return those of the job's formats that a group can have."""
-        return tuple(name for name in self.spec.formats if why_not(group, name) is None)
+        return tuple(name for name in self.spec.formats if (group.name, name) not in self.left_out)
 
-    @property
+    @cached_property
     def variants(self) -> tuple[Variant, ...]:
         """Every group in every format that it can have, a group's together."""
         return tuple((group, name) for group in self.target.groups for name in self.formats_of(group))

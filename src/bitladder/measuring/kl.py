@@ -20,7 +20,7 @@ from bitladder.data.batches import Batch
 from bitladder.formats import get_format
 from bitladder.measured import Amax, Codes
 from bitladder.measuring.calls import LayerCall
-from bitladder.measuring.candidates import Form, InForm, forms_of, taken
+from bitladder.measuring.candidates import Form, InForm, forms_in, forms_of, taken
 from bitladder.measuring.decoder import (
     ROWS_AT_ONCE,
     Decoder,
@@ -64,10 +64,8 @@ class KlScorer(ExitStack):
         self.forms: dict[tuple[str, str], dict[str, Form]] = {}  # of every variant, where all of them fit
         if copies_fit(layers, job):
             for group in job.target.groups:
-                known: dict[str, dict[str, Form]] = {}
-                for name in job.formats_of(group):
-                    known[name] = forms_of(layers.model, group, get_format(name), amax, codes, known)
-                    self.forms[group.name, name] = known[name]
+                found = forms_in(layers.model, group, job.formats_of(group), amax, codes)
+                self.forms |= {(group.name, name): forms for name, forms in found.items()}
         if self.decoder.compiled:
             config: Any = torch._dynamo.config
             self.enter_context(config.patch(recompile_limit=_COMPILED_FORMS * len(job.spec.formats)))

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from bitladder.data.batches import DataSet
 from bitladder.device import measuring_device, resolve_dtype
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import column_format, group_bits, why_not
+from bitladder.formats import column_format, group_bits
 from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, codes_files
 from bitladder.measuring.job import Job, score_batch_count, score_weights
 from bitladder.measuring.partial import PARTIAL, Partial
@@ -108,9 +108,7 @@ def measure(
             return layers.open_layers(directory, job, dtype, memory, remedy)
 
     with memory.enforced():
-        if partial.amax() is None or not all(
-            partial.scored(batch, name) for batch in range(count) for name in spec.formats
-        ):
+        if partial.amax() is None or partial.unscored(count, spec.formats):
             if workers.count:
                 parallel.run(workers, directory, source, dtype, job, partial, meter)
             elif spec.engine == "native":
@@ -143,16 +141,9 @@ def measure(
             scores=tuple(_finite(batch[group.name][name][0], group.name, name) for batch in batches),
             image_scores=tuple(batch[group.name][name][1] for batch in batches) if apart else (),
         )
-        for group in target.groups
-        for name in spec.formats
-        if why_not(group, name) is None
+        for group, name in job.variants
     )
-    left_out = tuple(
-        LeftOut(group=group.name, format=name, reason=reason)
-        for group in target.groups
-        for name in spec.formats
-        if (reason := why_not(group, name)) is not None
-    )
+    left_out = tuple(LeftOut(group=group, format=name, reason=reason) for (group, name), reason in job.left_out.items())
     if all(score == 0 for candidate in candidates for score in candidate.scores):
         raise MeasurementError("all scores are zero: no token counted for the loss, or no gradient reached the groups")
     with atomic_path(output / AMAX_FILE) as temporary:

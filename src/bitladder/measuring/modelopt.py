@@ -22,7 +22,7 @@ from torch import nn
 from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, deterministic, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import MODELOPT, Format, get_format, grids, why_not
+from bitladder.formats import MODELOPT, Format, get_format, grids
 from bitladder.measured import Amax
 from bitladder.measuring.amax import shared
 from bitladder.measuring.checks import with_scales
@@ -171,9 +171,7 @@ class _Session:
         """Yield ("<module>.weight_amax" or "<module>.input_amax", quantiser) of every format that a module can have."""
         for group in self.job.target.groups:
             hparam = groups.get(group.name)
-            for name in self.job.spec.formats if hparam is not None else ():
-                if why_not(group, name) is not None:
-                    continue
+            for name in self.job.formats_of(group) if hparam is not None else ():
                 with self._active(hparam, self.recipe(hparam, name)):
                     for module in group.modules:
                         linear: Any = self.model.get_submodule(module.name)
@@ -210,8 +208,7 @@ class _Session:
         return {
             group.name: {
                 name: self._read_score(groups[group.name], self.recipe(groups[group.name], name))
-                for name in self.job.spec.formats
-                if why_not(group, name) is None
+                for name in self.job.formats_of(group)
             }
             for group in self.job.target.groups
             if group.name in groups

@@ -173,8 +173,7 @@ def scorer(
 def _score(layers: Layers, job: Job, partial: Partial, amax: Amax, codes: Codes | None) -> None:
     """Score every batch that wasn't yet."""
     total = job.score_batches
-    names = job.spec.formats
-    missing = [index for index in range(total) if not all(partial.scored(index, name) for name in names)]
+    missing = partial.unscored(total, job.spec.formats)
     job.progress("score", total - len(missing), total)
     with scorer(layers, job, amax, codes) as scoring:
         before: list[tuple[int, Callable[[], BatchScores]]] = []  # whose scores the GPU is still at

@@ -130,7 +130,7 @@ def _round(pool: "_Pool", job: Job, partial: Partial, amax: Amax, meter: Meter) 
 def _score(pool: "_Pool", job: Job, partial: Partial) -> None:
     """Score every batch that isn't scored yet."""
     total = job.score_batches
-    missing = [index for index in range(total) if partial.scores(index) is None]
+    missing = partial.unscored(total, job.spec.formats)
     done = total - len(missing)
     job.progress("score", done, total)
     calls = [_Call("score", f"scoring batch {index}", (job.batches[index],), index) for index in missing]

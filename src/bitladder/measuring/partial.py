@@ -1,6 +1,7 @@
 """What an unfinished measurement keeps, so that a killed run goes on where it was."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -54,23 +55,24 @@ class Partial:
         seal(path)
 
     def scores(self, batch: int) -> BatchScores | None:
-        """Return the scores of a batch, in those formats in which it was scored, or None."""
+        """Return the scores of a batch, or None."""
         path = self.directory / f"scores-{batch:05}.json"
         if not path.exists():
             return None
         scores: BatchScores = read_json(path)
         return scores
 
-    def scored(self, batch: int, format_name: str) -> bool:
-        """Return whether a batch was scored in a format: all groups that can have it are, at once."""
+    def unscored(self, count: int, formats: Sequence[str]) -> list[int]:
+        """Return which of so many batches aren't scored in all of these formats yet; they are, all at once."""
+        return [batch for batch in range(count) if not self._is_scored(batch, formats)]
+
+    def _is_scored(self, batch: int, formats: Sequence[str]) -> bool:
         known = self.scores(batch)
-        return known is not None and any(format_name in formats for formats in known.values())
+        return known is not None and set().union(*known.values()).issuperset(formats)
 
     def keep_scores(self, batch: int, scores: BatchScores) -> None:
-        """Store the scores of one batch beside those in other formats (floats survive JSON exactly)."""
-        known = self.scores(batch) or {}
-        merged = {group: known.get(group, {}) | scores.get(group, {}) for group in dict.fromkeys((*known, *scores))}
-        self._keep_text(self.directory / f"scores-{batch:05}.json", json.dumps(merged))
+        """Store the scores of one batch (floats survive JSON exactly)."""
+        self._keep_text(self.directory / f"scores-{batch:05}.json", json.dumps(scores))
 
     def remove(self) -> None:
         """Remove everything, once the measurement is written."""

@@ -148,13 +148,9 @@ def _unquantised(config: Any) -> Any:
     return config
 
 
-def embedding_rows(directory: Path) -> int | None:
-    """Return how many tokens a model has embeddings for; None: its configuration doesn't say.
-
-    Raises:
-        ModelError: see `load_config`.
-    """
-    size = getattr(load_config(directory).get_text_config(), "vocab_size", None)
+def embedding_rows(config: Any) -> int | None:
+    """Return how many tokens a model has embeddings for; None: its configuration doesn't say."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
     return None if size is None else int(size)
 
 
@@ -163,16 +159,13 @@ _NO_POSITIONS = ("alibi", "nope")  # by `position_embedding_type`
 _FACTOR_IS_IN = ("longrope", "llama3", "yarn", "su", "deepseek_yarn", "deepseek_llama_scaling")
 
 
-def most_positions(directory: Path) -> int | None:
+def most_positions(config: Any) -> int | None:
     """Return how many tokens a sequence of a model may have; None: its configuration sets no limit, or it needs none.
-
-    Raises:
-        ModelError: see `load_config`.
 
     Source: vLLM 0.32, config/model.py, `_get_and_verify_max_len`: linear and dynamic scaling of rotary positions
     multiply the limit, but Gemma 3's holds it already.
     """
-    config = load_config(directory).get_text_config()
+    config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     free = getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) in _NO_POSITIONS
     if not isinstance(limit, int) or limit < 1 or free:

@@ -1,14 +1,16 @@
 """Records of checkpoints: manifest and verification."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
-from bitladder.records.base import FileDigest, Part, Record
+from bitladder.records.base import FileDigest, Grown, Part, Record
 
 
-class ModuleRecord(Part):
+class ModuleRecord(Grown):
     """One quantised module in a checkpoint: scales are multipliers that restore a value from its code."""
+
+    later = frozenset({"weight_scale_2"})
 
     name: str
     tensor: str
@@ -20,13 +22,6 @@ class ModuleRecord(Part):
     input_scale: float | None = Field(description="None: made of the input itself when it is served")
     rounding: Literal["nearest", "compensated"] = "nearest"
 
-    @model_serializer(mode="wrap")
-    def _without_second_scale(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = handler(self)
-        if self.weight_scale_2 is None:  # digests stay what they were before there was a format with two
-            content.pop("weight_scale_2", None)
-        return content
-
 
 class KvScale(Part):
     """The scale of one layer's cached keys or values: a multiplier that restores a value from its code."""
@@ -35,11 +30,12 @@ class KvScale(Part):
     scale: float
 
 
-class CheckpointManifest(Record):
+class CheckpointManifest(Grown, Record):
     """What an exported directory holds, written last; `bitladder_manifest.json` in that directory."""
 
     FILE_NAME: ClassVar[str] = "bitladder_manifest.json"
     CARD_NAME: ClassVar[str] = "README.md"  # the model card, which every report writes again; not among `files`
+    later = frozenset({"carrier"})
 
     scheme: str
     scheme_sha256: str
@@ -50,13 +46,6 @@ class CheckpointManifest(Record):
     carrier: str = Field(default="modelopt", description="whose layout it has: modelopt or compressed-tensors")
     kv_cache_format: str | None = None
     kv_scales: tuple[KvScale, ...] = ()
-
-    @model_serializer(mode="wrap")
-    def _without_default_carrier(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = handler(self)
-        if self.carrier == "modelopt":  # digests stay what they were before there was another one
-            content.pop("carrier", None)
-        return content
 
     @property
     def total_bytes(self) -> int:

@@ -1,18 +1,20 @@
 """Records of a measurement: model, data, groups, scores."""
 
 import math
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from bitladder.errors import MeasurementError
-from bitladder.records.base import FileDigest, Part, Record, RunInfo
+from bitladder.records.base import FileDigest, Grown, Part, Record, RunInfo
 
 Counted = Literal["assistant turns", "all tokens"]
 
 
-class ModelSource(Part):
+class ModelSource(Grown):
     """Which model this is, down to the bytes of its weights."""
+
+    later = frozenset({"provenance"})
 
     path: str
     revision: str | None = None
@@ -22,20 +24,15 @@ class ModelSource(Part):
     files: tuple[FileDigest, ...] = ()
     provenance: str | None = Field(default=None, description="where the weights come from, by its file PROVENANCE")
 
-    @model_serializer(mode="wrap")
-    def _without_unknown_provenance(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = handler(self)
-        if self.provenance is None:  # digests stay what they were before there was such a file
-            content.pop("provenance", None)
-        return content
 
-
-class DataSummary(Part):
+class DataSummary(Grown):
     """What a data set gave: enough to make it again and to see that it is the same.
 
     Several sets in one have `kind: mixed`; `samples`, `tokens` and `sample_ids` are those of all, `sequence_length` and
     `batch_size` the greatest, `seed` the first one's.
     """
+
+    later = frozenset({"parts", "counted", "null_rows"})
 
     source: str
     kind: str
@@ -49,17 +46,6 @@ class DataSummary(Part):
     parts: tuple["DataSummary", ...] = Field(default=(), description="the sets of a mixture, without sample_ids")
     counted: Counted | None = Field(default=None, description="kind messages only: which tokens count for the loss")
     null_rows: int = Field(default=0, description="rows of a data set that were read and left out, as they hold null")
-
-    @model_serializer(mode="wrap")
-    def _without_empty_parts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = handler(self)
-        if not self.parts:  # a single set keeps its bytes and digests of before there were several
-            content.pop("parts", None)
-        if self.counted is None:
-            content.pop("counted", None)
-        if not self.null_rows:
-            content.pop("null_rows", None)
-        return content
 
 
 class QuantModule(Part):
@@ -127,13 +113,14 @@ class Rounding(Part):
     modules: tuple[RoundedModule, ...]
 
 
-class Measurement(Record):
+class Measurement(Grown, Record):
     """One sensitivity measurement: everything that planning and exporting need.
 
     A group's sensitivity is Σ_batches `score_weights[b]` × `scores[b]`; see `measuring`.
     """
 
     volatile = frozenset({"run"})
+    later = frozenset({"left_out"})
 
     model: ModelSource
     calibration: DataSummary
@@ -152,13 +139,6 @@ class Measurement(Record):
     rounding: Rounding | None = Field(default=None, description="None: every weight to its nearest code")
     settings_sha256: str = Field(default="", description="digest of the recipe's settings that led here")
     run: RunInfo | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_nothing_left_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = handler(self)
-        if not self.left_out:  # digests stay what they were before a group could lack a format
-            content.pop("left_out", None)
-        return content
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

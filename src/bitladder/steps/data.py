@@ -10,7 +10,7 @@ from bitladder.data.batches import DataSet, interleaved
 from bitladder.data.processors import tokenizer_of
 from bitladder.data.samples import GENERATED_SOURCE, load_data
 from bitladder.errors import DataError, StaleRecord
-from bitladder.models.loading import embedding_rows, image_token_ids, load_config
+from bitladder.models.loading import embedding_rows, image_token_ids
 from bitladder.recipe import GENERATED, MESSAGES, PAIR_KINDS, DataSpec, HeldOutSpec, SampleSpec
 from bitladder.records import DataSummary, Measurement, digest_of
 from bitladder.runinfo import Meter
@@ -48,8 +48,8 @@ def load_set(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, 
             batch_size=spec.batch_size,
             seed=spec.seed,
             avoid=avoid,
-            vocabulary=embedding_rows(work.model_directory),
-            image_tokens=image_token_ids(load_config(work.model_directory)),
+            vocabulary=embedding_rows(work.model_config),
+            image_tokens=image_token_ids(work.model_config),
             written=_written_rows(work, spec, source) if source.kind == GENERATED else None,
         )
         _check_width(work, source, max(batch.labels.shape[1] for batch in found.batches))

@@ -185,11 +185,18 @@ class Workspace:
         return load_processor(self.model_directory)
 
     @cached_property
+    def model_config(self) -> Any:
+        """The model's configuration, as transformers reads it."""
+        from bitladder.models.loading import load_config
+
+        return load_config(self.model_directory)
+
+    @cached_property
     def most_positions(self) -> int | None:
         """How many tokens a sequence of the model may have; None: there is no limit."""
         from bitladder.models.loading import most_positions
 
-        return most_positions(self.model_directory)
+        return most_positions(self.model_config)
 
     def source(self) -> ModelSource:
         """Return the identity of the model as it is now."""

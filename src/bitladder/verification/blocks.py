@@ -1,15 +1,14 @@
-"""Scales of rows and blocks, and FP4 codes in blocks: read back, and compared with the weight that they stand for."""
+"""Codes and their scales, whatever these are for: what they stand for, and what they must be for a weight."""
 
 import torch
 
+from bitladder.formats import grids
 from bitladder.verification.layouts import BLOCK, E2M1_MAX, E4M3_MAX, EXPONENT_BLOCK, SQUARE, Spread
 
 # Source: OCP Microscaling Formats Specification 1.0, section 5.3.3: sign, two bits of exponent, one of mantissa.
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Below a magnitude, half the distance of the two values around it; from the last one on 1.
 _HALF_STEPS = ((2.0, 0.25), (4.0, 0.5))
-_TOLERANCE = 1 + 1e-5  # float32 rounding of products and of the division that made the code, relative to the half step
-_AT_ONCE = 1 << 18  # codes compared at a time: what a cache holds
 _LEAST = 2.0**-9  # the least positive E4M3 number
 # Of a row or square of zeros: below it the greatest code / amax is no finite float32 number, or its inverse no normal
 # one.
@@ -46,24 +45,51 @@ def _largest(values: torch.Tensor, size: int) -> torch.Tensor:
     return torch.stack([values[:, at : at + size].abs().amax(1) for at in range(0, values.shape[1], size)], 1)
 
 
-def steps(scale: torch.Tensor, spread: Spread, first: int, count: int) -> torch.Tensor:
-    """Return what the codes of some rows are multiplied with, so that it broadcasts over [count, in_features].
+def numbers(codes: torch.Tensor, spread: Spread) -> torch.Tensor:
+    """Return the numbers that some rows of codes stand for, float32 [rows, in_features].
+
+    Args:
+        codes: [rows, in_features] of E4M3, or of FP4 two a byte, the even column in the low nibble.
+        spread: what their scales are for.
+    """
+    if spread != "fp4":
+        return codes.float()
+    values = torch.tensor([*_VALUES, *(-value for value in _VALUES)])
+    return values[torch.stack((codes % 16, codes // 16), 2).reshape(len(codes), -1).int()]
+
+
+def steps(scale: torch.Tensor, spread: Spread, first: int, count: int, above: torch.Tensor | None) -> torch.Tensor:
+    """Return what the numbers of some rows are multiplied with, so that it broadcasts over [count, in_features].
 
     Args:
         scale: as it is stored.
         spread: what it is for.
         first: the first row.
         count: how many.
+        above: scale of the whole weight, of FP4 codes.
     """
+    rows = slice(first, first + count)
     if spread == "row":
-        return scale[first : first + count, None]
+        return scale[rows, None]
     if spread == "square":
-        lines = scale.reshape(len(scale), -1).repeat_interleave(SQUARE, 0)[first : first + count]
+        lines = scale.reshape(len(scale), -1).repeat_interleave(SQUARE, 0)[rows]
         return lines.repeat_interleave(SQUARE, 1)
     if spread == "exponent":
-        powers = scale[first : first + count].view(torch.float8_e8m0fnu).float()
+        powers = scale[rows].view(torch.float8_e8m0fnu).float()
         return powers.repeat_interleave(EXPONENT_BLOCK, 1)
+    if spread == "fp4":
+        assert above is not None
+        return (scale[rows].float() * above).repeat_interleave(BLOCK, 1)
     return scale
+
+
+def half_steps(values: torch.Tensor, step: torch.Tensor, spread: Spread) -> torch.Tensor:
+    """Return, per element, half the distance of the two values around it that codes can stand for."""
+    if spread != "fp4":
+        return grids.half_step(values, step)
+    size, (first, second) = (values / step).abs(), _HALF_STEPS
+    half = torch.where(size < first[0], first[1], torch.where(size < second[0], second[1], 1.0))
+    return half * step
 
 
 def scales_of(weight: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
@@ -79,30 +105,3 @@ def scales_of(weight: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
     scales: torch.Tensor = amax / (E2M1_MAX * above)
     scales[scales == 0] = 1.0
     return scales.clamp(_LEAST, E4M3_MAX).to(torch.float8_e4m3fn)
-
-
-def wrong_codes(packed: torch.Tensor, scales: torch.Tensor, above: torch.Tensor, original: torch.Tensor) -> int:
-    """Return how many codes restore something that is farther than half a step from the source weight.
-
-    A code at ±6 may stand for more.
-
-    Args:
-        packed: [out_features, in_features / 2] uint8, the even column in the low nibble.
-        scales: [out_features, in_features / 16] of the blocks.
-        above: of the whole weight.
-        original: [out_features, in_features].
-    """
-    values = torch.tensor([*_VALUES, *(-value for value in _VALUES)])
-    wrong, at_once = 0, max(1, _AT_ONCE // original.shape[1])
-    for start in range(0, len(packed), at_once):
-        rows = slice(start, start + at_once)
-        low, high = packed[rows] % 16, packed[rows] // 16
-        codes = values[torch.stack((low, high), 2).reshape(len(low), -1).int()]
-        step = (scales[rows].float() * above).repeat_interleave(BLOCK, 1)
-        restored, wanted = codes * step, original[rows].float()
-        size, (first, second) = (wanted / step).abs(), _HALF_STEPS
-        half = torch.where(size < first[0], first[1], torch.where(size < second[0], second[1], 1.0))
-        saturated = (codes.abs() == E2M1_MAX) & (wanted.abs() >= restored.abs()) & (wanted * codes > 0)
-        near = (restored - wanted).abs() <= half * step * _TOLERANCE
-        wrong += int((~(near | saturated)).sum())
-    return wrong

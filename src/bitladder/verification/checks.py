@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from bitladder.errors import RecordError
-from bitladder.formats import grids
 from bitladder.records import CheckpointManifest, Finding, Measurement, Scheme
 from bitladder.runinfo import one_core_each
 from bitladder.storage import sha256_of_file
 from bitladder.verification import blocks, ints
 from bitladder.verification.expected import CONFIG, LEGACY, Expected, Scale, Weight, scale_of
+from bitladder.verification.layouts import E2M1_MAX, E4M3_MAX
 from bitladder.verification.reading import INDEX, Tensors, bytes_of, differences, read_json
 
 EXPORT_AGAIN = "remove its directory and export this scheme again"
@@ -200,8 +200,8 @@ def _weight(
     if entry.module:
         content = hashlib.sha256(str(tensor.dtype).encode())
         content.update(bytes_of(tensor).numpy().data)
-        # Formats that differ in what is done to inputs may store a weight alike.
-        content.update(str(entry.input_scale in tensors.files).encode())
+        if tensor.dtype != original.dtype:  # formats that differ in what is done to inputs may store a weight alike
+            content.update(str(entry.input_scale in tensors.files).encode())
         exam.digests[entry.module] = content.hexdigest()
     wanted, shape, says = original.dtype, list(original.shape), f"leaves it alone: {original.dtype}"
     if entry.packed:
@@ -217,16 +217,12 @@ def _weight(
         above = _read_scale(tensors, expected, entry.above) if entry.packed else scale
         if scale is None or above is None:
             pass  # a finding of its own
-        elif entry.packed or entry.bits is not None:
+        elif entry.bits is not None:
             exam.codes += original.numel()
-            if entry.bits is None:
-                wrong = blocks.wrong_codes(tensor, scale, above, original)
-            else:
-                wrong = ints.wrong_codes(tensor, scale, entry.bits, original)
-            if wrong:
+            if wrong := ints.wrong_codes(tensor, scale, entry.bits, original):
                 exam.find(entry.file, name, f"{wrong:,} of {original.numel():,} codes are {_NOT_NEAREST}")
         else:
-            _codes(exam, name, entry, tensor, scale, original)
+            _codes(exam, name, entry, tensor, (scale, above), original)
     elif not torch.equal(bytes_of(tensor), bytes_of(original)):
         exam.find(file, name, "differs from the source, though the scheme leaves it alone")
     else:
@@ -259,31 +255,41 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def _codes(
-    exam: Examination, name: str, entry: Weight, codes: torch.Tensor, scale: torch.Tensor, original: torch.Tensor
+    exam: Examination,
+    name: str,
+    entry: Weight,
+    codes: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor],
+    original: torch.Tensor,
 ) -> None:
-    """Check that every code restores its source weight: within half an E4M3 step, or as far off as was recorded."""
-    exam.codes += codes.numel()
+    """Check that every code restores its source weight: within half a step, or as far off as was recorded.
+
+    The largest code may stand for more. `scales`: the stored one, and the one above it, of FP4 codes.
+    """
+    exam.codes += original.numel()
     rounded, wrong = entry.rounded, 0
-    largest = torch.finfo(codes.dtype).max
+    largest = E2M1_MAX if entry.packed else E4M3_MAX
     if rounded is not None and _digest(codes) != rounded.codes_sha256:
         exam.find(entry.file, name, "its codes are not the compensated ones of the measurement")
-    at_once = max(1, _BLOCK // codes.shape[1])
+    at_once = max(1, _BLOCK // original.shape[1])
     for start in range(0, len(codes), at_once):
         rows = slice(start, start + at_once)
-        some, step = codes[rows], blocks.steps(scale, entry.spread, start, len(codes[rows]))
-        restored, wanted = some.float() * step, original[rows].float()
-        if not bool(torch.isfinite(restored).all()):
+        some, wanted = blocks.numbers(codes[rows], entry.spread), original[rows].float()
+        step = blocks.steps(scales[0], entry.spread, start, len(some), scales[1])
+        restored = some * step
+        if not entry.packed and not bool(torch.isfinite(restored).all()):
             exam.find(entry.file, name, "holds NaN codes")
             return
         if rounded is not None:
             wrong += int(((restored - wanted).abs() > rounded.largest_shift * step * _STEP_TOLERANCE).sum())
             continue
-        allowed = grids.half_step(wanted, step) * _STEP_TOLERANCE
-        saturated = (some.float().abs() == largest) & (wanted.abs() >= restored.abs())
-        wrong += int((((restored - wanted).abs() > allowed) & ~saturated).sum())
+        allowed = blocks.half_steps(wanted, step, entry.spread) * _STEP_TOLERANCE
+        saturated = (some.abs() == largest) & (wanted.abs() >= restored.abs()) & (wanted * some > 0)
+        near = (restored - wanted).abs() <= allowed
+        wrong += int((~(near | saturated)).sum())
     if wrong:
         what = _NOT_NEAREST if rounded is None else "farther from the source than was recorded"
-        exam.find(entry.file, name, f"{wrong:,} of {codes.numel():,} codes are {what}")
+        exam.find(entry.file, name, f"{wrong:,} of {original.numel():,} codes are {what}")
 
 
 def _scale_problem(stored: torch.Tensor, scale: Scale, wanted: torch.Tensor | None) -> str | None:

@@ -121,7 +121,7 @@ def build(job: Facts, gpu: bool) -> Any:
     """Return vLLM's engine on the checkpoint."""
     import vllm
 
-    with _sibling("child_fp4").emulating():
+    with _sibling("child_kernels").emulating():
         return vllm.LLM(
             model=job["model"],
             kv_cache_dtype=job["kv_cache_dtype"],
