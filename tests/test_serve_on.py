@@ -155,8 +155,6 @@ def test_what_is_scored_is_what_is_evaluated_and_reported(wide, text_file, tmp_p
         assert f"| {'yes' if same else 'no'} |" in row
         known = served([name], each).get(name)
         assert row.endswith(f"| {f'{name.upper()} {known}' if known else 'as stored'} |")
-            f"| {f'{name.upper()} {served([name], each)[name]}' if served([name], each) else 'as stored'} |"
-        )
 
 
 def test_a_simulated_scheme_is_what_its_checkpoint_evaluates_to(wide, text_file, tmp_path):
