@@ -25,6 +25,7 @@ def deep_gemm(vllm_python):
         "DEFAULT_BLOCK_SIZE": [128, 128],
         "current_platform": type("Platform", (), {"fp8_dtype": staticmethod(lambda: torch.float8_e4m3fn)}),
         "get_fp8_min_max": lambda: (-448.0, 448.0),
+        "cdiv": lambda x, y: -(-x // y),
     }
     names = {"per_block_cast_to_fp8", "_ceil_to_ue8m0", "_align"}
     return functions(vllm_python, "deep_gemm.py", names, known, "vllm/utils").per_block_cast_to_fp8
