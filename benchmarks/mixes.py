@@ -7,9 +7,9 @@ ModelOpt calibrates and scores {NVFP4, FP8} with its own `auto_quantize` by each
 chooses at 4.8 to 9 effective bits, modules that aren't searched left out of its count. Bitladder measures once by
 `kl_div` and once by `gradient`, on the same samples, in all its formats; it plans with at most the bits of ModelOpt's
 choice, from the same formats and from others. All choices are simulated with the same scales and nearest codes, inputs
-rounded as each format says on the device that will serve; KL on held-out text, in nats per token. Beside it the frontier
-from 4.5 to 16 bits of each set of formats, by `kl_div`: predicted (the sum of single-group KL on calibration text) and
-measured on text that calibration left. What is finished is kept in the scratch directory.
+rounded as each format says on the device that will serve; KL on held-out text, in nats per token. Beside it the
+frontier from 4.5 to 16 bits of each set of formats, by `kl_div`: predicted (the sum of single-group KL on calibration
+text) and measured on text that calibration left. What is finished is kept in the scratch directory.
 """
 
 import argparse
