@@ -12,8 +12,9 @@ scored) for all arms, export, verification, pre-flight by the rules of the insta
 All engines are up at once on one GPU, each with a small KV cache, in processes of their own that are idle while another
 one is timed. Rounds go from engine to engine; a ratio is the median over the rounds of the ratio to the original in the
 same round. Two batches: 1 × 2048 tokens (the first token's seconds are the time to first token) and 32 × 512, 65 tokens
-of output each. Of vLLM's defaults the engines lack torch.compile (unless `--compiled`), which takes a minute an engine:
-decoding runs in CUDA graphs of the two batch sizes, prefill eagerly with vLLM's own fused operators, the original's too.
+of output each. Of vLLM's defaults the engines lack torch.compile (unless `--compiled`), which takes a minute an engine;
+decoding runs in CUDA graphs of the two batch sizes, prefill eagerly with vLLM's own fused operators, the original's
+too.
 
 Log-probabilities of four rows of text are compared with our evaluation of the same files in float32. Where a kernel
 takes the inputs of NVFP4 W4A4 in 16 bits (Marlin, on GPUs without FP4 units), that is the evaluation with such inputs;
@@ -24,7 +25,6 @@ seconds don't suffice for are left out and named.
 """
 
 import argparse
-import gc
 import json
 import multiprocessing
 import os
@@ -34,30 +34,21 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import full_size
 import ladder
-from served_mixes_engine import Engine, SpeedJob
+from served_mixes_engine import BATCHES, SETTINGS, SOURCE, TINY_BATCHES, Serving, SpeedJob, vllm_python
 
 RESULT = full_size.RESULTS / "served_mixes.json"
 ARMS = "fp8,fp8+nvfp4,fp8+nvfp4_w4a16,nvfp4,fp8_block"
-SOURCE = "source"
 SIZES = {"samples": 64, "sequence_length": 512, "batch_size": 8, "seed": 0}
 SCORED = 8  # samples: the scores choose nothing here
 HELD_OUT = {"samples": 4, "sequence_length": 512, "batch_size": 2, "seed": 0}
-BATCHES = {"1 x 2048": (1, 2048, 65), "32 x 512": (32, 512, 65)}  # requests, prompt tokens, output tokens
-TINY_BATCHES = {"1 x 64": (1, 64, 9), "4 x 16": (4, 16, 9)}
 KV_CACHE_BYTES = 3 * 2**29  # 43,000 tokens of this model; the larger batch needs 18,464
-SPARE = 75.0  # seconds that are left for the evaluation and the loader check after the last round
-SETTINGS = {  # of vLLM's environment, where the caller's says nothing else
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # without flashinfer 0.25.1 stops while it makes its sampler
-    "VLLM_USE_DEEP_GEMM": "0",  # it compiles its kernels when they are first needed, with a compiler that servers lack
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
+AT_ONCE = 2  # evaluations: 15 GB of the GPU each, and 25 GB of the host
+AS_SAID, FP4_IN_16_BITS, IN_16_BITS = "inputs as the file says", "NVFP4 inputs in 16 bits", "all inputs in 16 bits"
 
 
 class Results:
@@ -101,6 +92,17 @@ class Results:
                 self.say(f"{step} of {arm}")
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def end(pool: ProcessPoolExecutor) -> None:
+    """End a pool's processes, whatever they do."""
+    for process in list((getattr(pool, "_processes", None) or {}).values()):
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
 def pool_of(workers: int, threads: int) -> ProcessPoolExecutor:
     """Return processes of `threads` threads each."""
     import torch
@@ -109,30 +111,24 @@ def pool_of(workers: int, threads: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
 
 
-def measured(
-    model: Path, output: Path, formats: tuple[str, ...], sizes: dict[str, int]
-) -> tuple[Any, dict[str, float]]:
-    """Measure all formats once; return the measurement and the seconds of its phases."""
+def measured(model: Path, built: bool, output: Path, formats: tuple[str, ...], tiny: bool) -> dict[str, float]:
+    """Build the model where it isn't there, and measure all formats once; return the seconds of the phases."""
     from bitladder.measuring.measure import measure
     from bitladder.models import weights
     from bitladder.models.target import find_target
     from bitladder.recipe import MeasureSpec
 
+    start = time.perf_counter()
+    if not built:
+        full_size.build(model, 2 if tiny else None)
+    seconds = {"build": time.perf_counter() - start}
+    sizes = {**SIZES, **({"samples": 16, "sequence_length": 64} if tiny else {})}
     source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
     data = full_size.text_of(model, output, sizes)
-    spec = MeasureSpec(formats=formats, score_samples=min(SCORED, sizes["samples"]))
+    spec = MeasureSpec(formats=formats, score_samples=SCORED)
     measurement = measure(model, source, find_target(model), data, spec, output)
     assert measurement.run is not None
-    return measurement, {phase.phase: phase.seconds for phase in measurement.run.phases}
-
-
-def free_gpu() -> None:
-    """Give the GPU's memory back, for the engines."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return {**seconds, **{phase.phase: phase.seconds for phase in measurement.run.phases}}
 
 
 def scheme_of(measurement: Any, arm: str) -> Any:
@@ -189,8 +185,8 @@ def held_out(model: Path, sizes: dict[str, int]) -> Any:
     return ladder.data_of(model, ladder.TEXTS / "emma.txt", sizes)
 
 
-def evaluated(directory: Path, model: Path, sizes: dict[str, int]) -> tuple[Any, Any]:
-    """Return our log-probabilities of a checkpoint, as its files say and with the inputs of NVFP4 in 16 bits."""
+def evaluated(directory: Path, model: Path, sizes: dict[str, int]) -> dict[str, Any]:
+    """Return our log-probabilities of a checkpoint: as its files say, and with inputs in 16 bits where those differ."""
     import torch
 
     from bitladder.evaluation.logprobs import log_probs_of
@@ -200,131 +196,27 @@ def evaluated(directory: Path, model: Path, sizes: dict[str, int]) -> tuple[Any,
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = [held_out(model, sizes)]
     loaded = load_checkpoint(directory, device=device)
-    said, weights_alone = log_probs_of(loaded, data, device), None
-    linears = [one for one in loaded.modules() if isinstance(one, FakeQuantLinear) and one.format.name == "nvfp4"]
-    for linear in linears:
-        linear.format, linear.input_scale = get_format("nvfp4_w4a16"), None
-    if linears:
-        weights_alone = log_probs_of(loaded, data, device)
-    del loaded, linears
-    free_gpu()
-    return said, weights_alone
-
-
-def vllm_python(python: Path, site: str | None, scratch: Path) -> Path:
-    """Return an interpreter that finds vLLM in `site`, and nothing of ours, and has the settings of a server."""
-    lines = [f'export {name}="${{{name}:-{value}}}"' for name, value in SETTINGS.items()]
-    lines += [f'export PYTHONPATH="{site or ""}"', f'exec "{python.absolute()}" "$@"']
-    path = scratch / "vllm-python"
-    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
-    path.chmod(0o755)
-    return path
-
-
-def rates(shape: tuple[int, int, int], timings: dict[str, list[float]]) -> dict[str, float]:
-    """Return the rates of one visit to an engine."""
-    requests, prompt, output = shape
-    one, many = median(timings["one_token"]), median(timings["all_tokens"])
-    found = {"seconds_to_first_token": one, "prefill_tokens_per_second": requests * prompt / one}
-    if many > one:
-        found["decode_tokens_per_second"] = requests * (output - 1) / (many - one)
+    found = {AS_SAID: log_probs_of(loaded, data, device)}
+    linears = [one for one in loaded.modules() if isinstance(one, FakeQuantLinear)]
+    weights_alone = get_format("nvfp4_w4a16")  # which leaves an input as it is
+    for way, changed in (
+        (FP4_IN_16_BITS, [one for one in linears if one.format.name == "nvfp4"]),
+        (IN_16_BITS, linears),
+    ):
+        for linear in changed:
+            linear.format, linear.input_scale = weights_alone, None
+        if changed:
+            found[way] = log_probs_of(loaded, data, device)
     return found
 
 
-def speeds(arm: str, rounds: list[dict[str, Any]], batches: dict[str, tuple[int, int, int]]) -> dict[str, Any]:
-    """Return an arm's median rates and their ratios to the original, round by round."""
-    found: dict[str, Any] = {}
-    for name, shape in batches.items():
-        visits = [
-            {who: rates(shape, one[who][name]) for who in (arm, SOURCE) if name in one.get(who, {})}
-            for one in rounds
-            if name in one.get(arm, {})
-        ]
-        for rate in sorted({rate for visit in visits for rate in visit[arm]}):
-            own = [visit[arm][rate] for visit in visits if rate in visit[arm]]
-            both = [visit for visit in visits if all(rate in visit.get(who, {}) for who in (arm, SOURCE))]
-            ratios = sorted(round(visit[arm][rate] / visit[SOURCE][rate], 4) for visit in both)
-            found.setdefault(name, {})[rate] = {
-                "median": median(own),
-                "rounds": len(own),
-                "ratio_to_source": round(median(ratios), 4) if ratios else None,
-                "ratios": ratios,
-            }
-    return found
+def difference(ours: Any, theirs: Any) -> float:
+    """Return mean |Δ log-prob| of two evaluations in nats per token."""
+    pairs = [pair for rows in zip(ours, theirs, strict=True) for pair in zip(*rows, strict=True)]
+    return sum(abs(own - other) for own, other in pairs) / len(pairs)
 
 
-class Serving:
-    """The engines of some arms and of the original."""
-
-    def __init__(self, flags: argparse.Namespace, results: Results, python: Path, job: Any, scratch: Path) -> None:
-        self.flags, self.results, self.python, self.job, self.scratch = flags, results, python, job, scratch
-        self.batches = TINY_BATCHES if flags.tiny else BATCHES
-        self.runs: dict[str, Any] = {}
-
-    def start(self, directories: dict[str, Path]) -> dict[str, Engine]:
-        """Start engines at once; return those that came up."""
-        engines = {
-            name: Engine(self.python, directory, self.job, self.flags.engine, self.scratch / f"engine-{index}-{name}")
-            for index, (name, directory) in enumerate(directories.items())
-        }
-        limit = min(self.flags.start_seconds, self.results.left - SPARE) + time.monotonic()
-        up = {}
-        for name, engine in engines.items():
-            ready = engine.reply(limit - time.monotonic())
-            self.runs[name] = served = engine.served(timed_out=ready is None and engine.alive)
-            if ready == "ready":
-                up[name] = engine
-                self.results.say(f"engine of {name} up, {sum(phase.seconds for phase in served.phases):.0f} s")
-            else:
-                engine.close()
-                self.runs[name] = served = engine.served(timed_out=served.timed_out)
-                told = served.error.traceback if served.error else served.output
-                self.results.failed(name, "engine", told[-3000:] or f"not up, last step finished: {served.reached}")
-        return up
-
-    def rounds(self, engines: dict[str, Engine]) -> None:
-        """Time all engines in turn."""
-        asked = {name: SpeedJob(*shape, self.flags.repeats) for name, shape in self.batches.items()}
-        for number in range(self.flags.rounds):
-            if self.results.left < SPARE + 5:
-                self.results.say(f"no time for round {number} and on")
-                return
-            found: dict[str, Any] = {}
-            self.results.content["rounds"].append(found)
-            for name, engine in list(engines.items()):
-                for batch, speed in asked.items():
-                    timings = engine.ask(asdict(speed), max(10.0, self.results.left - SPARE / 2))
-                    if timings is None:
-                        self.runs[name] = engine.served(timed_out=engine.alive)
-                        engines.pop(name).close()
-                        self.results.failed(name, "timing", f"{batch}: the engine ended or took too long")
-                        break
-                    found.setdefault(name, {})[batch] = timings
-            for name in engines:
-                self.results.arms[name]["speeds"] = speeds(name, self.results.content["rounds"], self.batches)
-            self.results.say(f"round {number} of {', '.join(engines)}")
-
-    def all(self, directories: dict[str, Path], before_timing: Callable[[], None]) -> None:
-        """Serve the original and every arm, so many at once as asked."""
-        arms = [name for name in directories if name != SOURCE]
-        original: dict[str, Engine] = {}
-        for first in range(0, len(arms), self.flags.at_once):
-            names = arms[first : first + self.flags.at_once]
-            wanted = {name: directories[name] for name in ([] if original else [SOURCE]) + names}
-            engines = {**original, **self.start(wanted)}
-            before_timing()
-            try:
-                self.rounds(engines)
-            finally:
-                for name in names:
-                    if name in engines:
-                        engines[name].close()
-                original = {name: engine for name, engine in engines.items() if name == SOURCE}
-        for engine in original.values():
-            engine.close()
-
-
-def keep_engines(serving: Serving, results: Results, expected: dict[str, tuple[Any, Any]]) -> None:
+def keep_engines(serving: Serving, results: Results, expected: dict[str, dict[str, Any]]) -> None:
     """Judge what the engines answered as `bitladder probe` does, and keep it."""
     from serving import entry
 
@@ -335,29 +227,32 @@ def keep_engines(serving: Serving, results: Results, expected: dict[str, tuple[A
 
     original = None
     for name, served in serving.runs.items():
-        said, weights_alone = expected.get(name, (None, None))
+        ours = expected.get(name, {})
         kernels = {layer.kernel or "" for layer in served.layers.values() if layer.dtype == "uint8"}
-        in_16_bits = weights_alone is not None and all("Marlin" in one or "Humming" in one for one in kernels)
-        compared = weights_alone if in_16_bits else said
-        directory = serving.flags.directories[name]
-        results.arms[name]["engine"] = found = {}
-        for way, values in {"as the file says": said, "NVFP4 inputs in 16 bits": weights_alone}.items():
-            if values is not None:
-                run = Run(served, values)
-                result = judge(run, serving.job, checkpoint=name, version="", source=original)
-                found.setdefault("nats_per_token_from_our_evaluation", {})[way] = [
-                    one.mean_abs_difference for one in result.log_probs
-                ]
-        run = Run(served, compared)
+        by_weights = FP4_IN_16_BITS in ours and all("Marlin" in one or "Humming" in one for one in kernels)
+        way = FP4_IN_16_BITS if by_weights else AS_SAID
+        runs = {each: Run(served, values) for each, values in ours.items()} or {AS_SAID: Run(served)}
         version = served.runtime.version if served.runtime else "?"
-        manifest = None if name == SOURCE else read_manifest(directory, Findings())
-        result = judge(run, serving.job, checkpoint=name, version=version, manifest=manifest, source=original)
-        kept = entry(result, served)
+        manifest = None if name == SOURCE else read_manifest(serving.flags.directories[name], Findings())
+        judged = {
+            each: judge(run, serving.job, checkpoint=name, version=version, manifest=manifest, source=original)
+            for each, run in runs.items()
+        }
+        kept = entry(judged[way], served)
         kept.pop("answers"), kept.pop("throughput")
-        found.update(kept, compared_with="NVFP4 inputs in 16 bits" if in_16_bits else "as the file says")
-        found["layers"] = [layer.model_dump(include={"name", "format", "method", "kernel"}) for layer in result.layers]
+        kept["compared_with_our_evaluation"] = way
+        kept["nats_per_token_from_our_evaluation"] = {
+            each: one.mean_abs_difference for each, result in judged.items() for one in result.log_probs
+        }
+        kept["nats_per_token_between_our_evaluations"] = {
+            each: difference(values, ours[AS_SAID]) for each, values in ours.items() if each != AS_SAID
+        }
+        kept["layers"] = [
+            layer.model_dump(include={"name", "format", "method", "kernel"}) for layer in judged[way].layers
+        ]
+        results.arms[name]["engine"] = kept
         if name == SOURCE:
-            original = run
+            original = runs[AS_SAID]
         if served.runtime is not None:
             results.content["vllm"] = {"versions": served.runtime.versions, "device": served.runtime.device}
 
@@ -422,16 +317,19 @@ def parse() -> argparse.Namespace:
 
 def prepare(flags: argparse.Namespace, results: Results, output: Path, pool: ProcessPoolExecutor) -> dict[str, Any]:
     """Build, measure, plan and export; return the scheme of each arm that was exported."""
-    if flags.model is None:
-        flags.model = output / "model"
-        full_size.build(flags.model, 2 if flags.tiny else None)
-        free_gpu()
-        results.say("model built")
+    from bitladder.measured import MEASUREMENT_FILE
+    from bitladder.records import Measurement
+
+    built, flags.model = flags.model is not None, flags.model or output / "model"
     arms = flags.arms.split(",")
     formats = tuple(dict.fromkeys(name for arm in arms for name in arm.split("+")))
-    sizes = {**SIZES, **({"samples": 16, "sequence_length": 64} if flags.tiny else {})}
-    measurement, results.content["measuring_seconds"] = measured(flags.model, output, formats, sizes)
-    free_gpu()
+    alone = pool_of(1, cores())  # a process of its own, which gives the whole GPU back
+    try:
+        measuring = alone.submit(measured, flags.model, built, output, formats, flags.tiny)
+        results.content["measuring_seconds"] = measuring.result(timeout=results.left)
+    finally:
+        end(alone)
+    measurement = Measurement.read(output / MEASUREMENT_FILE)
     results.say("measured")
     schemes, writing = {}, {}
     for arm in arms:
@@ -479,14 +377,17 @@ def serve_and_compare(
     serving.all(places, wait_for_checks)
     keep_engines(serving, results, {})
     results.say("engines kept")
-    evaluating = {name: pool.submit(evaluated, place, flags.model, sizes) for name, place in places.items()}
-    with ThreadPoolExecutor(2) as threads:
+    end(pool)
+    readers = pool_of(AT_ONCE, max(1, cores() // AT_ONCE))
+    evaluating = {name: readers.submit(evaluated, place, flags.model, sizes) for name, place in places.items()}
+    with ThreadPoolExecutor(3) as threads:
         checking = {}
         if not flags.no_load:
             left = max(10.0, results.left - 5)
             checking = {arm: threads.submit(loaded, places[arm], python, left) for arm in schemes}
-        expected: dict[str, tuple[Any, Any]] = {}
+        expected: dict[str, dict[str, Any]] = {}
         results.collect("evaluation", evaluating, lambda name, found: expected.update({name: found}))
+        end(readers)
         keep_engines(serving, results, expected)
         results.collect("loader check", checking, lambda arm, found: results.arms[arm].update(load=found))
     results.say("done")
@@ -534,17 +435,14 @@ def main() -> None:
         "rounds": [],
     }
     results = Results(flags.out, flags.seconds, content)
-    cores = len(os.sched_getaffinity(0))
-    workers = min(len(flags.arms.split(",")), max(1, cores // 2))
+    workers = min(len(flags.arms.split(",")), max(1, cores() // 2))
     with tempfile.TemporaryDirectory(prefix="served-mixes-", dir=flags.scratch) as directory:
-        pool = pool_of(workers, max(1, cores // workers))
+        pool = pool_of(workers, max(1, cores() // workers))
         try:
             schemes = prepare(flags, results, Path(directory), pool)
             serve_and_compare(flags, results, Path(directory), pool, schemes)
         finally:
-            for process in list((getattr(pool, "_processes", None) or {}).values()):
-                process.kill()
-            pool.shutdown(wait=False, cancel_futures=True)
+            end(pool)
             results.say("end")
     print(table(results))
     print(flags.out)

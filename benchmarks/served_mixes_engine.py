@@ -1,4 +1,4 @@
-"""One engine of vLLM in a process of its own that stays up and times batches when it is asked (`Engine`)."""
+"""Engines of vLLM that stay up, each in a process of its own, and time batches when asked (`Engine`, `Serving`)."""
 
 import contextlib
 import json
@@ -7,7 +7,10 @@ import select
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bitladder.runtimes.child import Outcome
@@ -15,9 +18,17 @@ from bitladder.runtimes.vllm import serve
 from bitladder.runtimes.vllm.job import ServeJob, SpeedJob
 from bitladder.runtimes.vllm.served import Served
 
-__all__ = ["Engine", "SpeedJob"]
-
 CHILD = Path(__file__).with_name("served_mixes_child.py")
+SOURCE = "source"  # the name of the original among the arms
+BATCHES = {"1 x 2048": (1, 2048, 65), "32 x 512": (32, 512, 65)}  # requests, prompt tokens, output tokens
+TINY_BATCHES = {"1 x 64": (1, 64, 9), "4 x 16": (4, 16, 9)}
+SPARE = 90.0  # seconds that are left for the evaluation and the loader check after the last round
+START = 120.0  # seconds in which engines that failed among others may come up alone
+SETTINGS = {  # of vLLM's environment, where the caller's says nothing else
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # without flashinfer 0.25.1 stops while it makes its sampler
+    "VLLM_USE_DEEP_GEMM": "0",  # it compiles its kernels when they are first needed, with a compiler that servers lack
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 
 
 class Engine:
@@ -98,3 +109,124 @@ class Engine:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         os.close(self.replies)
+
+
+def vllm_python(python: Path, site: str | None, scratch: Path) -> Path:
+    """Return an interpreter that finds vLLM in `site`, and nothing of ours, and has the settings of a server."""
+    lines = [f'export {name}="${{{name}:-{value}}}"' for name, value in SETTINGS.items()]
+    lines += [f'export PYTHONPATH="{site or ""}"', f'exec "{python.absolute()}" "$@"']
+    path = scratch / "vllm-python"
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return path
+
+
+def rates(shape: tuple[int, int, int], timings: dict[str, list[float]]) -> dict[str, float]:
+    """Return the rates of one visit to an engine."""
+    requests, prompt, output = shape
+    one, many = median(timings["one_token"]), median(timings["all_tokens"])
+    found = {"seconds_to_first_token": one, "prefill_tokens_per_second": requests * prompt / one}
+    if many > one:
+        found["decode_tokens_per_second"] = requests * (output - 1) / (many - one)
+    return found
+
+
+def speeds(arm: str, rounds: list[dict[str, Any]], batches: dict[str, tuple[int, int, int]]) -> dict[str, Any]:
+    """Return an arm's median rates and their ratios to the original, round by round."""
+    found: dict[str, Any] = {}
+    for name, shape in batches.items():
+        visits = [
+            {who: rates(shape, one[who][name]) for who in (arm, SOURCE) if name in one.get(who, {})}
+            for one in rounds
+            if name in one.get(arm, {})
+        ]
+        for rate in sorted({rate for visit in visits for rate in visit[arm]}):
+            own = [visit[arm][rate] for visit in visits if rate in visit[arm]]
+            both = [visit for visit in visits if all(rate in visit.get(who, {}) for who in (arm, SOURCE))]
+            ratios = sorted(round(visit[arm][rate] / visit[SOURCE][rate], 4) for visit in both)
+            found.setdefault(name, {})[rate] = {
+                "median": median(own),
+                "rounds": len(own),
+                "ratio_to_source": round(median(ratios), 4) if ratios else None,
+                "ratios": ratios,
+            }
+    return found
+
+
+class Serving:
+    """The engines of some arms and of the original."""
+
+    def __init__(self, flags: Any, results: Any, python: Path, job: Any, scratch: Path) -> None:
+        self.flags, self.results, self.python, self.job, self.scratch = flags, results, python, job, scratch
+        self.batches = TINY_BATCHES if flags.tiny else BATCHES
+        self.runs: dict[str, Any] = {}
+
+    def start(self, directories: dict[str, Path]) -> dict[str, Engine]:
+        """Start engines at once; return those that came up."""
+        engines = {
+            name: Engine(self.python, directory, self.job, self.flags.engine, self.scratch / f"engine-{index}-{name}")
+            for index, (name, directory) in enumerate(directories.items())
+        }
+        limit = min(self.flags.start_seconds, self.results.left - SPARE) + time.monotonic()
+        up = {}
+        for name, engine in engines.items():
+            ready = engine.reply(limit - time.monotonic())
+            self.runs[name] = served = engine.served(timed_out=ready is None and engine.alive)
+            if ready == "ready":
+                up[name] = engine
+                self.results.say(f"engine of {name} up, {sum(phase.seconds for phase in served.phases):.0f} s")
+            else:
+                engine.close()
+                self.runs[name] = served = engine.served(timed_out=served.timed_out)
+                told = served.error.traceback if served.error else served.output
+                self.results.failed(name, "engine", told[-3000:] or f"not up, last step finished: {served.reached}")
+        return up
+
+    def rounds(self, engines: dict[str, Engine]) -> None:
+        """Time all engines in turn."""
+        asked = {name: SpeedJob(*shape, self.flags.repeats) for name, shape in self.batches.items()}
+        for number in range(self.flags.rounds):
+            if self.results.left < SPARE + 5:
+                self.results.say(f"no time for round {number} and on")
+                return
+            found: dict[str, Any] = {}
+            self.results.content["rounds"].append(found)
+            for name, engine in list(engines.items()):
+                for batch, speed in asked.items():
+                    timings = engine.ask(asdict(speed), max(10.0, self.results.left - SPARE / 2))
+                    if timings is None:
+                        self.runs[name] = engine.served(timed_out=engine.alive)
+                        engines.pop(name).close()
+                        self.results.failed(name, "timing", f"{batch}: the engine ended or took too long")
+                        break
+                    found.setdefault(name, {})[batch] = timings
+            for name in engines:
+                self.results.arms[name]["speeds"] = speeds(name, self.results.content["rounds"], self.batches)
+            self.results.say(f"round {number} of {', '.join(engines)}")
+
+    def all(self, directories: dict[str, Path], before_timing: Callable[[], None]) -> None:
+        """Serve the original and every arm, so many at once as asked; what fails to come up is tried again alone."""
+        arms = [name for name in directories if name != SOURCE]
+        batches = [arms[first : first + self.flags.at_once] for first in range(0, len(arms), self.flags.at_once)]
+        original: dict[str, Engine] = {}
+        again: set[str] = set()
+        while batches:
+            names = batches.pop(0)
+            wanted = {name: directories[name] for name in ([] if original else [SOURCE]) + names}
+            engines = {**original, **self.start(wanted)}
+            before_timing()
+            try:
+                self.rounds(engines)
+            finally:
+                for name in names:
+                    if name in engines:
+                        engines[name].close()
+                original = {name: engine for name, engine in engines.items() if name == SOURCE}
+            for name in wanted:
+                failed = self.results.arms[name].get("failed", {})
+                if "engine" in failed and name not in again and self.results.left > SPARE + START:
+                    failed["engine, first try"] = failed.pop("engine")
+                    again.add(name)
+                    batches.append([name] if name != SOURCE else names)
+        for engine in original.values():
+            engine.close()
