@@ -311,7 +311,8 @@ def parse() -> argparse.Namespace:
     flags = parser.parse_args()
     sizes = [requests for requests, _, _ in (TINY_BATCHES if flags.tiny else BATCHES).values()]
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes, "custom_ops": ["all"]}
-    flags.engine = {**({} if flags.compiled else {"compilation_config": graphs}), **flags.engine}
+    compiling = {"cudagraph_capture_sizes": sizes} if flags.compiled else graphs
+    flags.engine = {"compilation_config": compiling, **flags.engine}
     return flags
 
 

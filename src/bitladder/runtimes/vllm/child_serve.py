@@ -154,11 +154,11 @@ def _running(module: Any) -> Any:
 def _kernel_of(method: Any) -> str | None:
     """Return the class of the kernel that a quant method chose; None: it has none of its own."""
     found = None
-    for name in _KERNEL_ATTRIBUTES:
-        inner = vars(method).get(name)
-        if inner is not None:
-            found = inner
-            method = inner
+    for _ in _KERNEL_ATTRIBUTES:  # e.g. method.fp8_linear.kernel: as deep as there are names
+        inner = next((one for name in _KERNEL_ATTRIBUTES if (one := getattr(method, name, None)) is not None), None)
+        if inner is None:
+            break
+        found = method = inner
     return None if found is None else type(found).__name__
 
 
