@@ -54,9 +54,8 @@ AS_SAID, FP4_IN_16_BITS, IN_16_BITS = "inputs as the file says", "NVFP4 inputs i
 class Results:
     """The file, rewritten whole after each step, and the clock."""
 
-    def __init__(self, path: Path, seconds: float, content: dict[str, Any]) -> None:
-        self.path, self.content = path, content
-        self.start, self.seconds = time.monotonic(), seconds
+    def __init__(self, path: Path, start: float, seconds: float, content: dict[str, Any]) -> None:
+        self.path, self.content, self.start, self.seconds = path, content, start, seconds
         self.arms: dict[str, dict[str, Any]] = content["arms"]
 
     @property
@@ -411,6 +410,7 @@ def table(results: Results) -> str:
 
 
 def main() -> None:
+    start = time.monotonic()
     flags = parse()
 
     import transformers
@@ -435,7 +435,7 @@ def main() -> None:
         "arms": {SOURCE: {}},
         "rounds": [],
     }
-    results = Results(flags.out, flags.seconds, content)
+    results = Results(flags.out, start, flags.seconds, content)
     workers = min(len(flags.arms.split(",")), max(1, cores() // 2))
     with tempfile.TemporaryDirectory(prefix="served-mixes-", dir=flags.scratch) as directory:
         pool = pool_of(workers, max(1, cores() // workers))
