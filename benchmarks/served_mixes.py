@@ -16,18 +16,20 @@ of output each. Of vLLM's defaults the engines lack torch.compile (unless `--com
 decoding runs in CUDA graphs of the two batch sizes, prefill eagerly with vLLM's own fused operators, the original's
 too.
 
-Log-probabilities of four rows of text are compared with our evaluation of the same files in float32. Where a kernel
-takes the inputs of NVFP4 W4A4 in 16 bits (Marlin, on GPUs without FP4 units), that is the evaluation with such inputs;
-the distance to the evaluation with inputs rounded as the file says is beside it.
+Log-probabilities of four rows of text are compared with our evaluation of the same files in float32, in the arithmetic
+of the kernels that run: with inputs of NVFP4 W4A4 in 16 bits for Marlin (on GPUs without FP4 units), with scales
+rounded up to powers of two for DeepGEMM. The distances to the evaluations in other arithmetic are beside it.
 
 What is known is written after each step; a failure is written with its arm and stops no other one. Steps that the
 seconds don't suffice for are left out and named.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import time
@@ -48,7 +50,9 @@ SCORED = 8  # samples: the scores choose nothing here
 HELD_OUT = {"samples": 4, "sequence_length": 512, "batch_size": 2, "seed": 0}
 KV_CACHE_BYTES = 3 * 2**29  # 43,000 tokens of this model; the larger batch needs 18,464
 AT_ONCE = 2  # evaluations: 15 GB of the GPU each, and 25 GB of the host
-AS_SAID, FP4_IN_16_BITS, IN_16_BITS = "inputs as the file says", "NVFP4 inputs in 16 bits", "all inputs in 16 bits"
+AS_SAID, FP4_IN_16_BITS, IN_16_BITS = "as the file says", "NVFP4 inputs in 16 bits", "all inputs in 16 bits"
+WEIGHTS_ALONE = re.compile("Marlin|Humming")  # kernels that take inputs in 16 bits
+IN_POWERS = "scales of square blocks rounded up to powers of two"
 
 
 class Results:
@@ -130,6 +134,15 @@ def measured(model: Path, built: bool, output: Path, formats: tuple[str, ...], t
     return {**seconds, **{phase.phase: phase.seconds for phase in measurement.run.phases}}
 
 
+def free_gpu() -> None:
+    """Give the GPU's memory back."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def scheme_of(measurement: Any, arm: str) -> Any:
     """Return the scheme of an arm: its formats in turn, beginning with the next one in every layer."""
     from bitladder import planning
@@ -185,27 +198,29 @@ def held_out(model: Path, sizes: dict[str, int]) -> Any:
 
 
 def evaluated(directory: Path, model: Path, sizes: dict[str, int]) -> dict[str, Any]:
-    """Return our log-probabilities of a checkpoint: as its files say, and with inputs in 16 bits where those differ."""
+    """Return our log-probabilities of a checkpoint: as its files say, and as devices compute it that do otherwise."""
     import torch
 
-    from bitladder.evaluation.logprobs import log_probs_of
+    from bitladder.evaluation.logprobs import log_probs, log_probs_of
     from bitladder.evaluation.reading import FakeQuantLinear, load_checkpoint
-    from bitladder.formats import get_format
+    from bitladder.formats import POWERS_OF_TWO, WEIGHT_ONLY
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = [held_out(model, sizes)]
     loaded = load_checkpoint(directory, device=device)
     found = {AS_SAID: log_probs_of(loaded, data, device)}
     linears = [one for one in loaded.modules() if isinstance(one, FakeQuantLinear)]
-    weights_alone = get_format("nvfp4_w4a16")  # which leaves an input as it is
-    for way, changed in (
-        (FP4_IN_16_BITS, [one for one in linears if one.format.name == "nvfp4"]),
-        (IN_16_BITS, linears),
-    ):
+    for way, formats in ((FP4_IN_16_BITS, {"nvfp4"}), (IN_16_BITS, {one.format.name for one in linears})):
+        changed = [one for one in linears if one.format.name in formats]
         for linear in changed:
-            linear.format, linear.input_scale = weights_alone, None
+            linear.format = linear.format.on(WEIGHT_ONLY)
         if changed:
             found[way] = log_probs_of(loaded, data, device)
+    squares = any(one.format.name == "fp8_block" for one in linears)
+    del loaded, linears
+    free_gpu()
+    if squares:  # other scales restore other weights
+        found[IN_POWERS] = log_probs(directory, data, device=device, arithmetic={"fp8_block": POWERS_OF_TWO})
     return found
 
 
@@ -227,9 +242,12 @@ def keep_engines(serving: Serving, results: Results, expected: dict[str, dict[st
     original = None
     for name, served in serving.runs.items():
         ours = expected.get(name, {})
-        kernels = {layer.kernel or "" for layer in served.layers.values() if layer.dtype == "uint8"}
-        by_weights = FP4_IN_16_BITS in ours and all("Marlin" in one or "Humming" in one for one in kernels)
-        way = FP4_IN_16_BITS if by_weights else AS_SAID
+        way = AS_SAID
+        kernels = {layer.kernel or "" for layer in served.layers.values()}
+        if FP4_IN_16_BITS in ours and any("NvFp4" in one and WEIGHTS_ALONE.search(one) for one in kernels):
+            way = FP4_IN_16_BITS
+        if IN_POWERS in ours and any("DeepGemm" in one or "DeepGEMM" in one for one in kernels):
+            way = IN_POWERS
         runs = {each: Run(served, values) for each, values in ours.items()} or {AS_SAID: Run(served)}
         version = served.runtime.version if served.runtime else "?"
         manifest = None if name == SOURCE else read_manifest(serving.flags.directories[name], Findings())
