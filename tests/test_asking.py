@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from bitladder import planning
+from bitladder import planning, report
 from bitladder.errors import InfeasibleTarget, PlanError, RecipeError
 from bitladder.formats import COMPRESSED_TENSORS, FORMATS, MODELOPT, get_format
 from bitladder.planning import controls, ranges
@@ -24,6 +24,7 @@ from bitladder.records import (
     QuantModule,
     Scheme,
 )
+from bitladder.report.groups import edge_of
 from bitladder.steps.kl_points import kl_point_schemes
 from conftest import spec
 
@@ -313,6 +314,39 @@ def test_the_remedy_names_where_a_format_goes_and_the_carrier_that_it_needs():
         InfeasibleTarget, match="int4_w4a16 to measurement.formats and the scheme's with export.carrier"
     ):
         planning.plan(both, spec("x", effective_bits=4.2, formats=("fp8",)))
+
+
+def test_the_report_says_the_floor(mixed):
+    entries = [
+        {"name": "blackwell", "effective_bits": 4.5, "formats": ["nvfp4", "fp8"]},
+        {"name": "all", "effective_bits": 4.5},
+        {"name": "half", "coverage": 0.5, "formats": ["fp8", "nvfp4"]},
+    ]
+    schemes = planning.plan_all(mixed, parse_schemes(entries))
+    found = report.build_report({}, mixed, schemes, {}, None, {}, ())
+    said = (
+        "At the floor: {}: 4.50 effective bits is the floor of these formats (fp8, nvfp4): every group is in the "
+        "smallest that it can have (nvfp4); a mix needs more."
+    )
+    markdown, page = report.render_markdown(found), report.render_html(found)
+    assert said.format("`blackwell`") in markdown
+    assert said.format("<code>blackwell</code>") in page
+    assert markdown.count("At the floor") == 1
+    assert "effective bits ≤ 4.5; formats `nvfp4`, `fp8`" in markdown
+    assert [scheme.candidates for scheme in found.schemes if scheme.name == "all"] == [mixed.formats]
+
+
+def test_a_scheme_of_one_of_several_formats_has_an_edge():
+    """Its order is that of its own format; a mix has none."""
+    without = [("model.layers.0.qkv", "nvfp4")]
+    measurement = measurement_of(("fp8", "nvfp4"), without=without)
+    for entry in ({"format": "nvfp4"}, {"formats": ["nvfp4"]}):
+        (scheme,) = planning.plan_all(measurement, parse_schemes([{"name": "x", "coverage": 0.5, **entry}]))
+        edge = edge_of(scheme, measurement)
+        order = planning.density_order(measurement, "nvfp4")
+        last = len(scheme.quantised_groups())
+        assert (edge.taken, edge.left) == (order[last - 1], order[last])
+    assert edge_of(planning.plan(measurement, spec("x", coverage=0.5)), measurement) is None
 
 
 # --- carriers ---------------------------------------------------------------------------------------------------
