@@ -31,6 +31,7 @@ from conftest import spec
 MIXED = ("fp8", "fp8_block", "nvfp4", "int4_w4a16")
 HARM = {"fp8": 1.0, "fp8_block": 0.8, "nvfp4": 30.0, "int4_w4a16": 25.0, "int8": 0.5, "nvfp4_w4a16": 20.0}
 LAYERS = 12
+ODD = "model.layers.3.down"
 
 
 def measurement_of(names=MIXED, layers=LAYERS, seed=0, batches=2, without=(), method="fisher", image=False):
@@ -173,7 +174,7 @@ def test_a_scheme_without_formats_has_the_digest_that_it_had(mixed):
 
 def test_a_frontier_of_all_formats_does_not_answer_for_some(mixed):
     edge = planning.Solver(mixed)
-    asked = spec("x", effective_bits=9.0, formats=("fp8", "fp8_block"))
+    asked = spec("x", effective_bits=9.0, formats=("fp8", "nvfp4"))
     assert planning.plan(mixed, asked, frontier=edge).formats == planning.plan(mixed, asked).formats
     whole = spec("x", effective_bits=9.0)
     assert planning.plan(mixed, whole, frontier=edge).formats == planning.plan(mixed, whole).formats
@@ -426,6 +427,7 @@ def test_an_arm_of_a_mix_is_drawn_from_what_its_groups_can_have():
     for arm in arms:
         assert "int4_w4a16" not in used(arm)
         assert all(arm.formats[group] != "nvfp4" for group, _ in without)
+    assert any(arm.formats[group] == "fp8" for arm in arms for group, _ in without)
 
 
 def test_the_inverse_of_a_mix_is_predicted_to_be_the_worst():
@@ -460,6 +462,12 @@ def test_modelopts_choice_of_a_mix_counts_every_batch_alike_and_keeps_the_bits()
 def test_modelopts_kl_threshold_over_several_formats():
     """As its searcher: the first format, smallest first, whose score is at most a threshold common to all groups."""
     measurement = measurement_of(("fp8", "nvfp4"), method="kl_div")
+    least = 1e-6  # a group that its smaller format happens to suit better
+    candidates = [
+        one.model_copy(update={"scores": (least, least)}) if (one.group, one.format) == (ODD, "nvfp4") else one
+        for one in measurement.candidates
+    ]
+    measurement = measurement.model_copy(update={"candidates": tuple(candidates)})
     scheme = planning.plan(measurement, spec("x", effective_bits=7.0))
     (arm,) = controls.arms(measurement, scheme, kinds=("modelopt",), seeds=1)
     table = measurement.by_group()
@@ -484,6 +492,7 @@ def test_modelopts_kl_threshold_over_several_formats():
         else:
             low = middle
     assert arm.formats == at(high)
+    assert arm.formats[ODD] == "nvfp4"
     assert arm.weight_bits <= scheme.weight_bits
 
 
