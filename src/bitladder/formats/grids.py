@@ -12,6 +12,8 @@ the whole tensor. Weights are coded as ModelOpt does it, to the bit; inputs are 
 the bit, which differs in the order of float32 products and in what becomes of blocks near zero.
 """
 
+from itertools import pairwise
+
 import torch
 
 E4M3_MAX = 448.0  # largest finite value; OCP 8-bit Floating Point Specification 1.0, table 1
@@ -21,6 +23,7 @@ E4M3_MIN_EXPONENT = -6  # of the smallest normal value; below it the step stays 
 
 E2M1_MAX = 6.0  # OCP Microscaling Formats Specification 1.0, table 5
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; 8 to 15 are their negatives
+_E2M1_MIDPOINTS = tuple((low + high) / 2 for low, high in pairwise(E2M1_VALUES))
 BLOCK = 16  # elements of a row that share an E4M3 scale
 LEAST_BLOCK_SCALE = 2.0**-9  # the least positive E4M3 number
 _E2M1_STEPS = ((2.0, 0.5), (4.0, 1.0))  # below a magnitude, how far apart values are; above the last one 2
@@ -31,6 +34,7 @@ LEAST_BLOCKS_AMAX = E2M1_MAX * LEAST_AMAX  # of a tensor in blocks
 E8M0_BIAS, E8M0_NAN = 127, 255  # OCP Microscaling Formats Specification 1.0, section 5.4.1
 _MANTISSA_BITS, _MANTISSA = 23, (1 << 23) - 1  # of a float32 number
 _LEAST_POWER = 1 << 22  # the bits of 2^-127, which E8M0 holds and float32 only as a subnormal number
+_LEAST_SQUARE_AMAX = 1e-4  # of a block whose scale becomes a power of two (deep_gemm.py, per_block_cast_to_fp8)
 LEAST_GROUP_AMAX = 1e-10  # of a group of a token, in which its scale is made (fp8_utils.py, `eps`)
 
 
@@ -107,11 +111,12 @@ def block_codes(values: torch.Tensor, scales: torch.Tensor, above: torch.Tensor)
     Source: NVFP4QTensor.quantize and _cast_fp4.
     """
     scaled = (in_blocks(values.detach()) / (scales.float() * above).unsqueeze(-1)).reshape(values.shape)
-    magnitude = scaled.abs().clamp(max=E2M1_MAX)
-    # The codes of a binade follow each other: step by step from 0, from 2 (code 4) and from 4 (code 6).
-    step = _e2m1_step(magnitude)
-    code = torch.round(magnitude / step) + torch.where(step == 0.5, 0, torch.where(step == 1, 2, 4))
-    return code.to(torch.uint8) | ((scaled < 0).to(torch.uint8) << 3)
+    magnitude = scaled.abs()
+    # A code is the number of midpoints below; one that ties goes to the even code. Several times as fast as dividing.
+    code = (magnitude > _E2M1_MIDPOINTS[0]).to(torch.uint8)
+    for below, midpoint in enumerate(_E2M1_MIDPOINTS[1:], start=1):
+        code += magnitude >= midpoint if below % 2 else magnitude > midpoint
+    return code | ((scaled < 0).to(torch.uint8) << 3)
 
 
 def _e2m1_step(magnitude: torch.Tensor) -> torch.Tensor:
@@ -178,15 +183,36 @@ def squares(values: torch.Tensor, side: int) -> torch.Tensor:
     return values.reshape(rows // side, side, columns // side, side)
 
 
-def fake_quantise_groups(values: torch.Tensor, size: int) -> torch.Tensor:
+def fake_quantise_groups(values: torch.Tensor, size: int, *, powers_of_two: bool = False) -> torch.Tensor:
     """Return `values` [..., columns] with every `size` neighbours rounded with a scale of their own, in their dtype.
 
-    Source: vllm 0.32.0, quantization/utils/fp8_utils.py, per_token_group_quant_fp8, with float32 scales.
+    Source: vllm 0.32.0, quantization/utils/fp8_utils.py, per_token_group_quant_fp8, with float32 scales; with powers of
+    two its argument use_ue8m0.
     """
     groups = in_blocks(values.float(), size)
     scales = groups.abs().amax(-1, keepdim=True).clamp_min(LEAST_GROUP_AMAX) / E4M3_MAX
+    if powers_of_two:
+        scales = power_above(scales.clamp_min(LEAST_GROUP_AMAX))
     codes = (groups / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE)
     return (codes.float() * scales).reshape(values.shape).to(values.dtype)
+
+
+def fake_quantise_squares(values: torch.Tensor, side: int) -> torch.Tensor:
+    """Return float32 `values` [rows, columns] with every square block rounded, its scale a power of two.
+
+    Source: vllm 0.32.0, utils/deep_gemm.py, per_block_cast_to_fp8, as requant_weight_ue8m0_inplace calls it.
+    """
+    blocks = squares(values, side)
+    scales = power_above(blocks.abs().amax((1, 3), keepdim=True).clamp_min(_LEAST_SQUARE_AMAX) / E4M3_MAX)
+    return ((blocks / scales).to(E4M3_DTYPE).float() * scales).reshape(values.shape)
+
+
+def power_above(values: torch.Tensor) -> torch.Tensor:
+    """Return the least power of two that is no less than a positive float32 number; of any shape.
+
+    Read off its bits: a logarithm beside a power of two is rounded to it, otherwise on each device.
+    """
+    return ((values.view(torch.int32) + _MANTISSA) & ~_MANTISSA).view(torch.float32)
 
 
 def powers(exponents: torch.Tensor) -> torch.Tensor:
