@@ -11,7 +11,7 @@ from bitladder.planning import controls, ranges
 from bitladder.planning.carrying import check_carrier, refuse_uncarried
 from bitladder.planning.prediction import KlMap
 from bitladder.planning.refinement import refine
-from bitladder.recipe import CONTROL_KINDS, SchemeSpec, parse_schemes
+from bitladder.recipe import CONTROL_KINDS, SchemeSpec, parse_recipe, parse_schemes
 from bitladder.records import (
     BF16,
     Candidate,
@@ -26,11 +26,14 @@ from bitladder.records import (
 )
 from bitladder.report.groups import edge_of
 from bitladder.steps.kl_points import kl_point_schemes
+from bitladder.steps.run import run
+from bitladder.steps.workspace import Workspace
 from conftest import spec
 
 MIXED = ("fp8", "fp8_block", "nvfp4", "int4_w4a16")
 HARM = {"fp8": 1.0, "fp8_block": 0.8, "nvfp4": 30.0, "int4_w4a16": 25.0, "int8": 0.5, "nvfp4_w4a16": 20.0}
 LAYERS = 12
+CARRIED = {"carrier": COMPRESSED_TENSORS}
 ODD = "model.layers.3.down"
 
 
@@ -518,3 +521,46 @@ def test_the_map_to_kl_is_fitted_on_every_format(mixed):
         *("top10", "top25", "top50", "top75", "top100"),
         *("top50.random0", "top50.inverse", "top50.random1"),
     ]
+
+
+# --- before anything is read or measured ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "settings", "says"),
+    [
+        (
+            {"coverage": 0.5, "format": "nvfp4"},
+            {},
+            "format nvfp4, which is not measured; add it to measurement.formats",
+        ),
+        ({"effective_bits": 8.0, "formats": ["fp7"]}, {}, "format fp7, which is not measured; choose among"),
+        (
+            {"coverage": 0.5},
+            {"measurement": {"formats": ["int8"]}},
+            "int8 is no format of modelopt checkpoints; set exp",
+        ),
+        (
+            {"coverage": 0.5},
+            {"kv_cache": "fp8", "export": CARRIED},
+            "compressed-tensors has no FP8 KV cache; set export",
+        ),
+        (
+            {"effective_bits": 4.5},
+            {"export": CARRIED},
+            r"below the minimum 8\.00 .*attainable 8\.00 to 16\.00\); raise",
+        ),
+    ],
+)
+def test_a_run_refuses_what_no_measurement_would_change(tmp_path, entry, settings, says):
+    """The model isn't even looked for."""
+    content = {
+        "model": {"path": str(tmp_path / "nowhere")},
+        "calibration": {"data": {"kind": "text", "path": str(tmp_path / "nowhere.txt")}},
+        "schemes": [{"name": "x", **entry}],
+        "output": str(tmp_path / "out"),
+        **settings,
+    }
+    with pytest.raises((PlanError, InfeasibleTarget), match=says):
+        run(Workspace(parse_recipe(content, "recipe"), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
