@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bitladder.records import Scheme
 from conftest import make_text
+from test_asking import measurement_of as mixed
 
 MANIFEST = Path(__file__).parent / "data" / "qwen2_5_vl_3b_instruct_fp8_autoquant_manifest.json"
 
@@ -155,6 +157,28 @@ def test_import_and_plan_without_the_model(tmp_path):
     refused(bitladder("plan", "--measurement", measurement), "no scheme is asked for")
     refused(bitladder("plan", "--measurement", measurement, "--effective-bits", 4.5), "minimum 8.00")
     refused(bitladder("plan"), "either a recipe or --measurement")
+
+
+def test_formats_narrow_a_plan_and_a_frontier(tmp_path):
+    path = tmp_path / "m.json"
+    mixed().write(path)
+    asked = ("plan", "--measurement", path, "--effective-bits", 9, "--coverage", 0.5)
+    result = bitladder(*asked, "--formats", "nvfp4, fp8,bf16", "--output", tmp_path / "plans")
+    assert result.returncode == 0, result.stderr
+    for name in ("bits9", "top50"):
+        scheme = Scheme.read(tmp_path / "plans" / f"{name}.json")
+        assert scheme.asked.formats == ("nvfp4", "fp8")
+        assert set(scheme.formats.values()) <= {"nvfp4", "fp8", "bf16"}
+    floor = bitladder("plan", "--measurement", path, "--effective-bits", 4.5, "--formats", "nvfp4,fp8")
+    assert "bits4.5: 4.50 effective bits is the floor of these formats (fp8, nvfp4): every group" in floor.stdout
+    whole = bitladder("frontier", path, "--points", 0).stdout.splitlines()
+    narrow = bitladder("frontier", path, "--points", 0, "--formats", "fp8").stdout.splitlines()
+    assert whole[1].startswith("4.125000,")
+    assert narrow[1].startswith("8.000000,")
+    for command in (asked, ("frontier", path)):
+        refused(bitladder(*command, "--formats", "mxfp8"), "not measured", "fp8, fp8_block, nvfp4, int4_w4a16")
+        refused(bitladder(*command, "--formats", "bf16"), "names no format to quantise to")
+    refused(bitladder("plan", tmp_path / "r.yaml", "--formats", "fp8"), "--formats go with --measurement")
 
 
 def test_inspect(llama):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from bitladder import __version__
+from bitladder.cli.arguments import Formats, Output, RecipePath, Targets, names_in
 from bitladder.cli.terminal import (
     Interrupted,
     close_probes,
@@ -31,11 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-Targets = Annotated[
-    list[Path], typer.Argument(metavar="DIR...|RECIPE", help="Checkpoint directories, or one recipe with all of its.")
-]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of the recipe's `output`.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -99,6 +95,7 @@ def plan(
     effective_bits: Annotated[
         list[float] | None, typer.Option("--effective-bits", help="A scheme of at most these bits, e.g. 12.")
     ] = None,
+    formats: Formats = None,
 ) -> None:
     """Plan the schemes of a recipe, or of the given targets from any measurement.
 
@@ -114,17 +111,20 @@ def plan(
     if (recipe is None) == (measurement is None):
         raise RecipeError("give either a recipe or --measurement, not both and not neither")
     if recipe is not None:
-        if coverage or effective_bits:
-            raise RecipeError("--coverage and --effective-bits go with --measurement; a recipe names its own schemes")
+        if coverage or effective_bits or formats is not None:
+            raise RecipeError(
+                "--coverage, --effective-bits and --formats go with --measurement; a recipe names its own schemes"
+            )
         with started(recipe, output) as work:
             schemes = work.plan()
         print_schemes(Measurement.read(work.output / MEASUREMENT_FILE), schemes)
         console.print(f"Schemes: {work.output / 'schemes'}", soft_wrap=True)
         return
     assert measurement is not None
+    among = {} if formats is None else {"formats": names_in(formats)}
     specs = parse_schemes(
-        [{"name": f"top{100 * share:g}", "coverage": share} for share in coverage or ()]
-        + [{"name": f"bits{bits:g}", "effective_bits": bits} for bits in effective_bits or ()]
+        [{"name": f"top{100 * share:g}", "coverage": share, **among} for share in coverage or ()]
+        + [{"name": f"bits{bits:g}", "effective_bits": bits, **among} for bits in effective_bits or ()]
     )
     known = Measurement.read(measurement)
     schemes = planning.plan_all(known, specs)
@@ -139,18 +139,23 @@ def plan(
 def frontier(
     measurement: Annotated[Path, typer.Argument(metavar="MEASUREMENT", help="A measurement.json.")],
     points: Annotated[int, typer.Option("--points", help="Print about so many of the points; 0 prints all.")] = 20,
+    formats: Formats = None,
 ) -> None:
     """Print the exact trade-off of a measurement: the least predicted score at every attainable size, as CSV.
 
     Where it has too many points to hold, `--points` of it are found one by one, and 0 prints its convex hull.
 
     Example: bitladder frontier runs/demo/measurement.json --points 0 > frontier.csv
+
+    Example: bitladder frontier measurement.json --formats nvfp4,fp8
     """
     from bitladder import planning
     from bitladder.errors import FrontierTooLarge
     from bitladder.records import Measurement
 
     known = Measurement.read(measurement)
+    if formats is not None:
+        known = known.only(names_in(formats))
     try:
         edge = planning.frontier(known)
         total = len(edge.bits)

@@ -119,9 +119,13 @@ def print_schemes(measurement: "Measurement", schemes: "tuple[Scheme, ...]") -> 
     print_table(table)
     console.print(f"predicted score in {measurement.score_unit}")
     for scheme in schemes:
-        floor = planning.at_the_floor(measurement, scheme)
-        if floor is not None:
-            say(floor)
+        smallest = planning.at_the_floor(measurement, scheme)
+        if smallest:
+            say(
+                planning.floor_sentence(
+                    scheme.name, scheme.effective_bits, scheme.narrow(measurement).formats, smallest
+                )
+            )
 
 
 def say(text: str) -> None:

@@ -17,7 +17,7 @@ from bitladder.planning.frontier import Frontier, TradeOff, frontier
 from bitladder.planning.patterns import Searched, matching_groups
 from bitladder.planning.points import MAX_FRONTIER_CHOICES
 from bitladder.planning.pricing import density_order, price, standard_error
-from bitladder.planning.ranges import at_the_floor, refuse_unattainable
+from bitladder.planning.ranges import at_the_floor, floor_sentence, refuse_unattainable
 from bitladder.planning.remarks import remarked
 from bitladder.planning.solver import Solver, outline
 
@@ -29,6 +29,7 @@ __all__ = [
     "TradeOff",
     "at_the_floor",
     "density_order",
+    "floor_sentence",
     "frontier",
     "matching_groups",
     "outline",
