@@ -121,7 +121,8 @@ def build(job: Facts, gpu: bool) -> Any:
     """Return vLLM's engine on the checkpoint."""
     import vllm
 
-    with _sibling("child_kernels").emulating():
+    kernels = _sibling("child_kernels")
+    with kernels.emulating(), kernels.keeping_scales():
         return vllm.LLM(
             model=job["model"],
             kv_cache_dtype=job["kv_cache_dtype"],

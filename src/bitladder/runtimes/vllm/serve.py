@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from bitladder.errors import ModelError, ProbeFailed
+from bitladder.formats import CODE_NAMES
 from bitladder.models.headers import read_header
 from bitladder.reading import read_json
 from bitladder.records import (
@@ -99,18 +100,15 @@ def _context(directory: Path, needed: int) -> int:
 
 
 def _modules(directory: Path) -> list[str]:
-    """Return the modules whose weight is a matrix, by the weight files' headers; damaged ones are left to vLLM."""
+    """Return the modules whose weight, or codes, are a matrix, by the files' headers; damaged ones are left to vLLM."""
     modules = []
     for path in sorted(directory.glob("*.safetensors")):
         try:
             tensors = read_header(path)
         except ModelError:
             continue
-        modules += [
-            name.removesuffix(".weight")
-            for name, info in tensors.items()
-            if name.endswith(".weight") and len(info.shape) == 2
-        ]
+        split = ((name.rpartition("."), info) for name, info in tensors.items())
+        modules += [module for (module, _, leaf), info in split if leaf in CODE_NAMES and len(info.shape) == 2]
     return modules
 
 
