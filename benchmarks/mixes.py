@@ -1,15 +1,19 @@
 """Mixes of several formats at equal effective bits: Bitladder's choice against that of ModelOpt's AutoQuantize.
 
     python benchmarks/mixes.py --scratch DIR             # writes benchmarks/results/mixes.json; needs an NVIDIA GPU
+    python benchmarks/mixes.py --scratch DIR --serve-on hopper --recipe recipes/gemma3_270m.yaml
 
 ModelOpt calibrates and scores {NVFP4, FP8} with its own `auto_quantize` by each of its methods, and its own solver
 chooses at 4.8 to 9 effective bits, modules that aren't searched left out of its count. Bitladder measures once by
 `kl_div` and once by `gradient`, on the same samples, in all its formats; it plans with at most the bits of ModelOpt's
 choice, from the same formats and from others. All choices are simulated with the same scales and nearest codes, inputs
-rounded as each format says; KL on held-out text, in nats per token. What is finished is kept in the scratch directory.
+rounded as each format says on the device that will serve; KL on held-out text, in nats per token. Beside it the
+frontier from 4.5 to 16 bits of each set of formats, by `kl_div`: predicted (the sum of single-group KL on calibration
+text) and measured on text that calibration left. What is finished is kept in the scratch directory.
 """
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -18,16 +22,21 @@ import prediction
 
 BITS = (4.8, 5.4, 6.0, 7.0, 8.0, 9.0)
 THEIRS = ("fp8", "nvfp4")
+FLOATS = ("fp8", "fp8_pc_pt", "mxfp8", "nvfp4", "nvfp4_w4a16")
+INTEGERS = ("int8_w8a16_g64", "int4_w4a16_g64")  # in groups of 64, of which all of these models' rows are made
 SETS = {
     "same": THEIRS,
     "fp8_pc_pt + nvfp4_w4a16": ("fp8_pc_pt", "nvfp4_w4a16"),
-    "all": ("fp8", "fp8_pc_pt", "mxfp8", "nvfp4", "nvfp4_w4a16"),
+    "all": FLOATS,
+    "all + integers": FLOATS + INTEGERS,
 }
+FRONTIER = (4.5, 4.8, 5.4, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0, 14.0, 16.0)
+FRONTIER_SETS = {"fp8": ("fp8",), **SETS}
 METHODS = ("kl_div", "gradient")
 KL_SAMPLES = 16  # 4,096 tokens
 
 
-def measured(scratch: Path, recipe: Path, method: str) -> tuple:
+def measured(scratch: Path, recipe: Path, method: str, serve_on: str) -> tuple:
     """Return (measurement in all formats, its workspace)."""
     from bitladder.recipe import read_recipe
     from bitladder.steps.measure import measure
@@ -35,14 +44,14 @@ def measured(scratch: Path, recipe: Path, method: str) -> tuple:
 
     output = scratch / method
     spec = read_recipe(recipe)
-    changed = {"method": method, "formats": SETS["all"], "engine": "native", "dtype": "float32"}
+    changed = {"method": method, "formats": SETS["all + integers"], "engine": "native", "dtype": "float32"}
     changed |= {"score_samples": KL_SAMPLES} if method == "kl_div" else {}
     asked = spec.measurement.model_copy(update=changed)
     near = spec.held_out[0].model_copy(update={"name": "near", "data": None})  # what calibration leaves of its own text
     held_out = (near, *spec.held_out)
-    work = Workspace(
-        spec.model_copy(update={"measurement": asked, "held_out": held_out, "output": str(output)}), output
-    )
+    carrier = spec.export.model_copy(update={"carrier": "compressed-tensors"})  # which alone holds integers
+    recipe_now = {"measurement": asked, "held_out": held_out, "output": str(output), "serve_on": serve_on}
+    work = Workspace(spec.model_copy(update={**recipe_now, "export": carrier}), output)
     output.mkdir(parents=True, exist_ok=True)
     return measure(work), work
 
@@ -115,12 +124,27 @@ def modelopt_choices(work, measurement, method: str) -> dict[str, dict[str, str]
     return found
 
 
-def compare(recipe: Path, scratch: Path) -> list[dict]:
-    """Return one row for each of ModelOpt's methods and bits: the held-out KL of its choice and of ours."""
+def frontier(measurement) -> dict[tuple[str, float], object]:
+    """Return the best choice by our scores in each set of formats at each of `FRONTIER` bits that it can have."""
+    from bitladder.errors import PlanError
+
+    found = {}
+    for label, formats in FRONTIER_SETS.items():
+        for bits in FRONTIER:
+            with contextlib.suppress(PlanError):  # below what the formats store
+                found[label, bits] = planned(measurement, formats, f"frontier{len(found)}", bits)
+    return found
+
+
+def compare(recipe: Path, scratch: Path, serve_on: str) -> dict[str, list[dict]]:
+    """Return one row for each of ModelOpt's methods and bits: the held-out KL of its choice and of ours.
+
+    Beside them the frontier of each set of formats.
+    """
     from bitladder import planning
     from bitladder.recipe import SchemeSpec
 
-    found = {method: measured(scratch, recipe, method) for method in METHODS}
+    found = {method: measured(scratch, recipe, method, serve_on) for method in METHODS}
     measurement, work = found["kl_div"]
     theirs = {}
     for method in METHODS:
@@ -143,7 +167,8 @@ def compare(recipe: Path, scratch: Path) -> list[dict]:
                         measurement, plan.name, plan.formats, plan.asked
                     )
             rows.append(row)
-    kls = prediction.results_of(work, measurement, list(schemes.values()), scratch / "simulated.json")
+    best = frontier(measurement)
+    kls = prediction.results_of(work, measurement, [*schemes.values(), *best.values()], scratch / "simulated.json")
     for row in rows:
         name = f"modelopt-{row['modelopt']}-{row['bits']:g}"
         row["kl"] = kls[schemes[name].fingerprint()]
@@ -154,13 +179,26 @@ def compare(recipe: Path, scratch: Path) -> list[dict]:
                 row[label] = {"effective_bits": scheme.effective_bits, "kl": result}
                 row[label]["ratio"] = {split: value[0] / row["kl"][split][0] for split, value in result.items()}
         print(json.dumps(row), flush=True)
-    return rows
+    steps = [
+        {
+            "formats": label,
+            "bits": bits,
+            "effective_bits": scheme.effective_bits,
+            "predicted": scheme.predicted_score,
+            "kl": kls[scheme.fingerprint()],
+        }
+        for (label, bits), scheme in best.items()
+    ]
+    return {"rows": rows, "frontier": steps}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--recipe", type=Path, default=ladder.ROOT / "recipes/smollm2_135m.yaml")
+    parser.add_argument(
+        "--serve-on", default="blackwell", help="whose arithmetic; blackwell: formats as they are stored"
+    )
     parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/mixes.json")
     arguments = parser.parse_args()
 
@@ -171,9 +209,9 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     known = json.loads(arguments.result.read_text()) if arguments.result.exists() else {"models": {}}
-    name = arguments.recipe.stem
-    rows = compare(arguments.recipe, arguments.scratch.resolve() / name)
-    known["models"][name] = {"hardware": hardware(), "versions": versions(), "rows": rows}
+    name = f"{arguments.recipe.stem}, {arguments.serve_on}"
+    found = compare(arguments.recipe, arguments.scratch.resolve() / name.replace(", ", "-"), arguments.serve_on)
+    known["models"][name] = {"hardware": hardware(), "versions": versions(), **found}
     known["claim"] = "held-out KL of mixes at equal effective bits, ours and ModelOpt's"
     arguments.result.write_text(json.dumps(known, indent=1) + "\n")
 

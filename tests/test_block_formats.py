@@ -28,12 +28,14 @@ SQUARES, MX = BOTH = ("fp8_block", "mxfp8")
 LAYERS = "vllm/model_executor/layers/quantization"
 
 
-def functions(vllm_python, file, wanted, known):
+def functions(vllm_python, file, wanted, known, folder=LAYERS):
     """Functions of a file of vLLM's, compiled from it: importing vLLM takes half a minute."""
-    path = next(vllm_python.parents[1].glob(f"lib/python*/site-packages/{LAYERS}/{file}"))
+    path = next(vllm_python.parents[1].glob(f"lib/python*/site-packages/{folder}/{file}"))
     tree = ast.parse(path.read_text())
     tree.body = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in wanted]
     assert len(tree.body) == len(wanted)
+    for node in tree.body:
+        node.decorator_list = []  # that compile it
     exec(compile(tree, file, "exec"), known)
     return SimpleNamespace(**{name: known[name] for name in wanted})
 
@@ -61,8 +63,8 @@ def groups(vllm_python):
         "_FP8_MIN_SCALING_FACTOR": 1 / (448 * 512),
     }
     found = functions(vllm_python, "input_quant_fp8.py", {"_quantize_group_native"}, known)
-    return lambda x: found._quantize_group_native(
-        SimpleNamespace(group_size=128, use_ue8m0=False, column_major_scales=False), x
+    return lambda x, powers=False: found._quantize_group_native(
+        SimpleNamespace(group_size=128, use_ue8m0=powers, column_major_scales=False), x
     )
 
 

@@ -38,6 +38,24 @@ def measuring_device(spec: MeasureSpec, workers: WorkersSpec) -> str:
     return "cuda" if elsewhere else resolve_device(spec.device)
 
 
+def capability(device: str) -> tuple[int, int] | None:
+    """Return a GPU's compute capability; None: of a CPU.
+
+    Raises:
+        MeasurementError: the GPUs are those of a cluster, of which nothing is known here.
+    """
+    if not device.startswith("cuda"):
+        return None
+    if not torch.cuda.is_available():
+        raise MeasurementError("the GPUs that measure aren't in this machine; say with serve_on which kind will serve")
+    return torch.cuda.get_device_capability(device)
+
+
+def has_amx() -> bool:
+    """Return whether this machine's CPU multiplies tiles (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     """Return the arithmetic to score in: float32 on a CPU, bfloat16 on a GPU, unless the recipe says otherwise."""
     if dtype == "auto":

@@ -223,7 +223,13 @@ class Run:
             return result
 
 
-def load(directory: str | os.PathLike[str], *, dtype: "str | torch.dtype" = "float32", device: str = "cpu") -> Any:
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: "str | torch.dtype" = "float32",
+    device: str = "cpu",
+    serve_on: str | None = None,
+) -> Any:
     """Return the transformers model that a checkpoint is: weights as its codes say, inputs rounded as it asks for.
 
     A model's own directory in 16 bits is loaded as it is.
@@ -232,22 +238,28 @@ def load(directory: str | os.PathLike[str], *, dtype: "str | torch.dtype" = "flo
         directory: of the checkpoint.
         dtype: of the arithmetic: `float32`, `bfloat16`, or a torch dtype.
         device: a torch device, or `auto`: a GPU where there is one.
+        serve_on: the kind of device whose arithmetic it has, as in a recipe; None: every format as it is stored.
 
     Raises:
+        RecipeError: no such kind of device.
         ModelError: a file, tensor or scale is missing, or is not what it should be.
     """
     import torch
 
     from bitladder.device import resolve_device, resolve_dtype
     from bitladder.evaluation.reading import load_checkpoint
+    from bitladder.formats import FORMATS
+    from bitladder.formats.targets import TARGETS, served
 
+    if serve_on is not None and serve_on not in TARGETS:
+        raise RecipeError(f"serve_on {serve_on!r} is unknown; use {', '.join(TARGETS)}")
     place = resolve_device(device)
     if not isinstance(dtype, torch.dtype):
         if dtype not in ("auto", "float32", "bfloat16"):
             raise RecipeError(f"dtype {dtype!r} is unknown; use float32, bfloat16, auto, or a torch dtype")
         dtype = resolve_dtype(dtype, place)
     with quiet_libraries():
-        return load_checkpoint(Path(directory), dtype, place)
+        return load_checkpoint(Path(directory), dtype, place, {} if serve_on is None else served(FORMATS, serve_on))
 
 
 def _plain(value: Any) -> Any:

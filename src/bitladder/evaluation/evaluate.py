@@ -13,8 +13,9 @@ counted tokens and sums x_r, a mean is Σ x_r / Σ n_r and its standard error (t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,14 +24,28 @@ from bitladder.errors import StaleRecord
 from bitladder.evaluation.metrics import EXPORT_AGAIN, Sums
 from bitladder.evaluation.reading import FakeQuantLinear, load_checkpoint, quantised_tensors
 from bitladder.evaluation.reference import Reference, compare_with, on_split
+from bitladder.formats import POWERS_OF_TWO, WEIGHT_ONLY, Arithmetic
 from bitladder.models.weights import WeightFiles
 from bitladder.records import CheckpointManifest, EvalResult, Evaluation
 from bitladder.runinfo import Meter, Progress, no_progress
 
+_HOW: Mapping[Arithmetic, str] = {
+    WEIGHT_ONLY: "with inputs in 16 bits",
+    POWERS_OF_TWO: "with every block's scale rounded up to a power of two",
+}
 ARITHMETIC = (
     "float32; weights dequantised, inputs of quantised linears rounded as their format says; "
     "noise floor: the original loaded in BF16"
 )
+
+
+def in_words(arithmetic: Mapping[str, Arithmetic]) -> str:
+    """Return the arithmetic of an evaluation in words.
+
+    Args:
+        arithmetic: format -> how it is computed, where that isn't as it is stored.
+    """
+    return "; ".join([ARITHMETIC, *(f"{name} {_HOW[how]}" for name, how in sorted(arithmetic.items()))])
 
 
 @torch.no_grad()
@@ -80,7 +95,10 @@ def compare_loaded(
 
 
 def evaluate_checkpoint(
-    references: Sequence[Reference], directory: Path, progress: Progress = no_progress
+    references: Sequence[Reference],
+    directory: Path,
+    progress: Progress = no_progress,
+    arithmetic: Mapping[str, Arithmetic] = MappingProxyType({}),
 ) -> Evaluation:
     """Return the checkpoint's KL to the original, perplexity, agreement, and task accuracy where there is a task.
 
@@ -88,6 +106,7 @@ def evaluate_checkpoint(
         references: the original on each held-out set, at least one, all on one device.
         directory: the exported checkpoint.
         progress: told of every batch.
+        arithmetic: format -> how the device that will serve computes it, where that isn't as it is stored.
 
     Raises:
         RecordError: no manifest. StaleRecord: the manifest is of other files. ModelError: see `compare`.
@@ -103,7 +122,7 @@ def evaluate_checkpoint(
         )
     meter = Meter()
     with meter.phase(f"evaluate {manifest.scheme}"):
-        model = load_checkpoint(directory, device=references[0].device)
+        model = load_checkpoint(directory, device=references[0].device, arithmetic=arithmetic)
         results = [
             result
             for reference in references
@@ -114,7 +133,7 @@ def evaluate_checkpoint(
         manifest_sha256=manifest.fingerprint(),
         model_sha256=manifest.source_sha256,
         data={reference.split: reference.data.summary for reference in references},
-        arithmetic=ARITHMETIC,
+        arithmetic=in_words(arithmetic),
         results=tuple(results),
         run=meter.info(),
     )

@@ -5,14 +5,16 @@ own evaluation: float32, weights dequantised, inputs of quantised linears rounde
 goes through the same: its distance to the runtime is then the runtime's own noise, above all that of BF16 arithmetic.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from bitladder.data.batches import Batch, DataSet
 from bitladder.errors import ModelError
 from bitladder.evaluation.reading import cached, load_checkpoint
+from bitladder.formats import Arithmetic
 from bitladder.models.weights import read_config
 from bitladder.runtimes.vllm.job import LogProbs, ScoredSequence
 
@@ -68,7 +70,12 @@ def sequences(data: DataSet, split: str, directory: Path) -> tuple[ScoredSequenc
 
 @torch.no_grad()
 def log_probs(
-    directory: Path, data: Sequence[DataSet], *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    directory: Path,
+    data: Sequence[DataSet],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    arithmetic: Mapping[str, Arithmetic] = MappingProxyType({}),
 ) -> LogProbs:
     """Return the log-probability in nats of each counted token: one tuple a row, over all sets, as `sequences` counts.
 
@@ -77,11 +84,12 @@ def log_probs(
         data: the held-out sets, in the order of the sequences.
         device: where it runs.
         dtype: of weights and arithmetic.
+        arithmetic: format -> how the device that serves computes it, where that isn't as it is stored.
 
     Raises:
         ModelError: the files can't be used.
     """
-    model = load_checkpoint(directory, dtype, device)
+    model = load_checkpoint(directory, dtype, device, arithmetic)
     rows = tuple(row for one in data for batch in one.batches for row in _batch_log_probs(model, batch.to(device)))
     if device.startswith("cuda"):
         del model

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from bitladder.formats import (
     SCALE_DTYPE,
     WEIGHT,
     WEIGHT_PACKED,
+    Arithmetic,
     Format,
     Layout,
     Part,
     format_of_algorithm,
     format_of_group,
+    get_format,
     grids,
 )
 from bitladder.formats.kv_cache import Fp8Cache
@@ -50,7 +53,7 @@ class FakeQuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product of the rounded input [..., in_features]: [..., out_features]."""
         scale: Any = self.input_scale
-        return nn.functional.linear(self.format.round_input(x, scale), self.weight, self.bias)
+        return nn.functional.linear(self.format.served_input(x, scale), self.weight, self.bias)
 
 
 def quantised_tensors(files: WeightFiles) -> list[str]:
@@ -107,12 +110,13 @@ def _algorithms(section: Mapping[str, Any]) -> Callable[[str], tuple[str, Format
     return of_algorithm
 
 
-def _stored(files: WeightFiles, section: dict[str, Any]) -> Iterator[_Stored]:
+def _stored(files: WeightFiles, section: dict[str, Any], arithmetic: Mapping[str, Arithmetic]) -> Iterator[_Stored]:
     """Yield every stored weight with its format by `config.json`: of each module in a mix, else of all.
 
     Args:
         files: the checkpoint's.
         section: `quantization_config` of its configuration.
+        arithmetic: see `load_checkpoint`.
 
     Raises:
         ModelError: the configuration names none of ours, or not all modules of a mix, or the codes are of another one.
@@ -136,7 +140,7 @@ def _stored(files: WeightFiles, section: dict[str, Any]) -> Iterator[_Stored]:
                 f"{directory / files.tensors[name].file}: {name} {held}, but {said} is "
                 f"stored as {format_.code_dtype}{'' if leaf == WEIGHT else f' {leaf}'}; {EXPORT_AGAIN}"
             )
-        yield _Stored(weight, name, format_, layout)
+        yield _Stored(weight, name, get_format(format_.name, arithmetic), layout)
 
 
 def _names(carrier: str) -> list[str]:
@@ -190,8 +194,19 @@ def _use_generation_config(model: Any, directory: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(directory)
 
 
-def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def load_checkpoint(
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    arithmetic: Mapping[str, Arithmetic] = MappingProxyType({}),
+) -> Any:
     """Return the model that an exported directory holds, with dequantised weights and fake-quantised inputs.
+
+    Args:
+        directory: the checkpoint.
+        dtype: of weights and arithmetic.
+        device: where it goes.
+        arithmetic: format -> how the device that will serve computes it, where that isn't as it is stored.
 
     Raises:
         ModelError: a scale or weight is missing or left over, or is not what it should be; names file and tensor.
@@ -203,7 +218,7 @@ def load_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, device:
             f"{directory / 'config.json'} has no quantization_config, but weights are codes; {EXPORT_AGAIN}"
         )
     section = config.get("quantization_config") or {}
-    stored = {one.weight: one for one in _stored(files, section)}
+    stored = {one.weight: one for one in _stored(files, section, arithmetic)}
     state: dict[str, torch.Tensor] = {}
     input_scales: dict[str, torch.Tensor | None] = {}
     used: set[str] = set()
@@ -258,7 +273,7 @@ def _weight(files: WeightFiles, stored: _Stored, dtype: torch.dtype) -> tuple[to
             continue
         scale = _scale(files, stored.codes, stored.place(part))
         parts[part.name] = stored.layout.restored(part.name, scale.reshape(part.shape))
-    weight = format_.decode({WEIGHT: files.load(stored.codes), **parts}, dtype)
+    weight = format_.served_weight({WEIGHT: files.load(stored.codes), **parts}, dtype)
     if not all_finite(weight):
         raise ModelError(f"{where}: {stored.codes} holds NaN or overflows {dtype}; {EXPORT_AGAIN}")
     return weight, parts.get(INPUT_SCALE)

@@ -94,7 +94,7 @@ class Simulation:
     def _fake_quantised(self, module: QuantModule, format_name: str) -> FakeQuantLinear:
         """Return the module with the weights that its codes restore."""
         linear = self.model.get_submodule(module.name)
-        format_ = get_format(format_name)
+        format_ = get_format(format_name, self.measurement.arithmetic)
         layout = format_.layouts[self.carrier]
         weight_amax = self.amax[format_.weight_key(module.name)].to(self.device)
         input_scale = None
@@ -102,7 +102,7 @@ class Simulation:
             made = format_.input_scale(self.amax[f"{module.name}.input_amax"].to(self.device))
             input_scale = layout.carried({INPUT_SCALE: made})[INPUT_SCALE]
         parts = encoded(module.name, linear.weight, weight_amax, format_, self.codes)
-        weight = format_.decode(layout.carried(parts))
+        weight = format_.served_weight(layout.carried(parts))
         restored = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         restored.weight = nn.Parameter(weight, requires_grad=False)
         restored.bias = linear.bias

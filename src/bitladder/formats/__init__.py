@@ -5,17 +5,22 @@ a file beside these and list it here, and say in each of `runtimes` what it make
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from bitladder.errors import RecipeError
 from bitladder.formats.base import (
+    AS_STORED,
     INPUT_SCALE,
     KV_SCALE_NAMES,
+    POWERS_OF_TWO,
     SCALE_DTYPE,
     SCALE_NAMES,
     WEIGHT,
+    WEIGHT_ONLY,
     WEIGHT_SCALE,
     WEIGHT_SCALE_2,
+    Arithmetic,
     Format,
     Part,
     Spread,
@@ -34,6 +39,7 @@ from bitladder.formats.nvfp4_w4a16 import Nvfp4W4a16
 from bitladder.records import BF16, BF16_BITS, QuantGroup
 
 __all__ = [
+    "AS_STORED",
     "CARRIED_SCALES",
     "CODE_NAMES",
     "COMPRESSED_TENSORS",
@@ -42,12 +48,15 @@ __all__ = [
     "INPUT_SCALE",
     "KV_SCALE_NAMES",
     "MODELOPT",
+    "POWERS_OF_TWO",
     "SCALE_DTYPE",
     "SCALE_NAMES",
     "WEIGHT",
+    "WEIGHT_ONLY",
     "WEIGHT_PACKED",
     "WEIGHT_SCALE",
     "WEIGHT_SCALE_2",
+    "Arithmetic",
     "E4m3",
     "Format",
     "Layout",
@@ -90,15 +99,19 @@ CARRIED_SCALES = frozenset(SCALE_NAMES) | {
 CODE_NAMES = frozenset(layout.name(WEIGHT) for one in FORMATS.values() for layout in one.layouts.values())
 
 
-def get_format(name: str) -> Format:
+def get_format(name: str, arithmetic: Mapping[str, Arithmetic] = MappingProxyType({})) -> Format:
     """Return the format called `name`.
+
+    Args:
+        name: of one of `FORMATS`.
+        arithmetic: format -> how the device that will serve computes it, where that isn't as it is stored.
 
     Raises:
         RecipeError: no such format.
     """
     if name not in FORMATS:
         raise RecipeError(f"unknown format {name!r}; known: {', '.join(FORMATS)} (and {BF16}, which is always there)")
-    return FORMATS[name]
+    return FORMATS[name].on(arithmetic.get(name, AS_STORED))
 
 
 def format_of_algorithm(algorithm: str) -> Format | None:
@@ -122,13 +135,13 @@ def why_no_carrier(names: Iterable[str], carrier: str) -> str | None:
     return f"{missing[0]} is no format of {carrier} checkpoints; set export.carrier: {able}"
 
 
-def column_format(name: str) -> E4m3:
+def column_format(name: str, arithmetic: Mapping[str, Arithmetic] = MappingProxyType({})) -> E4m3:
     """Return a format whose codes can be chosen column by column, as compensated rounding chooses them.
 
     Raises:
         RecipeError: no such format, or each of its scales is made of several columns.
     """
-    found = get_format(name)
+    found = get_format(name, arithmetic)
     if not isinstance(found, E4m3):
         able = ", ".join(one.name for one in FORMATS.values() if isinstance(one, E4m3))
         raise RecipeError(

@@ -1,10 +1,11 @@
 """What a number format has to say: how a weight and an input of it are stored, scaled, restored and rounded."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,12 @@ SCALE_NAMES = (WEIGHT_SCALE, WEIGHT_SCALE_2, "weight_scale_inv", INPUT_SCALE)
 KV_SCALE_NAMES = ("k_scale", "v_scale")  # of an attention that caches keys and values
 SCALE_DTYPE = "F32"  # as safetensors spells it
 Spread = Literal["tensor", "row", "block", "square"]
+# How a device multiplies what is stored: as the file says; weights restored, inputs in 16 bits; or with every scale of
+# a block, stored ones too, rounded up to a power of two and the codes made anew.
+Arithmetic = Literal["as stored", "weight-only", "powers of two"]
+AS_STORED: Arithmetic = "as stored"
+WEIGHT_ONLY: Arithmetic = "weight-only"
+POWERS_OF_TWO: Arithmetic = "powers of two"
 _DTYPE_BITS = {"I64": 64, "F32": 32, "I32": 32, "BF16": 16, "I8": 8, "F8_E4M3": 8, "U8": 8}
 
 
@@ -68,7 +75,8 @@ class Format(ABC):
     input: ClassVar[Literal["static", "token", "block", "unrounded"]]
     weight_like: ClassVar[str | None] = None  # another format that stores the very same of a weight
     layouts: "ClassVar[Mapping[str, Layout]]"  # the carriers that hold it
-    multiplies: ClassVar[bool] = False  # whether torch._scaled_mm takes its codes, with a scalar scale on either side
+    scalar_scales: ClassVar[bool] = False  # whether weight and input have one scale each, and codes in E4M3
+    computed: Arithmetic = AS_STORED  # how the device at hand does it: see `on`
 
     @property
     def spread(self) -> Spread:
@@ -76,6 +84,19 @@ class Format(ABC):
         if self.square is not None:
             return "square"
         return "block" if self.group_size is not None else "row" if self.channels else "tensor"
+
+    def on(self, arithmetic: Arithmetic) -> Self:
+        """Return the format as devices of this arithmetic compute it: `restored` and `seen` are theirs."""
+        if arithmetic == self.computed:
+            return self
+        other = copy.copy(self)
+        other.computed = arithmetic
+        return other
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether the product is one of codes that torch._scaled_mm takes, with a scalar scale on either side."""
+        return self.scalar_scales and self.computed == AS_STORED
 
     @property
     def has_input_scale(self) -> bool:
@@ -214,6 +235,14 @@ class Format(ABC):
 
         Multiplied in float32 and cast to `dtype` (None: float32).
         """
+
+    def served_weight(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+        """Return the weight that the device at hand makes of stored parts; as `decode`."""
+        return self.decode(parts, dtype)
+
+    def served_input(self, x: "torch.Tensor", scale: "torch.Tensor | None") -> "torch.Tensor":
+        """Return an input as the device at hand multiplies it; as `round_input`."""
+        return x if self.computed == WEIGHT_ONLY else self.round_input(x, scale)
 
     def input_scale(self, amax: "torch.Tensor") -> "torch.Tensor":
         """Return the stored scale of an input, float32, from its amax, a scalar."""

@@ -13,7 +13,7 @@ Source: ModelOpt's FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG; vllm 0.32.0, quantization/m
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bitladder.formats.base import SCALE_DTYPE, WEIGHT, WEIGHT_SCALE, Format, Part
+from bitladder.formats.base import POWERS_OF_TWO, SCALE_DTYPE, WEIGHT, WEIGHT_SCALE, Format, Part
 from bitladder.formats.carriers import COMPRESSED_TENSORS, MODELOPT, Layout, floats
 
 if TYPE_CHECKING:
@@ -111,9 +111,18 @@ class Fp8Block(Format):
         values = (grids.squares(codes.float(), _SIDE) * scales).reshape(codes.shape)
         return values if dtype is None else values.to(dtype)
 
+    def served_weight(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+        """Return what `decode` does; where scales are powers of two, rounded a second time."""
+        from bitladder.formats import grids
+
+        if self.computed != POWERS_OF_TWO:
+            return self.decode(parts, dtype)
+        values = grids.fake_quantise_squares(self.decode(parts), _SIDE)
+        return values if dtype is None else values.to(dtype)
+
     def round_input(self, x: "torch.Tensor", scale: "torch.Tensor | None") -> "torch.Tensor":
         """Return the input with every 128 columns of every token rounded with a scale of their own."""
         from bitladder.formats import grids
 
         assert scale is None
-        return grids.fake_quantise_groups(x, _SIDE)
+        return grids.fake_quantise_groups(x, _SIDE, powers_of_two=self.computed == POWERS_OF_TWO)

@@ -24,7 +24,7 @@ class Fp8Tensor(E4m3):
     modelopt_config = "FP8_DEFAULT_CFG"
     modelopt_algorithm = "FP8"
     input = "static"
-    multiplies = True
+    scalar_scales = True
     layouts: ClassVar = {
         MODELOPT: Layout(),
         COMPRESSED_TENSORS: Layout(

@@ -31,6 +31,7 @@ LEAST_BLOCKS_AMAX = E2M1_MAX * LEAST_AMAX  # of a tensor in blocks
 E8M0_BIAS, E8M0_NAN = 127, 255  # OCP Microscaling Formats Specification 1.0, section 5.4.1
 _MANTISSA_BITS, _MANTISSA = 23, (1 << 23) - 1  # of a float32 number
 _LEAST_POWER = 1 << 22  # the bits of 2^-127, which E8M0 holds and float32 only as a subnormal number
+_LEAST_SQUARE_AMAX = 1e-4  # of a block whose scale becomes a power of two (deep_gemm.py, per_block_cast_to_fp8)
 LEAST_GROUP_AMAX = 1e-10  # of a group of a token, in which its scale is made (fp8_utils.py, `eps`)
 
 
@@ -178,15 +179,36 @@ def squares(values: torch.Tensor, side: int) -> torch.Tensor:
     return values.reshape(rows // side, side, columns // side, side)
 
 
-def fake_quantise_groups(values: torch.Tensor, size: int) -> torch.Tensor:
+def fake_quantise_groups(values: torch.Tensor, size: int, *, powers_of_two: bool = False) -> torch.Tensor:
     """Return `values` [..., columns] with every `size` neighbours rounded with a scale of their own, in their dtype.
 
-    Source: vllm 0.32.0, quantization/utils/fp8_utils.py, per_token_group_quant_fp8, with float32 scales.
+    Source: vllm 0.32.0, quantization/utils/fp8_utils.py, per_token_group_quant_fp8, with float32 scales; with powers of
+    two its argument use_ue8m0.
     """
     groups = in_blocks(values.float(), size)
     scales = groups.abs().amax(-1, keepdim=True).clamp_min(LEAST_GROUP_AMAX) / E4M3_MAX
+    if powers_of_two:
+        scales = power_above(scales.clamp_min(LEAST_GROUP_AMAX))
     codes = (groups / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE)
     return (codes.float() * scales).reshape(values.shape).to(values.dtype)
+
+
+def fake_quantise_squares(values: torch.Tensor, side: int) -> torch.Tensor:
+    """Return float32 `values` [rows, columns] with every square block rounded, its scale a power of two.
+
+    Source: vllm 0.32.0, utils/deep_gemm.py, per_block_cast_to_fp8, as requant_weight_ue8m0_inplace calls it.
+    """
+    blocks = squares(values, side)
+    scales = power_above(blocks.abs().amax((1, 3), keepdim=True).clamp_min(_LEAST_SQUARE_AMAX) / E4M3_MAX)
+    return ((blocks / scales).to(E4M3_DTYPE).float() * scales).reshape(values.shape)
+
+
+def power_above(values: torch.Tensor) -> torch.Tensor:
+    """Return the least power of two that is no less than a positive float32 number; of any shape.
+
+    Read off its bits: a logarithm beside a power of two is rounded to it, otherwise on each device.
+    """
+    return ((values.view(torch.int32) + _MANTISSA) & ~_MANTISSA).view(torch.float32)
 
 
 def powers(exponents: torch.Tensor) -> torch.Tensor:

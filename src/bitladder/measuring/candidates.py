@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from bitladder.errors import EngineError
-from bitladder.formats import WEIGHT, WEIGHT_SCALE, Format, get_format, grids
+from bitladder.formats import WEIGHT, WEIGHT_SCALE, Format, grids
 from bitladder.measured import Amax, Codes, encoded
 from bitladder.measuring.scores import token_directions, token_scores
 from bitladder.models.anatomy import PLAIN, Layout, tokens_first
@@ -49,7 +49,7 @@ class Form:
         if self.weight.dtype == grids.E4M3_DTYPE:
             assert self.input_amax is not None
             return grids.quantise(x.reshape(-1, x.shape[-1]), self.input_amax)
-        return self.format.round_input(x, self.input_scale)
+        return self.format.served_input(x, self.input_scale)
 
     def output_of(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return the module's output [..., out_features] from its input [..., in_features]."""
@@ -74,15 +74,15 @@ def _product(
 
 
 def forms_in(
-    model: nn.Module, group: QuantGroup, formats: Sequence[str], amax: Amax, codes: Codes | None
+    model: nn.Module, group: QuantGroup, formats: Sequence[Format], amax: Amax, codes: Codes | None
 ) -> dict[str, dict[str, Form]]:
     """Return what a group's modules are in each of these formats: `{format: {module: form}}`.
 
     A format that stores the same weights as another shares them.
     """
     found: dict[str, dict[str, Form]] = {}
-    for name in formats:
-        format_ = get_format(name)
+    for format_ in formats:
+        name = format_.name
         alike = found.get(format_.weight_like or "")
         if alike is None or format_.has_input_scale:
             found[name] = forms_of(model, group, format_, amax, codes)
@@ -103,7 +103,7 @@ def forms_of(model: nn.Module, group: QuantGroup, format_: Format, amax: Amax, c
         weight_amax = amax[format_.weight_key(module.name)].to(weight.device, non_blocking=True)
         parts = encoded(module.name, weight, weight_amax, format_, codes)
         multiplied = _multiplies(format_, weight)
-        stored = parts[WEIGHT] if multiplied else format_.decode(parts, weight.dtype)
+        stored = parts[WEIGHT] if multiplied else format_.served_weight(parts, weight.dtype)
         weight_scale = parts[WEIGHT_SCALE] if multiplied else None
         if not format_.has_input_scale:
             found[module.name] = Form(format_, stored, weight_scale, None, None)
@@ -121,7 +121,7 @@ def _multiplies(format_: Format, weight: torch.Tensor) -> bool:
     """Return whether the device multiplies codes as they are: with one scale for each side, that it takes at once."""
     return (
         weight.is_cuda
-        and format_.multiplies
+        and format_.multiplies_codes
         and weight.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(weight.device) >= _FP8_CAPABILITY
         and all(size % _FP8_MULTIPLE == 0 for size in weight.shape)

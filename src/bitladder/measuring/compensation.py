@@ -79,11 +79,12 @@ def _round_layers(
     except EngineError as error:
         raise EngineError(f"{error}; use {_NEAREST}") from error
     hidden = [found[0].hidden.to(layers.home) for found in calls]
+    format_ = column_format(job.spec.formats[0], job.arithmetic)
     for index in range(last + 1):
         job.progress("round", index, last + 1)
         layer_groups = groups[index] if index in missing else []
         with layers.loaded(index) as layer:
-            with _Products(layers, layer_groups, column_format(job.spec.formats[0]), amax) as inputs:
+            with _Products(layers, layer_groups, format_, amax) as inputs:
                 for number, (found, mask) in enumerate(zip(calls, counted, strict=True)):
                     inputs.counted = mask
                     x = hidden[number].to(job.device)
@@ -121,7 +122,7 @@ class _Products(ExitStack):
                     f"{module}: its input has shape {list(x.shape)}, [rows, tokens, features] was expected; "
                     "use rounding: nearest"
                 )
-            rows = self.format.round_input(x[self.counted].flatten(0, -2).float(), scale)
+            rows = self.format.served_input(x[self.counted].flatten(0, -2).float(), scale)
             rows = nn.functional.normalize(rows, dim=-1)
             if group not in self.products:
                 self.products[group] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from bitladder.data.batches import Batch
 from bitladder.errors import EngineError
-from bitladder.formats import get_format
 from bitladder.measuring.calls import LayerCall, LayerRecorder, by_layer, hidden_of
 from bitladder.measuring.job import BatchScores, Job, Variant
 from bitladder.measuring.layers import Layers, last_position
@@ -251,9 +250,10 @@ def copies_fit(layers: Layers, job: Job) -> bool:
     """Return whether all searched weights are kept in their formats too: making a layer's anew takes time."""
     size = next(layers.model.parameters()).element_size()
     copies = sum(
-        group.weight_elements * (1 if layers.memory.is_gpu and get_format(name).multiplies else size)
-        for group, name in job.variants
-        if get_format(name).weight_like not in job.formats_of(group)
+        group.weight_elements * (1 if layers.memory.is_gpu and format_.multiplies_codes else size)
+        for group in job.target.groups
+        for format_ in job.computed(group)
+        if format_.weight_like not in job.formats_of(group)
     )
     return not layers.streamed and layers.memory.free() > copies + _COPIES_LEFT
 

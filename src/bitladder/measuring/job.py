@@ -1,14 +1,15 @@
 """What an engine is given, and what it gives back."""
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
 from bitladder.data.batches import Batch, DataSet
 from bitladder.errors import MeasurementError
-from bitladder.formats import why_not
+from bitladder.formats import Arithmetic, Format, get_format, why_not
 from bitladder.models.target import Target
 from bitladder.recipe import MeasureSpec
 from bitladder.records import QuantGroup
@@ -29,6 +30,8 @@ class Job:
     spec: MeasureSpec
     device: str
     progress: Progress
+    # format -> how the device that will serve computes it, where that isn't as it is stored
+    arithmetic: Mapping[str, Arithmetic] = field(default_factory=dict)
 
     @property
     def score_batches(self) -> int:
@@ -44,6 +47,10 @@ class Job:
     def formats_of(self, group: QuantGroup) -> tuple[str, ...]:
         """Return those of the job's formats that a group can have."""
         return tuple(name for name in self.spec.formats if (group.name, name) not in self.left_out)
+
+    def computed(self, group: QuantGroup) -> tuple[Format, ...]:
+        """Return the same as the device that will serve computes them."""
+        return tuple(get_format(name, self.arithmetic) for name in self.formats_of(group))
 
     @cached_property
     def variants(self) -> tuple[Variant, ...]:

@@ -64,7 +64,7 @@ class KlScorer(ExitStack):
         self.forms: dict[tuple[str, str], dict[str, Form]] = {}  # of every variant, where all of them fit
         if copies_fit(layers, job):
             for group in job.target.groups:
-                found = forms_in(layers.model, group, job.formats_of(group), amax, codes)
+                found = forms_in(layers.model, group, job.computed(group), amax, codes)
                 self.forms |= {(group.name, name): forms for name, forms in found.items()}
         if self.decoder.compiled:
             config: Any = torch._dynamo.config
@@ -138,7 +138,7 @@ class KlScorer(ExitStack):
     def _in_format(self, group: QuantGroup, name: str) -> Iterator[None]:
         """Let the group's modules give what they would in a format."""
         forms = self.forms.get((group.name, name)) or forms_of(
-            self.layers.model, group, get_format(name), self.amax, self.codes
+            self.layers.model, group, get_format(name, self.job.arithmetic), self.amax, self.codes
         )
         with ExitStack() as stack:
             for name, form in forms.items():

@@ -15,8 +15,10 @@ done in `measuring/` beside the result, so that a killed run goes on where it st
 import gc
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +26,7 @@ from safetensors.torch import save_file
 from bitladder.data.batches import DataSet
 from bitladder.device import measuring_device, resolve_dtype
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import column_format, group_bits
+from bitladder.formats import Arithmetic, column_format, group_bits
 from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, codes_files
 from bitladder.measuring.job import Job, score_batch_count, score_weights
 from bitladder.measuring.partial import PARTIAL, Partial
@@ -35,9 +37,12 @@ from bitladder.runinfo import Meter, Progress, no_progress
 from bitladder.storage import atomic_path, discard, sha256_of_file, unseal
 
 
-def settings_sha256(source: ModelSource, data: DataSet, spec: MeasureSpec) -> str:
-    """Return the digest of everything that decides a measurement: model, data, settings."""
-    return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"})])
+def settings_sha256(
+    source: ModelSource, data: DataSet, spec: MeasureSpec, arithmetic: Mapping[str, Arithmetic] = MappingProxyType({})
+) -> str:
+    """Return the digest of everything that decides a measurement: model, data, settings, what isn't as stored."""
+    computed = [f"{name}: {arithmetic[name]}" for name in sorted(arithmetic)]
+    return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"}), *computed])
 
 
 def check_engine(spec: MeasureSpec, target: Target) -> None:
@@ -66,6 +71,7 @@ def measure(
     output: Path,
     progress: Progress = no_progress,
     workers: WorkersSpec | None = None,
+    arithmetic: Mapping[str, Arithmetic] = MappingProxyType({}),
 ) -> Measurement:
     """Measure the sensitivity of every quant group once; write `measurement.json` and `measurement.safetensors`.
 
@@ -78,6 +84,7 @@ def measure(
         output: where the two files go; `measuring/` in it holds what is done so far.
         progress: told of every calibrated and scored batch.
         workers: processes that share the work; None: this one does it alone. The result is the same.
+        arithmetic: format -> how the device that will serve computes it, where that isn't as it is stored.
 
     Raises:
         ModelError: NaN or Inf in weights. MeasurementError: NaN or Inf in activations or scores; no group that has a
@@ -95,11 +102,11 @@ def measure(
     meter = Meter()
     device = measuring_device(spec, workers)
     dtype = resolve_dtype(spec.dtype, device)
-    key = settings_sha256(source, data, spec)
+    key = settings_sha256(source, data, spec, arithmetic)
     partial = Partial(output / PARTIAL, key)
     count = score_batch_count(data, spec)
     scored = tuple(batch.labels.shape for batch in data.batches[:count])
-    job = Job(target, data.batches, scored, spec, device, progress)
+    job = Job(target, data.batches, scored, spec, device, progress, arithmetic)
 
     memory = layers.DeviceMemory(device, spec.memory_gb)
 
@@ -158,6 +165,7 @@ def measure(
         score_unit=unit,
         score_weights=weights,
         formats=spec.formats,
+        arithmetic=dict(arithmetic),
         groups=target.groups,
         candidates=candidates,
         left_out=left_out,

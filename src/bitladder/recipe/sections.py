@@ -19,6 +19,7 @@ from pydantic import (
 from bitladder.storage import TEMPORARY_PREFIX
 
 ControlKind = Literal["random", "inverse", "first_last", "largest", "lowest_score", "modelopt"]
+ServedOn = Literal["ampere", "ada", "hopper", "blackwell", "blackwell_rtx", "cpu", "cpu_amx"]
 CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
 PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
 GENERATED = "generated"  # the kind of data that the model writes itself
@@ -384,6 +385,7 @@ class Recipe(Section):
     workers: WorkersSpec = WorkersSpec()
     schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
     kv_cache: Literal["none", "fp8"] = "none"
+    serve_on: ServedOn | None = Field(default=None, description="whose arithmetic is scored; None: that of the device")
     refine: RefineSpec = RefineSpec()
     controls: ControlSpec = ControlSpec()
     export: ExportSpec = ExportSpec()

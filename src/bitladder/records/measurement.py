@@ -120,7 +120,7 @@ class Measurement(Grown, Record):
     """
 
     volatile = frozenset({"run"})
-    later = frozenset({"left_out"})
+    later = frozenset({"left_out", "arithmetic"})
 
     model: ModelSource
     calibration: DataSummary
@@ -131,6 +131,9 @@ class Measurement(Grown, Record):
     score_unit: str
     score_weights: tuple[float, ...]
     formats: tuple[str, ...]
+    arithmetic: dict[str, Literal["weight-only", "powers of two"]] = Field(
+        default_factory=dict, description="format -> how it was scored, where not as it is stored; see `serve_on`"
+    )
     groups: tuple[QuantGroup, ...]
     candidates: tuple[Candidate, ...]
     left_out: tuple[LeftOut, ...] = Field(default=(), description="formats that a group's shape doesn't allow")

@@ -94,6 +94,7 @@ def build_report(
         fused_scales_shared=measurement.fused_scales_shared,
         rounding=measurement.rounding,
         formats=measurement.formats,
+        arithmetic=dict(measurement.arithmetic),
         score_unit=measurement.score_unit,
         score_batches=len(measurement.score_weights),
         schemes=tuple(

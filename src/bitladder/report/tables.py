@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from bitladder.formats.targets import TARGETS, served
 from bitladder.planning.uncertainty import LEVEL as RANK_LEVEL
 from bitladder.records import BF16
 from bitladder.report.escaping import Markdown
@@ -52,6 +53,23 @@ def layer_counts(report: Report) -> Markdown:
         for count in scheme.format_counts
     ]
     return markdown_table(header, rows, left=2)
+
+
+def on_devices(report: Report) -> Markdown:
+    """Return the table of how each kind of device computes each scheme, and which of them was scored and evaluated."""
+    header = ["device", "scored and evaluated so", *(scheme.name for scheme in report.schemes)]
+    rows = []
+    for name, target in TARGETS.items():
+        scored = served(report.formats, name) == report.arithmetic and not target.unsupported & set(report.formats)
+        row = [target.title, "yes" if scored else "no"]
+        for scheme in report.schemes:
+            formats = [count.format for count in scheme.format_counts]
+            able = [one for one in formats if one not in target.unsupported]
+            missing = [f"no {one.upper()}" for one in formats if one in target.unsupported]
+            unlike = [f"{one.upper()} {how}" for one, how in served(able, name).items()]
+            row.append(", ".join((*missing, *unlike)) or "as stored")
+        rows.append(row)
+    return markdown_table(header, rows, left=len(header))
 
 
 def groups_table(report: Report, prefix: str) -> Markdown:

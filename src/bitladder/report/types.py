@@ -252,6 +252,7 @@ class Report(Record):
     fused_scales_shared: bool
     rounding: Rounding | None = Field(default=None, description="None: every weight to its nearest code")
     formats: tuple[str, ...]
+    arithmetic: dict[str, str] = Field(default_factory=dict, description="format -> how, where not as it is stored")
     score_unit: str
     score_batches: int
     schemes: tuple[ReportedScheme, ...] = Field(description="from most to fewest bits")

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from bitladder.data.batches import DataSet
 from bitladder.data.processors import has_template, load_processor
-from bitladder.device import resolve_device
+from bitladder.device import capability, has_amx, resolve_device
 from bitladder.errors import ModelError
 from bitladder.evaluation import logprobs
+from bitladder.formats import FORMATS
+from bitladder.formats.targets import served, target_of
 from bitladder.recipe import VllmSpec
 from bitladder.records import ProbeResult
 from bitladder.runtimes.child import vllm_version
@@ -26,7 +28,7 @@ _IMAGE_PROMPT = "Describe the image."
 _QUESTIONS = 4  # pictures of the held-out sets that a runtime is asked about
 
 
-def serve_on(
+def serve_samples(
     data: Mapping[str, DataSet],
     directories: Sequence[Path],
     source: Path,
@@ -54,10 +56,13 @@ def serve_on(
         chat=has_chat_template(source),
         speed=SpeedJob() if device.startswith("cuda") else None,
     )
+    arithmetic = served(FORMATS, target_of(capability(device), amx=has_amx()))  # vLLM runs on the same machine
     expected = {}
     for directory in (source, *directories):
         with contextlib.suppress(ModelError):  # what our evaluation refuses is served all the same
-            expected[directory] = logprobs.log_probs(directory, list(sets.values()), device=device)
+            expected[directory] = logprobs.log_probs(
+                directory, list(sets.values()), device=device, arithmetic=arithmetic
+            )
     return serve_all(directories, python, job, source=source, expected=expected, timeout=timeout).results
 
 

@@ -2,7 +2,7 @@
 
 import time
 
-from bitladder.evaluation.evaluate import ARITHMETIC
+from bitladder.evaluation.evaluate import in_words
 from bitladder.records import ControlArm, Evidence, digest_of
 from bitladder.steps.known import control_arms
 from bitladder.steps.originals import Originals
@@ -37,7 +37,7 @@ def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Ev
         measurement_sha256=measurement.fingerprint(),
         settings_sha256=key,
         data={split: data.summary for split, data in originals.data.items()},
-        arithmetic=ARITHMETIC,
+        arithmetic=in_words(measurement.arithmetic),
         arms=(),
     )
     found = list(evidence.arms)

@@ -27,13 +27,14 @@ def evaluate(work: Workspace, originals: Originals | None = None) -> dict[str, E
         known = valid(work, Evaluation, work.evaluation_file(name), **made_from)
         if known is not None:
             results[name] = known
+    arithmetic = work.measurement().arithmetic
     missing = [name for name in manifests if name not in results]
     if missing:
         with doing(work, "evaluate") as meter:
             references = originals.references(meter)
             for name in missing:
                 with meter.phase(f"evaluate {name}"):
-                    result = evaluate_checkpoint(references, work.checkpoint_directory(name), progress=work.progress)
+                    result = evaluate_checkpoint(references, work.checkpoint_directory(name), work.progress, arithmetic)
                 results[name] = result.model_copy(update={"settings_sha256": key})
                 results[name].write(work.evaluation_file(name))
     return {name: results[name] for name in manifests}

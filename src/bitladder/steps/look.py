@@ -4,11 +4,13 @@ from pathlib import Path
 
 from bitladder import planning
 from bitladder.data.batches import interleaved
-from bitladder.device import measuring_device
-from bitladder.formats import get_format
+from bitladder.device import capability, measuring_device
+from bitladder.errors import EngineError, RecipeError
+from bitladder.formats import Arithmetic, get_format
+from bitladder.formats.targets import TARGETS, served, target_of
 from bitladder.measured import MEASUREMENT_FILE
 from bitladder.measuring.measure import check_engine
-from bitladder.recipe import GENERATED
+from bitladder.recipe import GENERATED, Recipe
 from bitladder.runtimes.child import vllm_version
 from bitladder.steps.data import calibration_sets, check_asked_length, load_set
 from bitladder.steps.workspace import Workspace
@@ -31,6 +33,7 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
     measuring_device(recipe.measurement, recipe.workers)
     if recipe.runtimes.vllm is not None:
         vllm_version(Path(recipe.runtimes.vllm.python))
+    served_arithmetic(recipe)
     if not (work.output / MEASUREMENT_FILE).exists():
         check_engine(recipe.measurement, work.target)
     for scheme in recipe.schemes:
@@ -49,3 +52,35 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
         if source.kind != GENERATED:
             seen = interleaved(sets).summary if sets else None
             load_set(work, one, source, seen)
+
+
+def served_arithmetic(recipe: Recipe) -> dict[str, Arithmetic]:
+    """Return how the device that will serve computes the measured formats, of those that it doesn't as stored.
+
+    Raises:
+        RecipeError: vLLM runs one not at all there. EngineError: ModelOpt would score one otherwise.
+        MeasurementError: the GPUs that measure are not in this machine.
+    """
+    spec = recipe.measurement
+    target: str | None = recipe.serve_on
+    missing = [name for name in spec.formats if target is not None and name in TARGETS[target].unsupported]
+    if missing:
+        raise RecipeError(
+            f"serve_on is {target}, where vLLM runs no {', '.join(missing)}; take it out of measurement.formats, or "
+            "name another device"
+        )
+    if spec.engine == "modelopt":  # which knows formats as they are stored
+        unlike = served(spec.formats, target) if target is not None else {}
+        if unlike:
+            names = ", ".join(f"{name} {how}" for name, how in unlike.items())
+            raise EngineError(
+                f"serve_on: {target} computes {names}, but ModelOpt scores formats as they are stored; use "
+                "engine: native, or leave serve_on out"
+            )
+        return {}
+    if target is None:
+        device = measuring_device(spec, recipe.workers)
+        if not any(served(spec.formats, name) for name in TARGETS):
+            return {}  # the same everywhere
+        target = target_of(capability(device))
+    return served(spec.formats, target)

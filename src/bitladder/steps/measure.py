@@ -7,6 +7,7 @@ from typing import Any
 from bitladder.data import generation
 from bitladder.data.batches import DataSet
 from bitladder.errors import MeasurementError, RecordError, StaleRecord
+from bitladder.formats.targets import served
 from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, copy_codes, read_codes
 from bitladder.measuring.measure import measure as measure_now
 from bitladder.measuring.measure import settings_sha256
@@ -16,7 +17,7 @@ from bitladder.reading import read_bytes
 from bitladder.recipe import Recipe
 from bitladder.records import Measurement, ModelSource
 from bitladder.steps.data import calibration_data
-from bitladder.steps.look import look
+from bitladder.steps.look import look, served_arithmetic
 from bitladder.steps.step import read_valid
 from bitladder.steps.workspace import Workspace
 from bitladder.storage import atomic_write
@@ -31,7 +32,8 @@ def measure(work: Workspace) -> Measurement:
     look(work)
     source, directory, data = work.source(), work.model_directory, calibration_data(work)
     path = work.output / MEASUREMENT_FILE
-    key = settings_sha256(source, data, work.recipe.measurement)
+    arithmetic = served_arithmetic(work.recipe)
+    key = settings_sha256(source, data, work.recipe.measurement, arithmetic)
     known = read_valid(Measurement, path)  # a damaged one is refused: what took hours isn't made again unasked
     if known is not None:
         damaged = damaged_beside(work, known, work.output)
@@ -43,8 +45,17 @@ def measure(work: Workspace) -> Measurement:
     target = work.target
     if any(spec.kv_cache == "fp8" for spec in work.recipe.scheme_specs()):
         check_layers(target.groups)
+    recipe = work.recipe
     measurement = measure_now(
-        directory, source, target, data, work.recipe.measurement, work.output, work.progress, work.recipe.workers
+        directory,
+        source,
+        target,
+        data,
+        recipe.measurement,
+        work.output,
+        work.progress,
+        recipe.workers,
+        arithmetic,
     )
     work.note_measured_with(deciding(work.recipe))
     work.finished("measure", measurement.run.phases if measurement.run else ())
@@ -53,7 +64,7 @@ def measure(work: Workspace) -> Measurement:
 
 def deciding(recipe: Recipe) -> dict[str, Any]:
     """Return the sections of a recipe that decide its measurement."""
-    return recipe.model_dump(mode="json", include={"model", "calibration", "measurement"})
+    return recipe.model_dump(mode="json", include={"model", "calibration", "measurement", "serve_on"})
 
 
 def why_again(work: Workspace, known: Measurement, source: ModelSource, data: DataSet, damaged: Sequence[str]) -> str:
@@ -111,6 +122,12 @@ def take_over(work: Workspace, path: Path) -> Measurement:
         raise StaleRecord(
             f"{path} was measured on other weights ({known.model.path}) than {source.path} has; measure, or name the "
             "model that it is of"
+        )
+    if work.recipe.serve_on is not None and known.arithmetic != served(known.formats, work.recipe.serve_on):
+        scored = ", ".join(f"{name} {how}" for name, how in sorted(known.arithmetic.items())) or "as they are stored"
+        raise StaleRecord(
+            f"{path} scored its formats {scored}, which isn't how serve_on: {work.recipe.serve_on} computes them; "
+            "measure, or leave serve_on out"
         )
     for name in damaged_beside(work, known, path.parent):
         raise RecordError(f"{path.parent / name} is missing or not what {path} was written with; copy both together")

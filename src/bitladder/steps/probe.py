@@ -9,7 +9,7 @@ from bitladder.records import ProbeResult
 from bitladder.runinfo import Meter
 from bitladder.runtimes.child import vllm_version
 from bitladder.runtimes.vllm import load
-from bitladder.steps.asking import serve_on
+from bitladder.steps.asking import serve_samples
 from bitladder.steps.known import probe_path, probed
 from bitladder.steps.originals import Originals
 from bitladder.steps.step import doing
@@ -70,4 +70,4 @@ def _serve(work: Workspace, directories: Sequence[Path], python: Path, timeout: 
     """Serve checkpoints, and the original before them, on the first samples of every held-out set."""
     device = resolve_device(work.recipe.measurement.device)
     with Originals(work) as originals:
-        return serve_on(originals.data, directories, work.model_directory, python, device=device, timeout=timeout)
+        return serve_samples(originals.data, directories, work.model_directory, python, device=device, timeout=timeout)
