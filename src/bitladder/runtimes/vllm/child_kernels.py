@@ -74,7 +74,9 @@ def _restoring_integers() -> Iterator[None]:
 
     try:
         from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
-        from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16 as asking
+        from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+            compressed_tensors_wNa16 as asking,
+        )
     except ImportError:  # earlier releases have other kernels
         yield
         return
@@ -174,7 +176,7 @@ def quantising(done: Callable[[torch.Tensor], None] = lambda _: None) -> Iterato
 
 @contextlib.contextmanager
 def keeping_scales() -> Iterator[None]:
-    """Let CPUs serve FP8 layers of compressed-tensors' layout, which vLLM quantises anew even to the scale that they have.
+    """Let CPUs serve FP8 layers of compressed-tensors' layout, which vLLM quantises anew even to the same scale.
 
     Where the modules of a fused layer have different scales it stops as before: what runs isn't what is stored then.
 

@@ -16,7 +16,6 @@ Source of the order of steps: vllm v1/engine/llm_engine.py (LLMEngine.__init__) 
 model_executor/model_loader/base_loader.py (BaseModelLoader.load_model), vLLM 0.25.1 and 0.32.0.
 """
 
-import contextlib
 import gc
 import importlib.util
 import json

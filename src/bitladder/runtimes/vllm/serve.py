@@ -34,10 +34,10 @@ from bitladder.records import (
     ServedMemory,
 )
 from bitladder.runinfo import Meter
-from bitladder.runtimes.child import VLLM_ENVIRONMENT, first_line, installed_version, run_child
+from bitladder.runtimes.child import VLLM_ENVIRONMENT, installed_version, run_child
 from bitladder.runtimes.files import read_manifest
 from bitladder.runtimes.findings import Findings
-from bitladder.runtimes.vllm.exceptions import SEE_TRACEBACK, classify, classify_exit, exit_words
+from bitladder.runtimes.vllm.exceptions import advice, classify, classify_exit, exit_words, said
 from bitladder.runtimes.vllm.formats import fitting, plain_format
 from bitladder.runtimes.vllm.job import LogProbs, ServeJob
 from bitladder.runtimes.vllm.serve_judging import (
@@ -162,13 +162,13 @@ def failure_finding(served: Served) -> ProbeFinding | None:
     where = f"vLLM (last step finished: {served.reached})"
     if served.error is not None and not served.timed_out:
         error_class = classify(served.error.type, served.error.message or served.error.line)
-        said = first_line(served.error.message) or f"`{served.error.line}` failed"
-        problem = f"{served.error.type}: {said}"
+        problem = f"{served.error.type}: {said(served.error.message, served.error.line)}"
     else:
         error_class = classify_exit(served.returncode, timed_out=served.timed_out)
         ended = exit_words(served.returncode)
         problem = "killed at the time limit" if served.timed_out else f"the process ended with {ended}"
-    remedy = _REMEDIES.get(error_class, SEE_TRACEBACK)
+    message = "" if served.error is None else served.error.message
+    remedy = _REMEDIES.get(error_class) or advice(error_class, message)
     return ProbeFinding(error_class=error_class, where=where, problem=problem, remedy=remedy)
 
 
