@@ -57,6 +57,11 @@ def test_the_classes_ask_for_the_capability_that_the_rules_say(chosen):
     assert least["CompressedTensorsW8A16Fp8"] == 75
 
 
+@pytest.mark.timeout(400)
+def test_cpus_quantise_anew_where_nothing_changes_and_stop_where_something_would(chosen):
+    assert chosen["requantised"] == {"equal": True, "unequal": None}
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_is_scored_for_a_device_is_what_its_kernels_compute(target):
     known = TARGETS[target]

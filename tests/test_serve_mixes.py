@@ -12,8 +12,11 @@ from bitladder import planning
 from bitladder.checkpoints.export import export
 from bitladder.data.processors import load_processor
 from bitladder.data.samples import load_data
+from bitladder.device import has_amx
 from bitladder.evaluation import logprobs
-from bitladder.formats import COMPRESSED_TENSORS, MODELOPT, get_format
+from bitladder.formats import COMPRESSED_TENSORS, FORMATS, MODELOPT, get_format
+from bitladder.formats.targets import served as computed
+from bitladder.formats.targets import target_of
 from bitladder.models.weights import TORCH_NAMES
 from bitladder.recipe import DataSpec
 from bitladder.records import BF16, CheckpointManifest
@@ -22,6 +25,8 @@ from bitladder.runtimes.vllm.job import ServeJob
 from bitladder.runtimes.vllm.rules import VllmRules
 from bitladder.runtimes.vllm.serve import serve_all
 
+# our evaluation, in the arithmetic of this machine, on which vLLM runs
+log_probs = partial(logprobs.log_probs, arithmetic=computed(FORMATS, target_of(None, amx=has_amx())))
 KINDS = {
     MODELOPT: ("fp8", "nvfp4", "fp8_pc_pt", "nvfp4_w4a16", BF16),
     COMPRESSED_TENSORS: ("int4_w4a16_g64", "int8", "fp8", "int4_w4a16", BF16),
@@ -123,7 +128,7 @@ def data():
 @pytest.fixture(scope="module")
 def expected(exported, data):
     """{directory: log-probabilities by our evaluation}; of a damaged copy those of the good files."""
-    found = {one: logprobs.log_probs(one, [data]) for one in (broken.SOURCE, *map(exported.get, KINDS))}
+    found = {one: log_probs(one, [data]) for one in (broken.SOURCE, *map(exported.get, KINDS))}
     return found | {exported[ALIKE.format(carrier)]: found[exported[carrier]] for carrier in KINDS}
 
 
@@ -169,7 +174,7 @@ def test_each_layer_runs_as_promised_in_the_kernel_of_its_format(served, exporte
 def test_vllm_is_as_far_from_our_evaluation_as_bfloat16_is(served, exported, expected, data, name):
     directory = exported[name]
     ours = expected[directory]
-    rounded = distance(logprobs.log_probs(directory, [data], dtype=torch.bfloat16), ours)
+    rounded = distance(log_probs(directory, [data], dtype=torch.bfloat16), ours)
     assert distance(served[1][name], ours) < MOST * rounded
     (difference,) = served[0][name].log_probs
     assert difference.mean_abs_difference == pytest.approx(distance(served[1][name], ours), rel=1e-5)
@@ -179,7 +184,7 @@ def test_vllm_is_as_far_from_our_evaluation_as_bfloat16_is(served, exported, exp
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_emulation_rounds_inputs_to_four_bits(served, exported, expected, data, tmp_path):
-    plain = logprobs.log_probs(unrounded(exported[MODELOPT], tmp_path / "x"), [data])
+    plain = log_probs(unrounded(exported[MODELOPT], tmp_path / "x"), [data])
     given = served[1][MODELOPT]
     # without rounding it would be 0.019 from the one and 0.008 from the other
     assert distance(given, expected[exported[MODELOPT]]) < 0.8 * distance(given, plain)

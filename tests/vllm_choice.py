@@ -5,10 +5,12 @@ what the CUDA wheel brings: FlashInfer, DeepGEMM, Humming. What csrc answers is 
 """
 
 import importlib.machinery
+import importlib.util
 import json
 import os
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +22,13 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels.linear.scaled_mm import cutlass
 from vllm.model_executor.layers.quantization import modelopt
 from vllm.model_executor.layers.quantization.compressed_tensors import schemes
+from vllm.model_executor.layers.quantization.utils import w8a8_utils
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.scalar_type import scalar_types
 from vllm.utils import flashinfer
 
+KERNELS = Path(__file__).parents[1] / "src" / "bitladder" / "runtimes" / "vllm" / "child_kernels.py"
 SHAPE = (1024, 1024)
 # csrc/quantization/w8a8/cutlass/scaled_mm_entry.cu, csrc/quantization/fp4/nvfp4_scaled_mm_entry.cu
 CSRC = {
@@ -137,6 +141,24 @@ def least() -> dict[str, int]:
     }
 
 
+def requantised() -> dict[str, bool | None]:
+    """Return whether FP8 codes stay as they are where vLLM quantises a fused layer anew on a CPU; None: it stops."""
+    spec: Any = importlib.util.spec_from_file_location("child_kernels", KERNELS)
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes[codes.float().isfinite()].reshape(2, -1)
+    found: dict[str, bool | None] = {}
+    for name, scales in {"equal": (0.003, 0.003), "unequal": (0.003, 0.004)}.items():
+        with kernels.keeping_scales():
+            try:
+                _, left = w8a8_utils.requantize_with_max_scale(codes.clone(), torch.tensor(scales), [1, 1])
+                found[name] = torch.equal(left.float(), codes.float())
+            except RuntimeError:
+                found[name] = None
+    return found
+
+
 def main() -> None:
     """Print the choice on this CPU, and on each pretended GPU, a process each: vLLM remembers what it was told."""
     config = VllmConfig()
@@ -149,7 +171,7 @@ def main() -> None:
                 print(json.dumps({str(capability): choice()}), flush=True)
                 os._exit(0)
             os.wait()
-        print(json.dumps({"cpu": choice(), "least": least()}))
+        print(json.dumps({"cpu": choice(), "least": least(), "requantised": requantised()}))
 
 
 if __name__ == "__main__":
