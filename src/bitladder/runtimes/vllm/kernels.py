@@ -139,7 +139,10 @@ KERNELS: Final[Mapping[str, Mapping[str, Row]]] = {
         ),
         "int8": _row(
             (_INT8, _INT8, _INT8, _NO_INT8, _NO_INT8),
-            (Cell("CPUInt8", seen=_TESTS), Cell("CPUInt8")),
+            (
+                Cell("CPUInt8", note="without VNNI sums of two products saturate at 16 bits", seen=_TESTS),
+                Cell("CPUInt8"),
+            ),
             f"{_SCALED}cutlass.py, cpu.py; csrc, cutlass/c3x/scaled_mm_helper.hpp",
         ),
         **dict.fromkeys(("int4_w4a16", "int4_w4a16_g64"), _INT4),
