@@ -132,8 +132,8 @@ def build(job: Facts, gpu: bool) -> Any:
         "enforce_eager": not gpu,  # on a GPU CUDA graphs, as in service; compiling for a CPU takes minutes
         "enable_prefix_caching": False,  # a prompt that is timed again would else be found in the cache
     }
-
-    with _sibling("child_kernels").emulating():
+    kernels = _sibling("child_kernels")
+    with kernels.emulating(), kernels.keeping_scales():
         return vllm.LLM(**{**arguments, **job.get("engine", {})})
 
 
