@@ -19,7 +19,7 @@ from itertools import accumulate
 
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, PlanError
 from bitladder.planning import ranges
-from bitladder.planning.frontier import TradeOff
+from bitladder.planning.trade_off import TradeOff
 from bitladder.planning.options import check_usable
 from bitladder.planning.patterns import matching_groups
 from bitladder.planning.prediction import KlMap

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.errors import PlanError
-from bitladder.planning.frontier import TradeOff
+from bitladder.planning.trade_off import TradeOff
 from bitladder.planning.options import Options
 from bitladder.planning.points import MAX_FRONTIER_CHOICES, Points, TooManyPoints
 from bitladder.planning.relaxation import Curve, Relaxation
