@@ -390,7 +390,9 @@ def import_manifest(
         raise OutputError(f"{output} exists already; choose another name or remove it")
     measurement = importing.import_manifest(manifest)
     measurement.write(output)
-    console().print(f"{len(measurement.groups)} groups, {measurement.searched_weights:,} weights; no amax, so no export")
+    console().print(
+        f"{len(measurement.groups)} groups, {measurement.searched_weights:,} weights; no amax, so no export"
+    )
 
 
 @app.command()

@@ -7,8 +7,8 @@ from fractions import Fraction
 
 from bitladder.errors import InfeasibleTarget
 from bitladder.formats import FORMATS, least_bits
-from bitladder.planning.trade_off import TradeOff
 from bitladder.planning.prediction import KlMap
+from bitladder.planning.trade_off import TradeOff
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
 
