@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from bitladder.errors import ProbeFailed
@@ -68,6 +69,7 @@ def started(recipe: Path, output: Path | None) -> Iterator["Run"]:
     run = Run(recipe, output=output, quiet=not _debug)
     tasks: dict[str, int] = {}
     asked_to_stop: list[int] = []
+    telling = Lock()  # checkpoints are written by several threads
 
     def stop(number: int, _: object) -> None:
         asked_to_stop.append(number)
@@ -79,8 +81,9 @@ def started(recipe: Path, output: Path | None) -> Iterator["Run"]:
         def progress(phase: str, done: int, total: int) -> None:
             if asked_to_stop:  # a library swallowed the first KeyboardInterrupt
                 raise KeyboardInterrupt
-            if phase not in tasks:
-                tasks[phase] = bars().add_task(phase, total=total)
+            with telling:
+                if phase not in tasks:
+                    tasks[phase] = bars().add_task(phase, total=total)
             bars().update(tasks[phase], completed=done, total=total)  # type: ignore[arg-type]
 
         before = signal.signal(signal.SIGINT, stop)
