@@ -209,10 +209,10 @@ def test_bars_are_drawn_once_whoever_tells_first(recipe, tmp_path, monkeypatch):
         return Bars()
 
     monkeypatch.setattr(terminal, "_bars", bars)
-    with terminal.started(recipe, tmp_path / "out"):
+    with terminal.started(recipe(tmp_path), None):
         pass
     assert not drawn
-    with terminal.started(recipe, tmp_path / "out") as run:
+    with terminal.started(recipe(tmp_path), None) as run:
         threads = [threading.Thread(target=run.progress, args=(phase, 1, 2)) for phase in ("first", "second")]
         for thread in threads:
             thread.start()
