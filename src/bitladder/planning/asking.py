@@ -23,12 +23,12 @@ from itertools import accumulate
 
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, PlanError
 from bitladder.planning import ranges
-from bitladder.planning.frontier import TradeOff
 from bitladder.planning.options import check_usable
 from bitladder.planning.patterns import matching_groups
 from bitladder.planning.prediction import KlMap
 from bitladder.planning.pricing import cheapest_first, price
 from bitladder.planning.solver import Solver
+from bitladder.planning.trade_off import TradeOff
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
 

@@ -7,9 +7,9 @@ from fractions import Fraction
 
 from bitladder.errors import InfeasibleTarget, PlanError
 from bitladder.formats import FORMATS, MODELOPT, get_format, least_bits
-from bitladder.planning.frontier import TradeOff
 from bitladder.planning.patterns import matching_groups
 from bitladder.planning.prediction import KlMap
+from bitladder.planning.trade_off import TradeOff
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
 

@@ -88,7 +88,7 @@ def _check_each_once(formats: Sequence[str]) -> None:
 class Section(BaseModel):
     """A frozen part of the recipe that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -408,17 +408,17 @@ class Recipe(Section):
 
     model: ModelSpec
     calibration: tuple[SampleSpec, ...] = Field(min_length=1)
-    held_out: tuple[HeldOutSpec, ...] = Field(default=(HeldOutSpec(),), min_length=1)
-    measurement: MeasureSpec = MeasureSpec()
-    workers: WorkersSpec = WorkersSpec()
+    held_out: tuple[HeldOutSpec, ...] = Field(default_factory=lambda: (HeldOutSpec(),), min_length=1)
+    measurement: MeasureSpec = Field(default_factory=MeasureSpec)
+    workers: WorkersSpec = Field(default_factory=WorkersSpec)
     schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
     kv_cache: Literal["none", "fp8"] = "none"
     serve_on: ServedOn | None = Field(default=None, description="whose arithmetic is scored; None: that of the device")
-    refine: RefineSpec = RefineSpec()
-    controls: ControlSpec = ControlSpec()
-    export: ExportSpec = ExportSpec()
-    layout: LayoutSpec = LayoutSpec()
-    runtimes: RuntimesSpec = RuntimesSpec()
+    refine: RefineSpec = Field(default_factory=RefineSpec)
+    controls: ControlSpec = Field(default_factory=ControlSpec)
+    export: ExportSpec = Field(default_factory=ExportSpec)
+    layout: LayoutSpec = Field(default_factory=LayoutSpec)
+    runtimes: RuntimesSpec = Field(default_factory=RuntimesSpec)
     output: str
 
     @field_validator("calibration", "held_out", mode="before")

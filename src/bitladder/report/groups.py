@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from bitladder.planning.uncertainty import rank_intervals
 from bitladder.records import BF16, BF16_BITS, Candidate, Measurement, QuantGroup, Scheme
 from bitladder.report.types import (
     WITHIN_NOISE_ERRORS,
@@ -144,6 +143,8 @@ def _share(part: float, whole: float) -> float | None:
 
 def reported_groups(measurement: Measurement, ladder: Sequence[Scheme]) -> tuple[ReportedGroup, ...]:
     """Return what the report says of every group, in the measurement's order."""
+    from bitladder.planning.uncertainty import rank_intervals  # with numpy, which comparing reports needs not
+
     table = measurement.by_group()
     density = {name: densities(measurement, name) for name in measurement.formats}
     ranks = {name: ranks_of(found) for name, found in density.items()}

@@ -39,8 +39,6 @@ from bitladder.report.tables import (
 )
 from bitladder.report.types import Report
 
-JSON_FILE = "report.json"
-
 
 def template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
     """Return one of the templates beside this file, with our ways of showing numbers, and more, as its filters.
