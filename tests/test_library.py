@@ -284,6 +284,7 @@ def test_every_format_goes_through_a_whole_run(text_file, tmp_path):
                 {"name": "mix", "effective_bits": 7.0},
             ],
             "controls": {"kinds": []},
+            "export": {"carrier": "compressed-tensors"},  # which holds all of them
             "output": str(tmp_path / "out"),
         }
     )
