@@ -172,6 +172,24 @@ def test_evaluation_simulation_and_modelopts_layout_agree(
         assert simulation.results([reference], scheme)[0].value == result.value
 
 
+def test_half_precision_measured_in_bfloat16_is_verified(llama, text_file, tmp_path):
+    """Scales of blocks and groups are made of the file's numbers, those of rows and tensors of what was measured."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    noise = torch.Generator().manual_seed(5)
+    tensors = {n: (t.float() + 0.01 * torch.randn(t.shape, generator=noise)).half() for n, t in tensors.items()}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    measurement = measure_text(model, text_file, tmp_path / "out", formats=tuple(EACH), dtype="bfloat16")
+    measured = measurement, read_amax(measurement, tmp_path / "out")
+    for turn in range(2):  # 12 groups, of which every format gets one
+        formats = {group.name: EACH[(i + 12 * turn) % len(EACH)] for i, group in enumerate(measurement.groups)}
+        scheme = planning.price(measurement, f"mix{turn}", formats, SchemeSpec(name="x", include=("*",)))
+        export(scheme, *measured, model, tmp_path / scheme.name, carrier=COMPRESSED_TENSORS)
+        result = verified(model, measured, scheme, tmp_path / scheme.name)
+        assert result.ok, result.findings
+
+
 # --- transformers' own loader -----------------------------------------------------------------------------------
 
 

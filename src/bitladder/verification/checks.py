@@ -19,7 +19,7 @@ from bitladder.runinfo import one_core_each
 from bitladder.storage import sha256_of_file
 from bitladder.verification import blocks, ints
 from bitladder.verification.expected import CONFIG, LEGACY, Expected, Scale, Weight, scale_of
-from bitladder.verification.layouts import E2M1_MAX, E4M3_MAX
+from bitladder.verification.layouts import E2M1_MAX, E4M3_MAX, WRITTEN
 from bitladder.verification.reading import INDEX, Tensors, bytes_of, differences, read_json
 
 EXPORT_AGAIN = "remove its directory and export this scheme again"
@@ -176,14 +176,14 @@ def _weights(
         if entry.is_quantised and entry.group is not None:
             # Weights are measured in the arithmetic of the measurement, to which they were cast.
             part.weight_amax[entry.group] = float(original.abs().max().to(dtype))
+            weight, scale = original if entry.spread in WRITTEN else original.to(dtype), expected.scales[entry.scale]
             if entry.bits is not None and entry.zero_point is not None:
-                scale = expected.scales[entry.scale]
-                part.many_scales[name], part.zero_points[name] = ints.ranges_of(original.to(dtype), entry.bits, scale)
+                part.many_scales[name], part.zero_points[name] = ints.ranges_of(weight, entry.bits, scale)
             elif entry.bits is not None:
-                part.many_scales[name] = ints.scales_of(original.to(dtype), entry.bits, expected.scales[entry.scale])
+                part.many_scales[name] = ints.scales_of(weight, entry.bits, scale)
             else:
                 above = _read_scale(tensors, expected, entry.above)
-                many = blocks.many_scales(original.to(dtype), entry.spread, above)
+                many = blocks.many_scales(weight, entry.spread, above)
                 if many is not None:
                     part.many_scales[name] = many
         if name in tensors.files:

@@ -19,7 +19,7 @@ def scales_of(weight: torch.Tensor, bits: int, scale: Scale) -> torch.Tensor:
     zeros have scale 1.
 
     Args:
-        weight: [rows, columns] of the source, in the arithmetic of the measurement.
+        weight: [rows, columns] of the source; of rows in the arithmetic of the measurement.
         bits: of a code.
         scale: what is expected of them.
     """
@@ -39,7 +39,7 @@ def ranges_of(weight: torch.Tensor, bits: int, scale: Scale) -> tuple[torch.Tens
     have the library's scale, BF16's step at 1.
 
     Args:
-        weight: [rows, columns] of the source, in the arithmetic of the measurement.
+        weight: [rows, columns] of the source.
         bits: of a code.
         scale: what is expected of the scales.
     """

@@ -20,6 +20,10 @@ SQUARE = 128  # rows and columns that share a scale
 Spread = Literal["tensor", "row", "square", "fp4", "exponent", "group"]
 
 
+# Whose scales are made of the source's own numbers when they are written; the others come from the measurement, which
+# has cast them to its arithmetic.
+WRITTEN = ("fp4", "exponent", "group")
+
 # Of which ModelOpt has no files: bits of a code, how many share a scale (None: a row), and whether they are symmetric.
 INTEGERS = {
     "int8": (8, None, True),
