@@ -52,6 +52,7 @@ fusing: $(VLLM_VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/python scripts/cli_reference.py > docs/cli.md
+	$(BIN)/python scripts/runtime_tables.py > docs/runtimes.new && mv docs/runtimes.new docs/runtimes.md
 
 vllm-env: $(VLLM_VENV)/.installed
 

@@ -69,5 +69,5 @@ def test_no_page_names_a_path_of_one_machine():
 
 
 def test_every_error_class_of_a_probe_is_described():
-    text = (ROOT / "docs" / "runtimes.md").read_text()
+    text = (ROOT / "docs" / "runtimes.md").read_text().partition("## Error classes")[2]
     assert tuple(re.findall(r"^\| `(\w+)` \|", text, re.M)) == get_args(ErrorClass)

@@ -4,16 +4,8 @@ import pytest
 import torch
 
 import broken_checkpoints as broken
-from bitladder import planning
-from bitladder.checkpoints.export import export
-from bitladder.data.processors import load_processor
-from bitladder.data.samples import load_data
-from bitladder.evaluation import logprobs
-from bitladder.recipe import DataSpec
 from bitladder.runtimes.registry import VERSIONS
-from bitladder.runtimes.vllm.job import ServeJob
 from bitladder.runtimes.vllm.load import load_all
-from bitladder.runtimes.vllm.serve import serve_all
 from test_runtime_formats import FP4, FP4_W, FP8, LINEARS, NAMES, PC_PT, found, make, manifest
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -24,9 +16,7 @@ MIX = {
     if not name.startswith("model.layers.1.")
 }
 Q, K, OUT = broken.Q, broken.K, "model.layers.0.self_attn.o_proj"
-FOURS = ("nvfp4", "nvfp4_w4a16")
 KERNELS = {"nvfp4": "EmulationNvFp4LinearKernel", "nvfp4_w4a16": "EmulationNvFp4W4A16LinearKernel"}
-DATA = broken.DEMO / "data"
 GATE = "model.layers.0.mlp.gate_proj"
 
 
@@ -224,49 +214,3 @@ def test_vllms_loader_and_what_is_wrong(loaded, name, verdict, where):
     assert result.verdict != "ok"
     assert verdict in (None, result.verdict), [(f.error_class, f.where, f.problem) for f in result.findings]
     assert where is None or where in {f.where for f in result.findings}
-
-
-# --- served ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory, vllm_python):
-    """The results of the embedded model in both formats and in a mix with FP8, served by vLLM on a CPU."""
-    root = tmp_path_factory.mktemp("served")
-    measurement, amax = broken.measure(root / "measured", engine="native", formats=("fp8", *FOURS))
-    data = load_data(
-        DataSpec(kind="text", path=str(DATA / "captions.txt")),
-        load_processor(broken.SOURCE),
-        samples=8,
-        sequence_length=64,
-        batch_size=4,
-        seed=1,
-    )
-    kinds = {"qkv_proj": "nvfp4", "o_proj": "nvfp4", "gate_up_proj": "nvfp4_w4a16", "down_proj": "fp8"}
-    chosen = {"mix": lambda name: kinds[name.rpartition(".")[2]], **{name: lambda _, n=name: n for name in FOURS}}
-    for name, choose in chosen.items():
-        formats = {group.name: choose(group.name) for group in measurement.groups}
-        scheme = planning.price(measurement, name, formats, {"name": name, "include": ["*"]})
-        export(scheme, measurement, amax, broken.SOURCE, root / name)
-    directories = [root / name for name in chosen]
-    expected = {directory: logprobs.log_probs(directory, [data]) for directory in [broken.SOURCE, *directories]}
-    job = ServeJob(sequences=tuple(logprobs.sequences(data, "captions", broken.SOURCE)))
-    probes = serve_all(directories, vllm_python, job, source=broken.SOURCE, expected=expected, timeout=220)
-    return dict(zip(chosen, probes.results, strict=True)), expected, root
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_vllm_serves_what_our_evaluation_computes(served):
-    results, expected, root = served
-    for name, result in results.items():
-        assert result.findings == (), name
-        assert all(layer.format == layer.promised for layer in result.layers)
-        (found,) = result.log_probs
-        pairs = zip(expected[root / name], expected[broken.SOURCE], strict=True)
-        changes = [abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)]
-        # what the format itself changes is more than what BF16 does, which moves four-bit inputs to other values
-        share = found.mean_abs_difference / (sum(changes) / len(changes))
-        assert share < (0.4 if name == "nvfp4_w4a16" else 0.8), name
-    kernels = {layer.format: layer.kernel for layer in results["mix"].layers if layer.format.startswith("nvfp4")}
-    assert kernels == KERNELS

@@ -42,6 +42,7 @@ from bitladder.records import BF16, BF16_BITS, QuantGroup
 __all__ = [
     "AS_STORED",
     "CARRIED_SCALES",
+    "CODE_NAMES",
     "COMPRESSED_TENSORS",
     "FORMATS",
     "GLOBAL_SCALES",
@@ -98,6 +99,8 @@ FORMATS: dict[str, Format] = {
 CARRIED_SCALES = frozenset(SCALE_NAMES) | {
     layout.name(part) for one in FORMATS.values() for layout in one.layouts.values() for part in one.scale_names
 }
+# What files of any carrier may call a weight or its codes.
+CODE_NAMES = frozenset(layout.name(WEIGHT) for one in FORMATS.values() for layout in one.layouts.values())
 
 
 def get_format(name: str, arithmetic: Mapping[str, Arithmetic] = MappingProxyType({})) -> Format:

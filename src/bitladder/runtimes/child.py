@@ -24,6 +24,7 @@ from bitladder.storage import scratch_directory
 # cache is in GiB, and read on CPUs only.
 VLLM_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_INT4_W4A8": "0",  # on CPUs with AMX inputs of four-bit weights would be rounded to eight bits
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",

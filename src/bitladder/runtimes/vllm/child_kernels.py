@@ -1,20 +1,22 @@
 """For the child scripts: kernels on CPUs for layers for which vLLM registers none. Loaded by path, in vLLM's Python.
 
 FP4 layers run by vLLM's own emulation, in values that are rounded as its GPU kernels round them; with 16-bit inputs the
-weights are restored by its own function. MXFP8 and square blocks can be loaded. On other devices nothing changes.
+weights are restored by its own function. Packed integers run without AVX-512. MXFP8 and square blocks can be loaded.
+FP8 weights can be quantised anew, which vLLM does while loading. On other devices nothing changes.
 
 Source: vllm 0.32.0, model_executor/kernels/linear/nvfp4/emulation.py, and __init__.py (init_nvfp4_linear_kernel).
 """
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 _BLOCK = 16
 _ASKED = "init_nvfp4_linear_kernel"  # what the layers' classes ask for a kernel
+_MIDDLE = 8  # a four-bit code c without zero points stands for c - 8 (vllm/scalar_type.py, uint4b8)
 # Where compressed-tensors checkpoints get their MXFP8 kernel from.
 _CARRIED_MXFP8 = "vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_mxfp8"
 
@@ -35,7 +37,8 @@ def emulating() -> Iterator[None]:
     for each in asking:
         setattr(each, _ASKED, _kernel)
     try:
-        yield
+        with _restoring_integers():
+            yield
     finally:
         for each, original in zip(asking, originals, strict=True):
             setattr(each, _ASKED, original)
@@ -57,6 +60,59 @@ def _kernel(use_a16: bool = False) -> Any:
             return torch.nn.functional.linear(x, weight, bias)
 
     return (EmulationNvFp4W4A16LinearKernel if use_a16 else EmulationNvFp4LinearKernel)(NvFp4LinearLayerConfig())
+
+
+@contextlib.contextmanager
+def _restoring_integers() -> Iterator[None]:
+    """Let CPUs without AVX-512 run packed integers: vLLM chooses a kernel there whose operation that build lacks.
+
+    Weights are restored in 16 bits once, as its kernel restores them for each product.
+
+    Source: vllm 0.32.0, model_executor/kernels/linear/mixed_precision/cpu.py, platforms/cpu.py (import_kernels).
+    """
+    import vllm._custom_ops  # noqa: F401  (loads the operations of this CPU)
+
+    try:
+        from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+        from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+            compressed_tensors_wNa16 as asking,
+        )
+    except ImportError:  # earlier releases have other kernels
+        yield
+        return
+    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        yield
+        return
+    from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32 as unpack
+
+    class EmulationWNA16LinearKernel(CPUWNA16LinearKernel):  # type: ignore[misc]
+        """The same with weights that are restored when they are loaded."""
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            """Restore the weights, [out_features, in_features], from codes [out_features, in_features / 8]."""
+            kind = self.config.weight_type
+            codes = unpack(layer.weight_packed, kind, 1)
+            columns, zeros = codes.shape[1] // layer.weight_scale.shape[1], torch.tensor([[_MIDDLE]])
+            if self.config.zero_points:  # [out_features / 8, groups]
+                zeros = unpack(layer.weight_zero_point, kind, 0).repeat_interleave(columns, 1)
+            scales = layer.weight_scale.repeat_interleave(columns, 1)
+            layer.restored = (codes - zeros).to(scales.dtype) * scales
+
+        def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            """Return the product with them."""
+            return torch.nn.functional.linear(x, layer.restored, bias)
+
+    original = asking.choose_mp_linear_kernel
+
+    def choose(config: Any, *others: Any, **named: Any) -> Any:
+        chosen = original(config, *others, **named)
+        return EmulationWNA16LinearKernel if chosen is CPUWNA16LinearKernel else chosen
+
+    asking.choose_mp_linear_kernel = choose
+    try:
+        yield
+    finally:
+        asking.choose_mp_linear_kernel = original
 
 
 @contextlib.contextmanager
@@ -94,3 +150,57 @@ def lending_blocks() -> Iterator[None]:
         for module in callers:
             module.init_mxfp8_linear_kernel = original
         Squares.is_supported, linear._POSSIBLE_FP8_BLOCK_KERNELS = able, known
+
+
+@contextlib.contextmanager
+def quantising(done: Callable[[torch.Tensor], None] = lambda _: None) -> Iterator[None]:
+    """Let vLLM quantise FP8 weights anew on CPUs, whose build lacks the operation (`static_scaled_fp8_quant`).
+
+    Args:
+        done: is given each weight that is quantised anew, on any device.
+    """
+    import vllm._custom_ops as operations
+    from vllm.platforms import current_platform
+
+    original = operations.scaled_fp8_quant
+
+    def quantise(tensor: torch.Tensor, scale: torch.Tensor | None = None, **options: Any) -> Any:
+        done(tensor)
+        if scale is None or not current_platform.is_cpu():
+            return original(tensor, scale, **options)
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        return (tensor.float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
+
+    operations.scaled_fp8_quant = quantise
+    try:
+        yield
+    finally:
+        operations.scaled_fp8_quant = original
+
+
+@contextlib.contextmanager
+def keeping_scales() -> Iterator[None]:
+    """Let CPUs serve FP8 layers of compressed-tensors' layout, which vLLM quantises anew even to the same scale.
+
+    Where the modules of a fused layer have different scales it stops as before: what runs isn't what is stored then.
+
+    Source: vllm 0.32.0, quantization/utils/fp8_utils.py (process_fp8_weight_tensor_strategy), utils/w8a8_utils.py.
+    """
+    from vllm.model_executor.layers.quantization.utils import w8a8_utils
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        yield
+        return
+    original = w8a8_utils.requantize_with_max_scale
+
+    def requantise(weight: torch.Tensor, weight_scale: torch.Tensor, logical_widths: list[int]) -> Any:
+        same = bool((weight_scale == weight_scale.max()).all())
+        with quantising() if same else contextlib.nullcontext():
+            return original(weight, weight_scale, logical_widths)
+
+    w8a8_utils.requantize_with_max_scale = requantise
+    try:
+        yield
+    finally:
+        w8a8_utils.requantize_with_max_scale = original

@@ -16,7 +16,6 @@ Source of the order of steps: vllm v1/engine/llm_engine.py (LLMEngine.__init__) 
 model_executor/model_loader/base_loader.py (BaseModelLoader.load_model), vLLM 0.25.1 and 0.32.0.
 """
 
-import contextlib
 import gc
 import importlib.util
 import json
@@ -31,8 +30,9 @@ from typing import Any
 import torch
 
 TEXT = "List the digits."  # that any tokenizer makes tokens of
-# Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`.
-KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op")
+# Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`, and of
+# square blocks a name of its own.
+KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op", "w8a8_block_fp8_linear")
 
 Facts = dict[str, Any]
 
@@ -204,32 +204,6 @@ def attention_facts(model: torch.nn.Module) -> list[Facts]:
     ]
 
 
-@contextlib.contextmanager
-def requantising(found: list[list[int]]) -> Iterator[None]:
-    """Note the shape of every weight that vLLM quantises anew while loading, and do it on CPUs.
-
-    vLLM's CPU build lacks the operation (`static_scaled_fp8_quant`), its GPU builds have it: loading would stop here
-    for a reason that isn't the checkpoint's.
-    """
-    import vllm._custom_ops as operations
-    from vllm.platforms import current_platform
-
-    original = operations.scaled_fp8_quant
-
-    def quantise(tensor: torch.Tensor, scale: torch.Tensor | None = None, **options: Any) -> Any:
-        found.append(list(tensor.shape))
-        if scale is None or not current_platform.is_cpu():
-            return original(tensor, scale, **options)
-        largest = torch.finfo(torch.float8_e4m3fn).max
-        return (tensor.float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
-
-    operations.scaled_fp8_quant = quantise
-    try:
-        yield
-    finally:
-        operations.scaled_fp8_quant = original
-
-
 def start_process_group(store: Path) -> None:
     """Make the process group of one process that vLLM's layers ask for their rank; once a process.
 
@@ -333,8 +307,11 @@ class Probe:
             with set_default_torch_dtype(model_config.dtype), device, kernels.emulating(), kernels.lending_blocks():
                 return initialize_model(vllm_config=config, model_config=model_config)
 
+        def note(weight: torch.Tensor) -> None:
+            self.facts["requantised"].append(list(weight.shape))
+
         def post_process() -> bool:
-            with set_default_torch_dtype(model_config.dtype), requantising(self.facts["requantised"]):
+            with set_default_torch_dtype(model_config.dtype), kernels.quantising(note):
                 process_weights_after_loading(model, model_config, device)
             return True
 

@@ -17,6 +17,12 @@ _OUT_OF_MEMORY_SIGNAL: Final = -signal.SIGKILL
 
 
 SEE_TRACEBACK: Final = "see the traceback; `bitladder preflight` names the tensor or file where its rules know it"
+_NO_KERNEL: Final = "Failed to find a kernel"
+_ANOTHER_DEVICE: Final = (
+    "serve it on a device for which vLLM has one (docs/runtimes.md, Which kernel and which arithmetic), or plan "
+    "without that format"
+)
+_LONGEST: Final = 500  # characters of a message
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("unsupported_format", r"Unknown quantization method", "vllm/config/model.py"),
     Rule("unsupported_format", r"quantization is currently not supported", "vllm/platforms, verify_quantization"),
     Rule("unsupported_format", r"Minimum capability", "vllm/model_executor/model_loader/weight_utils.py"),
-    Rule("unsupported_format", r"Failed to find a kernel", "vllm/model_executor/kernels/linear/__init__.py"),
+    Rule("unsupported_format", _NO_KERNEL, "vllm/model_executor/kernels/linear/__init__.py"),
     Rule("unsupported_format", r"not multiple of 16|[Dd]ivisible by (16|128)", f"{_VLLM_MODELOPT}; torch._scaled_mm"),
     # What the files lack, have too much of, or have in another shape.
     Rule("missing_file", r"Cannot find any (safetensors )?model weights", _VLLM_LOADER),
@@ -124,3 +130,25 @@ def classify_exit(returncode: int, *, timed_out: bool) -> ErrorClass:
 def exit_words(returncode: int) -> str:
     """Return how a child ended, in words: `signal 9`, `exit status 1`."""
     return f"signal {-returncode}" if returncode < 0 else f"exit status {returncode}"
+
+
+def said(message: str, line: str = "") -> str:
+    """Return what an exception says in one line: its first one, and where vLLM found no kernel, why each won't do.
+
+    Args:
+        message: `str(exception)`.
+        line: the line of code that raised it, for an exception without words.
+    """
+    lines = [" ".join(one.split()) for one in message.splitlines() if one.strip()]
+    if not lines:
+        return f"`{line}` failed"
+    first, *others = lines
+    if _NO_KERNEL in first:
+        reasons = "; ".join(one.rstrip(".") for one in others) or "it has none for this device"
+        first = f"{first.removesuffix('Reasons:').rstrip(' .')}: {reasons}"
+    return first if len(first) <= _LONGEST else f"{first[:_LONGEST]}…"
+
+
+def advice(error_class: ErrorClass, message: str) -> str:
+    """Return what to do about an exception of that class and message."""
+    return _ANOTHER_DEVICE if error_class == "unsupported_format" and _NO_KERNEL in message else SEE_TRACEBACK

@@ -21,8 +21,8 @@ from bitladder.formats import (
 )
 from bitladder.records import BF16, CheckpointManifest, ErrorClass, ProbedLayer, ProbeFinding
 from bitladder.runtimes.base import RECOMPUTED
-from bitladder.runtimes.child import Outcome, first_line
-from bitladder.runtimes.vllm.exceptions import SEE_TRACEBACK, classify, classify_exit, exit_words
+from bitladder.runtimes.child import Outcome
+from bitladder.runtimes.vllm.exceptions import advice, classify, classify_exit, exit_words, said
 from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
 from bitladder.runtimes.vllm.formats import (
     PACKED,
@@ -62,24 +62,14 @@ def _warning(error_class: ErrorClass, where: str, problem: str, remedy: str) -> 
     return ProbeFinding(error_class=error_class, severity="warning", where=where, problem=problem, remedy=remedy)
 
 
-def _first_line(text: str, limit: int = 400) -> str:
-    line = first_line(text)
-    return line if len(line) <= limit else f"{line[:limit]}..."
-
-
 def failure_finding(failure: Failure, facts: Facts) -> ProbeFinding:
     """Return the finding of an exception that vLLM raised; `runtime_bug` where no rule explains it."""
     error_class = classify(failure.type, failure.message or failure.line)
     where = f"vLLM, {failure.step}"
     if failure.step == "weights" and facts.last_tensor is not None:
         where = facts.last_tensor
-    said = _first_line(failure.message) or f"`{failure.line}` failed"
-    return _error(
-        error_class,
-        where,
-        f"vLLM stops at the step {failure.step}: {failure.type}: {said}",
-        SEE_TRACEBACK,
-    )
+    problem = f"vLLM stops at the step {failure.step}: {failure.type}: {said(failure.message, failure.line)}"
+    return _error(error_class, where, problem, advice(error_class, failure.message))
 
 
 def tokenizer_findings(facts: Facts) -> Iterator[ProbeFinding]:
@@ -437,7 +427,7 @@ def child_findings(outcome: Outcome, facts: Facts | None, timeout: float) -> tup
     error = outcome.result.get("error")
     if error:
         failure = Failure.model_validate(error)
-        problem = f"vLLM can't be imported: {failure.type}: {_first_line(failure.message)}"
+        problem = f"vLLM can't be imported: {failure.type}: {said(failure.message, failure.line)}"
         remedy = "repair its environment (`make vllm-env` makes one for CPUs)"
         return (_error(classify(failure.type, failure.message or failure.line), "vLLM", problem, remedy),)
     ended = exit_words(outcome.returncode)

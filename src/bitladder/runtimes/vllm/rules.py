@@ -36,19 +36,21 @@ class VllmRules(Rules):
             _MODELOPT.format(version),
             caveat=_NOT_IN_OLD_MIX,
         ),
-        # both need the whole blocks that the formats ask for; inputs are rounded as they come, in blocks of a token.
-        # Of MXFP8's kernels only Blackwell's do that: from 8.0 on inputs stay in 16 bits
+        # both need the whole blocks that the formats ask for; kernels.py says where inputs are rounded. Least here: of
+        # ModelOptMxFp8Config and ModelOptFp8Config (get_min_capability); in a mix ModelOptMixedPrecisionConfig's, 7.5
         "fp8_block": Support("ModelOptLinearMethod", 80, None, _MODELOPT.format(version), caveat=_NOT_IN_OLD_MIX),
         "mxfp8": Support("ModelOptLinearMethod", 80, None, _MODELOPT.format(version)),
         # of both versions: GPUs without FP4 units run these layers with inputs in 16 bits, from 7.5 on
         "nvfp4": Support("ModelOptLinearMethod", 75, None, _MODELOPT.format(version)),
         "nvfp4_w4a16": Support("ModelOptLinearMethod", 75, None, _MODELOPT.format(version)),
     }
-    CARRIED: ClassVar = {
+    CARRIED: ClassVar = {  # least: each scheme's get_min_capability
+        # below 8.9 CompressedTensorsW8A16Fp8 takes FP8, from 7.5 on, and leaves inputs in 16 bits
         "fp8": Support("CompressedTensorsW8A8Fp8", 89, None, _SCHEMES.format("w8a8_fp8")),
         "fp8_pc_pt": Support("CompressedTensorsW8A8Fp8", 89, None, _SCHEMES.format("w8a8_fp8")),
         "fp8_block": Support("CompressedTensorsW8A8Fp8", 89, None, _SCHEMES.format("w8a8_fp8")),
-        "mxfp8": Support("CompressedTensorsW8A8Mxfp8", 80, None, _SCHEMES.format("w8a8_mxfp8")),
+        # 7.5 where ModelOpt's uniform layout asks for 8.0: its Marlin kernel does without FP8 units
+        "mxfp8": Support("CompressedTensorsW8A8Mxfp8", 75, None, _SCHEMES.format("w8a8_mxfp8")),
         "nvfp4": Support("CompressedTensorsW4A4Fp4", 75, None, _SCHEMES.format("w4a4_nvfp4")),
         "nvfp4_w4a16": Support("CompressedTensorsW4A4Fp4", 75, None, _SCHEMES.format("w4a4_nvfp4")),
         "int8": Support("CompressedTensorsW8A8Int8", 75, None, _SCHEMES.format("w8a8_int8")),

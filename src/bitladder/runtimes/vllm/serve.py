@@ -16,9 +16,10 @@ tolerance; the loader check (`load.py`) looks at each layer.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from bitladder.errors import ModelError, ProbeFailed
+from bitladder.formats import CODE_NAMES
 from bitladder.models.headers import read_header
 from bitladder.reading import read_json
 from bitladder.records import (
@@ -33,10 +34,10 @@ from bitladder.records import (
     ServedMemory,
 )
 from bitladder.runinfo import Meter
-from bitladder.runtimes.child import VLLM_ENVIRONMENT, first_line, installed_version, run_child
+from bitladder.runtimes.child import VLLM_ENVIRONMENT, installed_version, run_child
 from bitladder.runtimes.files import read_manifest
 from bitladder.runtimes.findings import Findings
-from bitladder.runtimes.vllm.exceptions import SEE_TRACEBACK, classify, classify_exit, exit_words
+from bitladder.runtimes.vllm.exceptions import advice, classify, classify_exit, exit_words, said
 from bitladder.runtimes.vllm.formats import fitting, packing_of, plain_format
 from bitladder.runtimes.vllm.job import LogProbs, ServeJob
 from bitladder.runtimes.vllm.serve_judging import (
@@ -99,19 +100,42 @@ def _context(directory: Path, needed: int) -> int:
 
 
 def _modules(directory: Path) -> list[str]:
-    """Return the modules whose weight is a matrix, by the weight files' headers; damaged ones are left to vLLM."""
+    """Return the modules whose weight, or codes, are a matrix, by the files' headers; damaged ones are left to vLLM."""
     modules = []
     for path in sorted(directory.glob("*.safetensors")):
         try:
             tensors = read_header(path)
         except ModelError:
             continue
-        modules += [
-            name.removesuffix(".weight")
-            for name, info in tensors.items()
-            if name.endswith(".weight") and len(info.shape) == 2
-        ]
+        split = ((name.rpartition("."), info) for name, info in tensors.items())
+        modules += [module for (module, _, leaf), info in split if leaf in CODE_NAMES and len(info.shape) == 2]
     return modules
+
+
+def child_job(directory: Path, job: ServeJob) -> dict[str, Any]:
+    """Return the job as the child reads it.
+
+    Args:
+        directory: a checkpoint, or the original.
+        job: what is asked.
+
+    Raises:
+        ModelError: the model can't hold the job's sequences.
+    """
+    return {
+        "model": str(directory.resolve()),
+        "modules": _modules(directory),
+        "questions": [asdict(question) for question in job.questions],
+        "sequences": [{"prompt_ids": one.prompt_ids, "image": one.image} for one in job.sequences],
+        "max_tokens": job.max_tokens,
+        "chat": job.chat,
+        "kv_cache_dtype": job.kv_cache_dtype,
+        "max_model_len": _context(directory, job.tokens_in_context),
+        "max_num_seqs": min(job.requests, MAX_REQUESTS_AT_ONCE),
+        "kv_cache_bytes": job.kv_cache_bytes,
+        "gpu_memory_utilization": SHARED_GPU_UTILIZATION if job.kv_cache_bytes else GPU_MEMORY_UTILIZATION,
+        "speed": None if job.speed is None else asdict(job.speed),
+    }
 
 
 def serve(directory: Path, python: Path, job: ServeJob, *, timeout: float = 1800.0) -> Served:
@@ -127,20 +151,7 @@ def serve(directory: Path, python: Path, job: ServeJob, *, timeout: float = 1800
         ModelError: there is no checkpoint, or it can't hold the job's sequences. BitladderError: no such interpreter.
     """
     check_checkpoint(directory)
-    words = {
-        "model": str(directory.resolve()),
-        "modules": _modules(directory),
-        "questions": [asdict(question) for question in job.questions],
-        "sequences": [{"prompt_ids": one.prompt_ids, "image": one.image} for one in job.sequences],
-        "max_tokens": job.max_tokens,
-        "chat": job.chat,
-        "kv_cache_dtype": job.kv_cache_dtype,
-        "max_model_len": _context(directory, job.tokens_in_context),
-        "max_num_seqs": min(job.requests, MAX_REQUESTS_AT_ONCE),
-        "kv_cache_bytes": job.kv_cache_bytes,
-        "gpu_memory_utilization": SHARED_GPU_UTILIZATION if job.kv_cache_bytes else GPU_MEMORY_UTILIZATION,
-        "speed": None if job.speed is None else asdict(job.speed),
-    }
+    words = child_job(directory, job)
     return Served.parse(run_child(python, SCRIPT, words, timeout=timeout, environment=ENVIRONMENT))
 
 
@@ -164,13 +175,13 @@ def failure_finding(served: Served) -> ProbeFinding | None:
     where = f"vLLM (last step finished: {served.reached})"
     if served.error is not None and not served.timed_out:
         error_class = classify(served.error.type, served.error.message or served.error.line)
-        said = first_line(served.error.message) or f"`{served.error.line}` failed"
-        problem = f"{served.error.type}: {said}"
+        problem = f"{served.error.type}: {said(served.error.message, served.error.line)}"
     else:
         error_class = classify_exit(served.returncode, timed_out=served.timed_out)
         ended = exit_words(served.returncode)
         problem = "killed at the time limit" if served.timed_out else f"the process ended with {ended}"
-    remedy = _REMEDIES.get(error_class, SEE_TRACEBACK)
+    message = "" if served.error is None else served.error.message
+    remedy = _REMEDIES.get(error_class) or advice(error_class, message)
     return ProbeFinding(error_class=error_class, where=where, problem=problem, remedy=remedy)
 
 
