@@ -268,8 +268,10 @@ def test_the_test_above_can_fail(recipe):
     assert "torch" in loaded_by("export", recipe)
 
 
-def test_every_format_goes_through_a_whole_run(text_file, tmp_path):
-    """Alone and in a mix of all, from the measurement to the report and the model cards."""
+@pytest.mark.parametrize("carrier", ["modelopt", "compressed-tensors"])
+def test_every_format_goes_through_a_whole_run(carrier, text_file, tmp_path):
+    """Alone and in a mix of all, from the measurement to the report and the model cards: integers in their carrier."""
+    formats = [name for name, one in FORMATS.items() if next(iter(one.layouts)) == carrier]
     config = llama_config(hidden_size=256, intermediate_size=256, num_attention_heads=4, head_dim=64)
     model = save_model(transformers.LlamaForCausalLM, config, tmp_path / "model")
     samples = {"samples": 4, "sequence_length": 24, "batch_size": 4}
@@ -278,9 +280,10 @@ def test_every_format_goes_through_a_whole_run(text_file, tmp_path):
             "model": {"path": str(model)},
             "calibration": {"data": {"kind": "text", "path": str(text_file)}, **samples},
             "held_out": {"name": "text", **samples},
-            "measurement": {"formats": list(FORMATS)},
+            "measurement": {"formats": formats},
+            "export": {"carrier": carrier},
             "schemes": [
-                *({"name": name, "coverage": 1.0, "format": name} for name in FORMATS),
+                *({"name": name, "coverage": 1.0, "format": name} for name in formats),
                 {"name": "mix", "effective_bits": 7.0},
             ],
             "controls": {"kinds": []},
@@ -289,11 +292,11 @@ def test_every_format_goes_through_a_whole_run(text_file, tmp_path):
         }
     )
     report = run.run()
-    assert {scheme.name: scheme.verified for scheme in report.schemes} == dict.fromkeys([*FORMATS, "mix"], True)
+    assert {scheme.name: scheme.verified for scheme in report.schemes} == dict.fromkeys([*formats, "mix"], True)
     assert all(scheme.results for scheme in report.schemes)
-    for name, format_ in FORMATS.items():
+    for name in formats:
         directory = tmp_path / "out" / "checkpoints" / name
-        assert f"{name.upper()} ({format_.title})" in (directory / "README.md").read_text()
+        assert f"{name.upper()} ({FORMATS[name].title})" in (directory / "README.md").read_text()
         assert bitladder.load(directory).get_parameter("model.layers.0.mlp.up_proj.weight").isfinite().all()
     mix = next(scheme for scheme in report.schemes if scheme.name == "mix")
     assert sum(count.groups > 0 for count in mix.format_counts) > 2

@@ -1,8 +1,11 @@
 """The serving probe: judging by itself, and vLLM's engine on the embedded model, on a CPU."""
 
+import contextlib
 import math
 import shutil
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from bitladder.evaluation.reference import Reference
 from bitladder.recipe import DataSpec
 from bitladder.records import CheckpointManifest, ModuleRecord
 from bitladder.runtimes.child import Outcome
+from bitladder.runtimes.vllm import child_load, child_serve
 from bitladder.runtimes.vllm.exceptions import classify, classify_exit
 from bitladder.runtimes.vllm.job import Question, ScoredSequence, ServeJob, SpeedJob
 from bitladder.runtimes.vllm.serve import answer, judge, probe, serve_all
@@ -407,3 +411,28 @@ def test_a_python_without_vllm_is_a_result_and_one_that_is_not_there_an_error(tm
     assert "make vllm-env" in probes.results[0].findings[0].remedy
     with pytest.raises(BitladderError, match="no Python interpreter"):
         probe(SOURCE, tmp_path / "nowhere", ServeJob())
+
+
+@pytest.mark.parametrize("child", [child_load.kernel_of, child_serve._kernel_of], ids=["load", "serve"])
+@pytest.mark.parametrize(
+    "path", ["kernel", "fp8_linear", "fp8_linear.kernel", "fp8_linear_op", "w8a8_block_fp8_linear"]
+)
+def test_a_kernel_is_found_wherever_a_release_keeps_it(child, path):
+    class Kernel:
+        pass
+
+    found = Kernel()
+    for name in reversed(path.split(".")):
+        found = SimpleNamespace(**{name: found})
+    assert child(found) == "Kernel"
+    assert child(SimpleNamespace(scheme="w8a8")) is None
+
+
+def test_a_job_may_say_more_to_the_engine_and_has_the_last_word(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=dict))
+    monkeypatch.setattr(child_serve, "_sibling", lambda _: SimpleNamespace(emulating=contextlib.nullcontext))
+    names = ("model", "kv_cache_dtype", "max_model_len", "max_num_seqs", "gpu_memory_utilization", "kv_cache_bytes")
+    job = dict.fromkeys(names, 1)
+    assert child_serve.build(job, True)["enforce_eager"] is False
+    more = {"enforce_eager": True, "compilation_config": {"mode": 0}}
+    assert child_serve.build({**job, "engine": more}, True) == {**child_serve.build(job, True), **more}

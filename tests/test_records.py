@@ -79,6 +79,7 @@ MEASUREMENT: dict[str, Any] = {
     "score_unit": "nats² per token",
     "score_weights": (0.1, 0.2),
     "formats": ("fp8", "nvfp4"),
+    "arithmetic": {"nvfp4": "weight-only"},
     "left_out": (LeftOut(group="g", format="nvfp4", reason="r"),),
     "groups": (GROUP,),
     "candidates": (Candidate(group="g", format="fp8", weight_bits=64, scores=(1 / 3, -1e-30)),),

@@ -68,7 +68,7 @@ class Tags(html.parser.HTMLParser):
 
 def hostile(part, mark, keep=()):
     """A copy of a record with `mark` at the end of every foreign text in it, keys included."""
-    fixed = {"metric", "unit", "control", "stage", "severity", "sha256", "format", "engine", "method", *keep}
+    fixed = {"metric", "unit", "control", "stage", "severity", "sha256", "format", "engine", "method", "carrier", *keep}
     if isinstance(part, BaseModel):
         fields = {
             name: value if name in fixed or name.endswith("sha256") else hostile(value, mark, keep)

@@ -90,11 +90,17 @@ def log_probs(
         ModelError: the files can't be used.
     """
     model = load_checkpoint(directory, dtype, device, arithmetic)
-    rows = tuple(row for one in data for batch in one.batches for row in _batch_log_probs(model, batch.to(device)))
+    rows = log_probs_of(model, data, device)
     if device.startswith("cuda"):
         del model
         torch.cuda.empty_cache()  # the runtime is served on the same GPU next, and asks for nearly all of it
     return rows
+
+
+@torch.no_grad()
+def log_probs_of(model: torch.nn.Module, data: Sequence[DataSet], device: str) -> LogProbs:
+    """Return what a loaded checkpoint gives each counted token, as `log_probs` does."""
+    return tuple(row for one in data for batch in one.batches for row in _batch_log_probs(model, batch.to(device)))
 
 
 def _batch_log_probs(model: torch.nn.Module, batch: Batch) -> Iterator[tuple[float, ...]]:

