@@ -287,7 +287,6 @@ def test_every_format_goes_through_a_whole_run(carrier, text_file, tmp_path):
                 {"name": "mix", "effective_bits": 7.0},
             ],
             "controls": {"kinds": []},
-            "export": {"carrier": "compressed-tensors"},  # which holds all of them
             "output": str(tmp_path / "out"),
         }
     )
