@@ -1,6 +1,7 @@
 """Import directions: who may know whom. Read from the source, so that an import inside a function counts too."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "bitladder"
 # The house, from the ground up: a room imports from floors below its own, and no other room of its floor.
 FLOORS = (
-    {"errors"},
+    {"errors", "lazily"},
     {"reading"},
     {"storage"},
     {"recipe"},
@@ -166,10 +167,44 @@ def test_the_check_above_can_fail():
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():
-    heavy = ("torch", "transformers", "modelopt")
+    heavy = ("torch", "transformers", "modelopt", "numpy", "pydantic", "rich", "yaml")
     code = f"import sys; import bitladder.cli; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["planning", "report"])
+def test_a_package_gives_late_what_it_says_it_has(package):
+    """The names stand three times: for type checkers, in `__all__`, and with the modules that they come from."""
+    tree = ast.parse((SOURCE / package / "__init__.py").read_text())
+    (either,) = (node for node in tree.body if isinstance(node, ast.If))
+    checked = {node.module.rpartition(".")[2]: tuple(name.name for name in node.names) for node in either.body}
+    (given,) = either.orelse
+    assert ast.literal_eval(given.value.args[1]) == checked
+    names = {name: module for module, found in checked.items() for name in found}
+    assert not names.keys() & {path.stem for path in files_of(package)}
+    imported = importlib.import_module(f"bitladder.{package}")
+    constants = {name for name, value in vars(imported).items() if isinstance(value, str) and name.isupper()}
+    assert set(imported.__all__) == names.keys() | constants
+    for name, module in names.items():
+        assert getattr(imported, name) is getattr(importlib.import_module(f"bitladder.{package}.{module}"), name)
+    with pytest.raises(AttributeError, match=f"module 'bitladder.{package}' has no attribute 'nothing'"):
+        _ = imported.nothing
+
+
+def test_no_schema_is_built_before_its_first_use():
+    code = (
+        "from bitladder import records, recipe; import bitladder.report.types\n"
+        "from bitladder.records.base import Part; from bitladder.recipe.sections import Section\n"
+        "def under(kind): return [found for one in kind.__subclasses__() for found in (one, *under(one))]\n"
+        "kinds = [*under(Part), *under(Section)]\n"
+        "assert len(kinds) > 60\n"
+        "print([kind.__name__ for kind in kinds if kind.__pydantic_complete__])\n"
+        "for kind in kinds: kind.model_rebuild()\n"
+        "print([kind.__name__ for kind in kinds if not kind.__pydantic_complete__])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["[]", "[]"]
 
 
 READERS = {"open", "safe_open", "load_file", "read_text", "read_bytes", "ZipFile", "fromfile", "memmap", "from_file"}

@@ -16,7 +16,8 @@ SCHEMES = [{"name": "all8", "coverage": 1.0, "format": "int8"}, {"name": "mix", 
 
 def recipe(files, output, export):  # noqa: F811
     measurement = {"formats": FORMATS, "engine": "native"}
-    return work_of(files, output, measurement=measurement, schemes=SCHEMES, export=export, controls={"kinds": []})
+    controls = {"kinds": ["random"], "seeds": 1}
+    return work_of(files, output, measurement=measurement, schemes=SCHEMES, export=export, controls=controls)
 
 
 def test_a_run_ends_with_checkpoints_that_transformers_reads(files, tmp_path):  # noqa: F811
@@ -30,6 +31,10 @@ def test_a_run_ends_with_checkpoints_that_transformers_reads(files, tmp_path):  
         assert "- compressed-tensors" in card
         assert "from_pretrained(directory" in card
         assert (output / "evaluations" / f"{name}.json").exists()
+    (arm,) = json.loads((output / "evidence.json").read_text())["arms"]  # of the mix; of one format there is no other
+    assert arm["scheme"]["name"] == "mix.random0"
+    assert {result["metric"] for result in arm["results"]} >= {"kl"}
+    assert "Against chance: `mix` has" in (output / "report.md").read_text()
     again = recipe(files, output, CARRIED)
     run(again)
     assert again.done == []

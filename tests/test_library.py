@@ -228,13 +228,21 @@ def test_the_code_of_the_guide_runs(llama, tmp_path, monkeypatch):
         exec(compile(block, "docs/library.md", "exec"), names)
 
 
-def loaded_by(*arguments):
-    """Run a command, and return which heavy packages it imported."""
+def loaded_by(*arguments, among=HEAVY, opening=None):
+    """Run a command, and return which of these packages it imported: in all, or until it opened a file."""
     code = (
-        "import sys, bitladder.cli\n"
+        "import sys\n"
+        "seen = []\n"
+        "def loaded():\n"
+        f"    return ' '.join(name for name in {among} if name in sys.modules)\n"
+        "def opened(event, what):\n"
+        f"    if event == 'open' and str(what[0]) == {str(opening)!r}:\n"
+        "        seen.append(loaded())\n"
+        "sys.addaudithook(opened)\n"
+        "import bitladder.cli\n"
         "try:\n    bitladder.cli.main()\n"
         "except SystemExit as end:\n    assert not end.code, end.code\n"
-        f"print('loaded:', *(name for name in {HEAVY} if name in sys.modules))\n"
+        f"print('loaded:', loaded() if {opening is None} else seen[0])\n"
     )
     command = [sys.executable, "-c", code, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -266,6 +274,25 @@ def test_planning_and_reporting_commands_import_nothing_heavy(finished, recipe, 
 
 def test_the_test_above_can_fail(recipe):
     assert "torch" in loaded_by("export", recipe)
+
+
+def test_a_command_begins_before_it_imports_what_it_needs_later(finished, recipe, tmp_path):
+    """What computes, what draws and what makes pages: a record that can't be read is told of without them."""
+    late = ("numpy", "rich", "jinja2", *HEAVY)
+    measurement, report = (finished[0].output / name for name in ("measurement.json", "report.json"))
+    assert loaded_by("plan", recipe, among=late, opening=measurement) == []
+    assert loaded_by("report", recipe, among=late, opening=measurement) == []
+    late = (*late, "yaml")  # only recipes are YAML
+    assert loaded_by("frontier", measurement, among=late, opening=measurement) == []
+    assert loaded_by("compare", report.parent, report.parent, among=late, opening=report) == []
+    assert loaded_by("import", MANIFEST, tmp_path / "measurement.json", among=late, opening=MANIFEST) == []
+
+
+def test_what_computes_nothing_imports_no_numpy(finished, recipe, tmp_path):
+    output = finished[0].output
+    assert loaded_by("compare", output, output, among=("numpy", "yaml")) == []
+    assert loaded_by("import", MANIFEST, tmp_path / "measurement.json", among=("numpy", "yaml")) == []
+    assert loaded_by("plan", recipe, among=("numpy", "yaml", "rich")) == ["numpy", "yaml", "rich"]  # it is seen
 
 
 @pytest.mark.parametrize("carrier", ["modelopt", "compressed-tensors"])

@@ -267,13 +267,14 @@ def test_four_and_a_half_bits_are_the_floor_and_mixes_lie_above(measured):
     floor = planning.plan(measurement, spec("floor", effective_bits=4.5))
     assert floor.effective_bits == 4.5
     assert set(floor.formats.values()) <= set(BOTH)
-    said = planning.at_the_floor(measurement, floor)
-    assert said is not None
+    smallest = planning.at_the_floor(measurement, floor)
+    assert set(smallest) == set(floor.formats.values())
+    said = planning.floor_sentence("floor", floor.effective_bits, measurement.formats, smallest)
     assert said.startswith("floor: 4.50 effective bits is the floor of these formats (fp8, nvfp4, nvfp4_w4a16): every")
     mix = planning.plan(measurement, spec("mix", effective_bits=5.4))
     assert 4.5 < mix.effective_bits <= 5.4
     assert "fp8" in mix.formats.values()
-    assert planning.at_the_floor(measurement, mix) is None
+    assert planning.at_the_floor(measurement, mix) == ()
     with pytest.raises(InfeasibleTarget, match=r"4\.4 effective bits is below the minimum 4\.50.* add int4_w4a16"):
         planning.plan(measurement, spec("x", effective_bits=4.4))
     with pytest.raises(InfeasibleTarget, match=r"minimum 4\.50 of these formats"):

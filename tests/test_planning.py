@@ -394,11 +394,10 @@ def test_exclude_modules_are_in_network_order():
     assert scheme.exclude_modules == (*(f"model.layers.{i}.a" for i in range(1, 12)), "lm_head")
 
 
-def test_several_formats_need_a_choice_for_coverage(int4):
+def test_what_is_named_by_hand_needs_a_format_where_there_are_several(int4):
     measurement = random_measurement(random.Random(1), 5, int4)
-    for target in ({"coverage": 0.8}, {"include": ["*"]}):
-        with pytest.raises(PlanError, match="names no format.*fp8, int4$"):
-            planning.plan(measurement, spec("x", **target))
+    with pytest.raises(PlanError, match="names no format.*fp8, int4$"):
+        planning.plan(measurement, spec("x", include=["*"]))
     with pytest.raises(PlanError, match="`format` goes with coverage or include"):
         planning.plan(measurement, spec("x", effective_bits=12.0, format="fp8"))
     with pytest.raises(PlanError, match="format nvfp4 is not measured; measured: fp8, int4"):

@@ -430,7 +430,8 @@ def test_a_kernel_is_found_wherever_a_release_keeps_it(child, path):
 
 def test_a_job_may_say_more_to_the_engine_and_has_the_last_word(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=dict))
-    monkeypatch.setattr(child_serve, "_sibling", lambda _: SimpleNamespace(emulating=contextlib.nullcontext))
+    lent = dict.fromkeys(("emulating", "keeping_scales"), contextlib.nullcontext)
+    monkeypatch.setattr(child_serve, "_sibling", lambda _: SimpleNamespace(**lent))
     names = ("model", "kv_cache_dtype", "max_model_len", "max_num_seqs", "gpu_memory_utilization", "kv_cache_bytes")
     job = dict.fromkeys(names, 1)
     assert child_serve.build(job, True)["enforce_eager"] is False

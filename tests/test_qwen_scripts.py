@@ -186,6 +186,83 @@ def test_a_scheme_s_name_says_its_target():
     assert schemes("--auto-quantize-bits", "11.5")[0]["name"] == "fp8_autoquant_11.5bits"
 
 
+def test_formats_name_the_schemes_that_are_given_no_name():
+    names = [entry["name"] for entry in schemes("--formats", "nvfp4,fp8")]
+    assert names == ["nvfp4_fp8_autoquant_top25", "nvfp4_fp8_autoquant_top50", "nvfp4_fp8_autoquant_full"]
+    (entry,) = schemes("--formats", "nvfp4, fp8,bf16", "--auto-quantize-bits", "4.5")
+    assert entry == {
+        "name": "nvfp4_fp8_autoquant_4.5bits",
+        "effective_bits": 4.5,
+        "kv_cache": "none",
+        "formats": ["nvfp4", "fp8"],
+    }
+    (entry,) = schemes("--scheme-name", "nvfp4_fp8_autoquant_top75_coco2017")
+    assert entry == {"name": "nvfp4_fp8_autoquant_top75", "coverage": 0.75, "kv_cache": "none"}
+    assert schemes("--formats", "fp8", "--schemes", "top25")[0]["name"] == "fp8_autoquant_top25"
+    with pytest.raises(RecipeError, match="names no format to quantise to"):
+        schemes("--formats", "bf16,")
+
+
+def test_formats_that_are_not_measured_yet_are_measured_beside_the_others(tmp_path):
+    out = tmp_path / "quantized"
+
+    def recipe_of(earlier, *flags):
+        flags = driver.parse([*flags, "--out-root", str(tmp_path)])
+        return driver.recipe_of(flags, tmp_path / "autoquant", copy.deepcopy(earlier))
+
+    def asked(recipe):
+        return {scheme.name: scheme.formats for scheme in recipe.schemes}
+
+    def exported(recipe):
+        for scheme in recipe.schemes:
+            (out / f"{scheme.name}_coco2017").mkdir(parents=True, exist_ok=True)
+        return recipe.model_dump(mode="json")
+
+    first = recipe_of({}, "--schemes", "top25")
+    assert first.measurement.formats == ("fp8",)
+    assert asked(first) == {"fp8_autoquant_top25": None}  # as it was before there were formats
+    assert recipe_of({}, "--schemes", "top25", "--formats", "fp8") == first
+    second = recipe_of(exported(first), "--formats", "nvfp4,fp8", "--auto-quantize-bits", "4.5")
+    assert second.measurement.formats == ("fp8", "nvfp4")
+    assert asked(second) == {"fp8_autoquant_top25": ("fp8",), "nvfp4_fp8_autoquant_4.5bits": None}
+    third = recipe_of(exported(second), "--formats", "fp8_block,fp8", "--auto-quantize-bits", "9")
+    assert third.measurement.formats == ("fp8", "nvfp4", "fp8_block")
+    assert asked(third) == {
+        "fp8_autoquant_top25": ("fp8",),
+        "nvfp4_fp8_autoquant_4.5bits": ("fp8", "nvfp4"),
+        "fp8_block_fp8_autoquant_9bits": ("fp8_block", "fp8"),
+    }
+    again = recipe_of(exported(third), "--scheme-name", "fp8_block_fp8_autoquant_9bits", "--auto-quantize-bits", "9")
+    assert again.schemes[-1] == third.schemes[-1]  # what it isn't told it takes from the calls before
+    assert again.measurement == third.measurement
+    carried = recipe_of(exported(first), "--carrier", "compressed-tensors")
+    assert carried.export.carrier == "compressed-tensors"
+    assert recipe_of(exported(carried), "--schemes", "top50").export.carrier == "compressed-tensors"
+
+
+def test_a_mix_from_one_measurement_by_the_driver(root, tmp_path):
+    where = ["--model-dir", DEMO / "qwen2_5_vl_digits", "--captions", DEMO / "data" / "captions.txt"]
+    out = tmp_path / "out"
+    here(out, *where, *TINY, "--formats", "nvfp4,fp8", "--auto-quantize-bits", "4.5")
+    before = digests(out)
+    record = Measurement.read(out / "autoquant" / "measurement.json")
+    assert set(record.formats) == {"nvfp4", "fp8"}
+    here(out, "--formats", "fp8", "--auto-quantize-bits", "12")  # one of those measured: nothing is measured again
+    here(out, "--auto-quantize-bits", "5.4", "--scheme-name", "mix")
+    assert digests(out) == before
+    plans = {path.stem: Scheme.read(path) for path in (out / "autoquant" / "schemes").iterdir()}
+    assert set(plans) == {"nvfp4_fp8_autoquant_4.5bits", "fp8_autoquant_12bits", "mix"}
+    assert "nvfp4" not in plans["fp8_autoquant_12bits"].formats.values()
+    assert {"nvfp4", "fp8"} <= set(plans["mix"].formats.values())
+    report = (out / "reports" / "report-fp8-autoquant-schemes.md").read_text()
+    assert "At the floor: `nvfp4_fp8_autoquant_4.5bits`: 4.50 effective bits is the floor of these formats" in report
+    result = run_driver(out, "--auto-quantize-bits", "4.2")
+    assert result.returncode == 2
+    assert "add int4_w4a16 to --formats with --carrier compressed-tensors" in result.stderr
+    with pytest.raises(RecipeError, match="--formats mxfp8 is not in .*which has nvfp4, fp8; choose among these"):
+        here(out, "--measurement", out / "autoquant" / "measurement.json", "--formats", "mxfp8")
+
+
 @pytest.mark.parametrize("name", ["fp8_mine", "top0", "top101", "fp8_autoquant_half", ""])
 def test_a_name_without_a_target_is_refused(name):
     with pytest.raises(RecipeError, match="says no target"):

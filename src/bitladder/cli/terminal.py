@@ -1,4 +1,7 @@
-"""What the commands show: progress and tables, what was found, how a run ended."""
+"""What the commands show: progress and tables, what was found, how a run ended.
+
+rich is imported when there is something to draw, which is after a command's work.
+"""
 
 import logging
 import os
@@ -6,26 +9,41 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bitladder.errors import ProbeFailed
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
     from rich.table import Table
 
     from bitladder.library import Run
     from bitladder.records import Measurement, ProbeResult, Scheme
 
-# This very stream: ModelOpt's prints are silenced by replacing sys.stdout. No markup: names hold brackets.
-console = Console(file=sys.stdout, markup=False)
-complaints = Console(stderr=True)
+_stdout = sys.stdout  # this very stream: ModelOpt's prints are silenced by replacing sys.stdout
 _WIDE = 160  # columns
 _debug = False  # whether all that libraries say, and tracebacks, are shown
+
+
+@cache
+def console() -> "Console":
+    """Return what prints to standard output; without markup, since names hold brackets."""
+    from rich.console import Console
+
+    return Console(file=_stdout, markup=False)
+
+
+@cache
+def complaints() -> "Console":
+    """Return what prints to standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 class Interrupted(Exception):
@@ -49,41 +67,50 @@ def started(recipe: Path, output: Path | None) -> Iterator["Run"]:
     from bitladder.library import Run
 
     run = Run(recipe, output=output, quiet=not _debug)
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, int] = {}
-        asked_to_stop: list[int] = []
+    tasks: dict[str, int] = {}
+    asked_to_stop: list[int] = []
+    telling = Lock()  # checkpoints are written by several threads
 
-        def stop(number: int, _: object) -> None:
-            asked_to_stop.append(number)
-            raise KeyboardInterrupt
+    def stop(number: int, _: object) -> None:
+        asked_to_stop.append(number)
+        raise KeyboardInterrupt
+
+    with ExitStack() as shown:
+        bars = cache(lambda: shown.enter_context(_bars()))  # from the first progress on: planning shows none
 
         def progress(phase: str, done: int, total: int) -> None:
             if asked_to_stop:  # a library swallowed the first KeyboardInterrupt
                 raise KeyboardInterrupt
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total)
-            bars.update(tasks[phase], completed=done, total=total)  # type: ignore[arg-type]
-
-        def tell(line: str) -> None:
-            bars.console.print(line, soft_wrap=True, highlight=False)
+            with telling:
+                if phase not in tasks:
+                    tasks[phase] = bars().add_task(phase, total=total)
+            bars().update(tasks[phase], completed=done, total=total)  # type: ignore[arg-type]
 
         before = signal.signal(signal.SIGINT, stop)
         try:
-            console.print(f"Output: {run.output}", soft_wrap=True, highlight=False)
-            run.progress, run.tell = progress, tell
+            print(f"Output: {run.output}", file=_stdout, flush=True)
+            run.progress, run.tell = progress, say
             yield run
         except KeyboardInterrupt as error:
             raise Interrupted from error
         finally:
             signal.signal(signal.SIGINT, before)
+            if not tasks:
+                print(file=_stdout, flush=True)  # where the bars would be
+
+
+def _bars() -> "Progress":
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description:<34}"),
+        progress.BarColumn(bar_width=30),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        console=console(),
+    )
 
 
 def quietly() -> AbstractContextManager[None]:
@@ -95,7 +122,9 @@ def quietly() -> AbstractContextManager[None]:
 
 def print_table(table: "Table") -> None:
     """Print a table at the width it needs: a narrow terminal or a pipe must not swallow columns."""
-    Console(file=sys.stdout, width=max(console.width, _WIDE), markup=False).print(table, crop=False)
+    from rich.console import Console
+
+    Console(file=sys.stdout, width=max(console().width, _WIDE), markup=False).print(table, crop=False)
 
 
 def print_schemes(measurement: "Measurement", schemes: "tuple[Scheme, ...]") -> None:
@@ -117,16 +146,20 @@ def print_schemes(measurement: "Measurement", schemes: "tuple[Scheme, ...]") -> 
             f"{len(scheme.quantised_groups())}/{len(scheme.formats)}",
         )
     print_table(table)
-    console.print(f"predicted score in {measurement.score_unit}")
+    console().print(f"predicted score in {measurement.score_unit}")
     for scheme in schemes:
-        floor = planning.at_the_floor(measurement, scheme)
-        if floor is not None:
-            say(floor)
+        smallest = planning.at_the_floor(measurement, scheme)
+        if smallest:
+            say(
+                planning.floor_sentence(
+                    scheme.name, scheme.effective_bits, scheme.narrow(measurement).formats, smallest
+                )
+            )
 
 
 def say(text: str) -> None:
     """Print a line as it is, however long."""
-    console.print(text, soft_wrap=True, highlight=False)
+    console().print(text, soft_wrap=True, highlight=False)
 
 
 def close_probes(results: "Sequence[ProbeResult]") -> None:
@@ -178,5 +211,5 @@ def complain(error: Exception, line: str, status: int) -> None:
         traceback.print_exception(error)
     # What people named, or a library says, may hold line ends.
     one = "\\n".join(line.splitlines())
-    complaints.print(one, soft_wrap=True, highlight=False, markup=False)
+    complaints().print(one, soft_wrap=True, highlight=False, markup=False)
     sys.exit(status)

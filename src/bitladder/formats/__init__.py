@@ -26,7 +26,7 @@ from bitladder.formats.base import (
     Part,
     Spread,
 )
-from bitladder.formats.carriers import COMPRESSED_TENSORS, GLOBAL_SCALES, MODELOPT, WEIGHT_PACKED, Layout
+from bitladder.formats.carriers import CARRIERS, COMPRESSED_TENSORS, GLOBAL_SCALES, MODELOPT, WEIGHT_PACKED, Layout
 from bitladder.formats.e4m3 import E4m3
 from bitladder.formats.fp8_block import Fp8Block
 from bitladder.formats.fp8_channel import Fp8Channel
@@ -42,6 +42,7 @@ from bitladder.records import BF16, BF16_BITS, QuantGroup
 __all__ = [
     "AS_STORED",
     "CARRIED_SCALES",
+    "CARRIERS",
     "CODE_NAMES",
     "COMPRESSED_TENSORS",
     "FORMATS",
@@ -64,13 +65,13 @@ __all__ = [
     "Layout",
     "Part",
     "Spread",
+    "carriers_of",
     "column_format",
     "format_of_algorithm",
     "format_of_group",
     "get_format",
     "group_bits",
     "least_bits",
-    "why_no_carrier",
     "why_no_shapes",
     "why_not",
 ]
@@ -130,13 +131,10 @@ def format_of_group(group: Mapping[str, Any]) -> Format | None:
     return next((one for one, layout in layouts if layout is not None and layout.holds(group)), None)
 
 
-def why_no_carrier(names: Iterable[str], carrier: str) -> str | None:
-    """Return why checkpoints of a carrier can't hold all of these formats (`bf16` is no matter); None: they can."""
-    missing = sorted(name for name in set(names) - {BF16} if carrier not in get_format(name).layouts)
-    if not missing:
-        return None
-    able = " or ".join(sorted(get_format(missing[0]).layouts))
-    return f"{missing[0]} is no format of {carrier} checkpoints; set export.carrier: {able}"
+def carriers_of(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the carriers whose checkpoints can hold all of these formats together (`bf16` is no matter)."""
+    wanted = set(names) - {BF16}
+    return tuple(carrier for carrier in CARRIERS if all(carrier in get_format(name).layouts for name in wanted))
 
 
 def column_format(name: str, arithmetic: Mapping[str, Arithmetic] = MappingProxyType({})) -> E4m3:

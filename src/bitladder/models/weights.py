@@ -1,6 +1,6 @@
 """A model directory's safetensors files: which tensors lie where, and what model this is, down to its bytes.
 
-torch is imported where tensors are read: a plan or a report needs to know only which model it is of.
+torch and numpy are imported where tensors are read: a plan or a report needs to know only which model it is of.
 """
 
 import re
@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from bitladder.errors import ModelError
 from bitladder.models.headers import TensorInfo, read_header
@@ -126,6 +124,7 @@ class WeightFiles:
         Raises:
             ModelError: the file is gone or changed, or torch has no such dtype.
         """
+        import numpy as np
         import torch
 
         info = self.tensors[name]

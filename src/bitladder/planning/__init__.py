@@ -3,23 +3,44 @@
 options     what every group may become, without what no plan can need
 relaxation  bounds on what groups can do together
 points      Pareto-optimal sums, which grow group by group
-frontier    the whole trade-off, and what can be asked of it
+trade_off   the whole trade-off (the frontier), and what can be asked of it
 solver      single budgets, without the whole
 pricing     what an assignment costs and is predicted to do
 patterns    what patterns name
 ranges      refusals that name the attainable range
 asking      every way to ask for a scheme
 remarks     what is said of a scheme beside its costs
+
+numpy is imported with the module that computes, when one of its names is asked for.
 """
 
-from bitladder.planning.asking import plan, plan_all, related
-from bitladder.planning.frontier import Frontier, TradeOff, frontier
-from bitladder.planning.patterns import Searched, matching_groups
-from bitladder.planning.points import MAX_FRONTIER_CHOICES
-from bitladder.planning.pricing import density_order, price, standard_error
-from bitladder.planning.ranges import at_the_floor, refuse_unattainable
-from bitladder.planning.remarks import remarked
-from bitladder.planning.solver import Solver, outline
+from typing import TYPE_CHECKING
+
+from bitladder.lazily import given_by
+
+if TYPE_CHECKING:
+    from bitladder.planning.asking import plan, plan_all, related
+    from bitladder.planning.patterns import Searched, matching_groups
+    from bitladder.planning.points import MAX_FRONTIER_CHOICES
+    from bitladder.planning.pricing import density_order, price, standard_error
+    from bitladder.planning.ranges import at_the_floor, floor_sentence, refuse_unattainable
+    from bitladder.planning.remarks import remarked
+    from bitladder.planning.solver import Solver, outline
+    from bitladder.planning.trade_off import Frontier, TradeOff, frontier
+else:
+    __getattr__ = given_by(
+        __name__,
+        {
+            "asking": ("plan", "plan_all", "related"),
+            "patterns": ("Searched", "matching_groups"),
+            "points": ("MAX_FRONTIER_CHOICES",),
+            "pricing": ("density_order", "price", "standard_error"),
+            "ranges": ("at_the_floor", "floor_sentence", "refuse_unattainable"),
+            "remarks": ("remarked",),
+            "solver": ("Solver", "outline"),
+            "trade_off": ("Frontier", "TradeOff", "frontier"),
+        },
+    )
 
 __all__ = [
     "MAX_FRONTIER_CHOICES",
@@ -29,6 +50,7 @@ __all__ = [
     "TradeOff",
     "at_the_floor",
     "density_order",
+    "floor_sentence",
     "frontier",
     "matching_groups",
     "outline",

@@ -9,7 +9,11 @@ integer), its predicted damage the sum of the sensitivities. There is one way to
     coverage             a prefix of the order by damage per bit saved, so that coverage schemes are nested
     include              what the patterns name
 
-With one format and no negative score such a prefix is on the frontier, too: nothing of its size does less damage.
+With one format and no negative score such a prefix is on the frontier, too: nothing of its size does less damage. With
+several formats each group has the one that does least damage per bit saved, whatever the share; so the schemes are
+nested all the same, but something of their bits may do less damage: `effective_bits` finds it.
+
+Candidates are the formats that are measured, or of those a scheme's own `formats`.
 """
 
 import math
@@ -19,12 +23,12 @@ from itertools import accumulate
 
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, PlanError
 from bitladder.planning import ranges
-from bitladder.planning.frontier import TradeOff
 from bitladder.planning.options import check_usable
 from bitladder.planning.patterns import matching_groups
 from bitladder.planning.prediction import KlMap
-from bitladder.planning.pricing import density_order, price
+from bitladder.planning.pricing import cheapest_first, price
 from bitladder.planning.solver import Solver
+from bitladder.planning.trade_off import TradeOff
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
 
@@ -62,19 +66,26 @@ class _Planner:
 
     def __init__(self, measurement: Measurement, given: TradeOff | None, kl_map: KlMap | None) -> None:
         self._fingerprint = measurement.fingerprint()
+        self._whole = measurement
         self._weighed = {1.0: measurement}  # by the weight of image-token positions
         self._given = given
         self._kl_map = kl_map
-        self._solvers: dict[tuple[float, frozenset[str]], TradeOff] = {}
+        self._solvers: dict[tuple[float, tuple[str, ...], frozenset[str]], TradeOff] = {}
         check_usable(measurement)
 
     def plan(self, spec: SchemeSpec) -> Scheme:
         """Return the scheme that `spec` asks for; see `plan`."""
-        measurement = self._measurement(spec.image_weight)
+        ranges.refuse_unmeasured([spec], self._whole.formats)
+        measurement = self._measurement(spec.image_weight).only(spec.candidates)
         excluded = frozenset(matching_groups(measurement, spec.name, spec.exclude))
         if len(excluded) == len(measurement.groups):
             raise InfeasibleTarget(
                 f"scheme {spec.name} would quantise nothing: exclude {list(spec.exclude)} leaves no group; exclude less"
+            )
+        if all(candidate.group in excluded for candidate in measurement.candidates):
+            raise InfeasibleTarget(
+                f"scheme {spec.name} would quantise nothing: no group that exclude {list(spec.exclude)} leaves can be "
+                f"in {ranges.listed(measurement)}; exclude less, or give it other formats"
             )
         if spec.coverage is not None:
             formats = _by_coverage(measurement, spec, excluded)
@@ -102,21 +113,23 @@ class _Planner:
 
     def _by_budget(self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str]) -> dict[str, str]:
         """Return the best choice among all formats within the budget on either side."""
-        if spec.format is not None and measurement.formats != (spec.format,):
+        if spec.format is not None and self._whole.formats != (spec.format,):
             raise PlanError(
                 f"scheme {spec.name}: `format` goes with coverage or include; the others choose among all measured "
-                f"formats ({ranges.listed(measurement)}); leave it out"
+                f"formats ({ranges.listed(self._whole)}): leave it out, or give `formats: [{spec.format}]`"
             )
         edge = self._trade_off(measurement, spec, excluded)
-        return _by_bits(spec, edge) if spec.effective_bits is not None else _by_damage(spec, edge, self._kl_map)
+        if spec.effective_bits is not None:
+            return _by_bits(spec, edge, self._whole.formats)
+        return _by_damage(spec, edge, self._kl_map)
 
     def _trade_off(self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str]) -> TradeOff:
         given = self._given if spec.image_weight == 1.0 else None
-        if given is not None and given.measurement is not measurement and given.measurement != measurement:
+        if given is not None and given.measurement is not self._whole and given.measurement != self._whole:
             raise PlanError(f"scheme {spec.name}: the frontier given is of another measurement; leave it out")
-        if given is not None and given.excluded == excluded:
+        if given is not None and given.excluded == excluded and measurement.formats == self._whole.formats:
             return given
-        key = spec.image_weight, excluded
+        key = spec.image_weight, measurement.formats, excluded
         if key not in self._solvers:
             self._solvers[key] = Solver(measurement, excluded)
         return self._solvers[key]
@@ -170,15 +183,15 @@ def _is_nested(inner: Scheme, outer: Scheme) -> bool:
     )
 
 
-def _by_bits(spec: SchemeSpec, edge: TradeOff) -> dict[str, str]:
-    """Return the least damage within `effective_bits`."""
+def _by_bits(spec: SchemeSpec, edge: TradeOff, measured: Sequence[str]) -> dict[str, str]:
+    """Return the least damage within `effective_bits`; `measured` are formats that the scheme might have as well."""
     assert spec.effective_bits is not None
     asked = Fraction(str(spec.effective_bits))
     if asked >= BF16_BITS:
         raise ranges.quantises_nothing(spec, ranges.range_of(edge))
     formats = edge.least_score(math.floor(asked * edge.measurement.searched_weights))
     if formats is None:
-        raise ranges.below_the_minimum(spec, edge)
+        raise ranges.below_the_minimum(spec, edge, measured)
     return formats
 
 
@@ -205,10 +218,10 @@ def _by_damage(spec: SchemeSpec, edge: TradeOff, kl_map: KlMap | None) -> dict[s
 def _by_coverage(measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str]) -> dict[str, str]:
     """Return the longest prefix of the order by damage per bit saved that `coverage` has room for."""
     assert spec.coverage is not None
-    name = _one_format(measurement, spec)
     total = measurement.searched_weights
     size = {group.name: group.weight_elements for group in measurement.groups}
-    order = [group for group in density_order(measurement, name) if group not in excluded]
+    best = cheapest_first(measurement)
+    order = [group for group in best if group not in excluded]
     budget = Fraction(str(spec.coverage)) * total
     chosen = {group for group, taken in zip(order, accumulate(size[g] for g in order), strict=True) if taken <= budget}
     if not chosen:
@@ -217,7 +230,7 @@ def _by_coverage(measurement: Measurement, spec: SchemeSpec, excluded: frozenset
             f"scheme {spec.name}: coverage {spec.coverage} is less than the share of the first group; "
             f"the smallest attainable is {least:g} ({order[0]})"
         )
-    return {group.name: name if group.name in chosen else BF16 for group in measurement.groups}
+    return {group.name: best[group.name] if group.name in chosen else BF16 for group in measurement.groups}
 
 
 def _by_name(measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str]) -> dict[str, str]:
@@ -241,15 +254,14 @@ def _by_name(measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str
 
 
 def _one_format(measurement: Measurement, spec: SchemeSpec) -> str:
-    """Return the format that a coverage or include scheme uses.
+    """Return the format that an include scheme uses.
 
     Raises:
-        PlanError: it isn't measured, or there are several and none is named.
+        PlanError: there are several, and none is named.
     """
-    name = spec.format or (measurement.formats[0] if len(measurement.formats) == 1 else None)
-    if name is None or name not in measurement.formats:
-        asked = "names no format" if name is None else f"asks for format {name}"
+    if len(measurement.formats) > 1:
         raise PlanError(
-            f"scheme {spec.name} {asked}; set `format` to one of those measured: {ranges.listed(measurement)}"
+            f"scheme {spec.name} names no format for what it includes; set `format` to one of these: "
+            f"{ranges.listed(measurement)}"
         )
-    return name
+    return measurement.formats[0]

@@ -1,28 +1,35 @@
-"""Control arms: other choices of groups at a scheme's own bits, to show what the search is worth. Pure, no torch.
+"""Control arms: other choices at a scheme's own bits, to show what the search is worth. Pure, no torch.
 
 Most arms take groups in an order that knows less than the measurement does, or the opposite, and go on while the
 scheme's weight bits have room: a group that doesn't fit is passed over, the next one may. So such an arm never has
 fewer effective bits than its scheme, and at most one group's worth more.
+
+A mix has arms of the same formats, each for as many weights as in the scheme: the first groups of the order go to the
+smallest format until it is used up, those that follow to the next one. So an arm shows what it is worth to know the
+groups; with other shares of the formats it would differ in what the search said of these as well. Room in which no
+group fits is left to the next format. A group's score is that in the smallest of these formats that it can have.
 
     random       groups in a random order, by seed
     inverse      the most sensitive first: the worst that the same measurement can do
     first_last   from the middle layer outwards, so that the first and last layers stay in 16 bits: a common rule
     largest      the largest groups first, which needs the fewest groups
     lowest_score the least sensitive first, whatever they save
-    modelopt     what ModelOpt's solver chooses from the same scores within the scheme's bits, so at most those. A
-                 group's score is the plain sum over batches then, however many tokens a batch has. `gradient`: the
-                 least sum within the bits (`fisher` too); `kl_div`: all groups below a threshold
+    modelopt     what ModelOpt's solver chooses from the same scores and candidates within the scheme's bits, so at
+                 most those. A group's score is the plain sum over batches then, however many tokens a batch has.
+                 `gradient`: the least sum within the bits (`fisher` too); `kl_div`: every group in the smallest format
+                 whose score is below a threshold
 """
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from fractions import Fraction
 
 from bitladder.errors import PlanError
-from bitladder.planning.pricing import density_order, price
+from bitladder.planning.pricing import price
 from bitladder.planning.solver import Solver
 from bitladder.recipe import CONTROL_KINDS, ControlKind
-from bitladder.records import BF16, Control, Measurement, Scheme
+from bitladder.records import BF16, BF16_BITS, Control, Measurement, Scheme
 
 _LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a module's path
 
@@ -30,7 +37,7 @@ _LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a module's path
 def arms(measurement: Measurement, scheme: Scheme, *, kinds: Sequence[ControlKind], seeds: int) -> tuple[Scheme, ...]:
     """Return the control arms of one scheme, each once; `asked` says what each is.
 
-    None where every group is quantised: there is no other choice then.
+    None where every group has one format: there is no other choice then.
 
     Args:
         measurement: what the scheme was planned from.
@@ -39,33 +46,34 @@ def arms(measurement: Measurement, scheme: Scheme, *, kinds: Sequence[ControlKin
         seeds: number of random arms.
 
     Raises:
-        PlanError: an unknown kind, or a scheme with several formats, which has no single order.
+        PlanError: an unknown kind.
     """
     unknown = sorted(set(kinds) - set(CONTROL_KINDS))
     if unknown:
         raise PlanError(f"control {unknown[0]!r} is unknown; known: {', '.join(CONTROL_KINDS)}")
-    formats = {name for name in scheme.formats.values() if name != BF16}
-    if len(formats) > 1 or BF16 not in scheme.formats.values():
-        return ()  # which groups are quantised is what an arm chooses otherwise, not in which of several formats
-    (name,) = formats
-    taken = {frozenset(scheme.quantised_groups())}
+    if len(set(scheme.formats.values())) == 1:
+        return ()  # everything is in one format, and nothing else has its bits
+    candidates = scheme.narrow(measurement)
+    used = measurement.only([name for name in measurement.formats if name in scheme.formats.values()])
+    taken = {tuple(scheme.formats.items())}
     found = []
     for kind, seed in _wanted(kinds, seeds):
         if kind == "modelopt":
-            chosen = _modelopt_choice(measurement, scheme, name)
+            formats = _modelopt_choice(candidates, scheme)
         else:
-            chosen = _fill(measurement, scheme, name, _order(measurement, name, kind, seed))
-        if not chosen or chosen in taken:  # a small model has few choices
+            formats = _fill(used, scheme, _order(used, kind, seed))
+        if not set(formats.values()) - {BF16} or tuple(formats.items()) in taken:  # a small model has few choices
             continue
-        taken.add(chosen)
+        taken.add(tuple(formats.items()))
         label = kind if seed is None else f"{kind}{seed}"
         found.append(
             price(
                 measurement,
                 f"{scheme.name}.{label}",
-                {group: name if group in chosen else BF16 for group in scheme.formats},
+                formats,
                 Control(control=kind, beside=scheme.name, seed=seed),
                 kv_cache_format=scheme.kv_cache_format,
+                fingerprint=scheme.measurement_sha256,
             )
         )
     return tuple(found)
@@ -80,41 +88,74 @@ def _wanted(kinds: Sequence[ControlKind], seeds: int) -> list[tuple[ControlKind,
     return [*drawn[:1], *single, *drawn[1:]]
 
 
-def _modelopt_choice(measurement: Measurement, scheme: Scheme, format_name: str) -> frozenset[str]:
-    """Return the groups that ModelOpt's solver would quantise within the scheme's bits.
+def _modelopt_choice(candidates: Measurement, scheme: Scheme) -> dict[str, str]:
+    """Return the formats that ModelOpt's solver would choose from these candidates within the scheme's bits.
 
     Source: modelopt.torch.quantization.algorithms, AutoQuantizeGradientSearcher and AutoQuantizeKLDivSearcher (a
-    threshold over normalised scores, found by bisection: here it is the highest that keeps the bits).
+    threshold over normalised scores, found by bisection: here it is the highest that keeps the bits; a group takes the
+    first of its formats below it, the smallest first).
     """
-    plain = measurement.model_copy(update={"score_weights": (1.0,) * len(measurement.score_weights)})
-    if measurement.method != "kl_div":
+    plain = candidates.model_copy(update={"score_weights": (1.0,) * len(candidates.score_weights)})
+    if candidates.method != "kl_div":
         chosen = Solver(plain).least_score(scheme.weight_bits)
         assert chosen is not None  # the scheme itself is within its bits
-        return frozenset(group for group, name in chosen.items() if name != BF16)
-    size = {group.name: group.weight_elements for group in measurement.groups}
+        return chosen
+    if len(candidates.formats) > 1:
+        return _below_a_threshold(plain, scheme.weight_bits)
+    size = {group.name: group.weight_elements for group in candidates.groups}
     room = sum(size[group] for group in scheme.quantised_groups())
-    below = set()
-    for group in _order(plain, format_name, "lowest_score", None):
-        below.add(group)
+    formats = dict.fromkeys(scheme.formats, BF16)
+    for group in _order(plain, "lowest_score", None):
+        formats[group] = candidates.formats[0]
         room -= size[group]
         if room <= 0:
             break
-    return frozenset(below)
+    return formats
 
 
-def _order(measurement: Measurement, format_name: str, kind: str, seed: int | None) -> list[str]:
-    """Return all groups in the order in which the arm takes them."""
-    table = measurement.by_group()
-    names = [group for group in table if format_name in table[group]]
+def _below_a_threshold(measurement: Measurement, max_bits: int) -> dict[str, str]:
+    """Return every group in the smallest format whose score is at most the least threshold that keeps the bits."""
+    smallest_first, table = _by_bits(measurement), measurement.by_group()
+    bits = {group.name: group.weight_elements * BF16_BITS for group in measurement.groups}
+    formats = dict.fromkeys(table, BF16)
+    scored = [(measurement.sensitivity(one), one) for one in measurement.candidates]
+    for _, one in sorted(scored, key=lambda entry: entry[0]):
+        if sum(bits.values()) <= max_bits:
+            break
+        now = formats[one.group]
+        if now == BF16 or smallest_first.index(one.format) < smallest_first.index(now):
+            formats[one.group], bits[one.group] = one.format, one.weight_bits
+    return formats
+
+
+def _by_bits(measurement: Measurement) -> list[str]:
+    """Return the formats by the bits of a weight, fewest first; of equal ones in the measurement's order."""
+    size = {group.name: group.weight_elements for group in measurement.groups}
+    bits, weights = dict.fromkeys(measurement.formats, 0), dict.fromkeys(measurement.formats, 0)
+    for one in measurement.candidates:
+        bits[one.format] += one.weight_bits
+        weights[one.format] += size[one.group]
+    return sorted(measurement.formats, key=lambda name: Fraction(bits[name], weights[name]))
+
+
+def _order(measurement: Measurement, kind: str, seed: int | None) -> list[str]:
+    """Return all groups that can have a format in the order in which the arm takes them."""
+    smallest_first, size = _by_bits(measurement), {group.name: group.weight_elements for group in measurement.groups}
+    smallest = {
+        group: next(row[name] for name in smallest_first if name in row)
+        for group, row in measurement.by_group().items()
+        if row
+    }
+    names = list(smallest)
+    score = {group: measurement.sensitivity(one) for group, one in smallest.items()}
     if kind == "random":
         random.Random(seed).shuffle(names)
         return names
     if kind == "inverse":
-        return density_order(measurement, format_name)[::-1]
+        return sorted(names, key=lambda g: score[g] / (size[g] * BF16_BITS - smallest[g].weight_bits))[::-1]
     if kind == "lowest_score":
-        return sorted(names, key=lambda group: measurement.sensitivity(table[group][format_name]))
+        return sorted(names, key=score.__getitem__)
     if kind == "largest":
-        size = {group.name: group.weight_elements for group in measurement.groups}
         return sorted(names, key=lambda group: -size[group])
     layers = {group: _layer(group) for group in names}
     middle = (min(layers.values()) + max(layers.values())) / 2
@@ -128,13 +169,21 @@ def _layer(group: str) -> int:
     return int(found[1])
 
 
-def _fill(measurement: Measurement, scheme: Scheme, format_name: str, order: Sequence[str]) -> frozenset[str]:
-    """Return the groups taken in this order within the weights that the scheme quantises."""
-    size: Callable[[str], int] = {group.name: group.weight_elements for group in measurement.groups}.__getitem__
-    room = sum(map(size, scheme.quantised_groups()))
-    chosen = set()
-    for group in order:
-        if size(group) <= room:
-            chosen.add(group)
-            room -= size(group)
-    return frozenset(chosen)
+def _fill(measurement: Measurement, scheme: Scheme, order: Sequence[str]) -> dict[str, str]:
+    """Return formats given in this order, the smallest first, each for as many weights as in the scheme.
+
+    Args:
+        measurement: of the scheme's own formats.
+        scheme: whose formats and bits they are.
+        order: the groups.
+    """
+    size, table = {group.name: group.weight_elements for group in measurement.groups}, measurement.by_group()
+    formats = dict.fromkeys(scheme.formats, BF16)
+    room = 0
+    for name in _by_bits(measurement):
+        room += sum(size[group] for group, given in scheme.formats.items() if given == name)
+        for group in order:
+            if formats[group] == BF16 and name in table[group] and size[group] <= room:
+                formats[group] = name
+                room -= size[group]
+    return formats

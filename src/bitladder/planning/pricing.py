@@ -8,7 +8,7 @@ from bitladder.formats import get_format, group_bits
 from bitladder.models.fusing import Fusing
 from bitladder.planning.options import check_usable
 from bitladder.recipe import SchemeSpec
-from bitladder.records import BF16, BF16_BITS, Control, Measurement, QuantGroup, Scheme
+from bitladder.records import BF16, BF16_BITS, Candidate, Control, Measurement, Scheme
 
 
 def density_order(measurement: Measurement, format_name: str) -> list[str]:
@@ -19,17 +19,33 @@ def density_order(measurement: Measurement, format_name: str) -> list[str]:
     Raises:
         PlanError: the format isn't measured. MeasurementError: a score is NaN or Inf.
     """
-    check_usable(measurement)
     if format_name not in measurement.formats:
         raise PlanError(f"format {format_name} is not measured; measured: {', '.join(measurement.formats)}")
-    table = measurement.by_group()
+    return list(cheapest_first(measurement.only([format_name])))
 
-    def density(group: QuantGroup) -> float:
-        candidate = table[group.name][format_name]
-        return measurement.sensitivity(candidate) / (group.weight_elements * BF16_BITS - candidate.weight_bits)
 
-    able = [group for group in measurement.groups if format_name in table[group.name]]
-    return [group.name for group in sorted(able, key=density)]
+def cheapest_first(measurement: Measurement) -> dict[str, str]:
+    """Return the groups by predicted damage per bit saved, least first, each with the format that does least of it.
+
+    Of a group's formats with equal density it is the smallest one, of those the first one measured; groups with equal
+    density are in network order. Groups that can have none of the formats are left out.
+
+    Raises:
+        MeasurementError: a score is NaN or Inf.
+    """
+    check_usable(measurement)
+    size = {group.name: group.weight_elements for group in measurement.groups}
+
+    def density(one: Candidate) -> float:
+        return measurement.sensitivity(one) / (size[one.group] * BF16_BITS - one.weight_bits)
+
+    best = {}
+    for group, row in measurement.by_group().items():
+        known = [(row[name], i) for i, name in enumerate(measurement.formats) if name in row]
+        able = [(density(one), one.weight_bits, i) for one, i in known]
+        if able:
+            best[group] = min(able)
+    return {group: measurement.formats[best[group][2]] for group in sorted(best, key=lambda group: best[group][0])}
 
 
 def standard_error(measurement: Measurement, formats: Mapping[str, str]) -> float | None:

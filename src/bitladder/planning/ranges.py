@@ -5,32 +5,52 @@ from collections.abc import Iterable, Sequence
 from decimal import ROUND_CEILING, Context
 from fractions import Fraction
 
-from bitladder.errors import InfeasibleTarget
-from bitladder.formats import FORMATS, least_bits
-from bitladder.planning.frontier import TradeOff
+from bitladder.errors import InfeasibleTarget, PlanError
+from bitladder.formats import FORMATS, MODELOPT, get_format, least_bits
+from bitladder.planning.patterns import matching_groups
 from bitladder.planning.prediction import KlMap
+from bitladder.planning.trade_off import TradeOff
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
 
 
 def refuse_unattainable(specs: Iterable[SchemeSpec], formats: Sequence[str]) -> None:
-    """Refuse effective bits that no measurement of these formats can reach, before anything is measured.
+    """Refuse what no measurement of these formats can reach, before anything is measured.
 
     Raises:
-        InfeasibleTarget: with the attainable range.
+        InfeasibleTarget: effective bits, with the attainable range. PlanError: see `refuse_unmeasured`.
     """
-    low = min(least_bits(name) for name in formats)
-    attainable = f"{', '.join(formats)}, {BF16}: attainable {low:.2f} to {BF16_BITS:.2f}"
     for spec in specs:
+        refuse_unmeasured([spec], formats)
         if spec.effective_bits is None:
             continue
+        allowed = [name for name in formats if name in (spec.candidates or formats)]
+        low = min(Fraction(least_bits(name)) for name in allowed)
+        attainable = f"{', '.join(allowed)}, {BF16}: attainable {_hundredths(low)} to {BF16_BITS:.2f}"
         asked = Fraction(str(spec.effective_bits))
         if asked >= BF16_BITS:
             raise quantises_nothing(spec, attainable)
         if asked < low:
             raise InfeasibleTarget(
-                f"scheme {spec.name}: {spec.effective_bits} effective bits is below the minimum {low:.2f} "
-                f"of these formats ({attainable}); {_formats_for(asked, formats)}"
+                f"scheme {spec.name}: {spec.effective_bits} effective bits is below the minimum {_hundredths(low)} "
+                f"of these formats ({attainable}); {_formats_for(asked, allowed, formats)}"
+            )
+
+
+def refuse_unmeasured(specs: Iterable[SchemeSpec], measured: Sequence[str]) -> None:
+    """Refuse schemes that name formats which aren't measured.
+
+    Raises:
+        PlanError: names those that are.
+    """
+    for spec in specs:
+        named = [*([] if spec.format is None else [spec.format]), *(spec.formats or ())]
+        unknown = [name for name in named if name not in measured]
+        if unknown:
+            remedy = "add it to measurement.formats, or " if unknown[0] in FORMATS else ""
+            raise PlanError(
+                f"scheme {spec.name} asks for format {unknown[0]}, which is not measured; {remedy}choose among those "
+                f"measured: {', '.join(measured)}"
             )
 
 
@@ -42,9 +62,15 @@ def quantises_nothing(spec: SchemeSpec, attainable: str) -> InfeasibleTarget:
     )
 
 
-def below_the_minimum(spec: SchemeSpec, edge: TradeOff) -> InfeasibleTarget:
-    """Return the refusal of fewer bits than all groups in their smallest formats have."""
-    remedy = _remedy_for_bits(edge, Fraction(str(spec.effective_bits)))
+def below_the_minimum(spec: SchemeSpec, edge: TradeOff, measured: Sequence[str]) -> InfeasibleTarget:
+    """Return the refusal of fewer bits than all groups in their smallest formats have.
+
+    Args:
+        spec: what is asked.
+        edge: of the formats that the scheme may have.
+        measured: these, and those that its own `formats` leave out.
+    """
+    remedy = _remedy_for_bits(edge, Fraction(str(spec.effective_bits)), measured)
     return InfeasibleTarget(
         f"scheme {spec.name}: {spec.effective_bits} effective bits is below the minimum {_least_bits(edge)} "
         f"of these formats ({range_of(edge)}); {remedy}"
@@ -82,7 +108,12 @@ def _rounded_up(value: float) -> str:
 
 def _least_bits(edge: TradeOff) -> str:
     """Return the least effective bits, rounded up."""
-    return f"{math.ceil(Fraction(edge.least_bits * 100, edge.measurement.searched_weights)) / 100:.2f}"
+    return _hundredths(Fraction(edge.least_bits, edge.measurement.searched_weights))
+
+
+def _hundredths(bits: Fraction) -> str:
+    """Return bits per weight with two decimals, rounded up, so that what is named can be asked for."""
+    return f"{math.ceil(bits * 100) / 100:.2f}"
 
 
 def range_of(edge: TradeOff) -> str:
@@ -91,7 +122,7 @@ def range_of(edge: TradeOff) -> str:
     return f"{listed(edge.measurement)}, {BF16}: attainable {_least_bits(edge)} to {most:.2f}"
 
 
-def _remedy_for_bits(edge: TradeOff, asked: Fraction) -> str:
+def _remedy_for_bits(edge: TradeOff, asked: Fraction, measured: Sequence[str]) -> str:
     """Return what would make `asked` effective bits attainable."""
     measurement = edge.measurement
     total = measurement.searched_weights
@@ -101,27 +132,61 @@ def _remedy_for_bits(edge: TradeOff, asked: Fraction) -> str:
     enough = any(name not in measurement.formats and least_bits(name) <= share for name in FORMATS)
     if edge.excluded and not enough and min(least_bits(name) for name in measurement.formats) <= asked:
         return f"raise the target, or exclude less than {kept / total:.2%} of the weights"
-    return _formats_for(share, measurement.formats)
+    return _formats_for(share, measurement.formats, measured)
 
 
-def _formats_for(bits: Fraction, measured: Sequence[str]) -> str:
-    """Return which formats would allow so few bits per weight."""
-    enough = [name for name in FORMATS if name not in measured and least_bits(name) <= bits]
+def _formats_for(bits: Fraction, allowed: Sequence[str], measured: Sequence[str]) -> str:
+    """Return which formats would allow so few bits per weight, and where to name them.
+
+    Args:
+        bits: per weight.
+        allowed: the formats that the scheme may have.
+        measured: these, and those that its own `formats` leave out.
+    """
     known = f"(Bitladder knows: {', '.join(FORMATS)})"
+    enough = [name for name in FORMATS if name not in allowed and least_bits(name) <= bits]
+    narrowed = len(allowed) < len(measured)
+    at_hand = [name for name in enough if name in measured]
+    if at_hand:
+        return f"raise the target, or {_added(at_hand, 'the formats of the scheme')}"
     if enough:
-        return f"raise the target, or add {' or '.join(enough)} to measurement.formats {known}"
+        where = "measurement.formats and the scheme's" if narrowed else "measurement.formats"
+        return f"raise the target, or {_added(enough, where)} {known}"
     return f"raise the target; no known format has so few bits {known}"
 
 
-def at_the_floor(measurement: Measurement, scheme: Scheme) -> str | None:
-    """Return what is to be said of a scheme whose effective bits leave no choice; None: they leave one."""
-    table = measurement.by_group()
-    floor = sum(min(one.weight_bits for one in candidates.values()) for candidates in table.values())
-    by_bits = isinstance(scheme.asked, SchemeSpec) and scheme.asked.effective_bits is not None
-    if not by_bits or scheme.weight_bits > floor:
-        return None
-    smallest = ", ".join(name for name in measurement.formats if name in scheme.formats.values())
+def _added(names: Sequence[str], where: str) -> str:
+    """Return how to add one of these formats, with the carrier that some need because the default one lacks them."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        layouts = get_format(name).layouts
+        needs = "" if MODELOPT in layouts else f" with export.carrier: {' or '.join(layouts)}"
+        kinds.setdefault(needs, []).append(name)
+    return ", or ".join(f"add {' or '.join(kind)} to {where}{needs}" for needs, kind in kinds.items())
+
+
+def at_the_floor(measurement: Measurement, scheme: Scheme) -> tuple[str, ...]:
+    """Return the smallest formats, where a scheme asked for by bits has every group in the smallest it can have.
+
+    Empty: its effective bits leave a choice, or it was asked for otherwise. What the scheme excludes stays in 16 bits.
+    """
+    asked = scheme.asked
+    if not isinstance(asked, SchemeSpec) or asked.effective_bits is None:
+        return ()
+    candidates = scheme.narrow(measurement)
+    excluded = matching_groups(measurement, scheme.name, asked.exclude)
+    floor, table = 0, candidates.by_group()
+    for group in candidates.groups:
+        row = {} if group.name in excluded else table[group.name]
+        floor += min([group.weight_elements * BF16_BITS, *(one.weight_bits for one in row.values())])
+    if scheme.weight_bits > floor:
+        return ()
+    return tuple(name for name in candidates.formats if name in scheme.formats.values())
+
+
+def floor_sentence(name: str, bits: float, candidates: Sequence[str], smallest: Sequence[str]) -> str:
+    """Return what is said of a scheme at its floor."""
     return (
-        f"{scheme.name}: {scheme.effective_bits:.2f} effective bits is the floor of these formats "
-        f"({listed(measurement)}): every group is in the smallest that it can have ({smallest}); a mix needs more"
+        f"{name}: {bits:.2f} effective bits is the floor of these formats ({', '.join(candidates)}): every group is in "
+        f"the smallest that it can have ({', '.join(smallest)}); a mix needs more"
     )

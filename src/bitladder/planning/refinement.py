@@ -66,7 +66,10 @@ def refine(
     """
     names = {name for name in scheme.formats.values() if name != BF16}
     if len(names) > 1:
-        raise PlanError(f"scheme {scheme.name} has {len(names)} formats; only a scheme of one can be refined")
+        raise PlanError(
+            f"scheme {scheme.name} mixes {len(names)} formats ({', '.join(sorted(names))}), and only a scheme of one "
+            "can be refined; set refine.evaluations: 0, or give the scheme one of them as its `formats`"
+        )
     if evaluations < 2 * marginal + 2:
         raise PlanError(
             f"refine: {evaluations} evaluations don't suffice for a round with {marginal} groups on each side; give at "

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.errors import PlanError
-from bitladder.planning.frontier import TradeOff
 from bitladder.planning.options import Options
 from bitladder.planning.points import MAX_FRONTIER_CHOICES, Points, TooManyPoints
 from bitladder.planning.relaxation import Curve, Relaxation
+from bitladder.planning.trade_off import TradeOff
 from bitladder.records import Measurement
 
 _FIRST_SEARCHES = (300, 5000)  # points that each keeps: most budgets are solved by the first, or by the one after it

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from bitladder.errors import RecipeError
-from bitladder.reading import read_yaml
+from bitladder.reading import read_bytes
 from bitladder.recipe.sections import (
     GENERATED,
     MESSAGES,
@@ -135,8 +135,10 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: the file is missing, isn't YAML, or isn't a recipe.
     """
+    from bitladder.recipe.yaml_text import parse_yaml
+
     try:
-        content = read_yaml(path)
+        content = parse_yaml(read_bytes(path))
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist; see recipes/ for examples") from None
     except IsADirectoryError:

@@ -34,6 +34,7 @@ _ONLY_FOR = {  # keys of data that only some kinds look at
 }
 SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name goes
 DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
+_SIXTEEN_BITS = "bf16"  # among a scheme's formats it says nothing: every group may keep its 16 bits
 _MAX_SHOWN = 100  # characters of a wrong value that an error repeats
 # What lies in the output directory itself: a layout that names one of these would overwrite it.
 _OURS = frozenset(
@@ -78,10 +79,16 @@ def _check_name(of: str, name: str) -> None:
         raise ValueError(f"{of} name {shortened(name)} has {len(name)} characters; use at most {_MOST_NAME}")
 
 
+def _check_each_once(formats: Sequence[str]) -> None:
+    twice = sorted({name for name in formats if formats.count(name) > 1})
+    if twice:
+        raise ValueError(f"format {twice[0]} is given twice; name each once")
+
+
 class Section(BaseModel):
     """A frozen part of the recipe that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -211,9 +218,7 @@ class MeasureSpec(Section):
     @field_validator("formats")
     @classmethod
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        twice = sorted({name for name in value if value.count(name) > 1})
-        if twice:
-            raise ValueError(f"format {twice[0]} is given twice; name each once")
+        _check_each_once(value)
         return value
 
     @field_validator("device")
@@ -271,7 +276,10 @@ class SchemeSpec(Section):
     max_kl: float | None = Field(default=None, gt=0, le=100, description="at most, as predicted, in nats per token")
     include: tuple[str, ...] | None = Field(default=None, description="glob patterns of groups or modules to quantise")
     exclude: tuple[str, ...] = Field(default=(), description="glob patterns of groups or modules never quantised")
-    format: str | None = Field(default=None, description="with coverage or include, where the formats are several")
+    format: str | None = Field(default=None, description="with coverage or include: the only one beside bf16")
+    formats: tuple[str, ...] | None = Field(
+        default=None, description="candidates beside bf16, of those measured; None: all, or `format` alone"
+    )
     image_weight: float = Field(
         default=1.0, ge=0, description="weight of image-token positions in the predicted score; text positions have 1"
     )
@@ -284,7 +292,27 @@ class SchemeSpec(Section):
         given = [way for way in ways if getattr(self, way) is not None]
         if len(given) != 1:
             raise ValueError(f"scheme {self.name}: give exactly one of {', '.join(ways)}; got {given or 'none'}")
+        if self.formats == ():
+            raise ValueError(f"scheme {self.name}: formats names none to quantise to; name one, or leave it out")
+        if self.format is not None and self.formats is not None and self.format not in self.formats:
+            raise ValueError(
+                f"scheme {self.name}: format {self.format} is none of its formats ({', '.join(self.formats)}); "
+                "leave one of the two out"
+            )
         return self
+
+    @field_validator("formats")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is None:
+            return None
+        _check_each_once(value)
+        return tuple(name for name in value if name != _SIXTEEN_BITS)
+
+    @property
+    def candidates(self) -> tuple[str, ...] | None:
+        """The formats beside `bf16` that its groups may have; None: all that are measured."""
+        return (self.format,) if self.format is not None else self.formats
 
 
 class ExportSpec(Section):
@@ -380,17 +408,17 @@ class Recipe(Section):
 
     model: ModelSpec
     calibration: tuple[SampleSpec, ...] = Field(min_length=1)
-    held_out: tuple[HeldOutSpec, ...] = Field(default=(HeldOutSpec(),), min_length=1)
-    measurement: MeasureSpec = MeasureSpec()
-    workers: WorkersSpec = WorkersSpec()
+    held_out: tuple[HeldOutSpec, ...] = Field(default_factory=lambda: (HeldOutSpec(),), min_length=1)
+    measurement: MeasureSpec = Field(default_factory=MeasureSpec)
+    workers: WorkersSpec = Field(default_factory=WorkersSpec)
     schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
     kv_cache: Literal["none", "fp8"] = "none"
     serve_on: ServedOn | None = Field(default=None, description="whose arithmetic is scored; None: that of the device")
-    refine: RefineSpec = RefineSpec()
-    controls: ControlSpec = ControlSpec()
-    export: ExportSpec = ExportSpec()
-    layout: LayoutSpec = LayoutSpec()
-    runtimes: RuntimesSpec = RuntimesSpec()
+    refine: RefineSpec = Field(default_factory=RefineSpec)
+    controls: ControlSpec = Field(default_factory=ControlSpec)
+    export: ExportSpec = Field(default_factory=ExportSpec)
+    layout: LayoutSpec = Field(default_factory=LayoutSpec)
+    runtimes: RuntimesSpec = Field(default_factory=RuntimesSpec)
     output: str
 
     @field_validator("calibration", "held_out", mode="before")

@@ -39,7 +39,7 @@ def _refuse_constant(name: str) -> None:
 class Part(BaseModel):
     """A frozen piece of a record; unknown fields, NaN and Inf are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class Grown(Part):

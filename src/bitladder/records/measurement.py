@@ -1,6 +1,7 @@
 """Records of a measurement: model, data, groups, scores."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -214,6 +215,28 @@ class Measurement(Grown, Record):
             for candidate in self.candidates
         )
         return self.model_copy(update={"candidates": weighed})
+
+    def only(self, formats: Sequence[str] | None) -> "Measurement":
+        """Return this measurement as if only these formats were measured, in its own order; its fingerprint differs.
+
+        Args:
+            formats: of those measured; None: all.
+
+        Raises:
+            MeasurementError: one isn't measured.
+        """
+        if formats is None or set(formats) == set(self.formats):
+            return self
+        unknown = [name for name in formats if name not in self.formats]
+        if unknown:
+            raise MeasurementError(f"format {unknown[0]} is not measured; measured: {', '.join(self.formats)}")
+        return self.model_copy(
+            update={
+                "formats": tuple(name for name in self.formats if name in formats),
+                "candidates": tuple(one for one in self.candidates if one.format in formats),
+                "left_out": tuple(one for one in self.left_out if one.format in formats),
+            }
+        )
 
     def by_group(self) -> dict[str, dict[str, Candidate]]:
         """Return the candidates as `{group name: {format: candidate}}`, in the order of `groups`."""

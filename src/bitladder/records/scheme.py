@@ -60,6 +60,14 @@ class Scheme(Record):
         """
         return measurement.weigh_images(self.asked.image_weight if isinstance(self.asked, SchemeSpec) else 1.0)
 
+    def narrow(self, measurement: Measurement) -> Measurement:
+        """Return the measurement without the formats that none of this scheme's groups may have.
+
+        Raises:
+            MeasurementError: it hasn't these formats.
+        """
+        return measurement.only(self.asked.candidates if isinstance(self.asked, SchemeSpec) else None)
+
     @property
     def by_name(self) -> bool:
         """Whether its groups were named, so that no score chose them."""

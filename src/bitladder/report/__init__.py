@@ -2,23 +2,45 @@
 
 A report is a record itself, made of records and nothing else: no model, no torch, no clock. `build` decides what it
 says, `verdict` what follows from it, `tables` how that reads (with `report.md.jinja`), for a page and for a terminal;
-`page` makes it HTML with plots, `figures` files for papers, `card` a checkpoint's model card.
+`page` makes it HTML with plots, `figures` files for papers, `card` a checkpoint's model card. What makes a page is
+imported when one is made: to compare two reports needs none of it.
 """
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bitladder.report.build import build_report
-from bitladder.report.card import render_card
-from bitladder.report.compare import compare_runs
-from bitladder.report.figures import check_figures, write_figures
-from bitladder.report.groups import batch_standard_error
-from bitladder.report.markdown import JSON_FILE, render_markdown
-from bitladder.report.numbers import STAGES
-from bitladder.report.page import render_html
-from bitladder.report.terminal import closing_table
-from bitladder.report.types import Report
-from bitladder.storage import atomic_write
+from bitladder.lazily import given_by
 
+if TYPE_CHECKING:
+    from bitladder.report.build import build_report
+    from bitladder.report.card import render_card
+    from bitladder.report.compare import compare_runs
+    from bitladder.report.figures import check_figures, write_figures
+    from bitladder.report.groups import batch_standard_error
+    from bitladder.report.markdown import render_markdown
+    from bitladder.report.numbers import STAGES
+    from bitladder.report.page import render_html
+    from bitladder.report.terminal import closing_table
+    from bitladder.report.types import Report
+    from bitladder.report.writing import write_report
+else:
+    __getattr__ = given_by(
+        __name__,
+        {
+            "build": ("build_report",),
+            "card": ("render_card",),
+            "compare": ("compare_runs",),
+            "figures": ("check_figures", "write_figures"),
+            "groups": ("batch_standard_error",),
+            "markdown": ("render_markdown",),
+            "numbers": ("STAGES",),
+            "page": ("render_html",),
+            "terminal": ("closing_table",),
+            "types": ("Report",),
+            "writing": ("write_report",),
+        },
+    )
+
+JSON_FILE = "report.json"
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
 
@@ -39,14 +61,3 @@ __all__ = [
     "write_figures",
     "write_report",
 ]
-
-
-def write_report(report: Report, directory: Path) -> None:
-    """Write `report.json`, `report.md` and `report.html` into `directory`, each whole or not at all.
-
-    Raises:
-        OutputError: no space, no permission.
-    """
-    report.write(directory / JSON_FILE)
-    atomic_write(directory / MARKDOWN_FILE, render_markdown(report))
-    atomic_write(directory / HTML_FILE, render_html(report))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.errors import StaleRecord
+from bitladder.planning.ranges import at_the_floor
 from bitladder.planning.uncertainty import flips
 from bitladder.records import (
     BF16,
@@ -203,6 +204,8 @@ def _reported_scheme(
         format_counts=format_counts(scheme, measurement),
         nested_in=nested_in,
         unsettled=_unsettled(scheme, measurement),
+        candidates=scheme.narrow(measurement).formats,
+        floor=at_the_floor(measurement, scheme),
     )
 
 

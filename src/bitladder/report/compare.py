@@ -49,6 +49,7 @@ def _settings(first: Report, second: Report, names: tuple[str, str]) -> str:
         "calibration": [data_names(r.calibration) for r in (first, second)],
         "samples, tokens": [f"{exact(r.calibration.samples)}, {exact(r.calibration.tokens)}" for r in (first, second)],
         "engine, method": [f"{r.engine}, {r.method}" for r in (first, second)],
+        "formats": [", ".join(r.formats) for r in (first, second)],
         "codes": ["nearest" if r.rounding is None else r.rounding.method for r in (first, second)],
         "score unit": [r.score_unit for r in (first, second)],
         "searched weights": [exact(r.searched_weights) for r in (first, second)],
@@ -95,7 +96,7 @@ def _ranking(first: Report, second: Report, names: tuple[str, str], common: Sequ
         one, two = {name: one[name] for name in both}, {name: two[name] for name in both}
         correlation = rank_correlation(list(one.values()), list(two.values())) if both else None
         shown = "not defined" if correlation is None else f"{correlation:.3f}"
-        left = len(first.groups) + len(second.groups) - 2 * len(both)
+        left = len(first.groups) + len(second.groups) - 2 * len(common)
         parts.append(
             f"{text(format_name.upper())}: Spearman's rank correlation of score per bit saved over {len(both)} common "
             f"groups: {shown}." + (f" {left} groups are in one run only." if left else "")

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from bitladder.planning.uncertainty import rank_intervals
 from bitladder.records import BF16, BF16_BITS, Candidate, Measurement, QuantGroup, Scheme
 from bitladder.report.types import (
     WITHIN_NOISE_ERRORS,
@@ -144,6 +143,8 @@ def _share(part: float, whole: float) -> float | None:
 
 def reported_groups(measurement: Measurement, ladder: Sequence[Scheme]) -> tuple[ReportedGroup, ...]:
     """Return what the report says of every group, in the measurement's order."""
+    from bitladder.planning.uncertainty import rank_intervals  # with numpy, which comparing reports needs not
+
     table = measurement.by_group()
     density = {name: densities(measurement, name) for name in measurement.formats}
     ranks = {name: ranks_of(found) for name, found in density.items()}
@@ -181,7 +182,7 @@ def edge_of(scheme: Scheme, measurement: Measurement) -> Edge | None:
 
     The scores are those that it was planned from: image positions count for what was asked.
     """
-    measurement = scheme.weigh(measurement)
+    measurement = scheme.narrow(scheme.weigh(measurement))
     table = measurement.by_group()
     taken: list[tuple[float, str, list[float]]] = []  # score per bit saved, group, its parts batch by batch
     left: list[tuple[float, str, list[float]]] = []
@@ -190,9 +191,9 @@ def edge_of(scheme: Scheme, measurement: Measurement) -> Edge | None:
         quantised = format_name != BF16
         if not quantised and len(measurement.formats) != 1:
             return None  # one order a format: there is no single edge
-        candidate = table[group.name][format_name if quantised else measurement.formats[0]]
-        saved = bits_saved(group, candidate)
-        if saved <= 0:
+        candidate = table[group.name].get(format_name if quantised else measurement.formats[0])
+        saved = 0 if candidate is None else bits_saved(group, candidate)
+        if candidate is None or saved <= 0:
             continue
         scores = [contribution / saved for contribution in contributions(measurement, candidate)]
         (taken if quantised else left).append((math.fsum(scores), group.name, scores))

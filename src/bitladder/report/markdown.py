@@ -13,6 +13,7 @@ from bitladder.report.ladder import Ladder
 from bitladder.report.numbers import FLIPS_OFTEN, NOT_RUN, byte_size, common_prefix, data_kind, exact, percent
 from bitladder.report.sentences import (
     edge_lines,
+    floor_lines,
     nesting_lines,
     noise_lines,
     refinement_lines,
@@ -37,8 +38,6 @@ from bitladder.report.tables import (
     verification_table,
 )
 from bitladder.report.types import Report
-
-JSON_FILE = "report.json"
 
 
 def template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
@@ -72,7 +71,7 @@ def page_context(report: Report) -> dict[str, Any]:
         "summary": summary_line(report, ladder),
         "noise_lines": noise_lines(report, ladder),
         "edge_lines": edge_lines(report, prefix),
-        "nesting_lines": nesting_lines(report),
+        "nesting_lines": [*floor_lines(report), *nesting_lines(report)],
         "failed": [scheme.name for scheme in report.schemes if scheme.verified is False],
         "is_predicted_kl": report.score_unit == "nats per token",
         "sizes": sizes(report),

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bitladder.planning.ranges import floor_sentence
 from bitladder.planning.uncertainty import MULTIPLES
 from bitladder.records import BF16, BF16_BITS, KL, PairDifference
 from bitladder.report.escaping import Markdown
@@ -150,6 +151,15 @@ def nesting_lines(report: Report) -> list[str]:
                 f"{' or a KV cache' if caches else ''} that the other leaves or has in another format."
             )
     return lines
+
+
+def floor_lines(report: Report) -> list[str]:
+    """Return a sentence for every scheme whose effective bits are the fewest that its formats have."""
+    return [
+        f"At the floor: {floor_sentence(f'`{s.name}`', s.effective_bits, s.candidates, s.floor)}."
+        for s in report.schemes
+        if s.floor
+    ]
 
 
 def edge_lines(report: Report, prefix: str) -> list[str]:

@@ -64,6 +64,10 @@ class ReportedScheme(Part):
     format_counts: tuple[FormatCount, ...]
     nested_in: tuple[str, ...] = Field(description="schemes that quantise all of this one's groups alike, and more")
     unsettled: Unsettled | None = Field(description="None: one batch, everything quantised, or chosen by name")
+    candidates: tuple[str, ...] = Field(default=(), description="the formats beside bf16 that its groups may have")
+    floor: tuple[str, ...] = Field(
+        default=(), description="the smallest formats, where its effective bits leave no choice; empty: they leave one"
+    )
 
     def result(self, metric: str, split: str) -> EvalResult | None:
         """Return the metric's result on a held-out set, or None."""

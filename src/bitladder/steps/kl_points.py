@@ -8,7 +8,7 @@ from bitladder.evaluation.evaluate import ARITHMETIC
 from bitladder.planning import controls
 from bitladder.planning.prediction import KlMap
 from bitladder.recipe import SchemeSpec
-from bitladder.records import KlPoint, KlPoints, Measurement, Scheme, digest_of
+from bitladder.records import BF16_BITS, KlPoint, KlPoints, Measurement, Scheme, digest_of
 from bitladder.steps.data import scored_calibration_data
 from bitladder.steps.simulated import kl_on
 from bitladder.steps.step import doing, valid
@@ -16,6 +16,8 @@ from bitladder.steps.workspace import KL_POINTS_FILE, Workspace
 
 _STEP = "measure KL of a few schemes"
 _KL_POINT_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the searched weights; schemes between which KL is interpolated
+_KL_POINT_SHARES_OF_OTHERS = (0.25, 1.0)  # in every format but the first, which would cost as much again
+_KL_POINT_MIXES = (0.1, 0.3, 0.6)  # of the way from the fewest bits to 16
 
 
 def measure_kl_points(work: Workspace) -> KlPoints:
@@ -51,18 +53,30 @@ def measure_kl_points(work: Workspace) -> KlPoints:
 
 
 def kl_point_schemes(measurement: Measurement) -> tuple[Scheme, ...]:
-    """Return schemes that span the range of predicted scores: a ladder, and random choices, each once."""
+    """Return schemes that span the range of predicted scores: ladders, mixes, and random choices, each once."""
+    first, *others = measurement.formats
+    wanted = [(share, first) for share in _KL_POINT_SHARES]
+    wanted += [(share, name) for name in others for share in _KL_POINT_SHARES_OF_OTHERS]
     ladder = []
-    for share in _KL_POINT_SHARES:
+    for share, name in wanted:
+        label = f"top{100 * share:g}" if name == first else f"top{100 * share:g}.{name}"
         with contextlib.suppress(InfeasibleTarget):  # less than the first group of a small model
-            spec = SchemeSpec(name=f"top{100 * share:g}", coverage=share, format=measurement.formats[0])
-            ladder.append(planning.plan(measurement, spec))
-    middle = ladder[len(ladder) // 2]
-    found = {
-        tuple(scheme.formats.items()): scheme
-        for scheme in (*ladder, *controls.arms(measurement, middle, kinds=("random", "inverse"), seeds=2))
-    }
-    return tuple(found.values())
+            ladder.append(planning.plan(measurement, SchemeSpec(name=label, coverage=share, format=name)))
+    of_first = [scheme for scheme in ladder if first in scheme.formats.values()]
+    chosen = [*ladder, *(_mixes(measurement) if others else ())]
+    for middle in (of_first[len(of_first) // 2], *chosen[len(ladder) :][1:2]):
+        chosen += controls.arms(measurement, middle, kinds=("random", "inverse"), seeds=2)
+    return tuple({tuple(scheme.formats.items()): scheme for scheme in chosen}.values())
+
+
+def _mixes(measurement: Measurement) -> list[Scheme]:
+    """Return what is best at a few sizes between the smallest and 16 bits."""
+    edge = planning.Solver(measurement)
+    low = edge.least_bits / measurement.searched_weights
+    return [
+        planning.plan(measurement, SchemeSpec(name=f"mix{share:g}", effective_bits=low + share * (BF16_BITS - low)))
+        for share in _KL_POINT_MIXES
+    ]
 
 
 def fitted_kl_map(work: Workspace) -> KlMap:

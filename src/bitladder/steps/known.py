@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bitladder.planning import controls
 from bitladder.recipe import ControlSpec
 from bitladder.records import (
     CheckpointManifest,
@@ -54,6 +53,8 @@ def refined(work: Workspace) -> Refinements | None:
 
 def control_arms(measurement: Measurement, schemes: Sequence[Scheme], spec: ControlSpec) -> tuple[Scheme, ...]:
     """Return the control arms of all schemes, the first of each before any second: short of time, all have some."""
+    from bitladder.planning import controls  # with numpy, which other records are read without
+
     rows = [controls.arms(measurement, scheme, kinds=spec.kinds, seeds=spec.seeds) for scheme in schemes]
     return tuple(arm for column in itertools.zip_longest(*rows) for arm in column if arm is not None)
 

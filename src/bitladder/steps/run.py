@@ -24,6 +24,7 @@ import os
 from pathlib import Path
 
 from bitladder import planning, report
+from bitladder.planning.carrying import refuse_uncarried
 from bitladder.steps.controls import evaluate_controls
 from bitladder.steps.evaluate import evaluate
 from bitladder.steps.export import export
@@ -49,6 +50,7 @@ def run(work: Workspace, measurement: Path | None = None) -> report.Report:
         BitladderError: the first step that fails; what is finished stays.
     """
     planning.refuse_unattainable(work.recipe.schemes, work.recipe.measurement.formats)
+    refuse_uncarried(work.recipe.scheme_specs(), work.recipe.measurement.formats, work.recipe.export.carrier)
     for spec in work.recipe.schemes:
         work.check_place(work.checkpoint_directory(spec.name))
     with work.locked():
