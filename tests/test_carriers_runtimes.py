@@ -233,7 +233,9 @@ def test_vllms_loader_shows_what_it_does_silently(loaded):
 @pytest.mark.parametrize("name", ZEROS)
 def test_zero_points_run_in_vllms_kernel_for_them(loaded, name):
     layers = [layer for layer in loaded[name].layers if layer.format != BF16]
-    assert {(layer.method, layer.kernel) for layer in layers} == {("CompressedTensorsWNA16", "CPUWNA16LinearKernel")}
+    assert {layer.method for layer in layers} == {"CompressedTensorsWNA16"}
+    # with AVX-512, and without
+    assert {layer.kernel for layer in layers} < {"CPUWNA16LinearKernel", "EmulationWNA16LinearKernel"}
 
 
 @pytest.mark.timeout(600)
