@@ -18,6 +18,10 @@ from test_carriers import (  # noqa: F401  (fixtures)
     MIX,
     NOT_ON_CPUS,
     ON_CPUS,
+    UP,
+    WRONG_ZEROS,
+    ZERO,
+    ZEROS,
     damaged,
     directories,
     llama,
@@ -141,13 +145,40 @@ BROKEN = [
         "bad_scale",
         f"{DOWN}.weight_scale",
     ),
+    ("int4_w4a16_asym", lambda t: t.pop(ZERO), "missing_tensor", ZERO),
+    ("int4_w4a16_asym", WRONG_ZEROS["along_the_columns"][0], "bad_scale", ZERO),
+    ("int4_w4a16_asym", WRONG_ZEROS["transposed"][0], "bad_scale", ZERO),
+    ("int4_w4a16_asym", WRONG_ZEROS["not_packed"][0], "bad_scale", ZERO),
+    ("int4_w4a16", lambda t: t.update({ZERO: torch.zeros(16, 2, dtype=torch.int32)}), "unexpected_tensor", ZERO),
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "kind", "where"), BROKEN, ids=[f"{b[0]}-{b[3]}-{b[2]}" for b in BROKEN])
+@pytest.mark.parametrize(
+    ("name", "change", "kind", "where"), BROKEN, ids=[f"{i}-{b[0]}-{b[2]}" for i, b in enumerate(BROKEN)]
+)
 def test_broken_tensors_are_found(directories, tmp_path, name, change, kind, where):  # noqa: F811
     copy = damaged(directories[name], tmp_path / "x", change)
     assert (kind, where) in [(found, place) for found, place, _ in errors(copy)]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_group_that_denies_zero_points_is_found(directories, tmp_path, symmetric):  # noqa: F811
+    """Or one that has them, of a checkpoint without."""
+
+    def change(section):
+        section["config_groups"]["group_0"]["weights"]["symmetric"] = symmetric
+
+    stored = "int4_w4a16_asym" if symmetric else "int4_w4a16"
+    found = errors(changed(directories[stored], tmp_path / "x", change))
+    says = {
+        True: (
+            "wrong_format",
+            Q,
+            "is stored as int4_w4a16_asym, but its config group makes it int4_w4a16; the same in 20",
+        ),
+        False: ("missing_tensor", f"{Q}.weight_zero_point", "isn't there: vllm would use"),
+    }[symmetric]
+    assert any((kind, where) == says[:2] and problem.startswith(says[2]) for kind, where, problem in found), found
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +187,16 @@ def loaded(directories, vllm_python, tmp_path_factory):  # noqa: F811
     unequal = tmp_path_factory.mktemp("unequal") / "x"
     made["unequal"] = damaged(directories["nvfp4"], unequal, BROKEN[3][1])
     made["no_scale"] = damaged(directories["fp8"], unequal.with_name("y"), lambda t: t.pop(f"{DOWN}.weight_scale"))
+    for name in ("missing", "along_the_columns", "not_packed"):
+        made[name] = damaged(directories["int4_w4a16_asym"], unequal.with_name(name), WRONG_ZEROS[name][0])
+    made["shard"] = damaged(
+        directories["int4_w4a16_asym_g64"], unequal.with_name("shard"), lambda t: t.pop(f"{UP}.weight_zero_point")
+    )
+    made["denied"] = changed(
+        directories["int4_w4a16_asym"],
+        unequal.with_name("denied"),
+        lambda section: section["config_groups"]["group_0"]["weights"].update(symmetric=True),
+    )
     results = load_all([*made.values()], vllm_python, isolated=False, timeout=60)
     return dict(zip(made, results, strict=True))
 
@@ -186,3 +227,33 @@ def test_vllms_loader_shows_what_it_does_silently(loaded):
     assert [re.search("takes the largest above all", f.problem) is not None for f in unequal] == [True]
     missing = [f.where for f in loaded["no_scale"].findings if f.error_class == "missing_tensor"]
     assert missing == [f"{DOWN}.weight_scale"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ZEROS)
+def test_zero_points_run_in_vllms_kernel_for_them(loaded, name):
+    layers = [layer for layer in loaded[name].layers if layer.format != BF16]
+    assert {layer.method for layer in layers} == {"CompressedTensorsWNA16"}
+    # with AVX-512, and without
+    assert {layer.kernel for layer in layers} < {"CPUWNA16LinearKernel", "EmulationWNA16LinearKernel"}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("case", "where"), [("missing", ZERO), ("shard", f"{UP}.weight_zero_point")])
+def test_zero_points_that_vllm_never_loads_are_found(loaded, case, where):
+    """vLLM takes -8 for all of them, and doesn't say so: a place for a shard's alone is seen by its poison."""
+    missing = [f for f in loaded[case].findings if f.error_class == "missing_tensor"]
+    assert [f.where for f in missing] == [where]
+    assert "vLLM never loads" in missing[0].problem
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", ["along_the_columns", "not_packed"])
+def test_vllm_stops_at_zero_points_of_another_shape(loaded, case):
+    assert [f.where for f in loaded[case].findings if f.severity == "error"][:1] == [ZERO]
+
+
+@pytest.mark.timeout(600)
+def test_vllm_has_no_place_for_zero_points_of_symmetric_codes(loaded):
+    assert loaded["denied"].findings
+    assert any("weight_zero_point" in f"{f.where} {f.problem}" for f in loaded["denied"].findings)

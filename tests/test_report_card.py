@@ -71,6 +71,25 @@ def test_a_card_says_of_every_format_what_it_is(name):
     assert len({one.title for one in FORMATS.values()}) == len(FORMATS)
 
 
+@pytest.mark.parametrize(
+    ("formats", "says", "not_said"),
+    [
+        (("int8",), "loads it as it is", "dequantize"),
+        (("int4_w4a16_asym",), "CompressedTensorsConfig(dequantize=True)", "aren't rounded"),
+        (("int4_w4a16_asym", "int8"), "Inputs of INT8 aren't rounded then", "loads it as it is"),
+    ],
+)
+def test_a_card_says_how_transformers_loads_zero_points(formats, says, not_said):
+    report = make_report()
+    scheme = next(scheme for scheme in report.schemes if scheme.name == "full")
+    (count,) = (count for count in scheme.format_counts if count.format == "fp8")
+    counts = tuple(count.model_copy(update={"format": name}) for name in formats)
+    changed = scheme.model_copy(update={"format_counts": counts, "carrier": "compressed-tensors"})
+    card = render_card(report.model_copy(update={"schemes": (changed,)}), "full")
+    assert says in card
+    assert not_said not in card
+
+
 def test_what_was_not_done_is_said():
     assert "Not evaluated." in render_card(make_report({}), "full")
     assert "**they do not match**" in render_card(make_report(broken="full"), "full")

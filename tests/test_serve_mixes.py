@@ -29,7 +29,7 @@ from bitladder.runtimes.vllm.serve import serve_all
 log_probs = partial(logprobs.log_probs, arithmetic=computed(FORMATS, target_of(None, amx=has_amx())))
 KINDS = {
     MODELOPT: ("fp8", "nvfp4", "fp8_pc_pt", "nvfp4_w4a16", BF16),
-    COMPRESSED_TENSORS: ("int4_w4a16_g64", "int8", "fp8", "int4_w4a16", BF16),
+    COMPRESSED_TENSORS: ("int4_w4a16_asym_g64", "int8", "fp8", "int4_w4a16", BF16),
 }
 ALIKE = "damaged {}"
 PACKED = {"CPUWNA16LinearKernel", "EmulationWNA16LinearKernel"}  # with AVX-512, and without
@@ -43,12 +43,12 @@ KERNELS = {
     "nvfp4_w4a16": {"EmulationNvFp4W4A16LinearKernel"},
     "int8": {"CPUInt8ScaledMMLinearKernel", "ZentorchInt8ScaledMMLinearKernel"},
     "int4_w4a16": PACKED,
-    "int4_w4a16_g64": PACKED,
+    "int4_w4a16_asym_g64": PACKED,
 }
 # Whose scales are halved. By our evaluation that moves log-probabilities by 0.14 and 0.09 nats per token.
 DAMAGED = {
     MODELOPT: "model.layers.0.self_attn.o_proj",  # nvfp4
-    COMPRESSED_TENSORS: "model.layers.1.self_attn.o_proj",  # int4_w4a16_g64
+    COMPRESSED_TENSORS: "model.layers.1.self_attn.o_proj",  # int4_w4a16_asym_g64
 }
 # How much farther from our evaluation in float32 than our own in BF16 is vLLM, whose products are in BF16 too but in
 # another order: 1.03 and 1.28 times were seen. The scales of any one module halved move ours by more than that, but for
@@ -59,7 +59,7 @@ MOST = 1.5
 def choose(kinds, index, group):
     """Return a kind for each group in turn, so that each projection has each of them; 192 columns hold no 128s."""
     kind = kinds[index % len(kinds)]
-    return "int4_w4a16_g64" if kind == "int4_w4a16" and not group.name.endswith("down_proj") else kind
+    return "int4_w4a16_asym_g64" if kind == "int4_w4a16" and not group.name.endswith("down_proj") else kind
 
 
 def halved(directory, destination, module):

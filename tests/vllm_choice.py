@@ -87,7 +87,7 @@ def int8() -> str:
     return linear.choose_scaled_mm_linear_kernel(config, linear._POSSIBLE_INT8_KERNELS, quantization="any").__name__
 
 
-def packed(kind: Any, group_size: int) -> str:
+def packed(kind: Any, group_size: int, *, zero_points: bool = False) -> str:
     """Return the kernel of packed integers with 16-bit inputs."""
     config = linear.MPLinearLayerConfig(
         full_weight_shape=SHAPE,
@@ -95,7 +95,7 @@ def packed(kind: Any, group_size: int) -> str:
         weight_type=kind,
         act_type=torch.bfloat16,
         group_size=group_size,
-        zero_points=False,
+        zero_points=zero_points,
     )
     return linear.choose_mp_linear_kernel(config).__name__
 
@@ -116,6 +116,8 @@ def choice() -> dict[str, str | None]:
         "int8": int8,
         "int4_w4a16": lambda: packed(scalar_types.uint4b8, 128),
         "int4_w4a16_g64": lambda: packed(scalar_types.uint4b8, 64),
+        "int4_w4a16_asym": lambda: packed(scalar_types.uint4, 128, zero_points=True),
+        "int4_w4a16_asym_g64": lambda: packed(scalar_types.uint4, 64, zero_points=True),
         "int8_w8a16": lambda: packed(scalar_types.uint8b128, 128),
         "int8_w8a16_g64": lambda: packed(scalar_types.uint8b128, 64),
     }

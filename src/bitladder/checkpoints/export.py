@@ -28,6 +28,7 @@ from bitladder.formats import (
     WEIGHT,
     WEIGHT_SCALE,
     WEIGHT_SCALE_2,
+    WEIGHT_ZERO_POINT,
     Format,
     get_format,
     grids,
@@ -110,7 +111,7 @@ def _parts(
         else:
             make = partial(_made, format_, part.name, weight_amax)
             digest = None if part.name == WEIGHT else hashlib.sha256()
-            yield Entry(name, part.dtype, shape, size, info, make, digest)
+            yield Entry(name, part.dtype, shape, size, info, make, digest, format_.rows)
 
 
 def _scales(format_: Format, module: str, amax: Amax) -> dict[str, torch.Tensor]:
@@ -274,8 +275,8 @@ def _module_records(
         format_ = get_format(name)
         scales = _scales(format_, module.name, amax)
         numbers = {part: float(scale) for part, scale in scales.items() if not scale.dim()}
-        stored = format_.layouts[carrier].name(WEIGHT_SCALE)
-        digest = table[f"{tensor.removesuffix('.weight')}.{stored}"].digest
+        stored, beside = format_.layouts[carrier].name(WEIGHT_SCALE), tensor.removesuffix(".weight")
+        digest, zeros = table[f"{beside}.{stored}"].digest, table.get(f"{beside}.{WEIGHT_ZERO_POINT}")
         if WEIGHT_SCALE in scales and WEIGHT_SCALE not in numbers:
             digest = hashlib.sha256(scales[WEIGHT_SCALE].numpy().tobytes())
         yield ModuleRecord(
@@ -286,6 +287,7 @@ def _module_records(
             weight_scale=numbers.get(WEIGHT_SCALE),
             weight_scale_sha256=None if digest is None else digest.hexdigest(),
             weight_scale_2=numbers.get(WEIGHT_SCALE_2),
+            weight_zero_point_sha256=None if zeros is None else zeros.digest.hexdigest(),
             input_scale=numbers.get(INPUT_SCALE),
             rounding=rounding,
         )

@@ -41,6 +41,7 @@ class Entry:
     make: Callable[[torch.Tensor, int], torch.Tensor] | None = None  # from rows of the source weight, and the first
     # one's number; None: its bytes as they are
     digest: Any = None  # of hashlib, to be fed with the bytes that `make` gives; None: nobody asks
+    rows: int = 1  # `make` takes a multiple of them
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
@@ -131,7 +132,7 @@ def write_weights(weights: WeightFiles, file: str, entries: Sequence[Entry], des
             else:
                 info = entry.content
                 columns = info.shape[1]
-                rows, first = max(1, _CODED_ELEMENTS // columns), 0
+                rows, first = max(1, _CODED_ELEMENTS // columns // entry.rows) * entry.rows, 0
                 for block in _read(source, info, rows * columns * DTYPE_BYTES[info.dtype]):
                     weight = torch.from_numpy(block).view(_TORCH_DTYPE[info.dtype]).view(-1, columns)
                     made = _bytes(entry.make(weight, first))

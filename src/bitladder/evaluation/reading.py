@@ -87,7 +87,7 @@ class _Stored:
     def place(self, part: Part) -> Part:
         """Return a part of it as the file must have it."""
         name = f"{self.weight.removesuffix('.weight')}.{self.layout.name(part.name)}"
-        return Part(name, part.dtype, self.layout.shape(part))
+        return Part(name, part.dtype, self.layout.shape(part), packed=part.packed)
 
 
 def _algorithms(section: Mapping[str, Any]) -> Callable[[str], tuple[str, Format | None]]:
@@ -150,7 +150,7 @@ def _names(carrier: str) -> list[str]:
 
 
 def _scale(files: WeightFiles, weight: str, part: Part) -> torch.Tensor:
-    """Return what a part (weight_scale, input_scale, k_scale ...) holds: positive numbers of its dtype and shape.
+    """Return what a part (weight_scale, input_scale, k_scale ...) holds, of its dtype and shape: scales are positive.
 
     Args:
         files: the checkpoint's.
@@ -165,15 +165,13 @@ def _scale(files: WeightFiles, weight: str, part: Part) -> torch.Tensor:
     one = len(part.shape) < 2 and math.prod(part.shape) == 1
     right_shape = scale.numel() == 1 if one else tuple(scale.shape) == part.shape
     values = grids.powers(scale) if part.dtype == "U8" else scale.float()
-    if (
-        files.tensors[name].dtype != part.dtype
-        or not right_shape
-        or not bool(((values > 0) & (values < math.inf)).all())
-    ):
+    positive = part.packed or bool(((values > 0) & (values < math.inf)).all())
+    if files.tensors[name].dtype != part.dtype or not right_shape or not positive:
         file = files.directory / files.tensors[name].file
         dtype = "float32" if part.dtype == SCALE_DTYPE else part.dtype
         count = " x ".join(map(str, part.shape))
-        wanted = f"one positive {dtype} number" if one else f"{count} positive {dtype} numbers"
+        kind = dtype if part.packed else f"positive {dtype}"
+        wanted = f"one {kind} number" if one else f"{count} {kind} numbers"
         raise ModelError(f"{file}: {name} is not {wanted}; {EXPORT_AGAIN}")
     return scale
 

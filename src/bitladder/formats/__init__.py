@@ -20,6 +20,7 @@ from bitladder.formats.base import (
     WEIGHT_ONLY,
     WEIGHT_SCALE,
     WEIGHT_SCALE_2,
+    WEIGHT_ZERO_POINT,
     Arithmetic,
     Format,
     Part,
@@ -30,7 +31,7 @@ from bitladder.formats.e4m3 import E4m3
 from bitladder.formats.fp8_block import Fp8Block
 from bitladder.formats.fp8_channel import Fp8Channel
 from bitladder.formats.fp8_tensor import Fp8Tensor
-from bitladder.formats.int4_w4a16 import Int4W4a16, Int4W4a16Group64
+from bitladder.formats.int4_w4a16 import Int4W4a16, Int4W4a16Asym, Int4W4a16AsymGroup64, Int4W4a16Group64
 from bitladder.formats.int8 import Int8
 from bitladder.formats.int8_w8a16 import Int8W8a16, Int8W8a16Group64
 from bitladder.formats.mxfp8 import Mxfp8
@@ -57,6 +58,7 @@ __all__ = [
     "WEIGHT_PACKED",
     "WEIGHT_SCALE",
     "WEIGHT_SCALE_2",
+    "WEIGHT_ZERO_POINT",
     "Arithmetic",
     "E4m3",
     "Format",
@@ -88,6 +90,8 @@ FORMATS: dict[str, Format] = {
         Int8W8a16Group64(),
         Int4W4a16(),
         Int4W4a16Group64(),
+        Int4W4a16Asym(),
+        Int4W4a16AsymGroup64(),
     )
 }
 

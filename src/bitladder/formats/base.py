@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Parts of a module, as ModelOpt's files name them.
 WEIGHT, WEIGHT_SCALE, WEIGHT_SCALE_2, INPUT_SCALE = "weight", "weight_scale", "weight_scale_2", "input_scale"
+WEIGHT_ZERO_POINT = "weight_zero_point"  # as compressed-tensors' files name it; ModelOpt's have none
 # What files of any format may have beside a weight's codes; ours know all but `weight_scale_inv`.
 SCALE_NAMES = (WEIGHT_SCALE, WEIGHT_SCALE_2, "weight_scale_inv", INPUT_SCALE)
 KV_SCALE_NAMES = ("k_scale", "v_scale")  # of an attention that caches keys and values
@@ -36,6 +37,7 @@ class Part:
     dtype: str
     shape: tuple[int, ...]
     counts: bool = False  # integers that say how large the weight is, which belong to no row of it
+    packed: bool = False  # small integers, several of them a number: whatever its bits are, they are some
 
     @property
     def grows(self) -> bool:
@@ -66,6 +68,8 @@ class Format(ABC):
     code_dtype: ClassVar[str] = "F8_E4M3"  # of a stored weight, as safetensors spells it
     code_bits: ClassVar[int] = 8  # of an element, without scales
     codes_a_number: ClassVar[int] = 1  # how many neighbours of a row lie in one number of `code_dtype`
+    zero_points: ClassVar[bool] = False  # whether the code that restores 0 is another one in every group
+    rows: ClassVar[int] = 1  # of a weight that are stored together: only whole multiples of them can be made at a time
     group_size: ClassVar[int | None] = None  # neighbours of a row that share a scale of their own; None: no such groups
     square: ClassVar[int | None] = None  # so many rows and columns share a scale; None: no such blocks
     channels: ClassVar[bool] = False  # whether every row of a weight has a scale of its own
@@ -213,7 +217,7 @@ class Format(ABC):
 
         Args:
             part: its name, one of those that `tensor_scales` doesn't give.
-            weight: [rows, in_features].
+            weight: [rows, in_features], a multiple of `rows` of them.
             amax: what `rows_of` gives of these rows.
         """
 

@@ -4,7 +4,13 @@
     weight_scale  BF16 [out_features, in_features / group]     amax of the group / ((2^bits - 1) / 2), in BF16
     weight_shape  I64 [2]                                      out_features, in_features
 
-A value is restored as code · weight_scale, code from -2^(bits - 1) to 2^(bits - 1) - 1. No ModelOpt file holds them.
+A value is restored as code · weight_scale, code from -2^(bits - 1) to 2^(bits - 1) - 1. With zero points it is
+(code - zero point) · weight_scale, the whole range of codes spans the group's least and greatest value, and 0:
+
+    weight_scale       BF16                                              (greatest - least) / (2^bits - 1), in BF16
+    weight_zero_point  I32 [out_features · bits / 32, in_features / group]  as codes, the first row in the lowest bits
+
+No ModelOpt file holds them.
 
 Source: compressed_tensors 0.20.0, compressors/pack_quantized and quantization/utils/helpers.py (calculate_qparams);
 BF16 because readers take scales in the model's dtype.
@@ -13,22 +19,23 @@ BF16 because readers take scales in the model's dtype.
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bitladder.formats.base import WEIGHT, WEIGHT_SCALE, Format, Part
+from bitladder.formats.base import WEIGHT, WEIGHT_SCALE, WEIGHT_ZERO_POINT, Format, Part
 from bitladder.formats.carriers import WEIGHT_PACKED, Layout
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHT_SHAPE = "weight_shape"
+_WORD = 32  # bits of a number of packed codes
 
 
-def packed_layout(bits: int, group_size: int) -> Layout:
+def packed_layout(bits: int, group_size: int, *, symmetric: bool = True) -> Layout:
     """Return how compressed-tensors stores such a weight."""
     return Layout(
         names={WEIGHT: WEIGHT_PACKED},
         with_axis=True,
         compression="pack-quantized",
-        weights={**integers(bits, "group"), "group_size": group_size},
+        weights={**integers(bits, "group"), "symmetric": symmetric, "group_size": group_size},
     )
 
 
@@ -50,14 +57,19 @@ class IntGroups(Format):
         """Return why a weight of this shape has no whole groups, or None."""
         if shape[1] % self.group_size:
             return f"has rows that are not divisible by {self.group_size}: no whole groups of integers"
+        if shape[0] % self.rows:
+            return f"has a number of rows that {self.rows} doesn't divide: no whole numbers of zero points"
         return None
 
     def stored(self, shape: Sequence[int]) -> tuple[Part, ...]:
-        """Return packed codes, the groups' scales, and the weight's shape."""
+        """Return packed codes, the groups' scales and zero points, and the weight's shape."""
         rows, columns = shape
+        groups = columns // self.group_size
+        zeros = (rows * self.code_bits // _WORD, groups)
         return (
             Part(WEIGHT, self.code_dtype, (rows, columns // self.codes_a_number)),
-            Part(WEIGHT_SCALE, "BF16", (rows, columns // self.group_size)),
+            Part(WEIGHT_SCALE, "BF16", (rows, groups)),
+            *([Part(WEIGHT_ZERO_POINT, self.code_dtype, zeros, packed=True)] if self.zero_points else []),
             Part(WEIGHT_SHAPE, "I64", (2,), counts=True),
         )
 
@@ -73,23 +85,28 @@ class IntGroups(Format):
         return {}
 
     def made(self, part: str, weight: "torch.Tensor", amax: "torch.Tensor") -> "torch.Tensor":
-        """Return the packed codes of these rows, or their groups' scales, or the shape."""
+        """Return the packed codes of these rows, or their groups' scales or zero points, or the shape."""
         import torch
 
         from bitladder.formats import integers as grid
 
         if part == WEIGHT_SHAPE:
             return torch.tensor(weight.shape)
-        scales = grid.group_scales(weight, self.code_bits, self.group_size)
-        return (
-            scales if part == WEIGHT_SCALE else grid.packed(grid.codes(weight, scales, self.code_bits), self.code_bits)
-        )
+        of_groups = grid.group_ranges if self.zero_points else grid.group_scales
+        scales, zeros = of_groups(weight, self.code_bits, self.group_size)
+        if part == WEIGHT_SCALE:
+            return scales
+        if part == WEIGHT_ZERO_POINT:
+            assert zeros is not None
+            return grid.packed_along_rows(zeros, self.code_bits)
+        return grid.packed(grid.codes(weight, scales, self.code_bits, zeros), self.code_bits)
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
-        """Return code · weight_scale."""
+        """Return code · weight_scale, or (code - zero point) · weight_scale."""
         from bitladder.formats import integers as grid
 
-        values = grid.restored(grid.unpacked(parts[WEIGHT], self.code_bits), parts[WEIGHT_SCALE])
+        zeros = grid.unpacked_along_rows(parts[WEIGHT_ZERO_POINT], self.code_bits) if self.zero_points else None
+        values = grid.restored(grid.unpacked(parts[WEIGHT], self.code_bits), parts[WEIGHT_SCALE], zeros)
         return values if dtype is None else values.to(dtype)
 
     def round_input(self, x: "torch.Tensor", scale: "torch.Tensor | None") -> "torch.Tensor":

@@ -10,7 +10,7 @@ from bitladder.records.base import FileDigest, Grown, Part, Record
 class ModuleRecord(Grown):
     """One quantised module in a checkpoint: scales are multipliers that restore a value from its code."""
 
-    later = frozenset({"weight_scale_2"})
+    later = frozenset({"weight_scale_2", "weight_zero_point_sha256"})
 
     name: str
     tensor: str
@@ -19,6 +19,7 @@ class ModuleRecord(Grown):
     weight_scale: float | None = Field(description="None: one a row or a block, of which the digest is kept")
     weight_scale_sha256: str | None = Field(default=None, description="of the scales of rows or blocks; else None")
     weight_scale_2: float | None = Field(default=None, description="of a weight whose blocks have scales; else None")
+    weight_zero_point_sha256: str | None = Field(default=None, description="of the zero points of groups; else None")
     input_scale: float | None = Field(description="None: made of the input itself when it is served")
     rounding: Literal["nearest", "compensated"] = "nearest"
 

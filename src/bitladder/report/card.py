@@ -39,6 +39,7 @@ def render_card(report: Report, name: str) -> str:
     )
     ladder = Ladder(alone)
     groups = [group for group in report.groups if group.formats[name] == BF16]
+    known = [FORMATS[name] for name in _formats(scheme) if name in FORMATS]
     return template("card.md.jinja").render(
         report=alone,
         scheme=scheme,
@@ -48,6 +49,8 @@ def render_card(report: Report, name: str) -> str:
         modules=_modules(scheme, quantised=True) + _modules(scheme, quantised=False),
         left=[module for group in groups for module in group.modules],
         formats=" and ".join(_described(name) for name in _formats(scheme)),
+        zero_points=any(one.zero_points for one in known),
+        rounded=" and ".join(one.name.upper() for one in known if one.input != "unrounded"),
         calibration=data_names(report.calibration, quote="`"),
         layers=layer_counts(alone),
         evaluation=evaluation_table(alone, ladder) if scheme.results else "",

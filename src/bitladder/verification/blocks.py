@@ -19,7 +19,7 @@ def many_scales(weight: torch.Tensor, spread: Spread, above: torch.Tensor | None
     """Return what the scales of a weight's rows or blocks must be; None: it has none, or `above` isn't known.
 
     Args:
-        weight: [out_features, in_features] of the source, in the arithmetic of the measurement.
+        weight: [out_features, in_features] of the source; of rows and squares in the arithmetic of the measurement.
         spread: what the scales are for.
         above: scale of the whole weight, of FP4 codes.
     """
@@ -98,7 +98,7 @@ def scales_of(weight: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
     The largest magnitude of a block is to be stored as 6, under the scale of the whole weight; zeros have scale 1.
 
     Args:
-        weight: [out_features, in_features] of the source, in the arithmetic of the measurement.
+        weight: [out_features, in_features] of the source.
         above: scale of the whole weight.
     """
     amax = weight.reshape(len(weight), -1, BLOCK).abs().max(2).values.float()

@@ -19,7 +19,7 @@ from bitladder.runinfo import one_core_each
 from bitladder.storage import sha256_of_file
 from bitladder.verification import blocks, ints
 from bitladder.verification.expected import CONFIG, LEGACY, Expected, Scale, Weight, scale_of
-from bitladder.verification.layouts import E2M1_MAX, E4M3_MAX
+from bitladder.verification.layouts import E2M1_MAX, E4M3_MAX, WRITTEN
 from bitladder.verification.reading import INDEX, Tensors, bytes_of, differences, read_json
 
 EXPORT_AGAIN = "remove its directory and export this scheme again"
@@ -47,6 +47,7 @@ class Examination:
     weight_amax: dict[str, float] = field(default_factory=dict)  # group -> of the source's weights
     # Weight -> what the scales of its rows or blocks must be; those of blocks by the weight's own scale in the files.
     many_scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    zero_points: dict[str, torch.Tensor] = field(default_factory=dict)  # weight -> what they must be, as stored
 
     def part(self) -> "Examination":
         """Return an empty examination of the same checkpoint, to be merged."""
@@ -61,6 +62,7 @@ class Examination:
         self.bytes_identical += part.bytes_identical
         self.stored_bytes += part.stored_bytes
         self.many_scales |= part.many_scales
+        self.zero_points |= part.zero_points
         for group, amax in part.weight_amax.items():
             self.weight_amax[group] = max(amax, self.weight_amax.get(group, 0.0))
 
@@ -174,11 +176,14 @@ def _weights(
         if entry.is_quantised and entry.group is not None:
             # Weights are measured in the arithmetic of the measurement, to which they were cast.
             part.weight_amax[entry.group] = float(original.abs().max().to(dtype))
-            if entry.bits is not None:
-                part.many_scales[name] = ints.scales_of(original.to(dtype), entry.bits, expected.scales[entry.scale])
+            weight, scale = original if entry.spread in WRITTEN else original.to(dtype), expected.scales[entry.scale]
+            if entry.bits is not None and entry.zero_point is not None:
+                part.many_scales[name], part.zero_points[name] = ints.ranges_of(weight, entry.bits, scale)
+            elif entry.bits is not None:
+                part.many_scales[name] = ints.scales_of(weight, entry.bits, scale)
             else:
                 above = _read_scale(tensors, expected, entry.above)
-                many = blocks.many_scales(original.to(dtype), entry.spread, above)
+                many = blocks.many_scales(weight, entry.spread, above)
                 if many is not None:
                     part.many_scales[name] = many
         if name in tensors.files:
@@ -201,7 +206,8 @@ def _weight(
         content = hashlib.sha256(str(tensor.dtype).encode())
         content.update(bytes_of(tensor).numpy().data)
         if tensor.dtype != original.dtype:  # formats that differ in what is done to inputs may store a weight alike
-            content.update(str(entry.input_scale in tensors.files).encode())
+            beside = [part in tensors.files for part in (entry.input_scale, entry.zero_point)]
+            content.update(str(beside).encode())
         exam.digests[entry.module] = content.hexdigest()
     wanted, shape, says = original.dtype, list(original.shape), f"leaves it alone: {original.dtype}"
     if entry.packed:
@@ -215,11 +221,12 @@ def _weight(
     elif entry.is_quantised:
         scale = _read_scale(tensors, expected, entry.scale)
         above = _read_scale(tensors, expected, entry.above) if entry.packed else scale
-        if scale is None or above is None:
+        zeros = _read_scale(tensors, expected, entry.zero_point)
+        if scale is None or above is None or (zeros is None and entry.zero_point is not None):
             pass  # a finding of its own
         elif entry.bits is not None:
             exam.codes += original.numel()
-            if wrong := ints.wrong_codes(tensor, scale, entry.bits, original):
+            if wrong := ints.wrong_codes(tensor, scale, entry.bits, original, zeros):
                 exam.find(entry.file, name, f"{wrong:,} of {original.numel():,} codes are {_NOT_NEAREST}")
         else:
             _codes(exam, name, entry, tensor, (scale, above), original)
@@ -305,6 +312,8 @@ def _scale_problem(stored: torch.Tensor, scale: Scale, wanted: torch.Tensor | No
         return f"is {stored.dtype} {list(stored.shape)}, not {numbers}"
     if wanted is None:
         return None  # the weight's own scale isn't there, which is a finding
+    if scale.zero_bits is not None:
+        return ints.zeros_problem(stored, wanted, scale.zero_bits)
     wrong = (stored.float().reshape(-1) != wanted.float()).nonzero().flatten().tolist()
     if not wrong:
         return None
@@ -327,7 +336,7 @@ def _scales(
         if scale.says is not None:
             return None
         if scale.many_of is not None:
-            return exam.many_scales.get(scale.many_of)
+            return (exam.many_scales if scale.zero_bits is None else exam.zero_points).get(scale.many_of)
         return scale_of(weights[scale.group], scale.largest) if scale.value is None else scale.value
 
     for name, scale in expected.all_scales.items():
@@ -335,7 +344,8 @@ def _scales(
         if stored is not None:
             exam.tensors += 1
             value = wanted(scale)
-            own = None if value is None else torch.as_tensor(value, dtype=torch.float32).reshape(-1)
+            dtype = torch.float32 if scale.zero_bits is None else torch.int32
+            own = None if value is None else torch.as_tensor(value, dtype=dtype).reshape(-1)
             problem = _scale_problem(stored, scale, own if own is None or not scale.inverted else 1 / own)
             if problem is not None:
                 exam.find(tensors.file(name), name, problem)
@@ -381,6 +391,7 @@ def _manifest(
             many = weight_scale if isinstance(weight_scale, torch.Tensor) else None
             input_scale = expected.scales.get(entry.input_scale or "")
             above = expected.scales.get(entry.above or "")
+            zeros = exam.zero_points.get(name)
             modules[entry.original] = {
                 "name": entry.module,
                 "tensor": entry.original,
@@ -389,6 +400,7 @@ def _manifest(
                 "weight_scale": weight_scale if many is None else None,
                 "weight_scale_sha256": None if many is None else _digest(many),
                 **({} if above is None else {"weight_scale_2": wanted(above)}),
+                **({} if zeros is None else {"weight_zero_point_sha256": _digest(zeros)}),
                 "input_scale": None if input_scale is None else wanted(input_scale),
                 "rounding": "nearest" if entry.rounded is None else "compensated",
             }

@@ -40,6 +40,7 @@ class Weight:
     above: str | None = None
     bits: int | None = None  # of integers; None: they aren't
     input_scale: str | None = None
+    zero_point: str | None = None
 
     @property
     def packed(self) -> bool:
@@ -63,6 +64,7 @@ class Scale:
     inverted: bool = False  # stored as 1 / scale
     says: tuple[int, ...] | None = None  # what it must be, where it is no scale
     likely: float | None = None  # what the measurement says that a weight's own inverted scale is
+    zero_bits: int | None = None  # of zero points, several of which are one number; None: it is no such
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,7 @@ def expect(
                     inverted=inverted,
                     says=originals.shape(name) if part == "weight_shape" else None,
                     likely=scale_of(max(likely), layout.largest) if inverted else None,
+                    zero_bits=layout.bits if part == "weight_zero_point" else None,
                 )
             del weights[name]
             weights[codes] = Weight(
@@ -299,6 +302,7 @@ def expect(
                 own.get("weight_scale_2"),
                 layout.bits,
                 own.get("input_scale"),
+                own.get("weight_zero_point"),
             )
     config = read_json(source / CONFIG)
     section, legacy = _quantisation(scheme, measurement, carrier)

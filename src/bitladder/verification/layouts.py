@@ -20,14 +20,21 @@ SQUARE = 128  # rows and columns that share a scale
 Spread = Literal["tensor", "row", "square", "fp4", "exponent", "group"]
 
 
-# Of which ModelOpt has no files: bits of a code, and how many share a scale; None: a row.
+# Whose scales are made of the source's own numbers when they are written; the others come from the measurement, which
+# has cast them to its arithmetic.
+WRITTEN = ("fp4", "exponent", "group")
+
+# Of which ModelOpt has no files: bits of a code, how many share a scale (None: a row), and whether they are symmetric.
 INTEGERS = {
-    "int8": (8, None),
-    "int8_w8a16": (8, 128),
-    "int8_w8a16_g64": (8, 64),
-    "int4_w4a16": (4, 128),
-    "int4_w4a16_g64": (4, 64),
+    "int8": (8, None, True),
+    "int8_w8a16": (8, 128, True),
+    "int8_w8a16_g64": (8, 64, True),
+    "int4_w4a16": (4, 128, True),
+    "int4_w4a16_g64": (4, 64, True),
+    "int4_w4a16_asym": (4, 128, False),
+    "int4_w4a16_asym_g64": (4, 64, False),
 }
+_WORD = 32  # bits of a number of packed integers
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Layout:
     spread: Spread = "tensor"
     bits: int | None = None  # of integers; None: they aren't
     sharing: int | None = None  # of packed integers: how many neighbours of a row share a BF16 scale
+    symmetric: bool = True  # False: groups have zero points
     grouped_alone: bool = True  # whether `config_groups` are written where a checkpoint has this format only
 
     @property
@@ -67,7 +75,10 @@ class Layout:
         found = {"weight_scale": number}
         if self.sharing is not None:
             groups = (shape[0], shape[1] // self.sharing)
-            return {"weight_scale": (groups, torch.bfloat16), "weight_shape": ((2,), torch.int64)}
+            found = {"weight_scale": (groups, torch.bfloat16), "weight_shape": ((2,), torch.int64)}
+            if not self.symmetric and self.bits is not None:
+                found["weight_zero_point"] = ((shape[0] * self.bits // _WORD, groups[1]), torch.int32)
+            return found
         if self.spread == "row":
             found = {"weight_scale": ((shape[0],), torch.float32)}
         elif self.spread == "square":
@@ -113,8 +124,9 @@ LAYOUTS = {
             spread="row" if group is None else "group",
             bits=bits,
             sharing=group,
+            symmetric=symmetric,
         )
-        for name, (bits, group) in INTEGERS.items()
+        for name, (bits, group, symmetric) in INTEGERS.items()
     },
 }
 
@@ -192,9 +204,9 @@ GROUPS: dict[str, dict[str, Any]] = {
     **{
         name: {
             "format": "pack-quantized",
-            "weights": {**_numbers(bits, "group"), "type": "int", "group_size": group},
+            "weights": {**_numbers(bits, "group"), "type": "int", "group_size": group, "symmetric": symmetric},
         }
-        for name, (bits, group) in INTEGERS.items()
+        for name, (bits, group, symmetric) in INTEGERS.items()
         if group is not None
     },
 }

@@ -18,6 +18,7 @@ from bitladder.formats import (
     FORMATS,
     GLOBAL_SCALES,
     WEIGHT,
+    WEIGHT_ZERO_POINT,
     Part,
     format_of_group,
     get_format,
@@ -251,6 +252,10 @@ class GroupsCheck:
     def _wrong_parts(self, module: str, runs: str, stored: str) -> None:
         """Say what of a format a module hasn't."""
         odd = self._odd(module, runs)
+        if odd is not None and odd[1] is None and odd[0].name == WEIGHT_ZERO_POINT:
+            # not as good as symmetric: without them the codes stand for other numbers
+            self._missing(f"{module}.{WEIGHT_ZERO_POINT}")
+            return
         if odd is None or stored != _UNKNOWN:
             problem = f"is stored as {stored}, but its config group makes it {runs}"
             self.findings.error("wrong_format", self._spelt(module), problem, f"name it in the group of {stored}")

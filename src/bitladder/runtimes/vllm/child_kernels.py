@@ -90,9 +90,13 @@ def _restoring_integers() -> Iterator[None]:
 
         def process_weights_after_loading(self, layer: Any) -> None:
             """Restore the weights, [out_features, in_features], from codes [out_features, in_features / 8]."""
-            codes = unpack(layer.weight_packed, self.config.weight_type, 1) - _MIDDLE
-            scales = layer.weight_scale.repeat_interleave(codes.shape[1] // layer.weight_scale.shape[1], 1)
-            layer.restored = codes.to(scales.dtype) * scales
+            kind = self.config.weight_type
+            codes = unpack(layer.weight_packed, kind, 1)
+            columns, zeros = codes.shape[1] // layer.weight_scale.shape[1], torch.tensor([[_MIDDLE]])
+            if self.config.zero_points:  # [out_features / 8, groups]
+                zeros = unpack(layer.weight_zero_point, kind, 0).repeat_interleave(columns, 1)
+            scales = layer.weight_scale.repeat_interleave(columns, 1)
+            layer.restored = (codes - zeros).to(scales.dtype) * scales
 
         def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             """Return the product with them."""
@@ -102,7 +106,7 @@ def _restoring_integers() -> Iterator[None]:
 
     def choose(config: Any, *others: Any, **named: Any) -> Any:
         chosen = original(config, *others, **named)
-        return EmulationWNA16LinearKernel if chosen is CPUWNA16LinearKernel and not config.zero_points else chosen
+        return EmulationWNA16LinearKernel if chosen is CPUWNA16LinearKernel else chosen
 
     asking.choose_mp_linear_kernel = choose
     try:

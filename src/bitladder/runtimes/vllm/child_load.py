@@ -174,6 +174,7 @@ def layer_facts(model: torch.nn.Module) -> list[Facts]:
                 "rounds_input": rounds_input(running(module)),
                 "bits": getattr(running(module), "num_bits", None),
                 "group_size": getattr(running(module), "group_size", None),
+                "symmetric": getattr(running(module), "symmetric", None),
                 "kernel": None,
                 "dtype": None,
             }

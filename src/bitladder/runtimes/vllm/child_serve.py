@@ -239,6 +239,7 @@ def layer_facts(model: Any, modules: Sequence[str]) -> Facts:
                 "dtype": _dtype_of(_running(module), weight),
                 "bits": getattr(_running(module), "num_bits", None),
                 "group_size": getattr(_running(module), "group_size", None),
+                "symmetric": getattr(_running(module), "symmetric", None),
                 **_scaling(module),
             }
     names = {module: _runtime_name(model, layers, module) for module in modules}

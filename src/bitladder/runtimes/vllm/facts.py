@@ -60,6 +60,7 @@ class Layer(_Fact):
     rounds_input: bool = True
     bits: int | None = None  # of packed integers, and how many share a scale
     group_size: int | None = None
+    symmetric: bool | None = None  # whether packed integers have no zero points
     kernel: str | None = None
     dtype: str | None = None
 

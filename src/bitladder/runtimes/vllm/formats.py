@@ -1,6 +1,7 @@
 """Which of our formats a layer of vLLM's runs in: told by dtype and scales, which every release has."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from bitladder.formats import FORMATS, Spread, get_format
 from bitladder.models.weights import TORCH_NAMES
@@ -28,6 +29,7 @@ def fitting(
     dynamic_input: bool | None = None,
     bits: int | None = None,
     group_size: int | None = None,
+    zero_points: bool | None = None,
 ) -> list[str]:
     """Return the formats, of those that vLLM runs, that store weights so.
 
@@ -37,6 +39,7 @@ def fitting(
         dynamic_input: whether inputs have no scale, being scaled as they come or not at all; None: not known.
         bits: of a code; None: not known.
         group_size: how many neighbours of a row share a scale; None: not known.
+        zero_points: whether their codes have zero points; None: not known.
     """
     formats = [get_format(name) for name in dict.fromkeys((*VllmRules.SUPPORT, *VllmRules.CARRIED))]
     return [
@@ -47,7 +50,13 @@ def fitting(
         and dynamic_input in (None, not one.has_input_scale)
         and bits in (None, one.code_bits)
         and group_size in (None, one.group_size)
+        and zero_points in (None, one.zero_points)
     ]
+
+
+def packing_of(bits: int | None, group_size: int | None, symmetric: bool | None) -> dict[str, Any]:
+    """Return what `fitting` is to know of packed integers as vLLM's scheme for a layer has them; empty: no integers."""
+    return {} if bits is None else {"bits": bits, "group_size": group_size, "zero_points": symmetric is False}
 
 
 def spread_of(shape: Sequence[int], dtype: str, rows: int) -> Spread:

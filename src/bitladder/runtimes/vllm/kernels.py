@@ -145,7 +145,7 @@ KERNELS: Final[Mapping[str, Mapping[str, Row]]] = {
             ),
             f"{_SCALED}cutlass.py, cpu.py; csrc, cutlass/c3x/scaled_mm_helper.hpp",
         ),
-        **dict.fromkeys(("int4_w4a16", "int4_w4a16_g64"), _INT4),
+        **dict.fromkeys(("int4_w4a16", "int4_w4a16_g64", "int4_w4a16_asym", "int4_w4a16_asym_g64"), _INT4),
         **dict.fromkeys(("int8_w8a16", "int8_w8a16_g64"), _INT8_WEIGHTS),
     },
     "0.25.1": {

@@ -10,13 +10,29 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from bitladder.formats import GLOBAL_SCALES, INPUT_SCALE, WEIGHT, WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_SCALE_2
+from bitladder.formats import (
+    GLOBAL_SCALES,
+    INPUT_SCALE,
+    WEIGHT,
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    WEIGHT_SCALE_2,
+    WEIGHT_ZERO_POINT,
+)
 from bitladder.records import BF16, CheckpointManifest, ErrorClass, ProbedLayer, ProbeFinding
 from bitladder.runtimes.base import RECOMPUTED
 from bitladder.runtimes.child import Outcome
 from bitladder.runtimes.vllm.exceptions import advice, classify, classify_exit, exit_words, said
 from bitladder.runtimes.vllm.facts import Facts, Failure, Layer, Parameter
-from bitladder.runtimes.vllm.formats import PACKED, SIXTEEN_BIT, fitting, plain_format, spread_of, wrong_format
+from bitladder.runtimes.vllm.formats import (
+    PACKED,
+    SIXTEEN_BIT,
+    fitting,
+    packing_of,
+    plain_format,
+    spread_of,
+    wrong_format,
+)
 
 _EXPORT = "export the checkpoint again"
 _KV_FP8 = "fp8"  # how the names of an FP8 KV cache begin
@@ -262,7 +278,7 @@ def running_format(facts: Facts, layer: Layer) -> str:
     spread = None if scale is None else spread_of(scale.shape, scale.dtype, rows)
     if scale is not None and spread == "row" and not scale.elements == rows != max(len(layer.shards), 1):
         spread = "tensor"  # of each of its shards
-    packing = {"bits": layer.bits, "group_size": layer.group_size} if layer.bits is not None else {}
+    packing = packing_of(layer.bits, layer.group_size, layer.symmetric)
     found = fitting(str(layer.created_dtype), spread=spread, dynamic_input=dynamic, **packing)
     if found:
         return found[0]
@@ -278,8 +294,10 @@ def stored_formats(facts: Facts, module: str) -> list[str]:
         return [plain]
     scale = facts.tensors.get(f"{module}.weight_scale")
     spread = None if scale is None else spread_of(scale.shape, scale.dtype, codes.shape[0])
-    dynamic = not _has_input_scale(facts.tensors, module) if codes.dtype in PACKED else None
-    return fitting(codes.dtype, spread=spread, dynamic_input=dynamic) or [codes.dtype]
+    packed = codes.dtype in PACKED
+    dynamic = not _has_input_scale(facts.tensors, module) if packed else None
+    zeros = f"{module}.{WEIGHT_ZERO_POINT}" in facts.tensors if packed else None
+    return fitting(codes.dtype, spread=spread, dynamic_input=dynamic, zero_points=zeros) or [codes.dtype]
 
 
 def _numbered_part(module: str) -> str:

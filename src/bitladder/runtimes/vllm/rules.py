@@ -56,7 +56,10 @@ class VllmRules(Rules):
         "int8": Support("CompressedTensorsW8A8Int8", 75, None, _SCHEMES.format("w8a8_int8")),
         **{
             name: Support("CompressedTensorsWNA16", 75, None, _SCHEMES.format("wNa16"))
-            for name in ("int8_w8a16", "int8_w8a16_g64", "int4_w4a16", "int4_w4a16_g64")
+            for name in (
+                *("int8_w8a16", "int8_w8a16_g64", "int4_w4a16", "int4_w4a16_g64"),
+                *("int4_w4a16_asym", "int4_w4a16_asym_g64"),
+            )
         },
     }
     known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", MIX})

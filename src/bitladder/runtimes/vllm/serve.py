@@ -38,7 +38,7 @@ from bitladder.runtimes.child import VLLM_ENVIRONMENT, installed_version, run_ch
 from bitladder.runtimes.files import read_manifest
 from bitladder.runtimes.findings import Findings
 from bitladder.runtimes.vllm.exceptions import advice, classify, classify_exit, exit_words, said
-from bitladder.runtimes.vllm.formats import fitting, plain_format
+from bitladder.runtimes.vllm.formats import fitting, packing_of, plain_format
 from bitladder.runtimes.vllm.job import LogProbs, ServeJob
 from bitladder.runtimes.vllm.serve_judging import (
     answer_findings,
@@ -190,7 +190,7 @@ def _running_format(layer: Layer) -> str:
     if layer.dtype is None:
         return "unknown"
     plain = plain_format(layer.dtype)
-    packing = {"bits": layer.bits, "group_size": layer.group_size} if layer.bits is not None else {}
+    packing = packing_of(layer.bits, layer.group_size, layer.symmetric)
     found = fitting(layer.dtype, spread=layer.spread, dynamic_input=layer.dynamic_input, **packing)
     return plain or (found[0] if found else f"{layer.dtype} with other scales than any known format's")
 

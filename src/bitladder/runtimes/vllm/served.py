@@ -48,6 +48,7 @@ class Layer(_Fact):
     dtype: str | None
     bits: int | None = None  # of packed integers, and how many share a scale
     group_size: int | None = None
+    symmetric: bool | None = None  # whether packed integers have no zero points
     spread: Spread = "tensor"  # what its weight's scales are for
     dynamic_input: bool = False  # whether its inputs are scaled as they come
 
