@@ -306,7 +306,7 @@ def test_control_arms_stand_beside_each_scheme(files, finished, copied):
     # Every batch has as many tokens, so ModelOpt would choose what the scheme has: that isn't repeated.
     measurement = Measurement.read(finished / "measurement.json")
     top50 = Scheme.read(finished / "schemes" / "top50.json")
-    assert controls._modelopt_choice(measurement, top50, "fp8") == top50.quantised_groups()
+    assert controls._modelopt_choice(measurement, top50) == top50.formats
     others = {arm.asked.control for arm in controls.arms(measurement, top50, kinds=KINDS, seeds=3)}
     assert {"random", "inverse", "first_last", "largest"} <= others <= set(KINDS) - {"modelopt"}
     assert {arm.scheme.asked.control for arm in evidence.arms} == others
