@@ -10,7 +10,7 @@ choose_mp_linear_kernel, init_nvfp4_linear_kernel, init_mxfp8_linear_kernel); of
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from bitladder.formats.base import AS_STORED, POWERS_OF_TWO, WEIGHT_ONLY, Arithmetic
@@ -44,6 +44,7 @@ class Row:
 _GPUS: Final = ("ampere", "ada", "hopper", "blackwell", "blackwell_rtx")
 _CPUS: Final = ("cpu", "cpu_amx")
 _TESTS, _H100 = "tests/test_serve_mixes.py", "benchmarks/results/serving_full_size.json"
+_MIXES = "benchmarks/results/served_mixes.json"
 _UNREAD = Cell(None, None, "not checked")
 _NO_KERNEL = Cell(None, None, "no kernel")
 _LENT = "no kernel; `probe` lends vLLM's emulation, as stored"
@@ -176,11 +177,21 @@ KERNELS: Final[Mapping[str, Mapping[str, Row]]] = {
             "mxfp8/",
         ),
         "nvfp4": _row(
-            (_MARLIN4, _MARLIN4, _MARLIN4, Cell("FlashInferCuteDslNvFp4"), Cell("FlashInferCutlassNvFp4")),
+            (
+                _MARLIN4,
+                _MARLIN4,
+                replace(_MARLIN4, seen=_MIXES),
+                Cell("FlashInferCuteDslNvFp4"),
+                Cell("FlashInferCutlassNvFp4"),
+            ),
             (_UNREAD, _UNREAD),
             _FOUR,
         ),
-        "nvfp4_w4a16": _row((Cell("MarlinNvFp4"),) * 5, (_UNREAD, _UNREAD), _FOUR),
+        "nvfp4_w4a16": _row(
+            (*(Cell("MarlinNvFp4"),) * 2, Cell("MarlinNvFp4", seen=_MIXES), *(Cell("MarlinNvFp4"),) * 2),
+            (_UNREAD, _UNREAD),
+            _FOUR,
+        ),
     },
 }
 # In compressed-tensors' layout another class takes FP8 below 8.9 (compressed_tensors.py, _get_scheme_from_parts).
