@@ -80,7 +80,7 @@ class Format(ABC):
     weight_like: ClassVar[str | None] = None  # another format that stores the very same of a weight
     layouts: "ClassVar[Mapping[str, Layout]]"  # the carriers that hold it
     scalar_scales: ClassVar[bool] = False  # whether weight and input have one scale each, and codes in E4M3
-    computed: Arithmetic = AS_STORED  # how the device at hand does it: see `on`
+    arithmetic: Arithmetic = AS_STORED  # how the device at hand does it: see `on`
 
     @property
     def spread(self) -> Spread:
@@ -91,16 +91,16 @@ class Format(ABC):
 
     def on(self, arithmetic: Arithmetic) -> Self:
         """Return the format as devices of this arithmetic compute it: `restored` and `seen` are theirs."""
-        if arithmetic == self.computed:
+        if arithmetic == self.arithmetic:
             return self
         other = copy.copy(self)
-        other.computed = arithmetic
+        other.arithmetic = arithmetic
         return other
 
     @property
     def multiplies_codes(self) -> bool:
         """Whether the product is one of codes that torch._scaled_mm takes, with a scalar scale on either side."""
-        return self.scalar_scales and self.computed == AS_STORED
+        return self.scalar_scales and self.arithmetic == AS_STORED
 
     @property
     def has_input_scale(self) -> bool:
@@ -246,7 +246,7 @@ class Format(ABC):
 
     def served_input(self, x: "torch.Tensor", scale: "torch.Tensor | None") -> "torch.Tensor":
         """Return an input as the device at hand multiplies it; as `round_input`."""
-        return x if self.computed == WEIGHT_ONLY else self.round_input(x, scale)
+        return x if self.arithmetic == WEIGHT_ONLY else self.round_input(x, scale)
 
     def input_scale(self, amax: "torch.Tensor") -> "torch.Tensor":
         """Return the stored scale of an input, float32, from its amax, a scalar."""

@@ -115,7 +115,7 @@ class Fp8Block(Format):
         """Return what `decode` does; where scales are powers of two, rounded a second time."""
         from bitladder.formats import grids
 
-        if self.computed != POWERS_OF_TWO:
+        if self.arithmetic != POWERS_OF_TWO:
             return self.decode(parts, dtype)
         values = grids.fake_quantise_squares(self.decode(parts), _SIDE)
         return values if dtype is None else values.to(dtype)
@@ -125,4 +125,4 @@ class Fp8Block(Format):
         from bitladder.formats import grids
 
         assert scale is None
-        return grids.fake_quantise_groups(x, _SIDE, powers_of_two=self.computed == POWERS_OF_TWO)
+        return grids.fake_quantise_groups(x, _SIDE, powers_of_two=self.arithmetic == POWERS_OF_TWO)

@@ -11,7 +11,7 @@ from bitladder.formats.base import POWERS_OF_TWO, WEIGHT_ONLY, Arithmetic
 
 
 @dataclass(frozen=True)
-class Target:
+class Generation:
     """A generation of devices.
 
     Attributes:
@@ -28,18 +28,22 @@ class Target:
 
 
 # Source: vllm 0.32.0, model_executor/kernels/linear; docs/runtimes.md has the kernel of every cell.
-TARGETS: Mapping[str, Target] = {
-    "ampere": Target(
+TARGETS: Mapping[str, Generation] = {
+    "ampere": Generation(
         "NVIDIA Ampere", (8, 0), dict.fromkeys(("fp8", "fp8_pc_pt", "fp8_block", "mxfp8", "nvfp4"), WEIGHT_ONLY)
     ),
-    "ada": Target("NVIDIA Ada", (8, 9), dict.fromkeys(("fp8_block", "mxfp8", "nvfp4"), WEIGHT_ONLY)),
-    "hopper": Target("NVIDIA Hopper", (9, 0), {"fp8_block": POWERS_OF_TWO, "mxfp8": WEIGHT_ONLY, "nvfp4": WEIGHT_ONLY}),
-    "blackwell": Target("NVIDIA Blackwell of data centres", (10, 0), {"fp8_block": POWERS_OF_TWO}, frozenset({"int8"})),
-    "blackwell_rtx": Target(
+    "ada": Generation("NVIDIA Ada", (8, 9), dict.fromkeys(("fp8_block", "mxfp8", "nvfp4"), WEIGHT_ONLY)),
+    "hopper": Generation(
+        "NVIDIA Hopper", (9, 0), {"fp8_block": POWERS_OF_TWO, "mxfp8": WEIGHT_ONLY, "nvfp4": WEIGHT_ONLY}
+    ),
+    "blackwell": Generation(
+        "NVIDIA Blackwell of data centres", (10, 0), {"fp8_block": POWERS_OF_TWO}, frozenset({"int8"})
+    ),
+    "blackwell_rtx": Generation(
         "NVIDIA Blackwell of workstations", (12, 0), {"fp8_block": POWERS_OF_TWO}, frozenset({"int8"})
     ),
-    "cpu": Target("CPU without AMX", None, {}, frozenset({"fp8_block", "mxfp8", "int8_w8a16", "int8_w8a16_g64"})),
-    "cpu_amx": Target(
+    "cpu": Generation("CPU without AMX", None, {}, frozenset({"fp8_block", "mxfp8", "int8_w8a16", "int8_w8a16_g64"})),
+    "cpu_amx": Generation(
         "CPU with AMX",
         None,
         dict.fromkeys(("fp8", "fp8_block"), WEIGHT_ONLY),
@@ -66,9 +70,3 @@ def target_of(capability: tuple[int, int] | None, *, amx: bool = False) -> str:
         return "cpu_amx" if amx else "cpu"
     known = [name for name, one in TARGETS.items() if one.capability is not None and one.capability <= capability]
     return known[-1] if known else "ampere"
-
-
-def same_arithmetic(arithmetic: Mapping[str, Arithmetic], formats: Iterable[str]) -> list[str]:
-    """Return the targets that compute these formats so."""
-    names = list(formats)
-    return [target for target in TARGETS if served(names, target) == dict(arithmetic)]

@@ -252,7 +252,7 @@ def copies_fit(layers: Layers, job: Job) -> bool:
     copies = sum(
         group.weight_elements * (1 if layers.memory.is_gpu and format_.multiplies_codes else size)
         for group in job.target.groups
-        for format_ in job.computed(group)
+        for format_ in job.served(group)
         if format_.weight_like not in job.formats_of(group)
     )
     return not layers.streamed and layers.memory.free() > copies + _COPIES_LEFT

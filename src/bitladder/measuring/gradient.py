@@ -84,7 +84,7 @@ class _Taps:
 
     def _forms(self, group: QuantGroup) -> dict[str, tuple[Form, ...]]:
         """Return what each of a group's modules is in every format that the group can have."""
-        found = forms_in(self.model, group, self.job.computed(group), self.amax, self.codes).values()
+        found = forms_in(self.model, group, self.job.served(group), self.amax, self.codes).values()
         return {module.name: tuple(forms[module.name] for forms in found) for module in group.modules}
 
     def give_sinks(self, current: Pass, groups: Iterable[QuantGroup]) -> None:

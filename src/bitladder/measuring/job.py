@@ -48,8 +48,8 @@ class Job:
         """Return those of the job's formats that a group can have."""
         return tuple(name for name in self.spec.formats if (group.name, name) not in self.left_out)
 
-    def computed(self, group: QuantGroup) -> tuple[Format, ...]:
-        """Return the same as the device that will serve computes them."""
+    def served(self, group: QuantGroup) -> tuple[Format, ...]:
+        """Return them as the device that will serve computes them."""
         return tuple(get_format(name, self.arithmetic) for name in self.formats_of(group))
 
     @cached_property

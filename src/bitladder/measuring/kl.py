@@ -64,7 +64,7 @@ class KlScorer(ExitStack):
         self.forms: dict[tuple[str, str], dict[str, Form]] = {}  # of every variant, where all of them fit
         if copies_fit(layers, job):
             for group in job.target.groups:
-                found = forms_in(layers.model, group, job.computed(group), amax, codes)
+                found = forms_in(layers.model, group, job.served(group), amax, codes)
                 self.forms |= {(group.name, name): forms for name, forms in found.items()}
         if self.decoder.compiled:
             config: Any = torch._dynamo.config
