@@ -258,7 +258,7 @@ def test_a_mix_from_one_measurement_by_the_driver(root, tmp_path):
     assert "At the floor: `nvfp4_fp8_autoquant_4.5bits`: 4.50 effective bits is the floor of these formats" in report
     result = run_driver(out, "--auto-quantize-bits", "4.2")
     assert result.returncode == 2
-    assert "add int4_w4a16 to --formats with --carrier compressed-tensors" in result.stderr
+    assert "add int4_w4a16 or int4_w4a16_asym to --formats with --carrier compressed-tensors" in result.stderr
     with pytest.raises(RecipeError, match="--formats mxfp8 is not in .*which has nvfp4, fp8; choose among these"):
         here(out, "--measurement", out / "autoquant" / "measurement.json", "--formats", "mxfp8")
 
