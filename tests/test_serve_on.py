@@ -13,6 +13,7 @@ from bitladder.formats import FORMATS, POWERS_OF_TWO, WEIGHT_ONLY, get_format, g
 from bitladder.formats.targets import TARGETS, served, target_of
 from bitladder.recipe.sections import ServedOn
 from bitladder.records import Measurement
+from bitladder.report.tables import layer_counts, on_devices
 from conftest import llama_config, save_model
 from test_block_formats import functions, groups, numbers  # noqa: F401
 
@@ -156,6 +157,19 @@ def test_what_is_scored_is_what_is_evaluated_and_reported(wide, text_file, tmp_p
         assert f"| {'yes' if same else 'no'} |" in row
         known = served([name], each).get(name)
         assert row.endswith(f"| {f'{name.upper()} {known}' if known else 'as stored'} |")
+
+
+def test_a_device_is_said_of_what_a_scheme_uses_alone(wide, text_file, tmp_path):
+    """One of two formats that were measured: the other is in neither table."""
+    schemes = [{"name": name, "coverage": 1.0, "format": name} for name in ("nvfp4", "fp8")]
+    run = recipe(wide, text_file, tmp_path / "out", ["nvfp4", "fp8"], schemes=schemes, serve_on="hopper")
+    report = run.run()
+    header, _, *rows = on_devices(report).splitlines()
+    names = header.strip("| ").split(" | ")
+    found = dict(zip(names, next(row for row in rows if "Hopper" in row).strip("| ").split(" | "), strict=True))
+    assert (found["nvfp4"], found["fp8"]) == ("NVFP4 weight-only", "as stored")
+    counted = [tuple(line.strip("| ").split(" | ")[:2]) for line in layer_counts(report).splitlines()[2:]]
+    assert set(counted) == {("nvfp4", "NVFP4"), ("nvfp4", "BF16"), ("fp8", "FP8"), ("fp8", "BF16")}
 
 
 def test_a_simulated_scheme_is_what_its_checkpoint_evaluates_to(wide, text_file, tmp_path):

@@ -43,7 +43,7 @@ def sizes(report: Report) -> Markdown:
 
 
 def layer_counts(report: Report) -> Markdown:
-    """Return the table of how many groups, modules and weights each scheme has in each format."""
+    """Return the table of how many groups, modules and weights each scheme has in each format that it uses."""
     kinds = list(dict.fromkeys(group.kind for group in report.groups))
     header = ["scheme", "format", "groups", "modules", "weights", *kinds]
     rows = [
@@ -51,6 +51,7 @@ def layer_counts(report: Report) -> Markdown:
         + [count.groups_by_kind[kind] for kind in kinds]
         for scheme in report.schemes
         for count in scheme.format_counts
+        if count.groups or count.format == BF16
     ]
     return markdown_table(header, rows, left=2)
 
@@ -63,7 +64,7 @@ def on_devices(report: Report) -> Markdown:
         scored = served(report.formats, name) == report.arithmetic and not target.unsupported & set(report.formats)
         row = [target.title, "yes" if scored else "no"]
         for scheme in report.schemes:
-            formats = [count.format for count in scheme.format_counts]
+            formats = [count.format for count in scheme.format_counts if count.groups]
             able = [one for one in formats if one not in target.unsupported]
             missing = [f"no {one.upper()}" for one in formats if one in target.unsupported]
             unlike = [f"{one.upper()} {how}" for one, how in served(able, name).items()]
