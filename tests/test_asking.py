@@ -296,13 +296,16 @@ def test_the_remedy_names_where_a_format_goes_and_the_carrier_that_it_needs():
     by_hand = spec("x", effective_bits=4.5)
     says = (
         r"raise the target, or add nvfp4 or nvfp4_w4a16 to measurement\.formats, or add int4_w4a16 or int4_w4a16_g64 "
+        r"or int4_w4a16_asym or int4_w4a16_asym_g64 "
         r"to measurement\.formats with export\.carrier: compressed-tensors \(Bitladder knows"
     )
     with pytest.raises(InfeasibleTarget, match=says):
         planning.plan(fp8, by_hand)
     with pytest.raises(InfeasibleTarget, match=says):
         planning.refuse_unattainable([by_hand], ("fp8",))
-    with pytest.raises(InfeasibleTarget, match=r"add int4_w4a16 to measurement\.formats with export\.carrier: compr"):
+    with pytest.raises(
+        InfeasibleTarget, match=r"add int4_w4a16 or int4_w4a16_asym to measurement\.formats with export\.carrier: compr"
+    ):
         planning.plan(fp8, spec("x", effective_bits=4.2))
     narrowed = spec("x", effective_bits=4.5, formats=("fp8",))
     both = measurement_of(("fp8", "nvfp4"))
@@ -315,7 +318,8 @@ def test_the_remedy_names_where_a_format_goes_and_the_carrier_that_it_needs():
         ):
             refuse()
     with pytest.raises(
-        InfeasibleTarget, match="int4_w4a16 to measurement.formats and the scheme's with export.carrier"
+        InfeasibleTarget,
+        match="int4_w4a16 or int4_w4a16_asym to measurement.formats and the scheme's with export.carrier",
     ):
         planning.plan(both, spec("x", effective_bits=4.2, formats=("fp8",)))
 
