@@ -147,8 +147,8 @@ def column_format(name: str, arithmetic: Mapping[str, Arithmetic] = MappingProxy
     if not isinstance(found, E4m3):
         able = ", ".join(one.name for one in FORMATS.values() if isinstance(one, E4m3))
         raise RecipeError(
-            f"rounding: compensated can't make codes of {name}, it can of {able}: set measurement.rounding: nearest, or "
-            "another format"
+            f"rounding: compensated can't make codes of {name}, it can of {able}: set measurement.rounding: nearest, "
+            "or another format"
         )
     return found
 
