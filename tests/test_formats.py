@@ -268,8 +268,12 @@ def test_what_takes_one_format_refuses_two():
         RecipeError, match="unknown format 'fp9'; known: fp8, fp8_pc_pt, fp8_block, .*nvfp4, nvfp4_w4a16, int8"
     ):
         get_format("fp9")
-    with pytest.raises(RecipeError, match=r"compensated can't make codes of nvfp4, .* it can of fp8, fp8_pc_pt: set "):
-        column_format("nvfp4")
+    for name in ("nvfp4", "int8"):
+        says = (
+            f"compensated can't make codes of {name}, it can of fp8, fp8_pc_pt: set measurement.rounding: nearest, or"
+        )
+        with pytest.raises(RecipeError, match=says):
+            column_format(name)
 
 
 def test_compensated_codes_of_rows_beat_the_nearest_ones(llama, text_file, tmp_path):

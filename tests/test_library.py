@@ -17,8 +17,18 @@ from transformers.utils import logging as transformers_logging
 import bitladder
 from bitladder.errors import BitladderError, ModelError, OutputError, RecipeError, RecordError
 from bitladder.formats import FORMATS
+from bitladder.formats.targets import TARGETS
 from bitladder.library import quiet_libraries
-from bitladder.records import CheckpointManifest, Evaluation, Evidence, Measurement, ProbeResult, Scheme, Verification
+from bitladder.records import (
+    BF16,
+    CheckpointManifest,
+    Evaluation,
+    Evidence,
+    Measurement,
+    ProbeResult,
+    Scheme,
+    Verification,
+)
 from bitladder.steps.workspace import Workspace
 from conftest import llama_config, make_text, save_model
 
@@ -295,6 +305,21 @@ def test_what_computes_nothing_imports_no_numpy(finished, recipe, tmp_path):
     assert loaded_by("plan", recipe, among=("numpy", "yaml", "rich")) == ["numpy", "yaml", "rich"]  # it is seen
 
 
+def _check_devices(page, formats):
+    """Check that the table of devices says of each uniform scheme what they make of its own format, and of no other."""
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines()]
+    header = next(line for line in lines if line[:2] == ["device", "scored and evaluated so"])
+    rows = {line[0]: dict(zip(header, line, strict=True)) for line in lines if len(line) == len(header)}
+    for generation in TARGETS.values():
+        for name in formats:
+            how, says = generation.arithmetic.get(name), "as stored"
+            if name in generation.unsupported:
+                says = f"no {name.upper()}"
+            elif how is not None:
+                says = f"{name.upper()} {how}"
+            assert rows[generation.title][name] == says
+
+
 @pytest.mark.parametrize("carrier", ["modelopt", "compressed-tensors"])
 def test_every_format_goes_through_a_whole_run(carrier, text_file, tmp_path):
     """Alone and in a mix of all, from the measurement to the report and the model cards: integers in their carrier."""
@@ -325,4 +350,9 @@ def test_every_format_goes_through_a_whole_run(carrier, text_file, tmp_path):
         assert f"{name.upper()} ({FORMATS[name].title})" in (directory / "README.md").read_text()
         assert bitladder.load(directory).get_parameter("model.layers.0.mlp.up_proj.weight").isfinite().all()
     mix = next(scheme for scheme in report.schemes if scheme.name == "mix")
-    assert sum(count.groups > 0 for count in mix.format_counts) > 2
+    assert len(mix.format_counts) > 2
+    for scheme in report.schemes:
+        *counts, rest = scheme.format_counts
+        assert rest.format == BF16
+        assert all(count.groups for count in counts)
+    _check_devices((tmp_path / "out" / "report.md").read_text(), formats)

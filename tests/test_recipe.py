@@ -198,7 +198,7 @@ def test_held_out_sets_have_names_of_their_own(tmp_path: Path) -> None:
     ("value", "expected"),
     [
         ("text.txt", "held_out: give a held-out set or a list of them; got 'text.txt'"),
-        ([], "held_out: Tuple should have at least 1 item"),
+        ([], "held_out: List should have at least 1 item"),
         ([{"name": "a"}, {"name": "b", "sample": 3}], "unknown key 'held_out.1.sample'; did you mean 'samples'?"),
         ([{"name": "a"}, {"name": "b", "samples": 0}], "held_out.1.samples: "),
         ([3], "held_out.0: "),
@@ -467,6 +467,10 @@ def test_a_report_is_a_markdown_file(tmp_path: Path, report: str) -> None:
 
 def test_formats_are_named_once(tmp_path: Path) -> None:
     assert "fp8 is given twice" in error_of(write(tmp_path, changed("measurement.formats", ["fp8", "fp8"])))
+    assert "should be a list (got 'fp8')" in error_of(write(tmp_path, changed("measurement.formats", "fp8")))
+    assert "no format beside bf16" in error_of(write(tmp_path, changed("measurement.formats", ["bf16"])))
+    recipe = read_recipe(write(tmp_path, changed("measurement.formats", ["nvfp4", "bf16"])))
+    assert recipe.measurement.formats == ("nvfp4",)  # as in a scheme's: 16 bits are always there
 
 
 def test_a_key_is_written_once(tmp_path: Path) -> None:

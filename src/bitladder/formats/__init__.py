@@ -141,14 +141,14 @@ def column_format(name: str, arithmetic: Mapping[str, Arithmetic] = MappingProxy
     """Return a format whose codes can be chosen column by column, as compensated rounding chooses them.
 
     Raises:
-        RecipeError: no such format, or each of its scales is made of several columns.
+        RecipeError: no such format, or its codes aren't chosen so: integers, or scales of blocks of a row.
     """
     found = get_format(name, arithmetic)
     if not isinstance(found, E4m3):
         able = ", ".join(one.name for one in FORMATS.values() if isinstance(one, E4m3))
         raise RecipeError(
-            f"rounding: compensated can't make codes of {name}, whose scales are of blocks; it can of {able}: set "
-            "measurement.rounding: nearest, or another format"
+            f"rounding: compensated can't make codes of {name}, it can of {able}: set measurement.rounding: nearest, "
+            "or another format"
         )
     return found
 

@@ -63,7 +63,7 @@ def _one_line(error: ValidationError, origin: str, section: type[Section], conte
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
         return RecipeError(f"{origin}: unknown key '{where}'; {hint}")
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list").replace("Tuple", "List")
     given = "" if first["type"] in ("missing", "value_error") else f" (got {shortened(first['input'])})"
     return RecipeError(f"{origin}: {where}: {message}{given}")
 

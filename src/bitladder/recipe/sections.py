@@ -34,7 +34,7 @@ _ONLY_FOR = {  # keys of data that only some kinds look at
 }
 SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name goes
 DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
-_SIXTEEN_BITS = "bf16"  # among a scheme's formats it says nothing: every group may keep its 16 bits
+_SIXTEEN_BITS = "bf16"  # among formats it says nothing: every group may keep its 16 bits
 _MAX_SHOWN = 100  # characters of a wrong value that an error repeats
 # What lies in the output directory itself: a layout that names one of these would overwrite it.
 _OURS = frozenset(
@@ -79,10 +79,11 @@ def _check_name(of: str, name: str) -> None:
         raise ValueError(f"{of} name {shortened(name)} has {len(name)} characters; use at most {_MOST_NAME}")
 
 
-def _check_each_once(formats: Sequence[str]) -> None:
+def _beside_sixteen_bits(formats: Sequence[str]) -> tuple[str, ...]:
     twice = sorted({name for name in formats if formats.count(name) > 1})
     if twice:
         raise ValueError(f"format {twice[0]} is given twice; name each once")
+    return tuple(name for name in formats if name != _SIXTEEN_BITS)
 
 
 class Section(BaseModel):
@@ -218,8 +219,10 @@ class MeasureSpec(Section):
     @field_validator("formats")
     @classmethod
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        _check_each_once(value)
-        return value
+        found = _beside_sixteen_bits(value)
+        if not found:
+            raise ValueError(f"names no format beside {_SIXTEEN_BITS}, which is always there; name one")
+        return found
 
     @field_validator("device")
     @classmethod
@@ -304,10 +307,7 @@ class SchemeSpec(Section):
     @field_validator("formats")
     @classmethod
     def _each_once(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is None:
-            return None
-        _check_each_once(value)
-        return tuple(name for name in value if name != _SIXTEEN_BITS)
+        return None if value is None else _beside_sixteen_bits(value)
 
     @property
     def candidates(self) -> tuple[str, ...] | None:

@@ -36,11 +36,13 @@ def kind_of(group: QuantGroup) -> str:
 
 
 def format_counts(scheme: Scheme, measurement: Measurement) -> tuple[FormatCount, ...]:
-    """Return how many groups of each kind have which format."""
+    """Return how many groups of each kind have which format: those of the scheme, and `bf16`."""
     kinds = list(dict.fromkeys(kind_of(group) for group in measurement.groups))
     counts = []
     for format_name in (*measurement.formats, BF16):
         groups = [group for group in measurement.groups if scheme.formats[group.name] == format_name]
+        if not groups and format_name != BF16:
+            continue  # measured, but none of the scheme's
         counts.append(
             FormatCount(
                 format=format_name,
