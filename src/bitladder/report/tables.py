@@ -51,7 +51,6 @@ def layer_counts(report: Report) -> Markdown:
         + [count.groups_by_kind[kind] for kind in kinds]
         for scheme in report.schemes
         for count in scheme.format_counts
-        if count.groups or count.format == BF16
     ]
     return markdown_table(header, rows, left=2)
 
@@ -64,7 +63,7 @@ def on_devices(report: Report) -> Markdown:
         scored = served(report.formats, name) == report.arithmetic and not target.unsupported & set(report.formats)
         row = [target.title, "yes" if scored else "no"]
         for scheme in report.schemes:
-            formats = [count.format for count in scheme.format_counts if count.groups]
+            formats = [count.format for count in scheme.format_counts]
             able = [one for one in formats if one not in target.unsupported]
             missing = [f"no {one.upper()}" for one in formats if one in target.unsupported]
             unlike = [f"{one.upper()} {how}" for one, how in served(able, name).items()]
