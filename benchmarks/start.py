@@ -2,7 +2,8 @@
 
     python benchmarks/start.py                           # writes benchmarks/results/start.json; some minutes
 
-Both trees do the same commands in children that alternate, on a small finished run of the embedded model. Three times
+Both trees do the same commands in children that alternate, on a small finished run of their own of the
+embedded model. Three times
 of a child, user and system together: when it opens the first record that it works on (arguments are parsed by then, a
 recipe is read and checked), when it enters the function that it is there for (numpy is imported by then, where that
 computes), and when it ends. Processor time also grows while other processes press on the caches, so beside the median
@@ -130,16 +131,22 @@ def main() -> None:
     from bitladder.runinfo import hardware, versions
 
     work = Path(tempfile.mkdtemp())
-    (work / "recipe.yaml").write_text(RECIPE)
     subprocess.run(["git", "worktree", "add", "--detach", work / "earlier", EARLIER], cwd=ROOT, check=True)
     try:
         trees = {"earlier": work / "earlier", "now": ROOT}
         env = {name: environment(tree, work / f"{name}_compiled") for name, tree in trees.items()}
-        run = [sys.executable, "-m", "bitladder.cli", "run", "recipe.yaml"]
-        subprocess.run(run, env=env["now"], cwd=work, check=True)
+        places = {name: work / f"{name}_runs" for name in trees}  # records have grown: each tree reads its own
+        for name, place in places.items():
+            place.mkdir()
+            (place / "recipe.yaml").write_text(RECIPE)
+            run = [sys.executable, "-m", "bitladder.cli", "run", "recipe.yaml"]
+            subprocess.run(run, env=env[name], cwd=place, check=True)
         # The first round compiles, and isn't counted.
         rounds = [
-            {name: [seconds(one, env[name], work) for one in commands(work, f"{name}_{index}")] for name in trees}
+            {
+                name: [seconds(one, env[name], place) for one in commands(place, str(index))]
+                for name, place in places.items()
+            }
             for index in range(arguments.repeats + 1)
         ][1:]
     finally:
