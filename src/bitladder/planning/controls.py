@@ -117,13 +117,14 @@ def _below_a_threshold(measurement: Measurement, max_bits: int) -> dict[str, str
     """Return every group in the smallest format whose score is at most the least threshold that keeps the bits."""
     smallest_first, table = _by_bits(measurement), measurement.by_group()
     bits = {group.name: group.weight_elements * BF16_BITS for group in measurement.groups}
-    formats = dict.fromkeys(table, BF16)
+    formats, total = dict.fromkeys(table, BF16), sum(bits.values())
     scored = [(measurement.sensitivity(one), one) for one in measurement.candidates]
     for _, one in sorted(scored, key=lambda entry: entry[0]):
-        if sum(bits.values()) <= max_bits:
+        if total <= max_bits:
             break
         now = formats[one.group]
         if now == BF16 or smallest_first.index(one.format) < smallest_first.index(now):
+            total += one.weight_bits - bits[one.group]
             formats[one.group], bits[one.group] = one.format, one.weight_bits
     return formats
 
@@ -140,7 +141,7 @@ def _by_bits(measurement: Measurement) -> list[str]:
 
 def _order(measurement: Measurement, kind: str, seed: int | None) -> list[str]:
     """Return all groups that can have a format in the order in which the arm takes them."""
-    smallest_first, size = _by_bits(measurement), {group.name: group.weight_elements for group in measurement.groups}
+    smallest_first, groups = _by_bits(measurement), {group.name: group for group in measurement.groups}
     smallest = {
         group: next(row[name] for name in smallest_first if name in row)
         for group, row in measurement.by_group().items()
@@ -152,11 +153,11 @@ def _order(measurement: Measurement, kind: str, seed: int | None) -> list[str]:
         random.Random(seed).shuffle(names)
         return names
     if kind == "inverse":
-        return sorted(names, key=lambda g: score[g] / (size[g] * BF16_BITS - smallest[g].weight_bits))[::-1]
+        return sorted(names, key=lambda group: score[group] / groups[group].bits_saved(smallest[group]))[::-1]
     if kind == "lowest_score":
         return sorted(names, key=score.__getitem__)
     if kind == "largest":
-        return sorted(names, key=lambda group: -size[group])
+        return sorted(names, key=lambda group: -groups[group].weight_elements)
     layers = {group: _layer(group) for group in names}
     middle = (min(layers.values()) + max(layers.values())) / 2
     return sorted(names, key=lambda group: abs(layers[group] - middle))

@@ -8,7 +8,7 @@ from bitladder.formats import get_format, group_bits
 from bitladder.models.fusing import Fusing
 from bitladder.planning.options import check_usable
 from bitladder.recipe import SchemeSpec
-from bitladder.records import BF16, BF16_BITS, Candidate, Control, Measurement, Scheme
+from bitladder.records import BF16, Candidate, Control, Measurement, Scheme
 
 
 def density_order(measurement: Measurement, format_name: str) -> list[str]:
@@ -34,10 +34,10 @@ def cheapest_first(measurement: Measurement) -> dict[str, str]:
         MeasurementError: a score is NaN or Inf.
     """
     check_usable(measurement)
-    size = {group.name: group.weight_elements for group in measurement.groups}
+    groups = {group.name: group for group in measurement.groups}
 
     def density(one: Candidate) -> float:
-        return measurement.sensitivity(one) / (size[one.group] * BF16_BITS - one.weight_bits)
+        return measurement.sensitivity(one) / groups[one.group].bits_saved(one)
 
     best = {}
     for group, row in measurement.by_group().items():

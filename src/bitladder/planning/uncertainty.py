@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
+from bitladder.records import BF16, Measurement, Scheme
 
 RESAMPLES = 400
 LEVEL = 0.9  # of the rank intervals
@@ -63,7 +63,7 @@ def _densities(measurement: Measurement, format_name: str, counts: NDArray[np.fl
             saved.append(1)
             continue
         rows.append(np.multiply(measurement.score_weights, candidate.scores))
-        saved.append(group.weight_elements * BF16_BITS - candidate.weight_bits)
+        saved.append(group.bits_saved(candidate))
     found = np.asarray(counts @ (np.array(rows).T / np.array(saved)), dtype=np.float64)
     found[:, [format_name not in table[group.name] for group in measurement.groups]] = np.inf
     return found

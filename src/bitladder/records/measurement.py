@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from bitladder.errors import MeasurementError
-from bitladder.records.base import FileDigest, Grown, Part, Record, RunInfo
+from bitladder.records.base import BF16_BITS, FileDigest, Grown, Part, Record, RunInfo
 
 Counted = Literal["assistant turns", "all tokens"]
 
@@ -63,6 +63,10 @@ class QuantGroup(Part):
     name: str
     modules: tuple[QuantModule, ...]
     weight_elements: int = Field(gt=0)
+
+    def bits_saved(self, candidate: "Candidate") -> int:
+        """Return how many bits one of the group's candidates saves against 16."""
+        return self.weight_elements * BF16_BITS - candidate.weight_bits
 
 
 class UntouchedModule(Part):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from bitladder.records import BF16, BF16_BITS, Candidate, Measurement, QuantGroup, Scheme
+from bitladder.records import BF16, Candidate, Measurement, QuantGroup, Scheme
 from bitladder.report.types import (
     WITHIN_NOISE_ERRORS,
     Edge,
@@ -55,11 +55,6 @@ def format_counts(scheme: Scheme, measurement: Measurement) -> tuple[FormatCount
     return tuple(counts)
 
 
-def bits_saved(group: QuantGroup, candidate: Candidate) -> int:
-    """Return how many bits a candidate saves against 16."""
-    return group.weight_elements * BF16_BITS - candidate.weight_bits
-
-
 def contributions(measurement: Measurement, candidate: Candidate) -> list[float]:
     """Return what each scoring batch adds to the candidate's sensitivity."""
     return [w * s for w, s in zip(measurement.score_weights, candidate.scores, strict=True)]
@@ -71,7 +66,7 @@ def densities(measurement: Measurement, format_name: str, image_weight: float = 
     density = {}
     for group in measurement.groups:
         candidate = table[group.name].get(format_name)
-        saved = 0 if candidate is None else bits_saved(group, candidate)
+        saved = 0 if candidate is None else group.bits_saved(candidate)
         if candidate is not None and saved > 0:
             density[group.name] = measurement.sensitivity(candidate, image_weight) / saved
     return density
@@ -194,7 +189,7 @@ def edge_of(scheme: Scheme, measurement: Measurement) -> Edge | None:
         if not quantised and len(measurement.formats) != 1:
             return None  # one order a format: there is no single edge
         candidate = table[group.name].get(format_name if quantised else measurement.formats[0])
-        saved = 0 if candidate is None else bits_saved(group, candidate)
+        saved = 0 if candidate is None else group.bits_saved(candidate)
         if candidate is None or saved <= 0:
             continue
         scores = [contribution / saved for contribution in contributions(measurement, candidate)]
