@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +40,9 @@ def work(job: dict[str, Any], serving: Any, report: Any, replies: Any) -> None:
 
 
 def main() -> int:
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     serving = load(sys.argv[3])
-    report = serving.Report(Path(sys.argv[2]))
     with os.fdopen(int(sys.argv[4]), "w") as replies:
-        try:
-            work(job, serving, report, replies)
-        except Exception as error:
-            report.content["error"] = serving.error_facts(error)
-            report.write()
-            traceback.print_exc()
-            return 1
-    return 0
+        return serving.done(lambda job, report: work(job, serving, report, replies))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ Source: vllm 0.32.0, model_executor/kernels/linear/nvfp4/emulation.py, and __ini
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
 _BLOCK = 16
-_ASKED = "init_nvfp4_linear_kernel"  # what the layers' classes ask for a kernel
+_ASKED, _ASKED_MX = "init_nvfp4_linear_kernel", "init_mxfp8_linear_kernel"  # what layers' classes ask for a kernel
 _MIDDLE = 8  # a four-bit code c without zero points stands for c - 8 (vllm/scalar_type.py, uint4b8)
 # Where compressed-tensors checkpoints get their MXFP8 kernel from.
 _CARRIED_MXFP8 = "vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_mxfp8"
@@ -33,15 +34,17 @@ def emulating() -> Iterator[None]:
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a4_nvfp4
 
     asking = [each for each in (modelopt, compressed_tensors_w4a4_nvfp4) if hasattr(each, _ASKED)]
-    originals = [getattr(each, _ASKED) for each in asking]
-    for each in asking:
-        setattr(each, _ASKED, _kernel)
-    try:
-        with _restoring_integers():
-            yield
-    finally:
-        for each, original in zip(asking, originals, strict=True):
-            setattr(each, _ASKED, original)
+    with _in_place(asking, _ASKED, _kernel), _restoring_integers():
+        yield
+
+
+@contextlib.contextmanager
+def _in_place(owners: Iterable[Any], name: str, other: Any) -> Iterator[None]:
+    """Let modules or classes have something else under a name for a while."""
+    with contextlib.ExitStack() as stack:
+        for owner in owners:
+            stack.enter_context(mock.patch.object(owner, name, other))
+        yield
 
 
 def _kernel(use_a16: bool = False) -> Any:
@@ -108,11 +111,8 @@ def _restoring_integers() -> Iterator[None]:
         chosen = original(config, *others, **named)
         return EmulationWNA16LinearKernel if chosen is CPUWNA16LinearKernel else chosen
 
-    asking.choose_mp_linear_kernel = choose
-    try:
+    with _in_place([asking], "choose_mp_linear_kernel", choose):
         yield
-    finally:
-        asking.choose_mp_linear_kernel = original
 
 
 @contextlib.contextmanager
@@ -121,8 +121,7 @@ def lending_blocks() -> Iterator[None]:
     from vllm.model_executor.layers.quantization import modelopt
     from vllm.platforms import current_platform
 
-    original = getattr(modelopt, "init_mxfp8_linear_kernel", None)
-    if original is None or not current_platform.is_cpu():
+    if not hasattr(modelopt, _ASKED_MX) or not current_platform.is_cpu():
         yield
         return
     from vllm.model_executor.kernels import linear
@@ -131,25 +130,23 @@ def lending_blocks() -> Iterator[None]:
     from vllm.model_executor.kernels.linear.scaled_mm.pytorch import BlockWiseTorchFP8ScaledMMLinearKernel as Squares
 
     # vLLM's own for square blocks need AMX; whatever one does is the same until it multiplies, which loading doesn't
-    able, known = Squares.is_supported, linear._POSSIBLE_FP8_BLOCK_KERNELS
-    Squares.is_supported = classmethod(lambda *_: (True, None))
-    linear._POSSIBLE_FP8_BLOCK_KERNELS = {
-        platform: [*kernels, *([Squares] if platform == current_platform._enum else [])]
-        for platform, kernels in known.items()
+    kernels = {
+        platform: [*known, *([Squares] if platform == current_platform._enum else [])]
+        for platform, known in linear._POSSIBLE_FP8_BLOCK_KERNELS.items()
     }
     callers: list[Any] = [modelopt]
     with contextlib.suppress(ImportError):  # earlier releases read no such checkpoint
         callers.append(importlib.import_module(_CARRIED_MXFP8))
-    for module in callers:
-        module.init_mxfp8_linear_kernel = lambda weight_shape, **_: EmulationMxfp8LinearKernel(
-            Mxfp8LinearLayerConfig(weight_shape=weight_shape)
-        )
-    try:
+
+    def lent(weight_shape: Any, **_: Any) -> Any:
+        return EmulationMxfp8LinearKernel(Mxfp8LinearLayerConfig(weight_shape=weight_shape))
+
+    with (
+        _in_place(callers, _ASKED_MX, lent),
+        _in_place([Squares], "is_supported", classmethod(lambda *_: (True, None))),
+        _in_place([linear], "_POSSIBLE_FP8_BLOCK_KERNELS", kernels),
+    ):
         yield
-    finally:
-        for module in callers:
-            module.init_mxfp8_linear_kernel = original
-        Squares.is_supported, linear._POSSIBLE_FP8_BLOCK_KERNELS = able, known
 
 
 @contextlib.contextmanager
@@ -171,11 +168,8 @@ def quantising(done: Callable[[torch.Tensor], None] = lambda _: None) -> Iterato
         largest = torch.finfo(torch.float8_e4m3fn).max
         return (tensor.float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
 
-    operations.scaled_fp8_quant = quantise
-    try:
+    with _in_place([operations], "scaled_fp8_quant", quantise):
         yield
-    finally:
-        operations.scaled_fp8_quant = original
 
 
 @contextlib.contextmanager
@@ -199,8 +193,5 @@ def keeping_scales() -> Iterator[None]:
         with quantising() if same else contextlib.nullcontext():
             return original(weight, weight_scale, logical_widths)
 
-    w8a8_utils.requantize_with_max_scale = requantise
-    try:
+    with _in_place([w8a8_utils], "requantize_with_max_scale", requantise):
         yield
-    finally:
-        w8a8_utils.requantize_with_max_scale = original

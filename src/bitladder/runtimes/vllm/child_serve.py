@@ -25,7 +25,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -387,10 +387,15 @@ def serve(job: Facts, report: Report) -> None:
 
 def main() -> int:
     """Do the job that the first argument names; exit status 1 if it fails, with the error in the result."""
+    return done(serve)
+
+
+def done(work: Callable[[Facts, Report], None]) -> int:
+    """Do work on the job that the first argument names, into the result that the second does; see `main`."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     report = Report(Path(sys.argv[2]))
     try:
-        serve(job, report)
+        work(job, report)
     except Exception as error:
         report.content["error"] = error_facts(error)
         report.write()
