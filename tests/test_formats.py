@@ -28,7 +28,6 @@ from bitladder.formats import (
     WEIGHT,
     WEIGHT_SCALE,
     E4m3,
-    column_format,
     get_format,
     group_bits,
 )
@@ -260,20 +259,12 @@ def test_a_run_with_modelopt_that_was_killed_while_scoring_gives_the_same_scores
     assert again.fingerprint() == whole.fingerprint()
 
 
-def test_what_takes_one_format_refuses_two():
-    with pytest.raises(ValueError, match=r"compensated makes codes of one format, formats are 2 \(fp8, fp8_pc_pt\)"):
-        MeasureSpec(formats=("fp8", ROWS), rounding="compensated")
-    assert WorkersSpec(count=2).problem(MeasureSpec(formats=("fp8", ROWS))) is None  # workers score in all
+def test_workers_score_in_all_formats():
+    assert WorkersSpec(count=2).problem(MeasureSpec(formats=("fp8", ROWS))) is None
     with pytest.raises(
         RecipeError, match="unknown format 'fp9'; known: fp8, fp8_pc_pt, fp8_block, .*nvfp4, nvfp4_w4a16, int8"
     ):
         get_format("fp9")
-    for name in ("nvfp4", "int8"):
-        says = (
-            f"compensated can't make codes of {name}, it can of fp8, fp8_pc_pt: set measurement.rounding: nearest, or"
-        )
-        with pytest.raises(RecipeError, match=says):
-            column_format(name)
 
 
 def test_compensated_codes_of_rows_beat_the_nearest_ones(llama, text_file, tmp_path):

@@ -33,12 +33,19 @@ from test_pipeline import work_of
 from test_positions import MODEL
 
 COMPENSATED = {"rounding": "compensated"}
+FP8 = get_format("fp8")
 
 
 def correlated(tokens, features, seed=0):
     """Inputs [tokens, features] of which each is much like its neighbours."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, features, generator=generator).cumsum(1) / features**0.5
+
+
+def codes_of(weight, products, amax, damping):
+    columns = get_format("fp8").columns(amax, len(weight))
+    found = rounding.compensated(weight, products, columns, damping)
+    return columns.parts(found.values, found.scales)["weight"]
 
 
 @pytest.fixture
@@ -58,7 +65,7 @@ def test_codes_are_those_of_modelopts_gptq(layer):
     inverse = compute_hessian_inverse(products[order][:, order], theirs, 0.01)
     scale = grids.scale_of(amax)
     gptq_blockwise_update(theirs, inverse, 64, lambda w: grids.dequantise(grids.quantise(w, amax), scale))
-    ours = rounding.compensated_codes(weight, products, amax, get_format("fp8"), 0.01)
+    ours = codes_of(weight, products, amax, 0.01)
     assert ours.dtype == torch.float8_e4m3fn
     same = grids.dequantise(ours, scale)[:, order] == theirs
     assert same.float().mean() > 0.999  # a float32 sum in another order may lie on the other side of a boundary
@@ -68,7 +75,7 @@ def test_the_outputs_error_falls(layer):
     weight, products, amax = layer
     scale = grids.scale_of(amax)
     nearest = grids.quantise(weight, amax)
-    codes = rounding.compensated_codes(weight, products, amax, get_format("fp8"), 0.01)
+    codes = codes_of(weight, products, amax, 0.01)
     x = correlated(1000, 160)
 
     def direct(some):
@@ -84,16 +91,16 @@ def test_the_outputs_error_falls(layer):
 
 def test_without_correlation_the_nearest_codes_are_the_best(layer):
     weight, _, amax = layer
-    codes = rounding.compensated_codes(weight, torch.eye(160), amax, get_format("fp8"), 0.01)
+    codes = codes_of(weight, torch.eye(160), amax, 0.01)
     assert torch.equal(codes.view(torch.uint8), grids.quantise(weight, amax).view(torch.uint8))
-    far = rounding.compensated_codes(weight, layer[1], amax, get_format("fp8"), 1e9)
+    far = codes_of(weight, layer[1], amax, 1e9)
     assert torch.equal(far.view(torch.uint8), grids.quantise(weight, amax).view(torch.uint8))
 
 
 def test_products_that_have_no_inverse_are_refused(layer):
     weight, _, amax = layer
     with pytest.raises(MeasurementError, match="not positive definite.*raise measurement.damping"):
-        rounding.compensated_codes(weight, torch.zeros(160, 160), amax, get_format("fp8"), 0.1)
+        codes_of(weight, torch.zeros(160, 160), amax, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +121,7 @@ def test_every_module_has_its_codes_and_a_smaller_error(compensated):
         assert 0 < module.output_error < module.nearest_output_error
         assert module.largest_shift > 0
     stored = {name: codes for path in sorted((output / "codes").iterdir()) for name, codes in load_file(path).items()}
-    assert set(stored) == set(names)
+    assert set(stored) == {f"{name}.fp8.weight" for name in names}
     assert Measurement.read(output / "measurement.json") == measurement
     assert not (output / "measuring").exists()
 
@@ -136,7 +143,9 @@ def test_products_are_those_of_the_inputs_that_count(llama, text_file, compensat
         x = grids.fake_quantise(torch.cat(seen[module.name]), scale)
         x = x / x.norm(dim=1, keepdim=True)
         weight = model.get_parameter(f"{module.name}.weight").detach()
-        restored = grids.dequantise(codes.read(module.name), grids.scale_of(amax[f"{module.name}.weight_amax"]))
+        restored = grids.dequantise(
+            codes.read(module.name, FP8, "weight"), grids.scale_of(amax[f"{module.name}.weight_amax"])
+        )
         error = float((x @ (weight - restored).t()).norm() / (x @ weight.t()).norm())
         assert module.output_error == pytest.approx(error, rel=1e-3)
 
@@ -190,7 +199,10 @@ def test_checkpoints_hold_the_codes_and_verify(llama, compensated, exported):
         tensors = load_file(directories[scheme.name] / "model.safetensors")
         assert {module.rounding for module in manifest.modules} == {"compensated"}
         for module in manifest.modules:
-            assert torch.equal(tensors[module.tensor].view(torch.uint8), codes.read(module.name).view(torch.uint8))
+            assert torch.equal(
+                tensors[module.tensor].view(torch.uint8),
+                codes.read(module.name, FP8, "weight").view(torch.uint8),
+            )
     assert verify(schemes, measurement, read_amax(measurement, directory), llama, directories).ok
 
 

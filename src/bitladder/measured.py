@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from bitladder.errors import MeasurementError, RecordError
-from bitladder.formats import WEIGHT, Format
+from bitladder.formats import Format
 from bitladder.reading import open_safetensors, read_tensors
 from bitladder.records import Measurement
 from bitladder.storage import atomic_path, discard, sha256_of_file
@@ -27,7 +27,10 @@ Amax = dict[str, "torch.Tensor"]
 
 
 class Codes:
-    """Compensated codes of weights on disk: `{module: file}`, read when they are asked for."""
+    """Compensated codes of weights on disk, and the scales that were chosen with them, read when they are asked for.
+
+    files: what `codes_key` gives -> the file.
+    """
 
     def __init__(self, files: dict[str, Path]) -> None:
         self.files = files
@@ -37,22 +40,38 @@ class Codes:
         """Return the codes in these files, and in no other that may lie beside them.
 
         Raises:
-            RecordError: a module is in two of them.
+            RecordError: a module's codes are in two of them.
         """
         found: dict[str, Path] = {}
         for path in paths:
             with open_safetensors(path) as file:
-                for module in file.keys():  # noqa: SIM118
-                    if module in found:
-                        raise RecordError(f"{path} and {found[module]} both have codes of {module}; measure again")
-                    found[module] = path
+                for key in {name.rpartition(".")[0] for name in file.keys()}:  # noqa: SIM118
+                    if key in found:
+                        raise RecordError(f"{path} and {found[key]} both have codes of {key}; measure again")
+                    found[key] = path
         return cls(found)
 
-    def read(self, module: str) -> "torch.Tensor":
-        """Return a module's codes, [out_features, in_features], on the CPU."""
-        with open_safetensors(self.files[module]) as file:
-            codes: torch.Tensor = file.get_tensor(module)
-        return codes
+    def _key(self, module: str, format_: Format) -> str:
+        own = codes_key(module, format_.name)
+        return own if own in self.files or format_.weight_like is None else codes_key(module, format_.weight_like)
+
+    def read(self, module: str, format_: Format, part: str) -> "torch.Tensor":
+        """Return one of the parts of a module in a format that `has` says are here, on the CPU."""
+        key = self._key(module, format_)
+        with open_safetensors(self.files[key]) as file:
+            found: torch.Tensor = file.get_tensor(f"{key}.{part}")
+        return found
+
+    def parts(self, module: str, format_: Format) -> tuple[str, ...]:
+        """Return the names of the parts of a module in a format that were chosen: its codes, and maybe scales."""
+        key = self._key(module, format_)
+        with open_safetensors(self.files[key]) as file:
+            return tuple(name.rpartition(".")[2] for name in file.keys() if name.rpartition(".")[0] == key)  # noqa: SIM118
+
+
+def codes_key(module: str, format_name: str) -> str:
+    """Return what the tensors of a module's codes in a format begin with, `.<part>` coming after it."""
+    return f"{module}.{format_name}"
 
 
 def codes_files(directory: Path) -> list[Path]:
@@ -98,7 +117,8 @@ def encoded(
     """
     if codes is None:
         return format_.encode(weight, amax)
-    return {WEIGHT: codes.read(module).to(weight.device)} | format_.tensor_scales(amax)
+    chosen = {part: codes.read(module, format_, part).to(weight.device) for part in codes.parts(module, format_)}
+    return chosen | format_.tensor_scales(amax)
 
 
 def check_codes(measurement: Measurement, codes: Codes | None) -> None:
@@ -107,7 +127,9 @@ def check_codes(measurement: Measurement, codes: Codes | None) -> None:
     Raises:
         MeasurementError: they are not, or of other modules.
     """
-    wanted = {module.name for module in measurement.rounding.modules} if measurement.rounding is not None else None
+    wanted = None
+    if measurement.rounding is not None:
+        wanted = {codes_key(module.name, module.format) for module in measurement.rounding.modules}
     if wanted != (None if codes is None else set(codes.files)):
         have, need = ("no" if found is None else "compensated" for found in (codes, wanted))
         raise MeasurementError(f"{have} codes were given, the measurement has {need} ones; read them with read_codes")

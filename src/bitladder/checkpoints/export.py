@@ -101,16 +101,16 @@ def _parts(
     weight_amax = amax[format_.weight_key(module.name)]
     for part in format_.stored(info.shape):
         name, size = f"{info.name.removesuffix('.weight')}.{layout.name(part.name)}", part.bits // 8
-        shape = layout.shape(part)
+        shape, digest = layout.shape(part), None if part.name == WEIGHT else hashlib.sha256()
         if part.counts:
             yield Entry(name, part.dtype, shape, size, torch.tensor(info.shape))
         elif part.name in scales:
             yield Entry(name, part.dtype, shape, size, layout.stored(part.name, scales[part.name]))
-        elif part.name == WEIGHT and codes is not None:
-            yield Entry(name, part.dtype, shape, size, partial(codes.read, module.name))
+        elif codes is not None:
+            chosen = partial(codes.read, module.name, format_, part.name)
+            yield Entry(name, part.dtype, shape, size, chosen, digest=digest)
         else:
             make = partial(_made, format_, part.name, weight_amax)
-            digest = None if part.name == WEIGHT else hashlib.sha256()
             yield Entry(name, part.dtype, shape, size, info, make, digest, format_.rows)
 
 

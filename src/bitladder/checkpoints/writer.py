@@ -40,7 +40,7 @@ class Entry:
     content: TensorInfo | torch.Tensor | Callable[[], torch.Tensor]  # the last: read when it is written
     make: Callable[[torch.Tensor, int], torch.Tensor] | None = None  # from rows of the source weight, and the first
     # one's number; None: its bytes as they are
-    digest: Any = None  # of hashlib, to be fed with the bytes that `make` gives; None: nobody asks
+    digest: Any = None  # of hashlib, to be fed with the bytes that are made or read; None: nobody asks
     rows: int = 1  # `make` takes a multiple of them
 
 
@@ -125,7 +125,10 @@ def write_weights(weights: WeightFiles, file: str, entries: Sequence[Entry], des
             if isinstance(entry.content, torch.Tensor):
                 output.write(_bytes(entry.content))
             elif not isinstance(entry.content, TensorInfo):
-                output.write(_bytes(entry.content()))
+                given = _bytes(entry.content())
+                if entry.digest is not None:
+                    entry.digest.update(given)
+                output.write(given)
             elif entry.make is None:
                 for block in _read(source, entry.content, _BLOCK_BYTES):
                     output.write(block)

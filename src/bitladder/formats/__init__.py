@@ -27,7 +27,6 @@ from bitladder.formats.base import (
     Spread,
 )
 from bitladder.formats.carriers import CARRIERS, COMPRESSED_TENSORS, GLOBAL_SCALES, MODELOPT, WEIGHT_PACKED, Layout
-from bitladder.formats.e4m3 import E4m3
 from bitladder.formats.fp8_block import Fp8Block
 from bitladder.formats.fp8_channel import Fp8Channel
 from bitladder.formats.fp8_tensor import Fp8Tensor
@@ -60,13 +59,11 @@ __all__ = [
     "WEIGHT_SCALE_2",
     "WEIGHT_ZERO_POINT",
     "Arithmetic",
-    "E4m3",
     "Format",
     "Layout",
     "Part",
     "Spread",
     "carriers_of",
-    "column_format",
     "format_of_algorithm",
     "format_of_group",
     "get_format",
@@ -135,22 +132,6 @@ def carriers_of(names: Iterable[str]) -> tuple[str, ...]:
     """Return the carriers whose checkpoints can hold all of these formats together (`bf16` is no matter)."""
     wanted = set(names) - {BF16}
     return tuple(carrier for carrier in CARRIERS if all(carrier in get_format(name).layouts for name in wanted))
-
-
-def column_format(name: str, arithmetic: Mapping[str, Arithmetic] = MappingProxyType({})) -> E4m3:
-    """Return a format whose codes can be chosen column by column, as compensated rounding chooses them.
-
-    Raises:
-        RecipeError: no such format, or its codes aren't chosen so: integers, or scales of blocks of a row.
-    """
-    found = get_format(name, arithmetic)
-    if not isinstance(found, E4m3):
-        able = ", ".join(one.name for one in FORMATS.values() if isinstance(one, E4m3))
-        raise RecipeError(
-            f"rounding: compensated can't make codes of {name}, it can of {able}: set measurement.rounding: nearest, "
-            "or another format"
-        )
-    return found
 
 
 def why_not(group: QuantGroup, name: str) -> str | None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from bitladder.formats.carriers import Layout
+    from bitladder.formats.columns import Columns
 
 # Parts of a module, as ModelOpt's files name them.
 WEIGHT, WEIGHT_SCALE, WEIGHT_SCALE_2, INPUT_SCALE = "weight", "weight_scale", "weight_scale_2", "input_scale"
@@ -232,6 +233,15 @@ class Format(ABC):
         names = [part.name for part in self.stored(tuple(weight.shape)) if part.name not in {*scales, INPUT_SCALE}]
         rows = self.rows_of(amax, 0, len(weight))
         return {name: self.made(name, weight, rows) for name in names} | scales
+
+    @abstractmethod
+    def columns(self, amax: "torch.Tensor", rows: int) -> "Columns":
+        """Return the grid of a weight with so many rows, as compensated rounding walks it.
+
+        Args:
+            amax: as the format scales by it; of rows that are stacked, one after the other.
+            rows: of the weight.
+        """
 
     @abstractmethod
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":

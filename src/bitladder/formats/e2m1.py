@@ -26,6 +26,8 @@ from bitladder.formats.carriers import GLOBAL_SCALES, WEIGHT_PACKED, Layout, flo
 if TYPE_CHECKING:
     import torch
 
+    from bitladder.formats.columns import Columns
+
 # In compressed-tensors' files, of inputs in 16 bits.
 PACKED = Layout(
     names={WEIGHT: WEIGHT_PACKED, **GLOBAL_SCALES},
@@ -94,6 +96,13 @@ class E2m1Blocks(Format):
         scales = grids.block_scales(weight, above)
         codes = grids.pack(grids.block_codes(weight, scales, above))
         return {WEIGHT: codes, WEIGHT_SCALE: scales, WEIGHT_SCALE_2: above}
+
+    def columns(self, amax: "torch.Tensor", rows: int) -> "Columns":
+        """Return blocks of columns, whose scales are chosen."""
+        from bitladder.formats import grids
+        from bitladder.formats.columns import E2m1Columns
+
+        return E2m1Columns(grids.scale_of_blocks(amax))
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · (weight_scale · weight_scale_2)."""

@@ -8,6 +8,8 @@ from bitladder.formats.base import INPUT_SCALE, SCALE_DTYPE, WEIGHT, WEIGHT_SCAL
 if TYPE_CHECKING:
     import torch
 
+    from bitladder.formats.columns import Columns
+
 ALIGNMENT = 16  # FP8 matrix products need both dimensions divisible by 16 (torch._scaled_mm, CUTLASS)
 
 
@@ -68,6 +70,17 @@ class E4m3(Format):
         """Return the codes of these rows."""
         assert part == WEIGHT
         return self.codes(weight, amax)
+
+    def columns(self, amax: "torch.Tensor", rows: int) -> "Columns":
+        """Return the codes of every column, with scales that are known before."""
+        from bitladder.formats.columns import Fixed
+
+        scale = self.scale(amax)
+
+        def nearest(values: "torch.Tensor") -> "torch.Tensor":
+            return self.restored(self.codes(values, amax), scale)
+
+        return Fixed(scale.expand(rows), nearest, lambda values: self.codes(values, amax))
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · scale."""

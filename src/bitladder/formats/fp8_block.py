@@ -19,6 +19,8 @@ from bitladder.formats.carriers import COMPRESSED_TENSORS, MODELOPT, Layout, flo
 if TYPE_CHECKING:
     import torch
 
+    from bitladder.formats.columns import Columns
+
 _SIDE = 128
 
 
@@ -102,6 +104,12 @@ class Fp8Block(Format):
 
         assert part == WEIGHT
         return grids.quantise(weight, amax.repeat_interleave(_SIDE, 1))
+
+    def columns(self, amax: "torch.Tensor", rows: int) -> "Columns":
+        """Return the codes of every column, with scales of blocks that are known before."""
+        from bitladder.formats.columns import SquareColumns
+
+        return SquareColumns(self.rows_of(amax, 0, rows), _SIDE)
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · scale."""

@@ -100,7 +100,12 @@ def block_scales(values: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
 
     Source: NVFP4QTensor.get_weights_scaling_factor and _cast_per_block_scale_to_fp8.
     """
-    scales = in_blocks(values.detach()).abs().amax(-1).float() / (E2M1_MAX * above)
+    return block_scales_of(in_blocks(values.detach()).abs().amax(-1), above)
+
+
+def block_scales_of(amax: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+    """Return the E4M3 scales of blocks with these largest magnitudes, of the same shape."""
+    scales = amax.float() / (E2M1_MAX * above)
     scales = torch.where(scales == 0, 1.0, scales)
     return scales.clamp(LEAST_BLOCK_SCALE, E4M3_MAX).to(E4M3_DTYPE)
 
@@ -231,7 +236,11 @@ def exponents_of(values: torch.Tensor, size: int) -> torch.Tensor:
 
     Source: MXFP8QTensor._compute_e8m0_exponent; vllm 0.32.0, mxfp8_utils.py, _mxfp8_e4m3_quantize_torch.
     """
-    amax = in_blocks(values.detach(), size).abs().amax(-1).float()
+    return exponents_for(in_blocks(values.detach(), size).abs().amax(-1).float())
+
+
+def exponents_for(amax: torch.Tensor) -> torch.Tensor:
+    """Return the E8M0 scales of blocks with these largest magnitudes, float32 of any shape."""
     bits = (amax / E4M3_MAX).view(torch.int32)
     rounded_up = (bits + _MANTISSA) >> _MANTISSA_BITS
     return torch.where(bits <= _LEAST_POWER, 0, rounded_up).to(torch.uint8)

@@ -19,6 +19,8 @@ from bitladder.formats.int_groups import integers
 if TYPE_CHECKING:
     import torch
 
+    from bitladder.formats.columns import Columns
+
 
 class Int8(Format):
     """See the module."""
@@ -75,6 +77,18 @@ class Int8(Format):
 
         assert part == WEIGHT
         return grid.codes(weight, grid.scale_of(amax, self.code_bits), self.code_bits)
+
+    def columns(self, amax: "torch.Tensor", rows: int) -> "Columns":
+        """Return the codes of every column, with scales that are known before."""
+        from bitladder.formats import integers as grid
+        from bitladder.formats.columns import Fixed
+
+        scales, bits = grid.scale_of(amax, self.code_bits), self.code_bits
+
+        def nearest(values: "torch.Tensor") -> "torch.Tensor":
+            return grid.codes(values[:, None], scales, bits)[:, 0] * scales
+
+        return Fixed(scales, nearest, lambda values: grid.codes(values, scales, bits))
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · weight_scale."""

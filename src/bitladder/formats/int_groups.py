@@ -25,6 +25,8 @@ from bitladder.formats.carriers import WEIGHT_PACKED, Layout
 if TYPE_CHECKING:
     import torch
 
+    from bitladder.formats.columns import Columns
+
 WEIGHT_SHAPE = "weight_shape"
 _WORD = 32  # bits of a number of packed codes
 
@@ -100,6 +102,12 @@ class IntGroups(Format):
             assert zeros is not None
             return grid.packed_along_rows(zeros, self.code_bits)
         return grid.packed(grid.codes(weight, scales, self.code_bits, zeros), self.code_bits)
+
+    def columns(self, amax: "torch.Tensor", rows: int) -> "Columns":
+        """Return groups of columns, whose scales and zero points are chosen."""
+        from bitladder.formats.columns import IntegerColumns, RangeColumns
+
+        return (RangeColumns if self.zero_points else IntegerColumns)(self.code_bits, self.group_size)
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · weight_scale, or (code - zero point) · weight_scale."""

@@ -31,7 +31,12 @@ def group_ranges(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Ten
     what is stored of them.
     """
     groups = weight.detach().reshape(len(weight), -1, group)
-    least, greatest = groups.amin(-1).float().clamp(max=0), groups.amax(-1).float().clamp(min=0)
+    return ranges_of(groups.amin(-1).float(), groups.amax(-1).float(), bits)
+
+
+def ranges_of(least: torch.Tensor, greatest: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same of groups with these least and greatest values, float32 of any shape."""
+    least, greatest = least.clamp(max=0), greatest.clamp(min=0)
     half = 2 ** (bits - 1)
     scales = (greatest - least) / (2 * half - 1)
     usable = scales >= _LEAST

@@ -20,6 +20,8 @@ from bitladder.formats.carriers import COMPRESSED_TENSORS, MODELOPT, Layout, exp
 if TYPE_CHECKING:
     import torch
 
+    from bitladder.formats.columns import Columns
+
 
 class Mxfp8(Format):
     """See the module."""
@@ -71,6 +73,12 @@ class Mxfp8(Format):
 
         exponents = grids.exponents_of(weight, self.group_size)
         return exponents if part == WEIGHT_SCALE else grids.exponent_codes(weight, exponents)
+
+    def columns(self, amax: "torch.Tensor", rows: int) -> "Columns":
+        """Return blocks of columns."""
+        from bitladder.formats.columns import ExponentColumns
+
+        return ExponentColumns(self.group_size)
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · 2^exponent."""

@@ -1,19 +1,21 @@
-"""Compensated codes of every searched weight, layer by layer: `run(...) -> tuple[RoundedModule, ...]`.
+"""Compensated codes of every searched weight in every format: `run(...) -> tuple[RoundedModule, ...]`.
 
 Layer after layer runs on all batches (`layers`, which may stream them); the products of its searched modules' inputs
 are added up, and its codes are made from them (`rounding`). So the products of one layer live at a time, and the hidden
 states of all batches, [tokens, hidden] in the model's dtype.
 
-Inputs are those of the original model, each rounded through its own FP8 scale: codes then serve every scheme, whatever
-else that quantises. Every token counts alike: its input is divided by its own length, since a few tokens (the first
+Inputs are those of the original model, each rounded as the format has it on the device that will serve: codes then
+serve every scheme, whatever else that quantises. A format that stores the very same of a weight as another one that is
+measured has its codes. Every token counts alike: its input is divided by its own length, since a few tokens (the first
 of a sequence, above all) are a hundred times as long as the others and would settle the codes alone. Padding doesn't
 count.
 
     measuring/codes/layer-00007.safetensors   one per decoder layer; what its codes do is in the file's metadata
 """
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,13 @@ from torch import nn
 
 from bitladder.device import OUT_OF_MEMORY, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import E4m3, column_format
-from bitladder.measured import Amax
+from bitladder.formats import WEIGHT, WEIGHT_ONLY, Format
+from bitladder.measured import Amax, codes_key
 from bitladder.measuring.calls import by_layer, hidden_of
 from bitladder.measuring.job import Job
 from bitladder.measuring.layers import Layers
 from bitladder.measuring.partial import Partial
-from bitladder.measuring.rounding import compensated_codes, output_error
+from bitladder.measuring.rounding import compensated, output_error
 from bitladder.models.anatomy import PLAIN, Layout, tokens_first
 from bitladder.reading import open_safetensors
 from bitladder.records import QuantGroup, RoundedModule
@@ -79,12 +81,11 @@ def _round_layers(
     except EngineError as error:
         raise EngineError(f"{error}; use {_NEAREST}") from error
     hidden = [found[0].hidden.to(layers.home) for found in calls]
-    format_ = column_format(job.spec.formats[0], job.arithmetic)
     for index in range(last + 1):
         job.progress("round", index, last + 1)
         layer_groups = groups[index] if index in missing else []
         with layers.loaded(index) as layer:
-            with _Products(layers, layer_groups, format_, amax) as inputs:
+            with _Products(layers, layer_groups, job, amax) as inputs:
                 for number, (found, mask) in enumerate(zip(calls, counted, strict=True)):
                     inputs.counted = mask
                     x = hidden[number].to(job.device)
@@ -98,22 +99,25 @@ def _round_layers(
 class _Products(ExitStack):
     """Adds up the products of inputs, group by group; a context manager, within which a layer runs on all batches."""
 
-    def __init__(self, layers: Layers, groups: list[QuantGroup], format_: E4m3, amax: Amax) -> None:
+    def __init__(self, layers: Layers, groups: list[QuantGroup], job: Job, amax: Amax) -> None:
         super().__init__()
-        self.format = format_
-        self.products: dict[str, torch.Tensor] = {}  # group -> [in_features, in_features] float32
+        # group -> how its input is rounded -> [in_features, in_features] float32
+        self.products: dict[str, dict[str, torch.Tensor]] = {}
         self.counted = torch.empty(0)  # mask [rows, tokens] of the batch at hand: all but padding
         for group in groups:
             name = group.modules[0].name  # all of a group have the same input, and its scale
             linear: Any = layers.model.get_submodule(name)
             layout = layers.anatomy.positions.get(name, PLAIN)
-            scale = None
-            if format_.has_input_scale:
-                scale = format_.input_scale(amax[f"{name}.input_amax"].to(linear.weight.device))
-            self.callback(linear.register_forward_pre_hook(self._hook(group.name, name, scale, layout)).remove)
+            rounded: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+            for format_ in made_for(job, group):
+                scale = None
+                if format_.has_input_scale:
+                    scale = format_.input_scale(amax[f"{name}.input_amax"].to(linear.weight.device))
+                rounded[_input_of(format_)] = functools.partial(format_.served_input, scale=scale)
+            self.callback(linear.register_forward_pre_hook(self._hook(group.name, name, rounded, layout)).remove)
 
     def _hook(
-        self, group: str, module: str, scale: torch.Tensor | None, layout: Layout | None
+        self, group: str, module: str, rounded: dict[str, Callable[[torch.Tensor], torch.Tensor]], layout: Layout | None
     ) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
         def add(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
             x = inputs[0] if layout is None else tokens_first(inputs[0], layout, self.counted.shape)
@@ -122,62 +126,83 @@ class _Products(ExitStack):
                     f"{module}: its input has shape {list(x.shape)}, [rows, tokens, features] was expected; "
                     "use rounding: nearest"
                 )
-            rows = self.format.served_input(x[self.counted].flatten(0, -2).float(), scale)
-            rows = nn.functional.normalize(rows, dim=-1)
-            if group not in self.products:
-                self.products[group] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-            self.products[group].addmm_(rows.t(), rows)
+            tokens, sums = x[self.counted].flatten(0, -2).float(), self.products.setdefault(group, {})
+            for how, served in rounded.items():
+                rows = nn.functional.normalize(served(tokens), dim=-1)
+                if how not in sums:
+                    sums[how] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+                sums[how].addmm_(rows.t(), rows)
 
         return add
+
+
+def made_for(job: Job, group: QuantGroup) -> tuple[Format, ...]:
+    """Return the formats in which a group's codes are made: not those that have another one's."""
+    served = job.served(group)
+    names = {format_.name for format_ in served}
+    return tuple(format_ for format_ in served if format_.weight_like not in names)
+
+
+def _input_of(format_: Format) -> str:
+    """Return a name for what becomes of an input: the same where it is the same."""
+    return "unrounded" if format_.arithmetic == WEIGHT_ONLY or format_.input == "unrounded" else format_.name
 
 
 def _write(
     path: Path,
     model: nn.Module,
     groups: list[QuantGroup],
-    products: dict[str, torch.Tensor],
+    products: dict[str, dict[str, torch.Tensor]],
     job: Job,
     amax: Amax,
 ) -> None:
     """Write the codes of one layer's modules, and what they do."""
-    (name,) = job.spec.formats
-    format_ = column_format(name)
     tensors: dict[str, torch.Tensor] = {}
     modules = []
     for group in groups:
-        product = products.pop(group.name, None)
-        if product is None:
+        sums = products.pop(group.name, None)
+        if sums is None:
             raise EngineError(f"{group.name} doesn't run inside its layer; use rounding: nearest")
-        weights: list[torch.Tensor] = [model.get_parameter(f"{module.name}.weight") for module in group.modules]
-        # One call for all modules of a group: they share input and scale.
-        keys = [format_.weight_key(module.name) for module in group.modules]
-        each = [amax[key].to(product.device) for key in keys]
-        weight_amax = torch.cat(each) if format_.channels else each[0]
-        try:
-            codes = compensated_codes(torch.cat(weights), product, weight_amax, format_, job.spec.damping)
-        except MeasurementError as error:
-            raise MeasurementError(f"{group.name}: {error}") from error
-        parts = torch.split(codes, [len(weight) for weight in weights])
-        for module, weight, part, own_amax in zip(group.modules, weights, parts, each, strict=True):
-            tensors[module.name] = part.cpu().contiguous()
-            scale = format_.scale(own_amax)
-            restored, nearest = (format_.restored(found, scale) for found in (part, format_.codes(weight, own_amax)))
-            shift = (restored - weight.float()).abs().amax(-1) / scale
-            modules.append(
-                RoundedModule(
-                    name=module.name,
-                    codes_sha256=codes_sha256(tensors[module.name]),
-                    largest_shift=float(shift.amax()),
-                    output_error=output_error(weight, restored, product),
-                    nearest_output_error=output_error(weight, nearest, product),
-                )
-            )
+        for format_ in made_for(job, group):
+            for module, parts, record in _rounded(model, group, format_, sums[_input_of(format_)], job, amax):
+                tensors |= {f"{codes_key(module, format_.name)}.{part}": tensor for part, tensor in parts.items()}
+                modules.append(record)
     with atomic_path(path) as temporary:
         metadata = {"modules": json.dumps([module.model_dump(mode="json") for module in modules])}
         save_file(tensors, temporary, metadata=metadata)
     seal(path)
 
 
-def codes_sha256(codes: torch.Tensor) -> str:
-    """Return the hex SHA-256 of a module's codes on the CPU, row by row, one byte an element."""
-    return sha256_of_bytes(codes.contiguous().view(torch.uint8).numpy().data)
+def _rounded(
+    model: nn.Module, group: QuantGroup, format_: Format, product: torch.Tensor, job: Job, amax: Amax
+) -> Iterator[tuple[str, dict[str, torch.Tensor], RoundedModule]]:
+    """Yield what is stored of a group's modules in a format, on the CPU, and what that does."""
+    weights: list[torch.Tensor] = [model.get_parameter(f"{module.name}.weight") for module in group.modules]
+    each = [amax[format_.weight_key(module.name)].to(product.device) for module in group.modules]
+    # One call for all modules of a group: they share input and, where it is one for all of a weight, the scale.
+    stacked, shared = torch.cat(weights), each[0] if format_.spread in ("tensor", "block") else torch.cat(each)
+    columns = format_.columns(shared, len(stacked))
+    try:
+        found = compensated(stacked, product, columns, job.spec.damping)
+    except MeasurementError as error:
+        raise MeasurementError(f"{group.name}: {error}") from error
+    shift, first = found.largest_shift(stacked), 0
+    parts = {name: part.cpu() for name, part in columns.parts(found.values, found.scales).items()}
+    for module, weight, own_amax in zip(group.modules, weights, each, strict=True):
+        rows, of_all = slice(first, first + len(weight)), len(stacked)
+        own = {
+            name: part[first * len(part) // of_all : rows.stop * len(part) // of_all].contiguous()
+            for name, part in parts.items()
+        }
+        digests = {name: sha256_of_bytes(part.flatten().view(torch.uint8).numpy().data) for name, part in own.items()}
+        record = RoundedModule(
+            name=module.name,
+            format=format_.name,
+            codes_sha256=digests.pop(WEIGHT),
+            scales_sha256=digests,
+            largest_shift=float(shift[rows].amax()),
+            output_error=output_error(weight, found.values[rows], product),
+            nearest_output_error=output_error(weight, format_.decode(format_.encode(weight, own_amax)), product),
+        )
+        yield module.name, own, record
+        first = rows.stop

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from bitladder.data.batches import DataSet
 from bitladder.device import measuring_device, resolve_dtype
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import Arithmetic, column_format, group_bits
+from bitladder.formats import Arithmetic, group_bits
 from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, codes_files
 from bitladder.measuring.job import Job, score_batch_count, score_weights
 from bitladder.measuring.partial import PARTIAL, Partial
@@ -36,12 +36,15 @@ from bitladder.records import Candidate, FileDigest, LeftOut, Measurement, Model
 from bitladder.runinfo import Meter, Progress, no_progress
 from bitladder.storage import atomic_path, discard, sha256_of_file, unseal
 
+_COLUMNS = "codes of every format"  # since when a file of compensated codes has them
+
 
 def settings_sha256(
     source: ModelSource, data: DataSet, spec: MeasureSpec, arithmetic: Mapping[str, Arithmetic] = MappingProxyType({})
 ) -> str:
     """Return the digest of everything that decides a measurement: model, data, settings, what isn't as stored."""
     computed = [f"{name}: {arithmetic[name]}" for name in sorted(arithmetic)]
+    computed += [_COLUMNS] if spec.rounding == "compensated" else []
     return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"}), *computed])
 
 
@@ -49,13 +52,11 @@ def check_engine(spec: MeasureSpec, target: Target) -> None:
     """Look whether a model can be measured as asked.
 
     Raises:
-        EngineError: layers that have to run one by one, and can't. RecipeError: a format that has no compensated codes.
+        EngineError: layers that have to run one by one, and can't.
     """
     from bitladder.measuring import compensation, layers, native
 
     remedies = {native.REMEDY: spec.engine == "native", compensation.REMEDY: spec.rounding == "compensated"}
-    if spec.rounding == "compensated":
-        column_format(spec.formats[0])
     for remedy in (remedy for remedy, is_needed in remedies.items() if is_needed):
         problem = layers.why_not_by_layers(target, remedy)
         if problem is not None:
@@ -97,8 +98,6 @@ def measure(
     problem = workers.problem(spec)
     if problem is not None:
         raise MeasurementError(problem)
-    if spec.rounding == "compensated":
-        column_format(spec.formats[0])  # what can't be made is refused before anything is computed
     meter = Meter()
     device = measuring_device(spec, workers)
     dtype = resolve_dtype(spec.dtype, device)

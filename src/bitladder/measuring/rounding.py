@@ -3,56 +3,114 @@
 Rounding to nearest makes each weight's error as small as it can be. What counts is the error of the output, X W - X Q:
 where inputs are correlated, the rounding of one column can be made up for by the columns that are still to be rounded.
 With H = Xᵀ X over calibration tokens, columns are taken in the order of falling diag(H), each is rounded to nearest,
-and its error is spread over the remaining ones so that tr((W - Q) H (W - Q)ᵀ) is least. The scale stays what it was, so
-a runtime sees no difference.
+and its error is spread over the remaining ones so that tr((W - Q) H (W - Q)ᵀ) is least. A runtime sees no difference.
+
+Columns that share a scale are taken together, groups in the order of what their diagonal adds up to. A group's scale is
+chosen when it is reached, of the values that its columns have by then: the candidate with the least sum of squared
+errors, each weighed with what is lost after all columns behind it have made up for it, 1 / U[j, j]². What all of a
+weight shares stays as it was.
 
 Source: Frantar et al., GPTQ (2022), arXiv:2210.17323. Its Cholesky factor of the inverse of H is taken from one of H:
 with J the reversal of rows, J H J = L Lᵀ gives inverse(H) = Uᵀ U with U = J inverse(L) J, upper triangular.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from bitladder.errors import MeasurementError
-from bitladder.formats import E4m3
+from bitladder.formats.columns import Columns
 
 _COLUMNS_AT_ONCE = 128  # errors are spread at once within so many columns, and over the rest by one product
 
 
-def compensated_codes(
-    weight: torch.Tensor, hessian: torch.Tensor, amax: torch.Tensor, format_: E4m3, damping: float
-) -> torch.Tensor:
-    """Return the codes of a weight, [out_features, in_features].
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A weight on a format's grid.
+
+    values: [out_features, in_features] float32.
+    scales: as they are stored, float32 [kinds, out_features, groups]; where none depends on columns there is one group.
+    steps: what codes are multiplied with, float32 [out_features, groups].
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    steps: torch.Tensor
+
+    def largest_shift(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the largest distance from a weight in every row, in units of the step, [out_features]."""
+        rows, groups = self.steps.shape
+        shift = (self.values - weight.detach().float()).abs().reshape(rows, groups, -1).amax(-1)
+        return (shift / self.steps).amax(-1)
+
+
+def compensated(weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, damping: float) -> Rounded:
+    """Return a weight on a format's grid, [out_features, in_features].
 
     Args:
         weight: [out_features, in_features]; modules that share input and scale may be stacked.
         hessian: Xᵀ X of its inputs, [in_features, in_features] float32, on the same device.
-        amax: of the weight, as `format_` scales by it.
-        format_: the codes'.
+        columns: the grid.
         damping: this share of the mean of the hessian's diagonal is added to it. More of it trusts the calibration
             tokens less; what is infinite rounds to nearest.
 
     Raises:
         MeasurementError: the hessian is not positive definite.
     """
-    scale = format_.scale(amax)
     diagonal = hessian.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True)
+    order, groups = _order(diagonal, columns.size)
     factor = _inverse_factor(hessian, order, float(diagonal.mean()) * damping)
     rest = weight.detach().float().t()[order]  # [in_features, out_features]: a column is a row here, in one piece
-    codes = torch.empty(rest.shape, dtype=format_.codes(rest[0], amax).dtype, device=rest.device)
+    found = torch.empty_like(rest)
+    weights = factor.diagonal() ** -2
+    factors = torch.tensor(columns.factors, device=rest.device)[:, None]
+    scales = columns.fixed
+    chosen = [] if scales is None else [scales]
     for start in range(0, len(rest), _COLUMNS_AT_ONCE):
         end = min(start + _COLUMNS_AT_ONCE, len(rest))
         block, local = rest[start:end], factor[start:end, start:end]
         errors = torch.empty_like(block)
         for index in range(end - start):
-            code = format_.codes(block[index], amax)
-            codes[start + index] = code
-            errors[index] = (block[index] - format_.restored(code, scale)) / local[index, index]
+            if columns.fixed is None and index % columns.size == 0:
+                behind = slice(index, index + columns.size)
+                candidates = columns.scales(block[behind], factors, groups[(start + index) // columns.size])
+                scales = _best(columns, block[behind], candidates, weights[start:end][behind])
+                chosen.append(scales)
+            assert scales is not None
+            found[start + index] = columns.nearest(block[index], scales)
+            errors[index] = (block[index] - found[start + index]) / local[index, index]
             block[index + 1 :].addr_(local[index, index + 1 :], errors[index], alpha=-1)
         rest[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
-    found = torch.empty_like(codes)
-    found[order] = codes
-    return found.t().contiguous()
+    values = torch.empty_like(found)
+    values[order] = found
+    all_scales = torch.stack(chosen, -1)
+    if columns.fixed is None:
+        all_scales = all_scales[..., sorted(range(len(groups)), key=groups.__getitem__)]
+    return Rounded(values.t().contiguous(), all_scales, columns.steps(all_scales))
+
+
+def _order(diagonal: torch.Tensor, size: int) -> tuple[torch.Tensor, list[int]]:
+    """Return the columns in the order in which they are taken, and the groups of `size` of them in theirs."""
+    inside = torch.argsort(diagonal.view(-1, size), dim=1, descending=True, stable=True)
+    groups = torch.argsort(diagonal.view(-1, size).sum(1), descending=True, stable=True)
+    return (inside + torch.arange(len(inside), device=inside.device)[:, None] * size)[groups].flatten(), groups.tolist()
+
+
+def _best(columns: Columns, values: torch.Tensor, candidates: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the scales [kinds, out_features] with the least weighed error of a group's values [size, out_features].
+
+    Args:
+        columns: the grid.
+        values: of the group.
+        candidates: [kinds, candidates, out_features].
+        weights: of the columns, [size].
+    """
+    if candidates.shape[1] == 1:
+        return candidates[:, 0]
+    all_ = values[:, None]
+    error = ((columns.nearest(all_, candidates[:, None]) - all_) ** 2 * weights[:, None, None]).sum(0)
+    best = error.argmin(0)  # the first of equals
+    return candidates.gather(1, best.expand(len(candidates), 1, -1))[:, 0]
 
 
 def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:

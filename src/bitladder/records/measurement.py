@@ -97,11 +97,15 @@ class LeftOut(Part):
     reason: str
 
 
-class RoundedModule(Part):
-    """What one module's compensated codes do, on the calibration tokens that they were made from."""
+class RoundedModule(Grown):
+    """What one module's compensated codes in a format do, on the calibration tokens that they were made from."""
+
+    later = frozenset({"format", "scales_sha256"})
 
     name: str
-    codes_sha256: str = Field(description="of the codes, row by row, one byte an element")
+    format: str = Field(default="", description="empty: the only one of a measurement that an earlier version made")
+    scales_sha256: dict[str, str] = Field(default_factory=dict, description="of the scales that were chosen, by part")
+    codes_sha256: str = Field(description="of the codes, row by row, as they are stored")
     largest_shift: float = Field(description="largest |code · scale - weight|, in units of the scale")
     output_error: float = Field(description="|X (W - Q)| / |X W|, every token's input at unit length")
     nearest_output_error: float = Field(description="the same with the nearest codes")

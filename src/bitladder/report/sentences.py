@@ -7,7 +7,7 @@ from typing import Any
 
 from bitladder.planning.ranges import floor_sentence
 from bitladder.planning.uncertainty import MULTIPLES
-from bitladder.records import BF16, BF16_BITS, KL, PairDifference
+from bitladder.records import BF16, BF16_BITS, KL, PairDifference, RoundedModule
 from bitladder.report.escaping import Markdown
 from bitladder.report.ladder import Ladder, of_all, verified
 from bitladder.report.numbers import (
@@ -34,15 +34,20 @@ def rounding(report: Report) -> str:
     chosen = report.rounding
     if chosen is None:
         return "every weight to its nearest"
-    errors = [
-        statistics.median(getattr(module, name) for module in chosen.modules)
-        for name in ("output_error", "nearest_output_error")
-    ]
+    by_format: dict[str, list[RoundedModule]] = {}
+    for module in chosen.modules:
+        by_format.setdefault(module.format, []).append(module)
+    errors = []
+    for name, modules in by_format.items():
+        own, nearest = (
+            statistics.median(getattr(m, f"{which}output_error") for m in modules) for which in ("", "nearest_")
+        )
+        where = f"in {name} " if len(by_format) > 1 else ""
+        errors.append(f"{where}{percent(own)} at the median, with the nearest codes {percent(nearest)}")
     scored = "these" if chosen.scored else "the nearest"
     return (
         f"compensated (GPTQ), damping {chosen.damping:g}, from {exact(chosen.samples)} calibration samples; the error "
-        f"of a module's output by its weights is {percent(errors[0])} at the median, with the nearest codes "
-        f"{percent(errors[1])}; the scores are those of {scored} codes"
+        f"of a module's output by its weights is {'; '.join(errors)}; the scores are those of {scored} codes"
     )
 
 

@@ -177,7 +177,9 @@ def _weights(
             # Weights are measured in the arithmetic of the measurement, to which they were cast.
             part.weight_amax[entry.group] = float(original.abs().max().to(dtype))
             weight, scale = original if entry.spread in WRITTEN else original.to(dtype), expected.scales[entry.scale]
-            if entry.bits is not None and entry.zero_point is not None:
+            if entry.rounded is not None and entry.rounded.scales_sha256:
+                _chosen_scales(part, name, entry, expected, tensors)
+            elif entry.bits is not None and entry.zero_point is not None:
                 part.many_scales[name], part.zero_points[name] = ints.ranges_of(weight, entry.bits, scale)
             elif entry.bits is not None:
                 part.many_scales[name] = ints.scales_of(weight, entry.bits, scale)
@@ -195,6 +197,20 @@ def _weights(
         for part in pool.map(one, expected.weights):
             exam.merge(part)
     return exam.weight_amax
+
+
+def _chosen_scales(exam: Examination, name: str, entry: Weight, expected: Expected, tensors: Tensors) -> None:
+    """Check that scales that were chosen with a weight's codes are those; from then on they are what is wanted."""
+    assert entry.rounded is not None
+    for beside, known in ((entry.scale, exam.many_scales), (entry.zero_point, exam.zero_points)):
+        stored = _read_scale(tensors, expected, beside)
+        if beside is None or stored is None:
+            continue  # a finding of its own
+        part = beside.rpartition(".")[2]
+        if _digest(stored) != entry.rounded.scales_sha256.get(part):
+            exam.find(entry.file, beside, "its numbers are not those that the measurement chose with the codes")
+        else:
+            known[name] = stored
 
 
 def _weight(
@@ -222,12 +238,15 @@ def _weight(
         scale = _read_scale(tensors, expected, entry.scale)
         above = _read_scale(tensors, expected, entry.above) if entry.packed else scale
         zeros = _read_scale(tensors, expected, entry.zero_point)
+        if entry.rounded is not None and _digest(tensor) != entry.rounded.codes_sha256:
+            exam.find(file, name, "its codes are not the compensated ones of the measurement")
         if scale is None or above is None or (zeros is None and entry.zero_point is not None):
             pass  # a finding of its own
         elif entry.bits is not None:
             exam.codes += original.numel()
-            if wrong := ints.wrong_codes(tensor, scale, entry.bits, original, zeros):
-                exam.find(entry.file, name, f"{wrong:,} of {original.numel():,} codes are {_NOT_NEAREST}")
+            shift = None if entry.rounded is None else entry.rounded.largest_shift
+            if wrong := ints.wrong_codes(tensor, scale, entry.bits, original, zeros, shift):
+                _found_wrong(exam, name, entry, wrong, original)
         else:
             _codes(exam, name, entry, tensor, (scale, above), original)
     elif not torch.equal(bytes_of(tensor), bytes_of(original)):
@@ -276,8 +295,6 @@ def _codes(
     exam.codes += original.numel()
     rounded, wrong = entry.rounded, 0
     largest = E2M1_MAX if entry.packed else E4M3_MAX
-    if rounded is not None and _digest(codes) != rounded.codes_sha256:
-        exam.find(entry.file, name, "its codes are not the compensated ones of the measurement")
     at_once = max(1, _BLOCK // original.shape[1])
     for start in range(0, len(codes), at_once):
         rows = slice(start, start + at_once)
@@ -295,8 +312,12 @@ def _codes(
         near = (restored - wanted).abs() <= allowed
         wrong += int((~(near | saturated)).sum())
     if wrong:
-        what = _NOT_NEAREST if rounded is None else "farther from the source than was recorded"
-        exam.find(entry.file, name, f"{wrong:,} of {original.numel():,} codes are {what}")
+        _found_wrong(exam, name, entry, wrong, original)
+
+
+def _found_wrong(exam: Examination, name: str, entry: Weight, wrong: int, original: torch.Tensor) -> None:
+    what = _NOT_NEAREST if entry.rounded is None else "farther from the source than was recorded"
+    exam.find(entry.file, name, f"{wrong:,} of {original.numel():,} codes are {what}")
 
 
 def _scale_problem(stored: torch.Tensor, scale: Scale, wanted: torch.Tensor | None) -> str | None:

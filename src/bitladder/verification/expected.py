@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bitladder.errors import RecordError, StaleRecord
+from bitladder.formats import get_format
 from bitladder.models.sources import side_files
 from bitladder.reading import read_json
 from bitladder.records import BF16, Measurement, RoundedModule, Scheme
@@ -249,7 +250,7 @@ def expect(
     """
     check_scheme(scheme, measurement, carrier)
     rounding = measurement.rounding.modules if measurement.rounding is not None else ()
-    rounded = {module.name: module for module in rounding}
+    rounded = {(module.name, module.format or measurement.formats[0]): module for module in rounding}
     weights = {name: Weight(originals.file(name), name) for name in originals.files}
     scales: dict[str, Scale] = {}
     for group in measurement.groups:
@@ -266,7 +267,9 @@ def expect(
             if not is_quantised:
                 weights[name] = Weight(file, name, group.name, module.name)
                 continue
-            layout, how = LAYOUTS[scheme.formats[group.name]], CARRIERS[carrier]
+            own_format, how = scheme.formats[group.name], CARRIERS[carrier]
+            layout = LAYOUTS[own_format]
+            alike = [(module.name, one) for one in (own_format, get_format(own_format).weight_like or "")]
             in_blocks = layout.spread == "fp4"
             prefix, own = name.removesuffix(".weight"), {}
             codes = f"{prefix}.{how.codes}" if in_blocks or layout.sharing is not None else name
@@ -297,7 +300,7 @@ def expect(
                 module.name,
                 True,
                 layout.spread,
-                rounded.get(module.name),
+                next((rounded[key] for key in alike if key in rounded), None),
                 own["weight_scale"],
                 own.get("weight_scale_2"),
                 layout.bits,

@@ -85,11 +85,16 @@ def stored_as(original: torch.Tensor, bits: int, *, packed: bool) -> tuple[torch
 
 
 def wrong_codes(
-    stored: torch.Tensor, scale: torch.Tensor, bits: int, original: torch.Tensor, zeros: torch.Tensor | None = None
+    stored: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    original: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    shift: float | None = None,
 ) -> int:
-    """Return how many codes restore something that is farther than half a step from the source weight.
+    """Return how many codes restore something that is farther than half a step from the source weight, or than `shift`.
 
-    The smallest and the largest code may stand for more.
+    The smallest and the largest code may stand for more, where each was to be the nearest one.
 
     Args:
         stored: [rows, columns] int8, or words of int32, the first column in the lowest bits.
@@ -97,6 +102,7 @@ def wrong_codes(
         bits: of a code.
         original: [rows, columns].
         zeros: stored zero points; None: there are none.
+        shift: how many steps a code may be off; None: half a one.
     """
     offsets = None if zeros is None else zero_points(zeros, bits)
     half, wrong, at_once = 2 ** (bits - 1), 0, max(1, _AT_ONCE // original.shape[1])
@@ -112,6 +118,9 @@ def wrong_codes(
         if offsets is not None:
             steps = codes - offsets[rows].repeat_interleave(codes.shape[1] // offsets.shape[1], 1)
         restored, wanted = steps * step, original[rows].float()
+        if shift is not None:
+            wrong += int(((restored - wanted).abs() > shift * step * _TOLERANCE).sum())
+            continue
         at_end = ((codes == half - 1) & (wanted >= restored)) | ((codes == -half) & (wanted <= restored))
         wrong += int((~(((restored - wanted).abs() <= step / 2 * _TOLERANCE) | at_end)).sum())
     return wrong

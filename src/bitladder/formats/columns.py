@@ -1,0 +1,225 @@
+"""A weight's grid as it is walked column by column: what a column's nearest values are, and whose scale they share.
+
+Compensated rounding changes the columns that are still to come, so it chooses a group's scale when it gets there. A
+scale that the largest value settles isn't the best: with a smaller one most values lie nearer and few are cut off, with
+a larger one of E2M1 numbers the largest value falls on 4 instead of 6, where neighbours are closer. Several candidates
+are tried, each stored as the format stores it; which is best is for the walk to say.
+
+Imported where torch is needed only.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from bitladder.formats import grids, integers
+from bitladder.formats.base import WEIGHT, WEIGHT_SCALE, WEIGHT_ZERO_POINT
+
+_SMALLER = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+class Columns(ABC):
+    """Columns of a weight [out_features, in_features] in a format; a column is [out_features] here.
+
+    size: so many neighbours of a row share a scale; 1: a scale is for all of a row.
+    factors: candidates for a group's scale, as shares of the one that its largest value gives.
+    fixed: the scales of all rows, [kinds, out_features], where they don't depend on the columns.
+    """
+
+    size: int = 1
+    factors: tuple[float, ...] = (1.0,)
+    fixed: torch.Tensor | None = None
+
+    def scales(self, values: torch.Tensor, factors: torch.Tensor, group: int) -> torch.Tensor:
+        """Return candidates for the scales of a group, as they are stored, float32 [kinds, candidates, out_features].
+
+        Args:
+            values: of its columns, float32 [size, out_features].
+            factors: [candidates, 1].
+            group: which it is, counted from the weight's first column.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Return the nearest values that can be stored, float32.
+
+        Args:
+            values: [..., out_features].
+            scales: [kinds, ..., out_features], which broadcast over them.
+        """
+
+    @abstractmethod
+    def steps(self, scales: torch.Tensor) -> torch.Tensor:
+        """Return what codes are multiplied with: of scales [kinds, ...] the same shape without `kinds`."""
+
+    @abstractmethod
+    def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what is stored of values [rows, in_features] that `nearest` gave, `{part: tensor}`.
+
+        What the weight's amax settles isn't among it.
+
+        Args:
+            values: of some rows.
+            scales: [kinds, rows, groups], or as `fixed`.
+        """
+
+
+class Fixed(Columns):
+    """Scales that are known before, one a row."""
+
+    def __init__(
+        self,
+        scales: torch.Tensor,
+        nearest: Callable[[torch.Tensor], torch.Tensor],
+        codes: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Keep the scales, float32 [out_features], and what gives a column's nearest values and a weight's codes."""
+        self.fixed = scales[None]
+        self._nearest, self._codes = nearest, codes
+
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """See `Columns`."""
+        return self._nearest(values)
+
+    def steps(self, scales: torch.Tensor) -> torch.Tensor:
+        """See `Columns`."""
+        return scales[0]
+
+    def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the codes."""
+        return {WEIGHT: self._codes(values)}
+
+
+class SquareColumns(Columns):
+    """E4M3 codes in square blocks, whose scales are known before."""
+
+    def __init__(self, amax: torch.Tensor, side: int) -> None:
+        """Keep the blocks' amax, a line a row of the weight: [out_features, in_features / side]."""
+        self.size, self.amax = side, amax
+
+    def scales(self, values: torch.Tensor, factors: torch.Tensor, group: int) -> torch.Tensor:
+        """Return the amax of the group's blocks, the only candidate."""
+        return self.amax[:, group][None, None]
+
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """See `Columns`."""
+        return grids.dequantise(grids.quantise(values, scales[0]), self.steps(scales))
+
+    def steps(self, scales: torch.Tensor) -> torch.Tensor:
+        """See `Columns`."""
+        return grids.scale_of(scales[0])
+
+    def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the codes."""
+        return {WEIGHT: grids.quantise(values, scales[0].repeat_interleave(self.size, 1))}
+
+
+class E2m1Columns(Columns):
+    """E2M1 codes times an E4M3 scale a block times a float32 scale of all."""
+
+    size = grids.BLOCK
+    factors = (1.0, *_SMALLER, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5)
+
+    def __init__(self, above: torch.Tensor) -> None:
+        """Keep the scale of all, a scalar."""
+        self.above = above
+
+    def scales(self, values: torch.Tensor, factors: torch.Tensor, group: int) -> torch.Tensor:
+        """Return E4M3 scales."""
+        return grids.block_scales_of(values.abs().amax(0) * factors, self.above).float()[None]
+
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """See `Columns`."""
+        steps = self.steps(scales)
+        return grids.round_e2m1(values / steps) * steps
+
+    def steps(self, scales: torch.Tensor) -> torch.Tensor:
+        """See `Columns`."""
+        return scales[0] * self.above
+
+    def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return packed codes and the blocks' scales."""
+        stored = scales[0].to(grids.E4M3_DTYPE)
+        return {WEIGHT: grids.pack(grids.block_codes(values, stored, self.above)), WEIGHT_SCALE: stored}
+
+
+class ExponentColumns(Columns):
+    """E4M3 codes times a power of two a block."""
+
+    def __init__(self, size: int) -> None:
+        """Keep how many neighbours a block has."""
+        self.size = size
+
+    def scales(self, values: torch.Tensor, factors: torch.Tensor, group: int) -> torch.Tensor:
+        """Return the exponents, as E8M0 has them."""
+        return grids.exponents_for(values.abs().amax(0)).float()[None, None]
+
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """See `Columns`."""
+        steps = self.steps(scales)
+        return (values / steps).clamp(-grids.E4M3_MAX, grids.E4M3_MAX).to(grids.E4M3_DTYPE).float() * steps
+
+    def steps(self, scales: torch.Tensor) -> torch.Tensor:
+        """See `Columns`."""
+        return grids.powers(scales[0])
+
+    def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return codes and the blocks' exponents."""
+        exponents = scales[0].to(torch.uint8)
+        return {WEIGHT: grids.exponent_codes(values, exponents), WEIGHT_SCALE: exponents}
+
+
+class IntegerColumns(Columns):
+    """Packed integers times a BF16 scale a group."""
+
+    factors = (1.0, *_SMALLER, 0.65, 0.6)
+
+    def __init__(self, bits: int, size: int) -> None:
+        """Keep the bits of a code, and how many neighbours a group has."""
+        self.bits, self.size = bits, size
+        self.least, self.greatest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def scales(self, values: torch.Tensor, factors: torch.Tensor, group: int) -> torch.Tensor:
+        """Return the groups' scales."""
+        return integers.scale_of(values.abs().amax(0) * factors, self.bits).to(torch.bfloat16).float()[None]
+
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """See `Columns`."""
+        return torch.round(values / scales[0]).clamp(self.least, self.greatest) * scales[0]
+
+    def steps(self, scales: torch.Tensor) -> torch.Tensor:
+        """See `Columns`."""
+        return scales[0]
+
+    def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return packed codes and the groups' scales."""
+        stored = scales[0].to(torch.bfloat16)
+        codes = integers.codes(values, stored, self.bits)
+        return {WEIGHT: integers.packed(codes, self.bits), WEIGHT_SCALE: stored}
+
+
+class RangeColumns(IntegerColumns):
+    """The same with a zero point a group."""
+
+    def scales(self, values: torch.Tensor, factors: torch.Tensor, group: int) -> torch.Tensor:
+        """Return the groups' scales and zero points."""
+        scales, zeros = integers.ranges_of(values.amin(0) * factors, values.amax(0) * factors, self.bits)
+        return torch.stack((scales.float(), zeros.float()))
+
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """See `Columns`."""
+        codes = torch.round(values / scales[0] + scales[1]).clamp(self.least, self.greatest)
+        return (codes - scales[1]) * scales[0]
+
+    def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return packed codes, the groups' scales and their packed zero points."""
+        stored, zeros = scales[0].to(torch.bfloat16), scales[1].to(torch.int8)
+        codes = integers.codes(values, stored, self.bits, zeros)
+        packed_zeros = integers.packed_along_rows(zeros, self.bits)
+        return {
+            WEIGHT: integers.packed(codes, self.bits),
+            WEIGHT_SCALE: stored,
+            WEIGHT_ZERO_POINT: packed_zeros,
+        }

@@ -1,0 +1,324 @@
+"""Compensated codes in every format: on its grid, better than the nearest, exported, verified, simulated and scored."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from bitladder import planning
+from bitladder.checkpoints.export import export
+from bitladder.evaluation.evaluate import evaluate_checkpoint
+from bitladder.evaluation.reference import Reference
+from bitladder.evaluation.simulation import Simulation
+from bitladder.formats import COMPRESSED_TENSORS, FORMATS, MODELOPT, get_format
+from bitladder.measured import Codes, codes_files, read_amax, read_codes
+from bitladder.measuring import rounding
+from bitladder.recipe import SchemeSpec
+from bitladder.records import BF16, CheckpointManifest, Measurement
+from bitladder.storage import sha256_of_file
+from bitladder.verification import verify
+from conftest import llama_config, load_text, measure_text, save_model
+
+EACH = sorted(FORMATS)
+CHOSEN = [name for name in EACH if FORMATS[name].group_size is not None and name != "mxfp8"]  # scales, by error
+MADE = [name for name in EACH if FORMATS[name].weight_like is None]
+OF_CARRIER = {
+    carrier: [name for name in EACH if carrier in FORMATS[name].layouts] for carrier in (MODELOPT, COMPRESSED_TENSORS)
+}
+
+
+def amax_of(format_, weight):
+    return format_.amax_of(weight) if format_.amax_name != "weight_amax" else weight.abs().amax()
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """(weight [256, 384], products of its inputs): neighbours are alike, and some columns count more."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(256, 384, generator=generator) * torch.rand(256, 1, generator=generator)
+    x = torch.randn(1000, 384, generator=generator).cumsum(1) / 384**0.5 * torch.rand(384, generator=generator)
+    return weight, x.t() @ x
+
+
+def rounded(name, weight, products, damping=0.1, **changes):
+    """(parts, `Rounded`, columns) of a weight."""
+    format_ = get_format(name)
+    columns = format_.columns(amax_of(format_, weight), len(weight))
+    for key, value in changes.items():
+        setattr(columns, key, value)
+    found = rounding.compensated(weight, products, columns, damping)
+    scales = format_.tensor_scales(amax_of(format_, weight))
+    return columns.parts(found.values, found.scales) | scales, found, columns
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_what_is_stored_restores_what_was_chosen(name, layer):
+    parts, found, _ = rounded(name, *layer)
+    format_ = get_format(name)
+    assert torch.equal(format_.decode(parts), found.values)
+    stored = {part.name: part for part in format_.stored(layer[0].shape) if not part.counts}
+    stored.pop("input_scale", None)
+    assert {part: tensor.shape for part, tensor in parts.items()} == {
+        part: torch.Size(one.shape) for part, one in stored.items()
+    }
+    # what lies on the grid is its own nearest: a step beside it lies as much farther
+    worst = float(found.largest_shift(layer[0]).max())
+    assert 0.4 < worst < 500
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_without_correlation_and_candidates_codes_are_those_of_the_encoder(name, layer):
+    """Which are ModelOpt's and compressed-tensors' own, bit for bit."""
+    format_, weight = get_format(name), layer[0]
+    parts, _, columns = rounded(name, weight, torch.eye(384), factors=(1.0,))
+    encoded = format_.encode(weight, amax_of(format_, weight))
+    for part, tensor in parts.items():
+        same = tensor.reshape(-1).view(torch.uint8) == encoded[part].reshape(-1).view(torch.uint8)
+        if name.startswith("nvfp4") and part == "weight":  # -0 has a code of its own; so has what is nearest to it
+            restored = (format_.decode(parts), format_.decode(encoded))
+            assert torch.equal(*restored)
+            continue
+        assert bool(same.all()), part
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_the_outputs_error_falls(name, layer):
+    weight, products = layer
+    format_ = get_format(name)
+    _, found, _ = rounded(name, weight, products)
+    nearest = format_.decode(format_.encode(weight, amax_of(format_, weight)))
+    errors = [rounding.output_error(weight, values, products) for values in (found.values, nearest)]
+    assert errors[0] < 0.75 * errors[1]
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_chosen_scales_are_better_than_those_of_the_largest_value(name, layer):
+    weight, products = layer[0] ** 3, layer[1]  # a few values are far larger than the others of their group
+    many, one = (rounded(name, weight, products, **one)[1].values for one in ({}, {"factors": (1.0,)}))
+    errors = [rounding.output_error(weight, values, products) for values in (many, one)]
+    assert errors[0] < (0.97 if name.startswith("int4") or name.startswith("nvfp4") else 1.0) * errors[1]
+    # without correlation each group has the candidate with the least error of its own
+    diagonal = torch.diag(torch.linspace(1, 3, 384))
+    best = rounded(name, weight, diagonal, 1e-6)[1]
+    size, importance = get_format(name).group_size, diagonal.diagonal() ** 1
+
+    def losses(values):
+        return ((values - weight) ** 2 * importance).reshape(len(weight), -1, size).sum(-1)
+
+    for factor in rounded(name, weight, diagonal)[2].factors:
+        other = rounded(name, weight, diagonal, 1e-6, factors=(factor,))[1]
+        assert bool((losses(best.values) <= losses(other.values) * (1 + 1e-5) + 1e-12).all()), factor
+
+
+def test_which_formats_choose_scales():
+    weight = torch.ones(256, 256)
+    columns = {name: FORMATS[name].columns(amax_of(FORMATS[name], weight), 256) for name in EACH}
+    assert [name for name, one in columns.items() if len(one.factors) > 1] == CHOSEN
+
+
+def test_columns_that_share_a_scale_stay_together():
+    diagonal = torch.tensor([1.0, 9.0, 2.0, 2.0, 30.0, 0.0, 7.0, 8.0])
+    order, groups = rounding._order(diagonal, 2)
+    assert groups == [2, 3, 0, 1]
+    assert order.tolist() == [4, 5, 7, 6, 1, 0, 2, 3]
+    assert rounding._order(diagonal, 1)[0].tolist() == [4, 1, 7, 6, 2, 3, 0, 5]
+
+
+# --- end to end -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    config = llama_config(hidden_size=128, intermediate_size=256, num_key_value_heads=2)
+    return save_model(transformers.LlamaForCausalLM, config, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def measured(llama, text_file, tmp_path_factory):
+    """(measurement, its directory) of compensated codes in all formats."""
+    output = tmp_path_factory.mktemp("measured")
+    settings = {"formats": tuple(EACH), "rounding": "compensated", "samples": 16}
+    return measure_text(llama, text_file, output, **settings), output
+
+
+def mix_of(measurement, carrier):
+    names = [*OF_CARRIER[carrier], BF16]
+    formats = {group.name: names[index % len(names)] for index, group in enumerate(measurement.groups)}
+    return planning.price(measurement, f"mix_{carrier}", formats, SchemeSpec(name=f"mix_{carrier}", include=("*",)))
+
+
+def whole_of(measurement, name):
+    formats = dict.fromkeys((group.name for group in measurement.groups), name)
+    return planning.price(measurement, name, formats, SchemeSpec(name=name, include=("*",)))
+
+
+@pytest.fixture(scope="module")
+def exported(llama, measured, tmp_path_factory):
+    """{scheme's name: (scheme, carrier, directory)}: a mix by each carrier, and every format alone by the last."""
+    measurement, directory = measured
+    amax, codes = read_amax(measurement, directory), read_codes(measurement, directory)
+    root = tmp_path_factory.mktemp("exported")
+    schemes = [(mix_of(measurement, carrier), carrier) for carrier in OF_CARRIER]
+    schemes += [(whole_of(measurement, name), COMPRESSED_TENSORS) for name in OF_CARRIER[COMPRESSED_TENSORS]]
+    for scheme, carrier in schemes:
+        export(scheme, measurement, amax, llama, root / scheme.name, codes=codes, carrier=carrier)
+    return {scheme.name: (scheme, carrier, root / scheme.name) for scheme, carrier in schemes}
+
+
+def test_every_format_has_codes_of_its_own(measured):
+    measurement, output = measured
+    assert Measurement.read(output / "measurement.json") == measurement
+    names = [module.name for group in measurement.groups for module in group.modules]
+    known = {(module.name, module.format) for module in measurement.rounding.modules}
+    assert known == {(name, format_) for name in names for format_ in MADE}
+    codes = read_codes(measurement, output)
+    for name in EACH:  # W4A16 has the codes of W4A4
+        assert "weight" in codes.parts(names[0], get_format(name))
+    for module in measurement.rounding.modules:
+        assert module.output_error < module.nearest_output_error, (module.name, module.format)
+        assert bool(module.scales_sha256) == (FORMATS[module.format].group_size is not None)
+
+
+def test_a_format_alone_has_the_codes_that_it_has_among_others(llama, text_file, measured, tmp_path):
+    for name in ("nvfp4", "int4_w4a16_asym_g64"):
+        alone = measure_text(
+            llama, text_file, tmp_path / name, formats=(name,), rounding="compensated", samples=16
+        ).rounding
+        among = [module for module in measured[0].rounding.modules if module.format == name]
+        assert [m.codes_sha256 for m in alone.modules] == [m.codes_sha256 for m in among]
+    # codes of W4A16 by itself are made for inputs that aren't rounded
+    only = measure_text(
+        llama, text_file, tmp_path / "only", formats=("nvfp4_w4a16",), rounding="compensated", samples=16
+    ).rounding
+    assert {module.format for module in only.modules} == {"nvfp4_w4a16"}
+
+
+def test_products_are_those_of_inputs_as_they_are_served(llama, text_file, measured):
+    """The recorded errors again, of transformers' own forward pass."""
+    measurement, output = measured
+    amax, codes = read_amax(measurement, output), read_codes(measurement, output)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    seen = {}
+    for group in measurement.groups[:2]:
+        for module in group.modules:
+            hook = lambda _, inputs, name=module.name: seen.setdefault(name, []).append(inputs[0].flatten(0, 1))  # noqa: E731
+            model.get_submodule(module.name).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        for batch in load_text(llama, text_file, samples=16).batches:
+            model(**batch.inputs)
+    for record in measurement.rounding.modules:
+        if record.name not in seen:
+            continue
+        format_ = get_format(record.format)
+        scale = format_.input_scale(amax[f"{record.name}.input_amax"]) if format_.has_input_scale else None
+        x = format_.round_input(torch.cat(seen[record.name]), scale)
+        x = x / x.norm(dim=1, keepdim=True)
+        weight = model.get_parameter(f"{record.name}.weight").detach()
+        parts = {part: codes.read(record.name, format_, part) for part in codes.parts(record.name, format_)}
+        restored = format_.decode(parts | format_.tensor_scales(amax[format_.weight_key(record.name)]))
+        error = float((x @ (weight - restored).t()).norm() / (x @ weight.t()).norm())
+        assert record.output_error == pytest.approx(error, rel=1e-3), (record.name, record.format)
+
+
+def test_checkpoints_verify(llama, measured, exported):
+    measurement, directory = measured
+    amax = read_amax(measurement, directory)
+    for scheme, carrier, path in exported.values():
+        found = verify([scheme], measurement, amax, llama, {scheme.name: path}, carrier=carrier).checkpoints[0]
+        assert found.findings == (), scheme.name
+        manifest = CheckpointManifest.read(path / CheckpointManifest.FILE_NAME)
+        assert {module.rounding for module in manifest.modules} == {"compensated"}
+
+
+def test_a_simulated_scheme_equals_the_exported_checkpoint(llama, text_file, measured, exported):
+    measurement, directory = measured
+    amax, codes = read_amax(measurement, directory), read_codes(measurement, directory)
+    data = load_text(llama, text_file, samples=4, avoid=measurement.calibration)
+    with Reference.compute(llama, data) as reference:
+        for scheme, carrier, path in exported.values():
+            simulation = Simulation(llama, measurement, amax, "cpu", codes, carrier)
+            assert simulation.results([reference], scheme) == evaluate_checkpoint([reference], path).results
+
+
+def rewritten(path, change):
+    """Change a checkpoint's tensors in place, and its manifest's digest of the file."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    manifest = CheckpointManifest.read(path / CheckpointManifest.FILE_NAME)
+    digests = {"sha256": sha256_of_file(file), "bytes": file.stat().st_size}
+    files = tuple(one.model_copy(update=digests) if one.name == file.name else one for one in manifest.files)
+    manifest.model_copy(update={"files": files}).write(path / CheckpointManifest.FILE_NAME)
+
+
+@pytest.mark.parametrize("name", OF_CARRIER[COMPRESSED_TENSORS])
+@pytest.mark.parametrize("part", ["weight", "weight_scale", "weight_zero_point"])
+def test_other_codes_and_scales_are_found(llama, measured, exported, tmp_path, name, part):
+    """One bit of one number: whatever it is, the file isn't the one that was measured."""
+    measurement, directory = measured
+    format_ = get_format(name)
+    if part not in format_.scale_names and part != "weight":
+        return  # it has none
+    scheme, carrier, source = exported[name]
+    path = shutil.copytree(source, tmp_path / name)
+    module = CheckpointManifest.read(path / CheckpointManifest.FILE_NAME).modules[0]
+    stored = f"{module.tensor.removesuffix('.weight')}.{format_.layouts[carrier].name(part)}"
+
+    def flip(tensors):
+        numbers = tensors[stored].reshape(-1).view(torch.uint8)
+        numbers[0] ^= 1
+
+    rewritten(path, flip)
+    amax = read_amax(measurement, directory)
+    found = verify([scheme], measurement, amax, llama, {name: path}, carrier=carrier).checkpoints[0].findings
+    assert any(finding.tensor == stored for finding in found), found
+
+
+def test_codes_that_are_only_said_to_be_the_measured_ones_are_far_off(llama, measured, exported, tmp_path):
+    """A record that says whatever the file holds: the distance from the source still counts."""
+    measurement, directory = measured
+    name = "int4_w4a16_g64"
+    scheme, carrier, source = exported[name]
+    path = shutil.copytree(source, tmp_path / name)
+    module = measurement.rounding.modules[0].name
+    stored = f"{module}.weight_packed"
+    rewritten(path, lambda tensors: tensors[stored].neg_())
+    import hashlib
+
+    digest = hashlib.sha256(load_file(path / "model.safetensors")[stored].numpy().tobytes()).hexdigest()
+    modules = tuple(
+        one.model_copy(update={"codes_sha256": digest}) if (one.name, one.format) == (module, name) else one
+        for one in measurement.rounding.modules
+    )
+    told = measurement.model_copy(update={"rounding": measurement.rounding.model_copy(update={"modules": modules})})
+    told_scheme = scheme.model_copy(update={"measurement_sha256": told.fingerprint()})
+    amax = read_amax(measurement, directory)
+    found = verify([told_scheme], told, amax, llama, {name: path}, carrier=carrier).checkpoints[0].findings
+    assert any("farther from the source than was recorded" in one.problem for one in found if one.tensor == stored)
+
+
+def test_kl_of_one_group_is_the_simulated_one(llama, text_file, tmp_path):
+    settings = {"formats": ("nvfp4", "int4_w4a16_g64"), "rounding": "compensated", "method": "kl_div", "samples": 16}
+    measurement = measure_text(llama, text_file, tmp_path, **settings)
+    amax, codes = read_amax(measurement, tmp_path), read_codes(measurement, tmp_path)
+    simulation = Simulation(llama, measurement, amax, "cpu", codes, COMPRESSED_TENSORS)
+    data = load_text(llama, text_file, samples=16)
+    with Reference.compute(llama, data, split="calibration") as reference:
+        for candidate in measurement.candidates[:4]:
+            formats = {g.name: candidate.format if g.name == candidate.group else BF16 for g in measurement.groups}
+            scheme = planning.price(measurement, "one", formats, SchemeSpec(name="one", include=("*",)))
+            kl = simulation.results([reference], scheme)[0].value
+            assert measurement.sensitivity(candidate) == pytest.approx(kl, rel=2e-3)
+
+
+def test_codes_of_an_earlier_version_are_not_taken_for_ours(measured, tmp_path):
+    """They lay under a module's name alone."""
+    measurement, output = measured
+    path = codes_files(output / "codes")[0]
+    tensors = {"model.layers.0.mlp.down_proj": next(iter(load_file(path).values()))}
+    save_file(tensors, tmp_path / path.name)
+    assert set(Codes.in_files([tmp_path / path.name]).files) == {"model.layers.0.mlp"}
