@@ -284,7 +284,7 @@ def test_four_and_a_half_bits_are_the_floor_and_mixes_lie_above(measured):
 
 def test_what_cannot_be_done_is_refused_before_anything_is_computed(llama, text_file, tmp_path):
     with pytest.raises(RecipeError, match=r"compensated can't make codes of nvfp4.*set measurement\.rounding: nearest"):
-        check_engine(MeasureSpec(formats=(W4A4,), rounding="compensated"), find_target(llama))
+        check_engine(MeasureSpec(formats=(W4A4,), rounding="compensated"), find_target(llama), "cpu")
     with pytest.raises(RecipeError, match="compensated can't make codes of nvfp4"):
         measure_text(llama, text_file, tmp_path / "a", formats=(W4A4,), rounding="compensated")
     with pytest.raises(

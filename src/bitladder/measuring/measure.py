@@ -45,14 +45,17 @@ def settings_sha256(
     return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"}), *computed])
 
 
-def check_engine(spec: MeasureSpec, target: Target) -> None:
-    """Look whether a model can be measured as asked.
+def check_engine(spec: MeasureSpec, target: Target, device: str) -> None:
+    """Look whether a model can be measured as asked, on this device.
 
     Raises:
-        EngineError: layers that have to run one by one, and can't. RecipeError: a format that has no compensated codes.
+        EngineError: a format that the engine can't measure there, or layers that have to run one by one, and can't.
+        RecipeError: a format that has no compensated codes.
     """
-    from bitladder.measuring import compensation, layers, native
+    from bitladder.measuring import compensation, layers, modelopt, native
 
+    if spec.engine == "modelopt":
+        modelopt.check_formats(spec.formats, device)
     remedies = {native.REMEDY: spec.engine == "native", compensation.REMEDY: spec.rounding == "compensated"}
     if spec.rounding == "compensated":
         column_format(spec.formats[0])
@@ -101,6 +104,8 @@ def measure(
         column_format(spec.formats[0])  # what can't be made is refused before anything is computed
     meter = Meter()
     device = measuring_device(spec, workers)
+    if spec.engine == "modelopt":
+        modelopt.check_formats(spec.formats, device)
     dtype = resolve_dtype(spec.dtype, device)
     key = settings_sha256(source, data, spec, arithmetic)
     partial = Partial(output / PARTIAL, key)
