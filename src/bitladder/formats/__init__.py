@@ -71,6 +71,7 @@ __all__ = [
     "format_of_group",
     "get_format",
     "group_bits",
+    "in_order",
     "least_bits",
     "why_no_shapes",
     "why_not",
@@ -117,6 +118,12 @@ def get_format(name: str, arithmetic: Mapping[str, Arithmetic] = MappingProxyTyp
     if name not in FORMATS:
         raise RecipeError(f"unknown format {name!r}; known: {', '.join(FORMATS)} (and {BF16}, which is always there)")
     return FORMATS[name].on(arithmetic.get(name, AS_STORED))
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Return formats in the order of `FORMATS`, whatever order they are listed in; unknown ones last."""
+    places = {name: place for place, name in enumerate(FORMATS)}
+    return tuple(sorted(names, key=lambda name: places.get(name, len(places))))
 
 
 def format_of_algorithm(algorithm: str) -> Format | None:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from bitladder.data.batches import DataSet
 from bitladder.device import measuring_device, resolve_dtype
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import Arithmetic, column_format, group_bits
+from bitladder.formats import Arithmetic, column_format, group_bits, in_order
 from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, codes_files
 from bitladder.measuring.job import Job, score_batch_count, score_weights
 from bitladder.measuring.partial import PARTIAL, Partial
@@ -41,8 +41,14 @@ def settings_sha256(
     source: ModelSource, data: DataSet, spec: MeasureSpec, arithmetic: Mapping[str, Arithmetic] = MappingProxyType({})
 ) -> str:
     """Return the digest of everything that decides a measurement: model, data, settings, what isn't as stored."""
+    spec = _ordered(spec)
     computed = [f"{name}: {arithmetic[name]}" for name in sorted(arithmetic)]
     return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"}), *computed])
+
+
+def _ordered(spec: MeasureSpec) -> MeasureSpec:
+    """Return the settings with their formats in one order: it decides nothing."""
+    return spec.model_copy(update={"formats": in_order(spec.formats)})
 
 
 def check_engine(spec: MeasureSpec, target: Target, device: str) -> None:
@@ -95,6 +101,7 @@ def measure(
     """
     from bitladder.measuring import checks, compensation, layers, modelopt, native, parallel
 
+    spec = _ordered(spec)
     target = checks.in_any_format(target, spec.formats)
     workers = workers or WorkersSpec()
     problem = workers.problem(spec)
