@@ -174,6 +174,7 @@ def test_zero_points_are_measured_in_bfloat16_too(llama, text_file, tmp_path):
     native, modelopt = (load_file(tmp_path / engine / "measurement.safetensors") for engine in ("native", "modelopt"))
     weights = {key for key in native if key.endswith(".weight_amax")}
     assert weights <= modelopt.keys()
+    assert {modelopt[key].dtype for key in weights} == {torch.float32}
     assert all(torch.equal(native[key], modelopt[key]) for key in weights)  # fused ones share it here as well
 
 

@@ -194,7 +194,7 @@ class _Session:
     def _weight_amax(self, groups: dict[str, Any]) -> Amax:
         """Return the amax of the weights in formats whose scales ModelOpt's calibration doesn't find."""
         return {
-            format_.weight_key(name): format_.amax_of(linear.weight).cpu()
+            format_.weight_key(name): format_.amax_of(linear.weight).float().cpu()
             for name, linear, format_ in self._modules(groups)
             if not format_.modelopt_calibrates and linear.weight_quantizer.amax is not None
         }
