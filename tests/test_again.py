@@ -7,10 +7,13 @@ import pytest
 
 from bitladder.errors import OutputError, RecipeError, RecordError
 from bitladder.evaluation import simulation
-from bitladder.records import Evaluation, Evidence, Measurement, RunState, Verification
-from bitladder.steps.measure import take_over
+from bitladder.measuring.measure import settings_sha256
+from bitladder.recipe import MeasureSpec
+from bitladder.records import Evaluation, Evidence, Measurement, RunState, Verification, digest_of
+from bitladder.steps.measure import measure, take_over
 from bitladder.steps.run import run
 from bitladder.steps.workspace import KL_POINTS_FILE, LOCK_FILE, REFINEMENTS_FILE, SIMULATED_FILE, Workspace
+from conftest import load_text, source_of
 from test_pipeline import bytes_of, copied, files, finished, recipe_of  # noqa: F401  # its fixtures
 
 KL_SCHEMES = [{"name": "near", "max_kl": 1e-3}]
@@ -53,6 +56,34 @@ def test_what_changed_is_said_and_the_old_results_stay_until_then(files, copied,
     assert all(seen)
     assert "measure" in work.done
     assert told_by(files, copied, **changes)[0] == []
+
+
+def test_the_order_of_the_formats_decides_nothing(files, tmp_path):  # noqa: F811
+    usual, turned = ("fp8", "fp8_pc_pt", "nvfp4"), ("nvfp4", "fp8_pc_pt", "fp8")
+    lines, records = [], []
+
+    def measured(output, formats, **changes):
+        changes = {"measurement": {"formats": list(formats), **changes}}
+        work = Workspace(recipe_of(files, output, **changes), output, tell=lines.append)
+        records.append(measure(work))
+        return work
+
+    assert measured(tmp_path / "a", usual).done == ["measure"]
+    assert measured(tmp_path / "a", turned).done == []
+    assert lines == []
+    assert measured(tmp_path / "b", turned).done == ["measure"]
+    assert [one.formats for one in records] == [usual] * 3
+    assert len({one.fingerprint() for one in records}) == 1
+    assert measured(tmp_path / "b", usual, method="gradient").done == ["measure"]
+    assert lines == ["measuring again: measurement.method fisher → gradient"]
+
+
+def test_a_measurement_of_formats_in_their_usual_order_has_the_key_that_it_always_had(llama, text_file):
+    data, spec = load_text(llama, text_file), MeasureSpec(formats=("fp8", "nvfp4"))
+    known = digest_of([source_of(llama).sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"})])
+    assert settings_sha256(source_of(llama), data, spec) == known
+    other = MeasureSpec(formats=("fp8", "nvfp4_w4a16"))
+    assert settings_sha256(source_of(llama), data, other) != known
 
 
 def test_samples_that_changed_in_their_file_are_said(files, copied, tmp_path):  # noqa: F811

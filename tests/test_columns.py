@@ -96,10 +96,13 @@ def test_the_outputs_error_falls(name, layer):
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_chosen_scales_are_better_than_those_of_the_largest_value(name, layer):
-    weight, products = layer[0] ** 3, layer[1]  # a few values are far larger than the others of their group
+    weight, generator = layer[0], torch.Generator().manual_seed(1)
+    shared = torch.randn(1000, 32, generator=generator) @ torch.randn(32, 384, generator=generator) / 6
+    x = (torch.randn(1000, 384, generator=generator) + shared) * torch.rand(384, generator=generator)
+    products = x.t() @ x
     many, one = (rounded(name, weight, products, **one)[1].values for one in ({}, {"factors": (1.0,)}))
     errors = [rounding.output_error(weight, values, products) for values in (many, one)]
-    assert errors[0] < (0.97 if name.startswith("int4") or name.startswith("nvfp4") else 1.0) * errors[1]
+    assert errors[0] <= (1 if name.startswith("int8") else 0.96) * errors[1]
     # without correlation each group has the candidate with the least error of its own
     diagonal = torch.diag(torch.linspace(1, 3, 384))
     best = rounded(name, weight, diagonal, 1e-6)[1]

@@ -16,7 +16,7 @@ import bitladder
 from bitladder import planning
 from bitladder.checkpoints import writer
 from bitladder.checkpoints.export import export
-from bitladder.errors import ModelError, RecipeError
+from bitladder.errors import MeasurementError, ModelError, RecipeError
 from bitladder.evaluation.evaluate import compare
 from bitladder.evaluation.reading import load_checkpoint
 from bitladder.evaluation.reference import Reference
@@ -27,9 +27,9 @@ from bitladder.formats import (
     MODELOPT,
     WEIGHT,
     WEIGHT_SCALE,
-    E4m3,
     get_format,
     group_bits,
+    why_no_shapes,
 )
 from bitladder.formats.grids import half_step
 from bitladder.measured import read_amax, read_codes
@@ -41,7 +41,9 @@ from conftest import llama_config, load_text, measure_text, save_model, spec
 
 ROWS, SQUARES = "fp8_pc_pt", "fp8_block"
 EACH = sorted(name for name, one in FORMATS.items() if MODELOPT in one.layouts)  # tests/test_carriers.py: the others
-COLUMNS = [name for name in EACH if isinstance(FORMATS[name], E4m3)]  # whose codes are chosen column by column
+SCALED = ("fp8", "fp8_pc_pt")  # codes times a scale a tensor or a row, and no more
+    name for name in EACH if FORMATS[name].modelopt_algorithm in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+]  # whose codes are chosen column by column
 # of which every format takes every module
 WIDE = llama_config(hidden_size=256, intermediate_size=384, num_hidden_layers=2)
 BY_MODELOPT = [name for name in EACH if FORMATS[name].modelopt_on_cpu]
@@ -112,7 +114,7 @@ def test_codes_restore_a_weight_within_half_a_step(name, dtype):
     assert restored.shape == weight.shape
     assert torch.equal(restored[5], torch.zeros(128))
     assert torch.equal(format_.decode(parts, dtype), restored.to(dtype))
-    if name not in COLUMNS:
+    if name not in SCALED:
         return  # tests/test_nvfp4.py, tests/test_block_formats.py
     codes, scale = parts[WEIGHT], parts[WEIGHT_SCALE]
     assert torch.equal(restored, format_.restored(codes, scale))
@@ -184,6 +186,42 @@ def test_every_token_has_a_scale_of_its_own():
     alone = torch.cat([get_format(ROWS).round_input(row[None], None) for row in x])
     assert torch.equal(get_format(ROWS).round_input(x, None), alone)
     assert torch.equal(alone[2], torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "fitting"),
+    [
+        ("int4_w4a16", (64, 576), "int4_w4a16_g64"),
+        ("int4_w4a16_asym", (64, 576), "int4_w4a16_asym_g64"),
+        ("int4_w4a16_asym", (100, 128), "int4_w4a16"),  # no whole numbers of zero points
+        ("int4_w4a16_g64", (64, 544), "nvfp4_w4a16"),
+        ("int8_w8a16", (64, 576), "int8_w8a16_g64"),
+        ("int8_w8a16", (64, 544), None),  # of eight bits the others round inputs
+        ("fp8_block", (576, 576), "fp8_pc_pt"),
+        ("fp8", (120, 64), "mxfp8"),
+        ("nvfp4", (64, 120), None),
+    ],
+)
+def test_a_shape_that_a_format_does_not_take_is_told_the_format_that_fits(name, shape, fitting):
+    said = why_no_shapes({"m": shape}, name)
+    assert said.startswith(f"shape {list(shape)} of m ")
+    assert re.findall(r"\((\w+) fits\)$", said) == ([] if fitting is None else [fitting])
+    if fitting is not None:
+        assert why_no_shapes({"m": shape}, fitting) is None
+
+
+def test_what_fits_one_module_of_a_fused_group_alone_is_not_named():
+    said = why_no_shapes({"q": (64, 576), "k": (64, 544)}, "int4_w4a16")
+    assert said.endswith("of q has rows that are not divisible by 128: no whole groups of integers (nvfp4_w4a16 fits)")
+
+
+def test_a_refusal_of_a_model_that_no_group_fits_names_the_format_that_does(tmp_path, text_file):
+    config = llama_config(hidden_size=192, intermediate_size=192, num_attention_heads=4, num_hidden_layers=1)
+    directory = save_model(transformers.LlamaForCausalLM, config, tmp_path / "narrow")
+    with pytest.raises(MeasurementError, match=r"can be in int4_w4a16: .* \(int4_w4a16_g64 fits\); leave it out of me"):
+        measure_text(directory, text_file, tmp_path / "out", formats=("fp8", "int4_w4a16"))
+    measured = measure_text(directory, text_file, tmp_path / "out", formats=("fp8", "int4_w4a16_g64"), samples=2)
+    assert measured.left_out == ()
 
 
 # --- measuring --------------------------------------------------------------------------------------------------

@@ -66,6 +66,18 @@ def test_recipes_know_the_devices_that_formats_know():
         assert not set(target.arithmetic) & target.unsupported
 
 
+# Of the first GPUs whose products vLLM gives inputs rounded in a format; before them weights are restored alone.
+ROUNDS_FROM = {"fp8": (8, 9), "fp8_pc_pt": (8, 9), "fp8_block": (9, 0), "mxfp8": (10, 0), "nvfp4": (10, 0)}
+
+
+@pytest.mark.parametrize("name", sorted(name for name, one in FORMATS.items() if one.input != "unrounded"))
+@pytest.mark.parametrize("target", sorted(name for name, one in TARGETS.items() if one.capability is not None))
+def test_a_gpu_rounds_inputs_from_the_generation_on_that_has_the_units(target, name):
+    least = ROUNDS_FROM.get(name, (0, 0))  # INT8's units are in all of them
+    capability = TARGETS[target].capability
+    assert (served([name], target).get(name) == WEIGHT_ONLY) == (capability < least)
+
+
 @pytest.mark.parametrize(
     ("capability", "target"),
     [

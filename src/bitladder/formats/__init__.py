@@ -4,7 +4,7 @@ One file a format; planning, measuring, export, evaluation and verification read
 a file beside these and list it here, and say in each of `runtimes` what it makes of it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -68,6 +68,7 @@ __all__ = [
     "format_of_group",
     "get_format",
     "group_bits",
+    "in_order",
     "least_bits",
     "why_no_shapes",
     "why_not",
@@ -116,6 +117,12 @@ def get_format(name: str, arithmetic: Mapping[str, Arithmetic] = MappingProxyTyp
     return FORMATS[name].on(arithmetic.get(name, AS_STORED))
 
 
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Return formats in the order of `FORMATS`, whatever order they are listed in; unknown ones last."""
+    places = {name: place for place, name in enumerate(FORMATS)}
+    return tuple(sorted(names, key=lambda name: places.get(name, len(places))))
+
+
 def format_of_algorithm(algorithm: str) -> Format | None:
     """Return the format that ModelOpt's files call `algorithm`, in whatever case; None: none of ours."""
     held = (one for one in FORMATS.values() if MODELOPT in one.layouts)
@@ -146,12 +153,38 @@ def why_not(group: QuantGroup, name: str) -> str | None:
 
 
 def why_no_shapes(shapes: Mapping[str, Sequence[int]], name: str) -> str | None:
-    """Return why modules of these shapes can't have a format other than `bf16`; None: they can."""
+    """Return why modules of these shapes can't have a format other than `bf16`; None: they can.
+
+    The message names the format most like it that takes all of them, if there is one.
+    """
     for module, shape in shapes.items():
         reason = get_format(name).why_not(shape)
         if reason is not None:
-            return f"shape {list(shape)} of {module} {reason}"
+            other = _fitting(shapes.values(), get_format(name))
+            return f"shape {list(shape)} of {module} {reason}{'' if other is None else f' ({other.name} fits)'}"
     return None
+
+
+def _fitting(shapes: Collection[Sequence[int]], wanted: Format) -> Format | None:
+    """Return the format most like `wanted` that takes all of these shapes, or None.
+
+    It has as many bits a code, and rounds inputs or leaves them in 16 bits as that does.
+    """
+
+    def kind(one: Format) -> tuple[object, ...]:
+        return one.code_bits, one.input == "unrounded"
+
+    def unlike(one: Format) -> tuple[object, ...]:
+        """Codes decide first, then inputs, then how many bits scales take."""
+        return (
+            one.code_dtype != wanted.code_dtype,
+            one.zero_points != wanted.zero_points,
+            one.has_input_scale != wanted.has_input_scale,
+            abs(one.least_bits - wanted.least_bits),
+        )
+
+    alike = sorted((one for one in FORMATS.values() if kind(one) == kind(wanted)), key=unlike)
+    return next((one for one in alike if all(one.why_not(shape) is None for shape in shapes)), None)
 
 
 def least_bits(name: str) -> float:

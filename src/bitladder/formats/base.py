@@ -65,6 +65,7 @@ class Format(ABC):
     modelopt_algorithm: ClassVar[str]  # `quant_algo` in hf_quant_config.json
     modelopt_on_cpu: ClassVar[bool] = True  # whether ModelOpt can compute with it there
     modelopt_searches: ClassVar[bool] = True  # whether its search knows the scales that a file will have
+    modelopt_calibrates: ClassVar[bool] = True  # whether its calibration finds them; else `modelopt_grid` tells them
     grouped_alone: ClassVar[bool] = True  # whether ModelOpt 0.47 writes `config_groups` for a checkpoint of it alone
     code_dtype: ClassVar[str] = "F8_E4M3"  # of a stored weight, as safetensors spells it
     code_bits: ClassVar[int] = 8  # of an element, without scales
@@ -113,7 +114,26 @@ class Format(ABC):
         import modelopt.torch.quantization as mtq
 
         preset: dict[str, Any] = getattr(mtq, self.modelopt_config)
-        return preset
+        changes = self.modelopt_changes()
+
+        def changed(entry: dict[str, Any]) -> dict[str, Any]:
+            settings = changes.get(entry["quantizer_name"])
+            return entry if settings is None else {**entry, "cfg": settings, "enable": True}
+
+        return {**preset, "quant_cfg": [changed(entry) for entry in preset["quant_cfg"]]}
+
+    def modelopt_changes(self) -> dict[str, dict[str, Any]]:
+        """Return what ModelOpt's preset says otherwise: `{name of a quantiser: its settings}`."""
+        return {}
+
+    def modelopt_grid(self, weight: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Return what lets ModelOpt's quantiser of this weight round to what files hold, where it can't find out.
+
+        Returns:
+            Its amax, float32 in the shape in which that quantiser has it, and what it subtracts before it rounds and
+            adds again, of the same shape (None: nothing).
+        """
+        raise NotImplementedError(f"ModelOpt calibrates {self.name}")
 
     @abstractmethod
     def why_not(self, shape: Sequence[int]) -> str | None:

@@ -45,15 +45,9 @@ class Fp8Block(Format):
     }
     grouped_alone = False
 
-    def modelopt_quantisation(self) -> dict[str, Any]:
-        """Return ModelOpt's preset, and how runtimes round inputs, of which it says nothing."""
-        preset = super().modelopt_quantisation()
-        inputs = {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: _SIDE}}
-        changed = {"quantizer_name": "*input_quantizer", "cfg": inputs, "enable": True}
-        entries = [
-            changed if entry["quantizer_name"] == changed["quantizer_name"] else entry for entry in preset["quant_cfg"]
-        ]
-        return {**preset, "quant_cfg": entries}
+    def modelopt_changes(self) -> dict[str, dict[str, Any]]:
+        """Return how runtimes round inputs, of which the preset says nothing."""
+        return {"*input_quantizer": {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: _SIDE}}}
 
     def why_not(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of this shape has no whole blocks, or None.

@@ -3,13 +3,14 @@
     weight        I8 [out_features, in_features]
     weight_scale  F32 [out_features]    amax of the row / 127.5
 
-An input's scale is made when it is served, amax of the token / 127 as vLLM makes it. No ModelOpt file holds it.
+An input's scale is made when it is served, amax of the token / 127 as vLLM makes it. No ModelOpt file holds it; its
+quantisers compute with it once they are told the rows' scales, which they would make amax / 127.
 
 Source: compressed_tensors 0.20.0, quantization/quant_scheme.py (INT8_W8A8); vLLM's CompressedTensorsW8A8Int8.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitladder.formats.base import SCALE_DTYPE, WEIGHT, WEIGHT_SCALE, Format, Part
 from bitladder.formats.carriers import COMPRESSED_TENSORS, Layout
@@ -27,8 +28,9 @@ class Int8(Format):
 
     name = "int8"
     title = "INT8, a scale a row and a token"
-    modelopt_config = ""
+    modelopt_config = "INT8_WEIGHT_ONLY_CFG"
     modelopt_algorithm = ""
+    modelopt_calibrates = False
     code_dtype = "I8"
     channels = True
     amax_name = "row_amax"
@@ -41,6 +43,17 @@ class Int8(Format):
             inputs=integers(8, "token", dynamic=True),
         )
     }
+
+    def modelopt_changes(self) -> dict[str, dict[str, Any]]:
+        """Return that inputs are rounded as well, every token by an amax of its own."""
+        return {"*input_quantizer": {"num_bits": self.code_bits, "type": "dynamic", "block_sizes": {-1: None}}}
+
+    def modelopt_grid(self, weight: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Return the greatest code · scale of every row, [out_features, 1]."""
+        from bitladder.formats import integers as grid
+
+        scales = grid.scale_of(self.amax_of(weight), self.code_bits)
+        return scales[:, None] * grid.greatest(self.code_bits), None
 
     def why_not(self, shape: Sequence[int]) -> str | None:
         """Return why integer matrix products don't take a weight of this shape, or None."""

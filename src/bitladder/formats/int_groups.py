@@ -10,7 +10,8 @@ A value is restored as code · weight_scale, code from -2^(bits - 1) to 2^(bits 
     weight_scale       BF16                                              (greatest - least) / (2^bits - 1), in BF16
     weight_zero_point  I32 [out_features · bits / 32, in_features / group]  as codes, the first row in the lowest bits
 
-No ModelOpt file holds them.
+No ModelOpt file holds them. Its quantisers of integers compute with them once they are told the scales: their own, amax
+/ (2^(bits - 1) - 1), leave the lowest code without a use, and their zero points lie between codes.
 
 Source: compressed_tensors 0.20.0, compressors/pack_quantized and quantization/utils/helpers.py (calculate_qparams);
 BF16 because readers take scales in the model's dtype.
@@ -49,11 +50,36 @@ def integers(bits: int, strategy: str, *, dynamic: bool = False) -> dict[str, An
 class IntGroups(Format):
     """A format whose weights are packed integers times a BF16 scale a group of a row."""
 
-    modelopt_config = ""
+    modelopt_config = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"
     modelopt_algorithm = ""
+    modelopt_calibrates = False
     code_dtype = "I32"
     group_size: ClassVar[int]
     input = "unrounded"
+
+    def modelopt_changes(self) -> dict[str, dict[str, Any]]:
+        """Return bits, groups and whether there are zero points, which ModelOpt calls a bias."""
+        weights: dict[str, Any] = {
+            "num_bits": self.code_bits,
+            "block_sizes": {-1: self.group_size, "type": "static"},
+        }
+        bias = {"bias": {-1: None, "type": "static", "method": "max_min"}} if self.zero_points else {}
+        return {"*weight_quantizer": weights | bias}
+
+    def modelopt_grid(self, weight: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Return the greatest code · scale of every group, and its zero point as a value, [groups, 1]."""
+        from bitladder.formats import integers as grid
+
+        scales, zeros = self._of_groups(weight)
+        column = scales.float().reshape(-1, 1)
+        return column * grid.greatest(self.code_bits), None if zeros is None else -zeros.float().reshape(-1, 1) * column
+
+    def _of_groups(self, weight: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Return the groups' scales, and their zero points where there are any."""
+        from bitladder.formats import integers as grid
+
+        of_groups = grid.group_ranges if self.zero_points else grid.group_scales
+        return of_groups(weight, self.code_bits, self.group_size)
 
     def why_not(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of this shape has no whole groups, or None."""
@@ -94,8 +120,7 @@ class IntGroups(Format):
 
         if part == WEIGHT_SHAPE:
             return torch.tensor(weight.shape)
-        of_groups = grid.group_ranges if self.zero_points else grid.group_scales
-        scales, zeros = of_groups(weight, self.code_bits, self.group_size)
+        scales, zeros = self._of_groups(weight)
         if part == WEIGHT_SCALE:
             return scales
         if part == WEIGHT_ZERO_POINT:

@@ -12,6 +12,11 @@ _NIBBLE = 4
 _TOKEN_MAX = 127
 
 
+def greatest(bits: int) -> int:
+    """Return the greatest code."""
+    return (1 << (bits - 1)) - 1
+
+
 def scale_of(amax: torch.Tensor, bits: int) -> torch.Tensor:
     """Return amax / ((2^bits - 1) / 2), float32, of any shape; 1 where that is no usable scale, as of zeros."""
     scales = amax.float() / ((2**bits - 1) / 2)

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from bitladder.data.batches import DataSet
 from bitladder.device import measuring_device, resolve_dtype
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import Arithmetic, group_bits
+from bitladder.formats import Arithmetic, group_bits, in_order
 from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, codes_files
 from bitladder.measuring.job import Job, score_batch_count, score_weights
 from bitladder.measuring.partial import PARTIAL, Partial
@@ -43,19 +43,27 @@ def settings_sha256(
     source: ModelSource, data: DataSet, spec: MeasureSpec, arithmetic: Mapping[str, Arithmetic] = MappingProxyType({})
 ) -> str:
     """Return the digest of everything that decides a measurement: model, data, settings, what isn't as stored."""
+    spec = _ordered(spec)
     computed = [f"{name}: {arithmetic[name]}" for name in sorted(arithmetic)]
     computed += [_COLUMNS] if spec.rounding == "compensated" else []
     return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"}), *computed])
 
 
-def check_engine(spec: MeasureSpec, target: Target) -> None:
-    """Look whether a model can be measured as asked.
+def _ordered(spec: MeasureSpec) -> MeasureSpec:
+    """Return the settings with their formats in one order: it decides nothing."""
+    return spec.model_copy(update={"formats": in_order(spec.formats)})
+
+
+def check_engine(spec: MeasureSpec, target: Target, device: str) -> None:
+    """Look whether a model can be measured as asked, on this device.
 
     Raises:
-        EngineError: layers that have to run one by one, and can't.
+        EngineError: a format that the engine can't measure there, or layers that have to run one by one, and can't.
     """
-    from bitladder.measuring import compensation, layers, native
+    from bitladder.measuring import compensation, layers, modelopt, native
 
+    if spec.engine == "modelopt":
+        modelopt.check_formats(spec.formats, device)
     remedies = {native.REMEDY: spec.engine == "native", compensation.REMEDY: spec.rounding == "compensated"}
     for remedy in (remedy for remedy, is_needed in remedies.items() if is_needed):
         problem = layers.why_not_by_layers(target, remedy)
@@ -93,6 +101,7 @@ def measure(
     """
     from bitladder.measuring import checks, compensation, layers, modelopt, native, parallel
 
+    spec = _ordered(spec)
     target = checks.in_any_format(target, spec.formats)
     workers = workers or WorkersSpec()
     problem = workers.problem(spec)
@@ -100,6 +109,8 @@ def measure(
         raise MeasurementError(problem)
     meter = Meter()
     device = measuring_device(spec, workers)
+    if spec.engine == "modelopt":
+        modelopt.check_formats(spec.formats, device)
     dtype = resolve_dtype(spec.dtype, device)
     key = settings_sha256(source, data, spec, arithmetic)
     partial = Partial(output / PARTIAL, key)

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, deterministic, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import MODELOPT, Format, get_format, grids
+from bitladder.formats import FORMATS, Format, get_format, grids
 from bitladder.measured import Amax
 from bitladder.measuring.amax import shared
 from bitladder.measuring.checks import with_scales
@@ -81,7 +81,9 @@ class _Session:
         groups = self.searched()
         everything = dict(groups)
         self.places = {module: place for place, module in enumerate(self.model.modules())}
-        amax = self._read_amax(groups) if self.known_amax is None else self.known_amax
+        amax = self.known_amax
+        if amax is None:
+            amax = self._weight_amax(groups) | self._read_amax(groups)
         sharing = self.job.spec.share_fused_scales
         common = shared(amax, self.job.target.groups) if sharing else {}
         target = with_scales(self.job.target, amax | common, self.job.spec)
@@ -91,10 +93,13 @@ class _Session:
         if self.known_amax is None:
             if sharing:
                 self._share_fused_scales(groups)
+                searched = [group for group in self.job.target.groups if group.name in groups]
+                amax |= {key: value.clone() for key, value in shared(amax, searched).items()}  # files alias nothing
             amax |= self._read_amax(groups)
             self.partial.keep_amax(amax | kv_cache_amax(self.model, self.job.target, self.cache))
         else:
             self._install_amax(groups, self.known_amax)
+        self._install_grids(groups)
         total = self.job.score_batches
         for index in range(total):
             self.job.progress("score", index, total)
@@ -154,7 +159,9 @@ class _Session:
 
         for hparam in groups.values():
             for name in self.job.spec.formats:
-                if get_format(name).amax_name != _ONE_NUMBER and not get_format(name).has_input_scale:
+                format_ = get_format(name)
+                one = format_.amax_name == _ONE_NUMBER and format_.modelopt_calibrates
+                if not one and not format_.has_input_scale:
                     continue  # nothing of it is shared
                 with self._active(hparam, self.recipe(hparam, name)):
                     preprocess_linear_fusion(hparam.quant_modules)
@@ -167,17 +174,30 @@ class _Session:
                     linear.weight_quantizer.disable()
                     linear.input_quantizer.disable()
 
-    def _quantisers(self, groups: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Yield ("<module>.weight_amax" or "<module>.input_amax", quantiser) of every format that a module can have."""
+    def _modules(self, groups: dict[str, Any]) -> Iterator[tuple[str, Any, Format]]:
+        """Yield (name, module, format) of every format that a module can have, with that format's quantisers."""
         for group in self.job.target.groups:
             hparam = groups.get(group.name)
             for name in self.job.formats_of(group) if hparam is not None else ():
                 with self._active(hparam, self.recipe(hparam, name)):
                     for module in group.modules:
-                        linear: Any = self.model.get_submodule(module.name)
-                        yield get_format(name).weight_key(module.name), linear.weight_quantizer
-                        if get_format(name).has_input_scale:
-                            yield f"{module.name}.input_amax", linear.input_quantizer
+                        yield module.name, self.model.get_submodule(module.name), get_format(name)
+
+    def _quantisers(self, groups: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield ("<module>.weight_amax" or "<module>.input_amax", quantiser) of all that ModelOpt calibrates."""
+        for name, linear, format_ in self._modules(groups):
+            if format_.modelopt_calibrates:
+                yield format_.weight_key(name), linear.weight_quantizer
+            if format_.has_input_scale:
+                yield f"{name}.input_amax", linear.input_quantizer
+
+    def _weight_amax(self, groups: dict[str, Any]) -> Amax:
+        """Return the amax of the weights in formats whose scales ModelOpt's calibration doesn't find."""
+        return {
+            format_.weight_key(name): format_.amax_of(linear.weight).float().cpu()
+            for name, linear, format_ in self._modules(groups)
+            if not format_.modelopt_calibrates and linear.weight_quantizer.amax is not None
+        }
 
     def _read_amax(self, groups: dict[str, Any]) -> Amax:
         return {
@@ -190,6 +210,19 @@ class _Session:
         for key, quantiser in self._quantisers(groups):
             kept = amax[key].to(self.job.device)
             quantiser.amax = kept[:, None, :, None] if kept.dim() == 2 else kept[:, None] if kept.dim() else kept
+
+    def _install_grids(self, groups: dict[str, Any]) -> None:
+        """Have weights rounded to what files hold where ModelOpt's calibration finds other scales."""
+        for _, linear, format_ in self._modules(groups):
+            if format_.modelopt_calibrates:
+                continue
+            quantiser = linear.weight_quantizer
+            amax, bias = format_.modelopt_grid(linear.weight)
+            quantiser.reset_amax()  # its dtype too, which may be too coarse
+            quantiser.amax = amax
+            if bias is not None:
+                quantiser.bias_value = bias
+                quantiser.register_forward_hook(_in_its_dtype)
 
     def score(self, gradient: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
         """Stand in for ModelOpt's score of one module's output, with image-token positions apart: [2]."""
@@ -249,6 +282,11 @@ def _as_kept(key: str, amax: torch.Tensor) -> torch.Tensor:
         return amax.reshape(())
     kept = amax[:, 0, :, 0] if amax.dim() == 4 else amax.reshape(-1)
     return kept.clamp_min(grids.LEAST_AMAX)  # of a row or block of zeros, too, a scale is made
+
+
+def _in_its_dtype(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    """Return a weight in the dtype that it came in: what a bias in float32 is added to is float32."""
+    return output.to(inputs[0].dtype)
 
 
 @contextlib.contextmanager
@@ -330,6 +368,26 @@ def freeze_outside(model: nn.Module, language_model: str) -> None:
                 child.forward = torch.no_grad()(child.forward)
 
 
+def check_formats(names: Sequence[str], device: str) -> None:
+    """Look whether ModelOpt's search can measure these formats on a device.
+
+    Raises:
+        EngineError: it can't; the message names those that it can.
+    """
+    formats = [get_format(name) for name in names]
+    unknown = [one.name for one in formats if not one.modelopt_searches]
+    off_cpu = [one.name for one in formats if not one.modelopt_on_cpu and not device.startswith("cuda")]
+    if unknown:
+        problem = f"ModelOpt's search keeps no amax of {', '.join(unknown)}, without which nothing can be exported"
+    elif off_cpu:
+        problem = f"ModelOpt computes {', '.join(off_cpu)} on NVIDIA GPUs alone, and this is {device}"
+    else:
+        return
+    able = [one for one in FORMATS.values() if one.modelopt_searches]
+    measured = ", ".join(one.name for one in able if one.modelopt_on_cpu or device.startswith("cuda"))
+    raise EngineError(f"{problem}; use engine: native, or formats that ModelOpt measures here: {measured}")
+
+
 def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     """Calibrate and score; amax values and each batch's scores go to `partial`. The model is not usable afterwards.
 
@@ -338,20 +396,6 @@ def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:
     """
     import modelopt.torch.quantization as mtq
 
-    foreign = [name for name in job.spec.formats if MODELOPT not in get_format(name).layouts]
-    if foreign:
-        raise EngineError(f"ModelOpt has no format {', '.join(foreign)}; use engine: native")
-    unknown = [name for name in job.spec.formats if not get_format(name).modelopt_searches]
-    if unknown:
-        raise EngineError(
-            f"ModelOpt's search keeps no amax of {', '.join(unknown)}, without which nothing can be exported; use "
-            "engine: native"
-        )
-    off_cpu = [name for name in job.spec.formats if not get_format(name).modelopt_on_cpu]
-    if off_cpu and not job.device.startswith("cuda"):
-        raise EngineError(
-            f"ModelOpt computes {', '.join(off_cpu)} on NVIDIA GPUs alone, and this is {job.device}; use engine: native"
-        )
     session = _Session(model, job, partial)
     searched = {module.name for group in job.target.groups for module in group.modules}
     model.config.use_cache = False  # type: ignore[union-attr]

@@ -30,12 +30,12 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
     recipe = work.recipe
     for name in recipe.measurement.formats:
         get_format(name)
-    measuring_device(recipe.measurement, recipe.workers)
+    device = measuring_device(recipe.measurement, recipe.workers)
     if recipe.runtimes.vllm is not None:
         vllm_version(Path(recipe.runtimes.vllm.python))
     served_arithmetic(recipe)
     if not (work.output / MEASUREMENT_FILE).exists():
-        check_engine(recipe.measurement, work.target)
+        check_engine(recipe.measurement, work.target, device)
     for scheme in recipe.schemes:
         patterns = (*(scheme.include or ()), *scheme.exclude)
         if patterns:

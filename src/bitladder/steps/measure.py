@@ -7,6 +7,7 @@ from typing import Any
 from bitladder.data import generation
 from bitladder.data.batches import DataSet
 from bitladder.errors import MeasurementError, RecordError, StaleRecord
+from bitladder.formats import in_order
 from bitladder.formats.targets import served
 from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, copy_codes, read_codes
 from bitladder.measuring.measure import measure as measure_now
@@ -63,8 +64,10 @@ def measure(work: Workspace) -> Measurement:
 
 
 def deciding(recipe: Recipe) -> dict[str, Any]:
-    """Return the sections of a recipe that decide its measurement."""
-    return recipe.model_dump(mode="json", include={"model", "calibration", "measurement", "serve_on"})
+    """Return the sections of a recipe that decide its measurement; in which order formats are listed doesn't."""
+    sections = recipe.model_dump(mode="json", include={"model", "calibration", "measurement", "serve_on"})
+    sections["measurement"]["formats"] = list(in_order(recipe.measurement.formats))
+    return sections
 
 
 def why_again(work: Workspace, known: Measurement, source: ModelSource, data: DataSet, damaged: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bitladder.errors import ModelError, OutputError, RecordError, StaleRecord, reason_of
+from bitladder.formats import in_order
 from bitladder.measured import MEASUREMENT_FILE
 from bitladder.models.weights import DigestCache, model_source
 from bitladder.reading import read_bytes
@@ -175,7 +176,7 @@ class Workspace:
         """What of the model is searched."""
         from bitladder.models.target import find_target
 
-        return find_target(self.model_directory, self.recipe.measurement.formats)
+        return find_target(self.model_directory, in_order(self.recipe.measurement.formats))
 
     @cached_property
     def processor(self) -> Any:
