@@ -42,8 +42,6 @@ from conftest import llama_config, load_text, measure_text, save_model, spec
 ROWS, SQUARES = "fp8_pc_pt", "fp8_block"
 EACH = sorted(name for name, one in FORMATS.items() if MODELOPT in one.layouts)  # tests/test_carriers.py: the others
 SCALED = ("fp8", "fp8_pc_pt")  # codes times a scale a tensor or a row, and no more
-    name for name in EACH if FORMATS[name].modelopt_algorithm in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
-]  # whose codes are chosen column by column
 # of which every format takes every module
 WIDE = llama_config(hidden_size=256, intermediate_size=384, num_hidden_layers=2)
 BY_MODELOPT = [name for name in EACH if FORMATS[name].modelopt_on_cpu]
