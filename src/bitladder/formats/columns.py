@@ -8,8 +8,10 @@ are tried, each stored as the format stores it; which is best is for the walk to
 Imported where torch is needed only.
 """
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 
@@ -22,24 +24,35 @@ _SMALLER = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 class Columns(ABC):
     """Columns of a weight [out_features, in_features] in a format; a column is [out_features] here.
 
+    known: the only tensor that the methods read beside what they are given.
     size: so many neighbours of a row share a scale; 1: a scale is for all of a row.
     factors: candidates for a group's scale, as shares of the one that its largest value gives.
-    fixed: the scales of all rows, [kinds, out_features], where they don't depend on the columns.
     """
 
     size: int = 1
     factors: tuple[float, ...] = (1.0,)
-    fixed: torch.Tensor | None = None
 
-    def scales(self, values: torch.Tensor, factors: torch.Tensor, group: int) -> torch.Tensor:
+    def __init__(self, known: torch.Tensor) -> None:
+        self.known = known
+
+    def at(self, groups: Sequence[int]) -> Self:
+        """Return the same for some groups of columns, counted from the weight's first one."""
+        return self
+
+    def knowing(self, known: torch.Tensor) -> Self:
+        """Return the same with another tensor in the place of what is known."""
+        other = copy.copy(self)
+        other.known = known
+        return other
+
+    @abstractmethod
+    def scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """Return candidates for the scales of a group, as they are stored, float32 [kinds, candidates, out_features].
 
         Args:
             values: of its columns, float32 [size, out_features].
             factors: [candidates, 1].
-            group: which it is, counted from the weight's first column.
         """
-        raise NotImplementedError
 
     @abstractmethod
     def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -50,58 +63,37 @@ class Columns(ABC):
             scales: [kinds, ..., out_features], which broadcast over them.
         """
 
-    @abstractmethod
     def steps(self, scales: torch.Tensor) -> torch.Tensor:
         """Return what codes are multiplied with: of scales [kinds, ...] the same shape without `kinds`."""
+        return scales[0]
 
     @abstractmethod
     def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return what is stored of values [rows, in_features] that `nearest` gave, `{part: tensor}`.
+        """Return what is stored of a weight whose values `nearest` gave, `{part: tensor}`.
 
         What the weight's amax settles isn't among it.
 
         Args:
-            values: of some rows.
-            scales: [kinds, rows, groups], or as `fixed`.
+            values: [out_features, in_features].
+            scales: [kinds, out_features, groups]; one group where all of a row share one.
         """
 
 
-class Fixed(Columns):
-    """Scales that are known before, one a row."""
+class E4m3Columns(Columns):
+    """E4M3 codes, with scales that are known before: of rows or of square blocks. As scales go their amax values."""
 
-    def __init__(
-        self,
-        scales: torch.Tensor,
-        nearest: Callable[[torch.Tensor], torch.Tensor],
-        codes: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        """Keep the scales, float32 [out_features], and what gives a column's nearest values and a weight's codes."""
-        self.fixed = scales[None]
-        self._nearest, self._codes = nearest, codes
+    def __init__(self, amax: torch.Tensor, size: int = 1) -> None:
+        """Keep the amax of each row, [out_features], or of each of its blocks, [out_features, groups]."""
+        super().__init__(amax)
+        self.size = size
 
-    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def at(self, groups: Sequence[int]) -> Self:
         """See `Columns`."""
-        return self._nearest(values)
+        return self if self.size == 1 else self.knowing(self.known[:, groups[0]])
 
-    def steps(self, scales: torch.Tensor) -> torch.Tensor:
-        """See `Columns`."""
-        return scales[0]
-
-    def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the codes."""
-        return {WEIGHT: self._codes(values)}
-
-
-class SquareColumns(Columns):
-    """E4M3 codes in square blocks, whose scales are known before."""
-
-    def __init__(self, amax: torch.Tensor, side: int) -> None:
-        """Keep the blocks' amax, a line a row of the weight: [out_features, in_features / side]."""
-        self.size, self.amax = side, amax
-
-    def scales(self, values: torch.Tensor, factors: torch.Tensor, group: int) -> torch.Tensor:
-        """Return the amax of the group's blocks, the only candidate."""
-        return self.amax[:, group][None, None]
+    def scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """Return the only candidate."""
+        return self.known[None, None]
 
     def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """See `Columns`."""
@@ -117,18 +109,14 @@ class SquareColumns(Columns):
 
 
 class E2m1Columns(Columns):
-    """E2M1 codes times an E4M3 scale a block times a float32 scale of all."""
+    """E2M1 codes times an E4M3 scale a block times a float32 scale of all, which is known before."""
 
     size = grids.BLOCK
     factors = (1.0, *_SMALLER, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5)
 
-    def __init__(self, above: torch.Tensor) -> None:
-        """Keep the scale of all, a scalar."""
-        self.above = above
-
-    def scales(self, values: torch.Tensor, factors: torch.Tensor, group: int) -> torch.Tensor:
+    def scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """Return E4M3 scales."""
-        return grids.block_scales_of(values.abs().amax(0) * factors, self.above).float()[None]
+        return grids.block_scales_of(values.abs().amax(0) * factors, self.known).float()[None]
 
     def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """See `Columns`."""
@@ -137,22 +125,23 @@ class E2m1Columns(Columns):
 
     def steps(self, scales: torch.Tensor) -> torch.Tensor:
         """See `Columns`."""
-        return scales[0] * self.above
+        return scales[0] * self.known
 
     def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return packed codes and the blocks' scales."""
         stored = scales[0].to(grids.E4M3_DTYPE)
-        return {WEIGHT: grids.pack(grids.block_codes(values, stored, self.above)), WEIGHT_SCALE: stored}
+        return {WEIGHT: grids.pack(grids.block_codes(values, stored, self.known)), WEIGHT_SCALE: stored}
 
 
 class ExponentColumns(Columns):
     """E4M3 codes times a power of two a block."""
 
-    def __init__(self, size: int) -> None:
-        """Keep how many neighbours a block has."""
+    def __init__(self, amax: torch.Tensor, size: int) -> None:
+        """Keep how many neighbours a block has; the weight's amax says nothing."""
+        super().__init__(amax)
         self.size = size
 
-    def scales(self, values: torch.Tensor, factors: torch.Tensor, group: int) -> torch.Tensor:
+    def scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """Return the exponents, as E8M0 has them."""
         return grids.exponents_for(values.abs().amax(0)).float()[None, None]
 
@@ -174,24 +163,21 @@ class ExponentColumns(Columns):
 class IntegerColumns(Columns):
     """Packed integers times a BF16 scale a group."""
 
-    factors = (1.0, *_SMALLER, 0.65, 0.6)
+    factors: tuple[float, ...] = (1.0, *_SMALLER, 0.65, 0.6)
 
-    def __init__(self, bits: int, size: int) -> None:
-        """Keep the bits of a code, and how many neighbours a group has."""
+    def __init__(self, amax: torch.Tensor, bits: int, size: int) -> None:
+        """Keep the bits of a code, and how many neighbours a group has; the weight's amax says nothing."""
+        super().__init__(amax)
         self.bits, self.size = bits, size
         self.least, self.greatest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
-    def scales(self, values: torch.Tensor, factors: torch.Tensor, group: int) -> torch.Tensor:
+    def scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """Return the groups' scales."""
         return integers.scale_of(values.abs().amax(0) * factors, self.bits).to(torch.bfloat16).float()[None]
 
     def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """See `Columns`."""
         return torch.round(values / scales[0]).clamp(self.least, self.greatest) * scales[0]
-
-    def steps(self, scales: torch.Tensor) -> torch.Tensor:
-        """See `Columns`."""
-        return scales[0]
 
     def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return packed codes and the groups' scales."""
@@ -203,7 +189,7 @@ class IntegerColumns(Columns):
 class RangeColumns(IntegerColumns):
     """The same with a zero point a group."""
 
-    def scales(self, values: torch.Tensor, factors: torch.Tensor, group: int) -> torch.Tensor:
+    def scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """Return the groups' scales and zero points."""
         scales, zeros = integers.ranges_of(values.amin(0) * factors, values.amax(0) * factors, self.bits)
         return torch.stack((scales.float(), zeros.float()))
@@ -223,3 +209,21 @@ class RangeColumns(IntegerColumns):
             WEIGHT_SCALE: stored,
             WEIGHT_ZERO_POINT: packed_zeros,
         }
+
+
+class RowIntegerColumns(IntegerColumns):
+    """Integers times a float32 scale a row, which is known before."""
+
+    factors = (1.0,)
+
+    def __init__(self, scales: torch.Tensor, bits: int) -> None:
+        """Keep the scales, [out_features], and the bits of a code."""
+        super().__init__(scales, bits, 1)
+
+    def scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """Return the only candidate."""
+        return self.known[None, None]
+
+    def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the codes."""
+        return {WEIGHT: integers.codes(values, scales[0, :, 0], self.bits)}

@@ -72,15 +72,10 @@ class E4m3(Format):
         return self.codes(weight, amax)
 
     def columns(self, amax: "torch.Tensor", rows: int) -> "Columns":
-        """Return the codes of every column, with scales that are known before."""
-        from bitladder.formats.columns import Fixed
+        """Return codes with scales that are known before."""
+        from bitladder.formats.columns import E4m3Columns
 
-        scale = self.scale(amax)
-
-        def nearest(values: "torch.Tensor") -> "torch.Tensor":
-            return self.restored(self.codes(values, amax), scale)
-
-        return Fixed(scale.expand(rows), nearest, lambda values: self.codes(values, amax))
+        return E4m3Columns(amax.float().expand(rows))
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · scale."""

@@ -100,10 +100,10 @@ class Fp8Block(Format):
         return grids.quantise(weight, amax.repeat_interleave(_SIDE, 1))
 
     def columns(self, amax: "torch.Tensor", rows: int) -> "Columns":
-        """Return the codes of every column, with scales of blocks that are known before."""
-        from bitladder.formats.columns import SquareColumns
+        """Return codes with scales of blocks that are known before."""
+        from bitladder.formats.columns import E4m3Columns
 
-        return SquareColumns(self.rows_of(amax, 0, rows), _SIDE)
+        return E4m3Columns(self.rows_of(amax, 0, rows), _SIDE)
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · scale."""

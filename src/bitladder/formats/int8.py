@@ -92,16 +92,11 @@ class Int8(Format):
         return grid.codes(weight, grid.scale_of(amax, self.code_bits), self.code_bits)
 
     def columns(self, amax: "torch.Tensor", rows: int) -> "Columns":
-        """Return the codes of every column, with scales that are known before."""
+        """Return codes with scales that are known before."""
         from bitladder.formats import integers as grid
-        from bitladder.formats.columns import Fixed
+        from bitladder.formats.columns import RowIntegerColumns
 
-        scales, bits = grid.scale_of(amax, self.code_bits), self.code_bits
-
-        def nearest(values: "torch.Tensor") -> "torch.Tensor":
-            return grid.codes(values[:, None], scales, bits)[:, 0] * scales
-
-        return Fixed(scales, nearest, lambda values: grid.codes(values, scales, bits))
+        return RowIntegerColumns(grid.scale_of(amax, self.code_bits), self.code_bits)
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · weight_scale."""

@@ -132,7 +132,7 @@ class IntGroups(Format):
         """Return groups of columns, whose scales and zero points are chosen."""
         from bitladder.formats.columns import IntegerColumns, RangeColumns
 
-        return (RangeColumns if self.zero_points else IntegerColumns)(self.code_bits, self.group_size)
+        return (RangeColumns if self.zero_points else IntegerColumns)(amax, self.code_bits, self.group_size)
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · weight_scale, or (code - zero point) · weight_scale."""

@@ -78,7 +78,7 @@ class Mxfp8(Format):
         """Return blocks of columns."""
         from bitladder.formats.columns import ExponentColumns
 
-        return ExponentColumns(self.group_size)
+        return ExponentColumns(amax, self.group_size)
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · 2^exponent."""

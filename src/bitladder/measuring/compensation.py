@@ -32,7 +32,7 @@ from bitladder.measuring.calls import by_layer, hidden_of
 from bitladder.measuring.job import Job
 from bitladder.measuring.layers import Layers
 from bitladder.measuring.partial import Partial
-from bitladder.measuring.rounding import compensated, output_error
+from bitladder.measuring.rounding import Walk, output_error
 from bitladder.models.anatomy import PLAIN, Layout, tokens_first
 from bitladder.reading import open_safetensors
 from bitladder.records import QuantGroup, RoundedModule
@@ -80,7 +80,7 @@ def _round_layers(
         calls = [layers.calls(batch.to(job.device))[0] for batch in job.batches]
     except EngineError as error:
         raise EngineError(f"{error}; use {_NEAREST}") from error
-    hidden = [found[0].hidden.to(layers.home) for found in calls]
+    hidden, walk = [found[0].hidden.to(layers.home) for found in calls], Walk()
     for index in range(last + 1):
         job.progress("round", index, last + 1)
         layer_groups = groups[index] if index in missing else []
@@ -92,7 +92,7 @@ def _round_layers(
                     output = hidden_of(layer(x, *found[index].args, **found[index].kwargs))
                     hidden[number] = output.to(layers.home)
             if layer_groups:
-                _write(partial.codes_file(index), layers.model, layer_groups, inputs.products, job, amax)
+                _write(partial.codes_file(index), layers.model, layer_groups, inputs.products, job, amax, walk)
     job.progress("round", last + 1, last + 1)
 
 
@@ -155,6 +155,7 @@ def _write(
     products: dict[str, dict[str, torch.Tensor]],
     job: Job,
     amax: Amax,
+    walk: Walk,
 ) -> None:
     """Write the codes of one layer's modules, and what they do."""
     tensors: dict[str, torch.Tensor] = {}
@@ -164,7 +165,8 @@ def _write(
         if sums is None:
             raise EngineError(f"{group.name} doesn't run inside its layer; use rounding: nearest")
         for format_ in made_for(job, group):
-            for module, parts, record in _rounded(model, group, format_, sums[_input_of(format_)], job, amax):
+            product = sums[_input_of(format_)]
+            for module, parts, record in _rounded(model, group, format_, product, job.spec.damping, amax, walk):
                 tensors |= {f"{codes_key(module, format_.name)}.{part}": tensor for part, tensor in parts.items()}
                 modules.append(record)
     with atomic_path(path) as temporary:
@@ -174,7 +176,13 @@ def _write(
 
 
 def _rounded(
-    model: nn.Module, group: QuantGroup, format_: Format, product: torch.Tensor, job: Job, amax: Amax
+    model: nn.Module,
+    group: QuantGroup,
+    format_: Format,
+    product: torch.Tensor,
+    damping: float,
+    amax: Amax,
+    walk: Walk,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor], RoundedModule]]:
     """Yield what is stored of a group's modules in a format, on the CPU, and what that does."""
     weights: list[torch.Tensor] = [model.get_parameter(f"{module.name}.weight") for module in group.modules]
@@ -183,7 +191,7 @@ def _rounded(
     stacked, shared = torch.cat(weights), each[0] if format_.spread in ("tensor", "block") else torch.cat(each)
     columns = format_.columns(shared, len(stacked))
     try:
-        found = compensated(stacked, product, columns, job.spec.damping)
+        found = walk.compensated(stacked, product, columns, damping)
     except MeasurementError as error:
         raise MeasurementError(f"{group.name}: {error}") from error
     shift, first = found.largest_shift(stacked), 0

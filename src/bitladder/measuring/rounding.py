@@ -15,11 +15,13 @@ with J the reversal of rows, J H J = L Lᵀ gives inverse(H) = Uᵀ U with U = J
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from bitladder.errors import MeasurementError
 from bitladder.formats.columns import Columns
+from bitladder.measuring.streams import gpu_streams
 
 _COLUMNS_AT_ONCE = 128  # errors are spread at once within so many columns, and over the rest by one product
 
@@ -44,49 +46,110 @@ class Rounded:
         return (shift / self.steps).amax(-1)
 
 
-def compensated(weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, damping: float) -> Rounded:
-    """Return a weight on a format's grid, [out_features, in_features].
+# A block's values [columns, out_features], what is to be spread of their errors, and scales [kinds, out_features,
+# groups].
+_Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Walk:
+    """Walks weights column by column; on a GPU the steps of a block of columns are one CUDA graph, made once a shape.
+
+    A column takes some twenty kernels of microseconds each: launching them one by one takes several times as long.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[Any, _BlockGraph] = {}
+
+    def compensated(self, weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, damping: float) -> Rounded:
+        """Return a weight on a format's grid, [out_features, in_features].
+
+        Args:
+            weight: [out_features, in_features]; modules that share input and scale may be stacked.
+            hessian: Xᵀ X of its inputs, [in_features, in_features] float32, on the same device.
+            columns: the grid.
+            damping: this share of the mean of the hessian's diagonal is added to it. More of it trusts the calibration
+                tokens less; what is infinite rounds to nearest.
+
+        Raises:
+            MeasurementError: the hessian is not positive definite.
+        """
+        diagonal, size = hessian.diagonal(), columns.size
+        order, groups = _order(diagonal, size)
+        factor = _inverse_factor(hessian, order, float(diagonal.mean()) * damping)
+        rest = weight.detach().float().t()[order]  # [in_features, out_features]: a column is a row here, in one piece
+        values = torch.empty_like(rest)
+        scales = []
+        for start in range(0, len(rest), _COLUMNS_AT_ONCE):
+            end = min(start + _COLUMNS_AT_ONCE, len(rest))
+            own = columns.at(groups[start // size : -(-end // size)])
+            found, errors, chosen = self._block(rest[start:end], factor[start:end, start:end].contiguous(), own)
+            values[order[start:end]] = found
+            scales.append(chosen.clone())
+            rest[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+        if size == 1:
+            return Rounded(values.t().contiguous(), scales[0], columns.steps(scales[0]))
+        all_scales = torch.cat(scales, -1)[..., sorted(range(len(groups)), key=groups.__getitem__)]
+        return Rounded(values.t().contiguous(), all_scales, columns.steps(all_scales))
+
+    def _block(self, block: torch.Tensor, local: torch.Tensor, columns: Columns) -> _Block:
+        if not block.is_cuda:
+            return _walked(block, local, columns, _factors(columns, block))
+        settings = {name: value for name, value in vars(columns).items() if name != "known"}
+        key = (type(columns), block.shape, columns.known.shape, *sorted(settings.items()))
+        if key not in self._graphs:
+            self._graphs[key] = _BlockGraph(block, local, columns)
+        return self._graphs[key].replay(block, local, columns)
+
+
+class _BlockGraph:
+    """`_walked` for blocks of one shape."""
+
+    def __init__(self, block: torch.Tensor, local: torch.Tensor, columns: Columns) -> None:
+        self.block, self.local = block.clone(), local.clone()
+        self.columns, factors = columns.knowing(columns.known.clone()), _factors(columns, block)
+        _, stream = gpu_streams(block.device.index)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what libraries set up at their first call can't be captured
+            _walked(self.block, self.local, self.columns, factors)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.found = _walked(self.block, self.local, self.columns, factors)
+        self.factors = factors  # which the graph reads
+
+    def replay(self, block: torch.Tensor, local: torch.Tensor, columns: Columns) -> _Block:
+        """Return what `_walked` gives; good until the next call."""
+        self.block.copy_(block)
+        self.local.copy_(local)
+        self.columns.known.copy_(columns.known)
+        self.graph.replay()
+        return self.found
+
+
+def _factors(columns: Columns, like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(columns.factors, device=like.device)[:, None]
+
+
+def _walked(block: torch.Tensor, local: torch.Tensor, columns: Columns, factors: torch.Tensor) -> _Block:
+    """Walk some columns, whose groups are whole.
 
     Args:
-        weight: [out_features, in_features]; modules that share input and scale may be stacked.
-        hessian: Xᵀ X of its inputs, [in_features, in_features] float32, on the same device.
+        block: the columns [columns, out_features], less the errors of those before; changed.
+        local: their part of the factor, [columns, columns].
         columns: the grid.
-        damping: this share of the mean of the hessian's diagonal is added to it. More of it trusts the calibration
-            tokens less; what is infinite rounds to nearest.
-
-    Raises:
-        MeasurementError: the hessian is not positive definite.
+        factors: its, [candidates, 1].
     """
-    diagonal = hessian.diagonal()
-    order, groups = _order(diagonal, columns.size)
-    factor = _inverse_factor(hessian, order, float(diagonal.mean()) * damping)
-    rest = weight.detach().float().t()[order]  # [in_features, out_features]: a column is a row here, in one piece
-    found = torch.empty_like(rest)
-    weights = factor.diagonal() ** -2
-    factors = torch.tensor(columns.factors, device=rest.device)[:, None]
-    scales = columns.fixed
-    chosen = [] if scales is None else [scales]
-    for start in range(0, len(rest), _COLUMNS_AT_ONCE):
-        end = min(start + _COLUMNS_AT_ONCE, len(rest))
-        block, local = rest[start:end], factor[start:end, start:end]
-        errors = torch.empty_like(block)
-        for index in range(end - start):
-            if columns.fixed is None and index % columns.size == 0:
-                behind = slice(index, index + columns.size)
-                candidates = columns.scales(block[behind], factors, groups[(start + index) // columns.size])
-                scales = _best(columns, block[behind], candidates, weights[start:end][behind])
-                chosen.append(scales)
-            assert scales is not None
-            found[start + index] = columns.nearest(block[index], scales)
-            errors[index] = (block[index] - found[start + index]) / local[index, index]
-            block[index + 1 :].addr_(local[index, index + 1 :], errors[index], alpha=-1)
-        rest[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
-    values = torch.empty_like(found)
-    values[order] = found
-    all_scales = torch.stack(chosen, -1)
-    if columns.fixed is None:
-        all_scales = all_scales[..., sorted(range(len(groups)), key=groups.__getitem__)]
-    return Rounded(values.t().contiguous(), all_scales, columns.steps(all_scales))
+    values, errors = torch.empty_like(block), torch.empty_like(block)
+    weights = local.diagonal() ** -2
+    chosen: list[torch.Tensor] = []
+    for index in range(len(block)):
+        if index % columns.size == 0 and (columns.size > 1 or not chosen):
+            group = slice(index, index + columns.size)
+            chosen.append(_best(columns, block[group], columns.scales(block[group], factors), weights[group]))
+        values[index] = columns.nearest(block[index], chosen[-1])
+        errors[index] = (block[index] - values[index]) / local[index, index]
+        block[index + 1 :].addr_(local[index, index + 1 :], errors[index], alpha=-1)
+    return values, errors, torch.stack(chosen, -1)
 
 
 def _order(diagonal: torch.Tensor, size: int) -> tuple[torch.Tensor, list[int]]:
