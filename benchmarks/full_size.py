@@ -19,8 +19,8 @@ CUDA extension is compiled before, outside the clock.
 `images`: measures on image+text pairs of random pictures with real captions, which ModelOpt's own script refuses; by
 gradient with `engine: modelopt`.
 
-`rounding`: compensates the codes of every searched weight, scores some samples with them, exports everything in FP8 and
-verifies the files; by gradient with `engine: native`, without ModelOpt.
+`rounding`: compensates the codes of every searched weight in each of `--formats`, scores some samples with them,
+exports everything in each format and verifies the files; by gradient with `engine: native`, without ModelOpt.
 
 `driver`: two calls of `scripts/qwen/qwen2_5_vl_3b_autoquant_fp8_schemes.py`, as a user would make them: the ladder of
 three schemes, then the whole language model with an FP8 KV cache from the same measurement; engine and method are the
@@ -206,10 +206,11 @@ def measure_images(model: Path, output: Path, sizes: dict) -> dict:
     }
 
 
-def compensate(model: Path, output: Path, sizes: dict, score_samples: int) -> dict:
-    """Measure with compensated codes, export and verify the full scheme; return what it took and what the codes do."""
+def compensate(model: Path, output: Path, sizes: dict, score_samples: int, formats: tuple[str, ...]) -> dict:
+    """Measure with compensated codes, export and verify each format; return what it took and what the codes do."""
     from bitladder import planning, verification
     from bitladder.checkpoints.export import export
+    from bitladder.formats import COMPRESSED_TENSORS
     from bitladder.measured import read_amax, read_codes
     from bitladder.measuring.measure import measure
     from bitladder.models import weights
@@ -218,25 +219,34 @@ def compensate(model: Path, output: Path, sizes: dict, score_samples: int) -> di
     from bitladder.runinfo import Meter
 
     data = text_of(model, output, sizes)
-    spec = MeasureSpec(engine="native", method="gradient", rounding="compensated", score_samples=score_samples)
+    settings = {"engine": "native", "method": "gradient", "rounding": "compensated", "score_samples": score_samples}
+    spec = MeasureSpec(**settings, formats=formats)
     source = weights.model_source(model, path=str(model), revision=None, cache=weights.DigestCache())
     measurement = measure(model, source, find_target(model), data, spec, output)
     assert measurement.run is not None
     assert measurement.rounding is not None
-    scheme = planning.plan(measurement, SchemeSpec(name="full", coverage=1.0))
     amax, codes = read_amax(measurement, output), read_codes(measurement, output)
-    meter = Meter()
-    with meter.phase("export"):
-        export(scheme, measurement, amax, model, output / "full", codes=codes)
-    with meter.phase("verify"):
-        verified = verification.verify([scheme], measurement, amax, model, {"full": output / "full"}).ok
-    modules = measurement.rounding.modules
+    meter, verified = Meter(), {}
+    for name in formats:
+        scheme = planning.plan(measurement, SchemeSpec(name=name, coverage=1.0, format=name))
+        with meter.phase("export"):
+            export(scheme, measurement, amax, model, output / name, codes=codes, carrier=COMPRESSED_TENSORS)
+        with meter.phase("verify"):
+            found = verification.verify(
+                [scheme], measurement, amax, model, {name: output / name}, carrier=COMPRESSED_TENSORS
+            )
+        verified[name] = found.ok
+        shutil.rmtree(output / name)
+    modules = {name: [m for m in measurement.rounding.modules if m.format == name] for name in formats}
     return {
-        "modules": len(modules),
+        "formats": list(formats),
         "damping": spec.damping,
         "verified": verified,
-        "median_output_error": statistics.median(module.output_error for module in modules),
-        "median_nearest_output_error": statistics.median(module.nearest_output_error for module in modules),
+        "median_output_error": {
+            name: [statistics.median(getattr(m, f"{which}output_error") for m in own) for which in ("", "nearest_")]
+            for name, own in modules.items()
+            if own
+        },
         "phases": [phase.model_dump() for phase in (*measurement.run.phases, *meter.phases)],
     }
 
@@ -346,6 +356,9 @@ def main() -> None:
     parser.add_argument("--out-root", type=Path, help="driver: where its checkpoints go and stay")
     parser.add_argument("--measurement", type=Path, help="driver: of an earlier run; the driver then doesn't measure")
     parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: samples, sequence_length, batch_size, ...")
+    parser.add_argument(
+        "--formats", type=lambda value: tuple(value.split(",")), default=("fp8",), help="rounding: of it"
+    )
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--result", type=Path)
     parser.add_argument("--keep", type=Path, help="compare: copy our measurement to this file")
@@ -387,7 +400,7 @@ def main() -> None:
             elif arguments.what == "rounding":
                 sizes = {**sizes, "samples": 128, **arguments.sizes}
                 sizes.pop("score_samples", None)
-                found = compensate(model, Path(scratch), sizes, min(score_samples, sizes["samples"]))
+                found = compensate(model, Path(scratch), sizes, min(score_samples, sizes["samples"]), arguments.formats)
                 path = arguments.result or RESULTS / "full_size_rounding.json"
                 claim = "codes of every searched weight compensated, then exported and verified, at full size"
                 save(path, claim, {**sizes, "score_samples": score_samples}, found)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bitladder.errors import MeasurementError
+from bitladder.formats import FORMATS
 from bitladder.measuring import candidates as taps
-from bitladder.measuring import gradient, kl
+from bitladder.measuring import gradient, kl, rounding
 from bitladder.measuring.layers import StreamedLayers
 from bitladder.report.groups import rank_correlation
 from conftest import load_text
@@ -120,6 +121,42 @@ def test_a_graph_gives_the_bits_of_single_launches(text_job, tmp_path, calls, mo
     single = measure(text_job, tmp_path / "single", method=method)
     assert calls["replay"] == BATCHES
     assert single.fingerprint() == graph.fingerprint()
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_graph_rounds_to_the_bits_of_single_launches(name):
+    """Two weights of one shape by one graph."""
+    format_, generator = FORMATS[name], torch.Generator().manual_seed(1)
+    walk = rounding.Walk()
+    for number in range(2):
+        weight = (torch.randn(256, 640, generator=generator) * (number + 1)).cuda()
+        x = torch.randn(2000, weight.shape[1], generator=generator).cumsum(1).cuda()
+        amax = format_.amax_of(weight) if format_.amax_name != "weight_amax" else weight.abs().amax()
+        columns = format_.columns(amax, len(weight))
+        found = walk.compensated(weight, x.t() @ x, columns, 0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                rounding.Walk, "_block", lambda _, block, local, own: rounding._walked(block, local, own, factors(own))
+            )
+            single = rounding.Walk().compensated(weight, x.t() @ x, columns, 0.1)
+        assert torch.equal(found.values, single.values)
+        assert torch.equal(found.scales, single.scales)
+        nearest = format_.decode(format_.encode(weight, amax))
+        errors = [rounding.output_error(weight, values, x.t() @ x) for values in (found.values, nearest)]
+        assert errors[0] < errors[1]
+    assert len(walk._graphs) == 1
+
+
+def factors(columns):
+    return torch.tensor(columns.factors, device="cuda")[:, None]
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4", "int4_w4a16_asym_g64"])
+def test_codes_of_a_gpu_do_what_those_of_a_cpu_do(text_job, tmp_path, name):
+    settings = {"formats": (name,), "rounding": "compensated", "method": "gradient"}
+    found = [measure(text_job, tmp_path / device, device, **settings).rounding.modules for device in ("cuda", "cpu")]
+    errors = [[module.output_error for module in modules] for modules in found]
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["gradient", "kl_div"])
