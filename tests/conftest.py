@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import broken_checkpoints
-import vllm_server
+import warm
 from bitladder.data.processors import load_processor
 from bitladder.data.samples import load_data
 from bitladder.formats.fp8_tensor import Fp8Tensor
@@ -255,20 +254,10 @@ def vllm_python() -> Path:
 
 @pytest.fixture(scope="session")
 def vllm_warm(vllm_python, tmp_path_factory):
-    """What stands for that interpreter, with vLLM imported already: 0.3 s for a child to begin instead of 15."""
-    directory = tmp_path_factory.mktemp("vllm")
-    address = os.path.relpath(directory / "socket") if len(str(directory)) > 90 else str(directory / "socket")
-    server = subprocess.Popen(
-        [vllm_python, vllm_server.__file__, address],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **VLLM_ENVIRONMENT, **ENVIRONMENT},
-    )
-    with server:
-        assert server.stdout.readline() == "ready\n"
-        yield vllm_server.command(directory, vllm_python, address)
-        server.stdin.close()
+    """What stands for that interpreter, with vLLM imported already: see `warm`."""
+    environment = {**VLLM_ENVIRONMENT, **ENVIRONMENT}
+    with warm.interpreter(vllm_python, tmp_path_factory.mktemp("vllm"), warm.VLLM, environment) as path:
+        yield path
 
 
 @pytest.fixture(scope="session")

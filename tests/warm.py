@@ -1,12 +1,14 @@
-"""vLLM's interpreter in forks of one process that imported vLLM: 0.3 s for a child to begin instead of 15.
+"""An interpreter in forks of one process that has imported what is slow: 0.3 s for a child to begin instead of 5 to 15.
 
-`python vllm_server.py SOCKET` serves; the executable that `command` writes takes the place of an interpreter: it hands
-`SCRIPT ARGUMENTS` or `-c CODE ARGUMENTS` to the server, with its environment, directory and standard streams, and ends
-as the fork ends. The fork is killed when the executable is. Only what starts up differs: what a child imports before
-it sets something up is imported already, so one test of each script has to take the interpreter itself.
+`interpreter(...)` starts that process (`python warm.py SOCKET MODULE...`) and gives an executable that takes the place
+of an interpreter: it hands `SCRIPT ARGUMENTS`, `-c CODE ARGUMENTS` or `-m MODULE ARGUMENTS` over, with its environment,
+directory and standard streams, and ends as the fork ends. The fork is killed when the executable is. What this can't
+prove is that a child imports in time what it needs: tests of that, of signals and of start-up take the interpreter.
 """
 
+import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -15,12 +17,15 @@ import runpy
 import select
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import traceback
 import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-MODULES = (
+VLLM = (
     "vllm.entrypoints.llm",
     "vllm.v1.engine.llm_engine",
     "vllm.v1.worker.cpu_worker",
@@ -30,6 +35,21 @@ MODULES = (
     "vllm.model_executor.models.qwen2_5_vl",
     "vllm.multimodal.media.image",
 )
+BITLADDER = (
+    "bitladder.library",
+    "bitladder.cli",
+    "bitladder.steps.run",
+    "bitladder.measuring.measure",
+    "bitladder.evaluation.evaluate",
+    "modelopt.torch.quantization",
+    "modelopt.torch.quantization.algorithms",
+    "transformers.conversion_mapping",
+    "transformers.models.auto.processing_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "plotly.offline",
+)
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 connection = socket.socket(socket.AF_UNIX)
@@ -40,18 +60,44 @@ connection.sendall(words)
 answer = connection.recv(16)
 status = int(answer) if answer else 70  # the server ended
 if status < 0:
-    signal.signal(-status, signal.SIG_DFL)
+    if -status not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(-status, signal.SIG_DFL)
     os.kill(os.getpid(), -status)
 os._exit(status)
 """
 
 
-def command(directory: Path, python: Path, address: str) -> Path:
-    """Write the executable that stands for the interpreter, and return it."""
-    path = directory / "python"
-    path.write_text(CLIENT.format(python=python, address=address))
-    path.chmod(0o755)
-    return path
+@contextlib.contextmanager
+def interpreter(
+    original: Path, directory: Path, modules: Sequence[str], environment: Mapping[str, str] = {}
+) -> Iterator[Path]:
+    """Yield what stands for an interpreter, in a directory, with modules imported already."""
+    address = min(str(directory / "socket"), os.path.relpath(directory / "socket"), key=len)  # 107 bytes at most
+    server = subprocess.Popen(
+        [original, __file__, address, *modules],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment, **dict.fromkeys(THREADS, "1")},  # a second one would not survive the fork
+    )
+    with server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        path = directory / "python"
+        path.write_text(CLIENT.format(python=original, address=str(directory / "socket")))
+        path.chmod(0o755)
+        yield path
+        server.stdin.close()
+
+
+@functools.cache
+def python() -> Path:
+    """Return what stands for this interpreter, with what the command line imports; it lasts as long as this process."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="warm-")))
+    return stack.enter_context(interpreter(Path(sys.executable), directory, BITLADDER))
 
 
 def run(argv: list[str]) -> int:
@@ -61,6 +107,9 @@ def run(argv: list[str]) -> int:
             sys.argv, sys.path[:0] = ["-c", *argv[2:]], [""]
             module = sys.modules["__main__"] = types.ModuleType("__main__")
             exec(compile(argv[1], "<string>", "exec"), module.__dict__)
+        elif argv[0] == "-m":
+            sys.argv, sys.path[:0] = argv[1:], [os.getcwd()]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv, sys.path[:0] = argv, [str(Path(argv[0]).resolve().parent)]
             runpy.run_path(argv[0], run_name="__main__")
@@ -100,6 +149,7 @@ def start(connection: socket.socket) -> int:
         os.environ.clear()
         os.environ.update(environment)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.modules["torch"].set_num_threads(int(environment.get(THREADS[0], len(os.sched_getaffinity(0)))))
         status = run(argv)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -116,17 +166,22 @@ def end(child: int, connection: socket.socket) -> None:
     connection.close()
 
 
-def serve(address: str) -> None:
+def serve(address: str, modules: Sequence[str]) -> None:
     """Answer until standard input ends: that is when who started this process has."""
     del sys.path[0]  # this file's directory
-    for module in MODULES:
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    for module in modules:
         importlib.import_module(module)
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    threads = [name for name in threads if name != "jemalloc_bg_thd"]  # pyarrow's, which is made for that
+    assert len(threads) == 1, f"threads do not survive a fork: {threads}"
     gc.collect()
     gc.freeze()
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
     listening.listen()
-    print("ready", flush=True)
+    os.write(answers, b"ready\n")
     running: dict[int, tuple[int, socket.socket]] = {}
     while True:
         waiting = [0, listening, *running]
@@ -135,7 +190,7 @@ def serve(address: str) -> None:
             if number == 0:
                 for child, connection in running.values():
                     end(child, connection)
-                return
+                os._exit(0)  # without what its libraries say as they leave
             if number is listening:
                 connection, _ = listening.accept()
                 running[connection.fileno()] = (start(connection), connection)
@@ -150,4 +205,4 @@ def serve(address: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], sys.argv[2:])
