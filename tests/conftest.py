@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for one another must not spin: tests share the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin: tests share cores
 if os.environ.get("BITLADDER_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the other tests expect is what a CPU gives
 
