@@ -106,18 +106,20 @@ def worker_processes():
 
 
 class Killer:
-    """Kills a worker once so many batches are scored; called as a measurement's progress."""
+    """Kills a worker in a batch, once another has scored one; called as a measurement's progress."""
 
-    def __init__(self, done):
-        self.done, self.killed, self.seen = done, [], []
+    def __init__(self):
+        self.victim, self.killed, self.seen = None, [], []
 
     def __call__(self, phase, done, total):
         self.seen.append((phase, done, total))
-        if (phase, done) == ("score", self.done) and not self.killed:
-            victim = worker_processes()[0]
-            victim.send_signal(signal.SIGKILL)
-            victim.wait(10)
-            self.killed.append(victim.pid)
+        if (phase, done) == ("score", 0):
+            self.victim = worker_processes()[0]
+            self.victim.suspend()  # or it would be through with its batches before this process looks
+        if (phase, done) == ("score", 1):
+            self.victim.kill()
+            self.victim.wait(10)
+            self.killed.append(self.victim.pid)
 
 
 @pytest.fixture
@@ -145,7 +147,7 @@ def test_two_workers_write_the_bytes_of_one_process(llama, text_file, tmp_path, 
 
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_that_is_killed_is_replaced_and_the_bytes_are_the_same(hollow, text_file, tmp_path, alone, replaced):
-    killer = Killer(done=1)
+    killer = Killer()
     measurement = measure(hollow, text_file, tmp_path, two(), killer, **SETTINGS["compensated"])
     assert killer.killed
     assert replaced == ["score"]
