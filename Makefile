@@ -30,14 +30,15 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Threads that wait for one another must not spin: there are more of them than cores.
+# Files in the order of tests/conftest.py. Threads that wait must not spin: there are more of them than cores.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: check
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 FAST := boundaries importing planning prediction recipe records report report_card report_compare report_escaping \
   report_verdict solver storage uncertainty
 test-fast: check
-	$(BIN)/python -m pytest -m 'not slow' $(FAST:%=tests/test_%.py)
+	$(PYTEST) -m 'not slow' $(FAST:%=tests/test_%.py)
 
 SEED ?= 1
 test-faults: $(VENV)/.installed
