@@ -30,14 +30,15 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Threads that wait for one another must not spin: there are more of them than cores.
+# Files in the order of tests/conftest.py. Threads that wait must not spin: there are more of them than cores.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: check
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
 
 FAST := boundaries importing planning prediction recipe records report report_card report_compare report_escaping \
   report_verdict solver storage uncertainty
 test-fast: check
-	$(BIN)/python -m pytest -m 'not slow' $(FAST:%=tests/test_%.py)
+	$(PYTEST) -m 'not slow' $(FAST:%=tests/test_%.py)
 
 SEED ?= 1
 test-faults: $(VENV)/.installed
@@ -56,11 +57,15 @@ docs: $(VENV)/.installed
 
 vllm-env: $(VLLM_VENV)/.installed
 
-# Where torchaudio, torchcodec and torchvision come as CUDA builds beside a CPU torch, their import fails: vLLM does
-# without the first two, and needs torchvision's image transforms only.
-$(VLLM_VENV)/.installed: pyproject.toml scripts/vllm/sitecustomize.py
+# What takes long, and may run beside the set-up of .venv: two builds of this tree at once would share its egg-info.
+$(VLLM_VENV)/.vllm: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check '$(VLLM)'
+	touch $@
+
+# Where torchaudio, torchcodec and torchvision come as CUDA builds beside a CPU torch, their import fails: vLLM does
+# without the first two, and needs torchvision's image transforms only.
+$(VLLM_VENV)/.installed: $(VLLM_VENV)/.vllm scripts/vllm/sitecustomize.py
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	for package in torchaudio torchcodec; do $(VLLM_BIN)/python -c "import $$package" 2>/dev/null \
 	  || $(VLLM_BIN)/python -m pip uninstall --quiet --yes $$package; done

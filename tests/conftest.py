@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin: tests share cores
 if os.environ.get("BITLADDER_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the other tests expect is what a CPU gives
 
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import broken_checkpoints
+import warm
 from bitladder.data.processors import load_processor
 from bitladder.data.samples import load_data
 from bitladder.formats.fp8_tensor import Fp8Tensor
@@ -23,10 +25,22 @@ from bitladder.measuring.measure import measure
 from bitladder.models import weights
 from bitladder.models.target import find_target
 from bitladder.recipe import DataSpec, MeasureSpec, SchemeSpec
+from bitladder.runtimes.child import VLLM_ENVIRONMENT
+from bitladder.runtimes.vllm.serve import ENVIRONMENT
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(2)
+
+# The files that take longest, in that order: they are begun first, so that no worker is left alone with one at the end.
+LONGEST = ("parallel", "cli", "faults", "probe_serve", "sensitivity", "serve_mixes", "qwen_scripts", "pipeline", "page")
+LONGEST += ("probe_load", "architectures", "native", "library", "evaluation", "formats", "storage")
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 WORDS = ("the", "a", "cat", "dog", "sits", "runs", "on", "under", "near", "red", "blue", "small", "large", "tree")
 
@@ -236,6 +250,14 @@ def vllm_python() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return python
+
+
+@pytest.fixture(scope="session")
+def vllm_warm(vllm_python, tmp_path_factory):
+    """What stands for that interpreter, with vLLM imported already: see `warm`."""
+    environment = {**VLLM_ENVIRONMENT, **ENVIRONMENT}
+    with warm.interpreter(vllm_python, tmp_path_factory.mktemp("vllm"), warm.VLLM, environment) as path:
+        yield path
 
 
 @pytest.fixture(scope="session")

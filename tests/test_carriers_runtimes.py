@@ -182,7 +182,7 @@ def test_a_group_that_denies_zero_points_is_found(directories, tmp_path, symmetr
 
 
 @pytest.fixture(scope="module")
-def loaded(directories, vllm_python, tmp_path_factory):  # noqa: F811
+def loaded(directories, vllm_warm, tmp_path_factory):  # noqa: F811
     made = dict(directories)
     unequal = tmp_path_factory.mktemp("unequal") / "x"
     made["unequal"] = damaged(directories["nvfp4"], unequal, BROKEN[3][1])
@@ -197,7 +197,7 @@ def loaded(directories, vllm_python, tmp_path_factory):  # noqa: F811
         unequal.with_name("denied"),
         lambda section: section["config_groups"]["group_0"]["weights"].update(symmetric=True),
     )
-    results = load_all([*made.values()], vllm_python, isolated=False, timeout=60)
+    results = load_all([*made.values()], vllm_warm, isolated=False, timeout=60)
     return dict(zip(made, results, strict=True))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import warm
 from bitladder.cli import terminal
 from bitladder.records import Scheme
 from conftest import make_text
@@ -22,9 +23,9 @@ from test_asking import measurement_of as mixed
 MANIFEST = Path(__file__).parent / "data" / "qwen2_5_vl_3b_instruct_fp8_autoquant_manifest.json"
 
 
-def bitladder(*arguments, cwd=None):
+def bitladder(*arguments, cwd=None, python=None):
     return subprocess.run(
-        [sys.executable, "-m", "bitladder.cli", *map(str, arguments)],
+        [python or warm.python(), "-m", "bitladder.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -68,7 +69,7 @@ def recipe(llama, text_file, tmp_path_factory):
 
 def test_run_prints_progress_table_and_report_and_then_nothing_to_do(recipe, tmp_path):
     path = recipe(tmp_path)
-    result = bitladder("run", path)
+    result = bitladder("run", path, python=sys.executable)
     assert result.returncode == 0, result.stderr
     for word in ("calibrate", "score", "export top50", "verify", "evaluate full", "held-out KL", "verified", "yes"):
         assert word in result.stdout
@@ -193,8 +194,8 @@ def test_inspect(llama):
 
 
 def test_version_and_help():
-    assert bitladder("--version").stdout.startswith("bitladder ")
-    assert "measure" in bitladder("--help").stdout
+    assert bitladder("--version", python=sys.executable).stdout.startswith("bitladder ")
+    assert "measure" in bitladder("--help", python=sys.executable).stdout
 
 
 def test_smollm2_refuses_what_is_not_its_wheel(tmp_path):

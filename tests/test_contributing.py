@@ -14,7 +14,7 @@ from bitladder.models import families
 from bitladder.models.families import architecture
 from bitladder.reading import read_json
 from bitladder.runtimes import preflight, registry
-from conftest import save_model
+from conftest import LONGEST, save_model
 
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 EXAMPLES = dict(re.findall(r"^```python\n# (\S+)\n(.*?)^```$", PAGE, re.M | re.S))
@@ -92,3 +92,7 @@ def test_a_format(llama, text_file, tmp_path, monkeypatch):
 
 def test_there_is_an_example_of_each():
     assert set(EXAMPLES) == {"formats/fp8_w8a16.py", "models/families/granite.py", "runtimes/literal.py"}
+
+
+def test_the_files_that_are_begun_first_are_there():
+    assert [name for name in LONGEST if not Path(__file__).with_name(f"test_{name}.py").exists()] == []

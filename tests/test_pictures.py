@@ -110,7 +110,7 @@ def test_vllm_is_sent_the_same_pictures(files):
     assert np.array_equal(np.asarray(vllm_serve.open_image(uri)), np.asarray(open_picture(uri)))
 
 
-def test_vllms_own_loader_gives_the_same_pictures(files, vllm_python):
+def test_vllms_own_loader_gives_the_same_pictures(files, vllm_warm):
     script = """
 import hashlib, json, pathlib, sys
 from vllm.multimodal.media.image import ImageMediaIO
@@ -121,7 +121,7 @@ for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 print(json.dumps(found))
 """
     done = subprocess.run(
-        [vllm_python, "-c", script, str(files)], capture_output=True, text=True, timeout=300, check=True
+        [vllm_warm, "-c", script, str(files)], capture_output=True, text=True, timeout=300, check=True
     )
     found = json.loads(done.stdout.splitlines()[-1])
     wanted = {}

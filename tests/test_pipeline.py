@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import bitladder
+import warm
 from bitladder import planning
 from bitladder.data import samples
 from bitladder.errors import (
@@ -601,6 +601,7 @@ def test_held_out_rows_of_the_calibration_file(files, tmp_path):
 
 
 CHILD = """
+import os
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
@@ -608,6 +609,8 @@ import test_pipeline
 from bitladder.steps.run import run
 from bitladder.steps.workspace import Workspace
 from bitladder.recipe import Recipe
+
+print(os.getpid(), file=sys.__stdout__, flush=True)
 
 def progress(phase, done, total):
     print(phase, done, file=sys.__stdout__, flush=True)
@@ -628,15 +631,17 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(moment, files, fini
         tests=str(Path(__file__).parent), moment=moment, recipe=recipe.model_dump_json(), output=str(output)
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
+        [warm.python(), "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
     ) as child:
+        number = int(child.stdout.readline())  # of the process that works: `child` ends when that has ended
         for line in child.stdout:
             if line.strip() == f"{moment[0]} {moment[1]}":
                 time.sleep(0.05)
-                child.send_signal(signal.SIGKILL)
+                os.kill(number, signal.SIGKILL)
                 break
         else:
             pytest.fail("the child ended before the moment came")
+    assert child.returncode == -signal.SIGKILL
     work = work_of(files, output)
     run(work)
     assert "evaluate" in work.done

@@ -507,7 +507,7 @@ def _respelt(old, new):
     return lambda name: old + name.removeprefix(new) if name.startswith(new) else name
 
 
-def test_exclusions_match_as_in_vllms_own_matcher(models, vllm_python):
+def test_exclusions_match_as_in_vllms_own_matcher(models, vllm_warm):
     pick = random.Random(7)
     jobs, ours = [], []
     for name, (module, text_module, text) in VLLM_MODULES.items():
@@ -521,7 +521,7 @@ def test_exclusions_match_as_in_vllms_own_matcher(models, vllm_python):
             jobs.append({**model, "text_module": text_module, "text": text, "excludes": listed, "layers": layers})
             ours.append([rules.decide(layer).outcome for layer in rules.layers])
     done = subprocess.run(
-        [str(vllm_python), "-c", MATCH],
+        [str(vllm_warm), "-c", MATCH],
         input=json.dumps(jobs),
         capture_output=True,
         text=True,

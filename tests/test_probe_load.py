@@ -425,14 +425,14 @@ ALL = (*broken_checkpoints.GOOD, *broken_checkpoints.CASES)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, vllm_python, good):
+def results(tmp_path_factory, vllm_warm, good):
     """`{case: result}` of all cases and of the untouched checkpoints, through one child."""
     directory = tmp_path_factory.mktemp("cases")
     made = {}
     for case in ALL:
         made[case.name] = directory / case.name
         case.make(good[case.base], made[case.name])
-    found = load_all([*made.values(), *good.values()], vllm_python, isolated=False, timeout=60)
+    found = load_all([*made.values(), *good.values()], vllm_warm, isolated=False, timeout=60)
     return dict(zip([*made, *(f"good {name}" for name in good)], found, strict=True))
 
 

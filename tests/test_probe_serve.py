@@ -315,7 +315,7 @@ def schemes(good, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def probes(vllm_python, good, schemes, job, sets, tmp_path_factory):
+def probes(vllm_warm, good, schemes, job, sets, tmp_path_factory):
     """The original, every scheme, and a checkpoint that runs to NaN, each served once."""
     broken = tmp_path_factory.mktemp("broken") / "o_scale_missing"
     case = next(case for case in broken_checkpoints.CASES if case.name == broken.name)
@@ -323,7 +323,7 @@ def probes(vllm_python, good, schemes, job, sets, tmp_path_factory):
     directories = list(schemes.values())
     data = list(sets.values())
     expected = {directory: logprobs.log_probs(directory, data) for directory in [SOURCE, *directories]}
-    return serve_all([*directories, broken], vllm_python, job, source=SOURCE, expected=expected, timeout=220)
+    return serve_all([*directories, broken], vllm_warm, job, source=SOURCE, expected=expected, timeout=220)
 
 
 @pytest.mark.slow
@@ -348,6 +348,14 @@ def test_every_scheme_is_served_as_its_files_say(probes, schemes):
     assert counts[:2] == [len(manifest.modules) for manifest in manifests]
     assert counts[1] == 42
     assert {module.rounding for module in manifests[1].modules} == {"compensated"}
+
+
+@pytest.mark.slow
+def test_a_child_that_imports_vllm_itself_finds_the_same(vllm_python, probes, schemes, job):
+    cold, warm = serve_now(schemes["top50"], vllm_python, job), probes.served[schemes["top50"]]
+    assert cold.reached == "timed"
+    varying = {"phases", "timings", "kv_cache_bytes", "kv_cache_tokens"}
+    assert cold.model_dump(exclude=varying) == warm.model_dump(exclude=varying)
 
 
 @pytest.mark.slow

@@ -6,13 +6,13 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+import warm
 from bitladder.errors import DataError, MeasurementError, ModelError, OutputError, RecipeError, RecordError, StaleRecord
 from bitladder.recipe import parse_recipe, read_recipe
 from bitladder.records import CheckpointManifest, Evaluation, Measurement, RunState, Scheme
@@ -38,12 +38,12 @@ published = load("plan_published_measurement")
 
 
 def call(*command):
-    environment = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHON": str(warm.python()), "HF_HUB_OFFLINE": "1"}
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
 
 
 def run_driver(root, *flags):
-    return call(sys.executable, DRIVER, "--out-root", root, *flags)
+    return call(warm.python(), DRIVER, "--out-root", root, *flags)
 
 
 def here(root, *flags):
@@ -372,18 +372,18 @@ def test_the_recipe_is_what_the_driver_does_by_default(monkeypatch):
 
 def test_serving_says_what_is_missing(tmp_path):
     script = SCRIPTS / "run_qwen2_5_vl_3b_vllm_fp8.py"
-    result = call(sys.executable, script, "--out-root", tmp_path, "--scheme-name", "fp8_autoquant_top50")
+    result = call(warm.python(), script, "--out-root", tmp_path, "--scheme-name", "fp8_autoquant_top50")
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path / 'quantized' / 'fp8_autoquant_top50_coco2017'} holds no checkp")
     (tmp_path / "config.json").write_text("{}")
-    result = call(sys.executable, script, "--model-dir", tmp_path, "--image", tmp_path / "nowhere.png")
+    result = call(warm.python(), script, "--model-dir", tmp_path, "--image", tmp_path / "nowhere.png")
     assert result.returncode == 2
     assert "nowhere.png does not exist" in result.stderr
     without = tmp_path / "python"
     without.write_text("#!/bin/sh\necho\n")  # an interpreter that finds no vLLM
     without.chmod(0o755)
     for python in (tmp_path / "nowhere", without):
-        result = call(sys.executable, script, "--model-dir", tmp_path, "--python", python)
+        result = call(warm.python(), script, "--model-dir", tmp_path, "--python", python)
         assert result.returncode == 2
         assert "make vllm-env" in result.stderr
         assert len(result.stderr.splitlines()) == 1

@@ -164,11 +164,11 @@ OF_LOADER = ("no_square", "no_exponents", "one_scale", "an_exponent_less", "nan_
 
 
 @pytest.fixture(scope="module")
-def loaded(made, tmp_path_factory, vllm_python):
+def loaded(made, tmp_path_factory, vllm_warm):
     """`{name: result of vLLM's loader}`, through one child."""
     root = tmp_path_factory.mktemp("broken")
     directories = made | {name: changed(made["mix"], root / name, BROKEN[name][0]) for name in OF_LOADER}
-    results = load_all([*directories.values()], vllm_python, isolated=False, timeout=60)
+    results = load_all([*directories.values()], vllm_warm, isolated=False, timeout=60)
     return dict(zip(directories, results, strict=True))
 
 

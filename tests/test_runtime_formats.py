@@ -355,7 +355,7 @@ print("ANSWERS" + json.dumps(answers))
 """
 
 
-def test_a_mix_is_looked_up_as_by_vllm_itself(vllm_python, tmp_path):
+def test_a_mix_is_looked_up_as_by_vllm_itself(vllm_warm, tmp_path):
     """Random lists, in the checkpoint's names as vLLM's mapper leaves them, in part or whole."""
     from bitladder.models.families import architecture
 
@@ -376,7 +376,7 @@ def test_a_mix_is_looked_up_as_by_vllm_itself(vllm_python, tmp_path):
         ours.append(["mixed" if one.outcome == "mixed" else one.format for one in decided])
         jobs.append({"listed": rules_keys(rules, listed), "packed": packed, "layers": [one.name for one in layers]})
     done = subprocess.run(
-        [str(vllm_python), "-c", RESOLVE], input=json.dumps(jobs), capture_output=True, text=True, check=False
+        [str(vllm_warm), "-c", RESOLVE], input=json.dumps(jobs), capture_output=True, text=True, check=False
     )
     assert "ANSWERS" in done.stdout, done.stderr[-3000:]
     theirs = json.loads(done.stdout.rpartition("ANSWERS")[2])
@@ -391,7 +391,7 @@ def rules_keys(rules, listed):
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory, vllm_python):
+def loaded(tmp_path_factory, vllm_warm):
     """`{name: result of vLLM's loader}`, through one child."""
     root = tmp_path_factory.mktemp("formats")
     new = {broken.new_name(name): algorithm for name, algorithm in MIXED.items()}
@@ -407,7 +407,7 @@ def loaded(tmp_path_factory, vllm_python):
     for name, mix in (("one_scale", False), ("input_scale", False), ("nan", False), ("no_scale", True)):
         made[name] = make(root / name, MIXED if mix else UNIFORM, mix=mix, change=changes[name])
     made["not_listed"] = make(root / "not_listed", MIXED, mix=True, listed=without(PLAIN))
-    results = load_all([*made.values()], vllm_python, isolated=False, timeout=60)
+    results = load_all([*made.values()], vllm_warm, isolated=False, timeout=60)
     return dict(zip(made, results, strict=True))
 
 

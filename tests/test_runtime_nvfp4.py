@@ -160,7 +160,7 @@ def half_loaded(tensors):
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory, vllm_python):
+def loaded(tmp_path_factory, vllm_warm):
     """`{name: result of vLLM's loader}`, through one child."""
     root = tmp_path_factory.mktemp("nvfp4")
     changes = {case[0]: case[1] for case in BROKEN}
@@ -174,7 +174,7 @@ def loaded(tmp_path_factory, vllm_python):
     manifest(made["promised"], {**{name: NAMES[one] for name, one in MIX.items()}, OUT: NAMES[FP4_W]})
     made |= {name: make(root / name, MIX, mix=True, change=changes[name]) for name in OF_LOADER}
     made["not_listed"] = make(root / "not_listed", MIX, mix=True, listed=LISTS[0][1])
-    results = load_all([*made.values()], vllm_python, isolated=False, timeout=60)
+    results = load_all([*made.values()], vllm_warm, isolated=False, timeout=60)
     return dict(zip(made, results, strict=True))
 
 

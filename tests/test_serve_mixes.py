@@ -133,10 +133,10 @@ def expected(exported, data):
 
 
 @pytest.fixture(scope="module")
-def served(exported, expected, data, vllm_python):
+def served(exported, expected, data, vllm_warm):
     """(results, log-probabilities that vLLM gives) by name; each checkpoint is served once."""
     job = ServeJob(sequences=tuple(logprobs.sequences(data, "captions", broken.SOURCE)))
-    probes = serve_all([*exported.values()], vllm_python, job, source=broken.SOURCE, expected=expected, timeout=220)
+    probes = serve_all([*exported.values()], vllm_warm, job, source=broken.SOURCE, expected=expected, timeout=220)
     given = {
         name: tuple(
             tuple(scores.log_probs[position - 1] for position in sequence.counted)

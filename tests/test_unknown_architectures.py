@@ -263,7 +263,7 @@ def written(name):
     return _with_vllms_names(name, names[0]), [name for layer in names for name in layer]
 
 
-def test_what_is_excluded_is_excluded_by_vllms_own_matcher(vllm_python):
+def test_what_is_excluded_is_excluded_by_vllms_own_matcher(vllm_warm):
     jobs, ours = [], []
     for name in MODULES:
         with_fused, modules = written(name)
@@ -277,7 +277,7 @@ def test_what_is_excluded_is_excluded_by_vllms_own_matcher(vllm_python):
             if excludes is with_fused:
                 assert ours[-1] == ["excluded" if ".0." in layer.name else "quantised" for layer in rules.layers]
     done = subprocess.run(
-        [str(vllm_python), "-c", MATCH],
+        [str(vllm_warm), "-c", MATCH],
         input=json.dumps(jobs),
         capture_output=True,
         text=True,
