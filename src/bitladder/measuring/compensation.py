@@ -27,12 +27,13 @@ from torch import nn
 from bitladder.device import OUT_OF_MEMORY, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import WEIGHT, WEIGHT_ONLY, Format
+from bitladder.formats.columns import Columns
 from bitladder.measured import Amax, codes_key
 from bitladder.measuring.calls import by_layer, hidden_of
 from bitladder.measuring.job import Job
 from bitladder.measuring.layers import Layers
 from bitladder.measuring.partial import Partial
-from bitladder.measuring.rounding import Walk, output_error
+from bitladder.measuring.rounding import Rounded, Walk, output_error
 from bitladder.models.anatomy import PLAIN, Layout, tokens_first
 from bitladder.reading import open_safetensors
 from bitladder.records import QuantGroup, RoundedModule
@@ -40,6 +41,7 @@ from bitladder.runinfo import Meter
 from bitladder.storage import atomic_path, seal, sha256_of_bytes
 
 _NEAREST = "rounding: nearest"
+_AT_ONCE = 4  # weights that a GPU walks at once, where its memory isn't limited
 REMEDY = f"rounding: compensated goes layer by layer and needs one list, use {_NEAREST}"
 
 
@@ -80,7 +82,8 @@ def _round_layers(
         calls = [layers.calls(batch.to(job.device))[0] for batch in job.batches]
     except EngineError as error:
         raise EngineError(f"{error}; use {_NEAREST}") from error
-    hidden, walk = [found[0].hidden.to(layers.home) for found in calls], Walk()
+    hidden = [found[0].hidden.to(layers.home) for found in calls]
+    walk = Walk(_AT_ONCE if layers.memory.is_gpu and layers.memory.limit is None else 1)
     for index in range(last + 1):
         job.progress("round", index, last + 1)
         layer_groups = groups[index] if index in missing else []
@@ -159,14 +162,18 @@ def _write(
 ) -> None:
     """Write the codes of one layer's modules, and what they do."""
     tensors: dict[str, torch.Tensor] = {}
-    modules = []
+    modules, work = [], []
     for group in groups:
         sums = products.pop(group.name, None)
         if sums is None:
             raise EngineError(f"{group.name} doesn't run inside its layer; use rounding: nearest")
-        for format_ in made_for(job, group):
-            product = sums[_input_of(format_)]
-            for module, parts, record in _rounded(model, group, format_, product, job.spec.damping, amax, walk):
+        work += [(group, format_, sums[_input_of(format_)]) for format_ in made_for(job, group)]
+    for start in range(0, len(work), walk.at_once):
+        some = work[start : start + walk.at_once]
+        walked = [_walked(model, *one, job.spec.damping, amax, walk, lane) for lane, one in enumerate(some)]
+        walk.wait()
+        for (group, format_, product), (columns, found) in zip(some, walked, strict=True):
+            for module, parts, record in _recorded(model, group, format_, product, amax, columns, found):
                 tensors |= {f"{codes_key(module, format_.name)}.{part}": tensor for part, tensor in parts.items()}
                 modules.append(record)
     with atomic_path(path) as temporary:
@@ -175,7 +182,11 @@ def _write(
     seal(path)
 
 
-def _rounded(
+def _weights(model: nn.Module, group: QuantGroup) -> list[torch.Tensor]:
+    return [model.get_parameter(f"{module.name}.weight") for module in group.modules]
+
+
+def _walked(
     model: nn.Module,
     group: QuantGroup,
     format_: Format,
@@ -183,26 +194,44 @@ def _rounded(
     damping: float,
     amax: Amax,
     walk: Walk,
-) -> Iterator[tuple[str, dict[str, torch.Tensor], RoundedModule]]:
-    """Yield what is stored of a group's modules in a format, on the CPU, and what that does."""
-    weights: list[torch.Tensor] = [model.get_parameter(f"{module.name}.weight") for module in group.modules]
+    lane: int,
+) -> tuple[Columns, Rounded]:
+    """Return all weights of a group on a format's grid, one above the other.
+
+    They share their input and, where it is one for all of a weight, the scale.
+    """
     each = [amax[format_.weight_key(module.name)].to(product.device) for module in group.modules]
-    # One call for all modules of a group: they share input and, where it is one for all of a weight, the scale.
-    stacked, shared = torch.cat(weights), each[0] if format_.spread in ("tensor", "block") else torch.cat(each)
+    shared = each[0] if format_.spread in ("tensor", "block") else torch.cat(each)
+    stacked = torch.cat(_weights(model, group))
     columns = format_.columns(shared, len(stacked))
     try:
-        found = walk.compensated(stacked, product, columns, damping)
+        return columns, walk.compensated(stacked, product, columns, damping, lane)
     except MeasurementError as error:
         raise MeasurementError(f"{group.name}: {error}") from error
-    shift, first = found.largest_shift(stacked), 0
+
+
+def _recorded(
+    model: nn.Module,
+    group: QuantGroup,
+    format_: Format,
+    product: torch.Tensor,
+    amax: Amax,
+    columns: Columns,
+    found: Rounded,
+) -> Iterator[tuple[str, dict[str, torch.Tensor], RoundedModule]]:
+    """Yield what is stored of a group's modules in a format, on the CPU, and what that does."""
+    weights = _weights(model, group)
+    of_all, first = sum(len(weight) for weight in weights), 0
+    shift = found.largest_shift(torch.cat(weights))
     parts = {name: part.cpu() for name, part in columns.parts(found.values, found.scales).items()}
-    for module, weight, own_amax in zip(group.modules, weights, each, strict=True):
-        rows, of_all = slice(first, first + len(weight)), len(stacked)
+    for module, weight in zip(group.modules, weights, strict=True):
+        rows = slice(first, first + len(weight))
         own = {
             name: part[first * len(part) // of_all : rows.stop * len(part) // of_all].contiguous()
             for name, part in parts.items()
         }
         digests = {name: sha256_of_bytes(part.flatten().view(torch.uint8).numpy().data) for name, part in own.items()}
+        nearest = format_.encode(weight, amax[format_.weight_key(module.name)].to(weight.device))
         record = RoundedModule(
             name=module.name,
             format=format_.name,
@@ -210,7 +239,7 @@ def _rounded(
             scales_sha256=digests,
             largest_shift=float(shift[rows].amax()),
             output_error=output_error(weight, found.values[rows], product),
-            nearest_output_error=output_error(weight, format_.decode(format_.encode(weight, own_amax)), product),
+            nearest_output_error=output_error(weight, format_.decode(nearest), product),
         )
         yield module.name, own, record
         first = rows.stop

@@ -21,7 +21,7 @@ import torch
 
 from bitladder.errors import MeasurementError
 from bitladder.formats.columns import Columns
-from bitladder.measuring.streams import gpu_streams
+from bitladder.measuring.streams import gpu_streams, lane_stream
 
 _COLUMNS_AT_ONCE = 128  # errors are spread at once within so many columns, and over the rest by one product
 
@@ -54,14 +54,21 @@ _Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Walk:
     """Walks weights column by column; on a GPU the steps of a block of columns are one CUDA graph, made once a shape.
 
-    A column takes some twenty kernels of microseconds each: launching them one by one takes several times as long.
+    A column takes some twenty kernels of microseconds each: launching them one by one takes several times as long, and
+    one weight leaves most of a GPU idle. So several are walked side by side, each on a stream of its own.
+
+    at_once: so many weights may be walked before anybody waits; each has a number from 0 on, its `lane`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = 1) -> None:
+        self.at_once = at_once
         self._graphs: dict[Any, _BlockGraph] = {}
+        self._pools: dict[int, Any] = {}  # lane -> where its graphs, of which one runs at a time, have their memory
 
-    def compensated(self, weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, damping: float) -> Rounded:
-        """Return a weight on a format's grid, [out_features, in_features].
+    def compensated(
+        self, weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, damping: float, lane: int = 0
+    ) -> Rounded:
+        """Return a weight on a format's grid, [out_features, in_features]; on a GPU it isn't there before `wait`.
 
         Args:
             weight: [out_features, in_features]; modules that share input and scale may be stacked.
@@ -69,10 +76,28 @@ class Walk:
             columns: the grid.
             damping: this share of the mean of the hessian's diagonal is added to it. More of it trusts the calibration
                 tokens less; what is infinite rounds to nearest.
+            lane: in which it is walked.
 
         Raises:
             MeasurementError: the hessian is not positive definite.
         """
+        if not weight.is_cuda:
+            return self._compensated(weight, hessian, columns, damping, lane)
+        stream = lane_stream(weight.device.index, lane)
+        stream.wait_stream(torch.cuda.current_stream())
+        for given in (weight, hessian, columns.known):
+            given.record_stream(stream)  # its memory is nobody else's before the lane is done with it
+        with torch.cuda.stream(stream):
+            return self._compensated(weight, hessian, columns, damping, lane)
+
+    def wait(self) -> None:
+        """Wait for all that is being walked."""
+        if self._graphs:
+            torch.cuda.synchronize()
+
+    def _compensated(
+        self, weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, damping: float, lane: int
+    ) -> Rounded:
         diagonal, size = hessian.diagonal(), columns.size
         order, groups = _order(diagonal, size)
         factor = _inverse_factor(hessian, order, float(diagonal.mean()) * damping)
@@ -82,7 +107,7 @@ class Walk:
         for start in range(0, len(rest), _COLUMNS_AT_ONCE):
             end = min(start + _COLUMNS_AT_ONCE, len(rest))
             own = columns.at(groups[start // size : -(-end // size)])
-            found, errors, chosen = self._block(rest[start:end], factor[start:end, start:end].contiguous(), own)
+            found, errors, chosen = self._block(rest[start:end], factor[start:end, start:end].contiguous(), own, lane)
             values[order[start:end]] = found
             scales.append(chosen.clone())
             rest[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
@@ -91,20 +116,21 @@ class Walk:
         all_scales = torch.cat(scales, -1)[..., sorted(range(len(groups)), key=groups.__getitem__)]
         return Rounded(values.t().contiguous(), all_scales, columns.steps(all_scales))
 
-    def _block(self, block: torch.Tensor, local: torch.Tensor, columns: Columns) -> _Block:
+    def _block(self, block: torch.Tensor, local: torch.Tensor, columns: Columns, lane: int) -> _Block:
         if not block.is_cuda:
             return _walked(block, local, columns, _factors(columns, block))
         settings = {name: value for name, value in vars(columns).items() if name != "known"}
-        key = (type(columns), block.shape, columns.known.shape, *sorted(settings.items()))
+        key = (lane, type(columns), block.shape, columns.known.shape, *sorted(settings.items()))
         if key not in self._graphs:
-            self._graphs[key] = _BlockGraph(block, local, columns)
+            pool = self._pools.setdefault(lane, torch.cuda.graph_pool_handle())
+            self._graphs[key] = _BlockGraph(block, local, columns, pool)
         return self._graphs[key].replay(block, local, columns)
 
 
 class _BlockGraph:
     """`_walked` for blocks of one shape."""
 
-    def __init__(self, block: torch.Tensor, local: torch.Tensor, columns: Columns) -> None:
+    def __init__(self, block: torch.Tensor, local: torch.Tensor, columns: Columns, pool: Any) -> None:
         self.block, self.local = block.clone(), local.clone()
         self.columns, factors = columns.knowing(columns.known.clone()), _factors(columns, block)
         _, stream = gpu_streams(block.device.index)
@@ -113,7 +139,7 @@ class _BlockGraph:
             _walked(self.block, self.local, self.columns, factors)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
             self.found = _walked(self.block, self.local, self.columns, factors)
         self.factors = factors  # which the graph reads
 

@@ -1,4 +1,4 @@
-"""The two streams of a GPU beside the default one, for good."""
+"""The streams of a GPU beside the default one, for good."""
 
 import functools
 from typing import Any
@@ -15,3 +15,10 @@ def gpu_streams(device: int) -> tuple[Any, Any]:
     """
     with torch.cuda.device(device):
         return torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def lane_stream(device: int, lane: int) -> Any:
+    """Return the stream of what is done side by side with other lanes."""
+    with torch.cuda.device(device):
+        return torch.cuda.Stream()  # type: ignore[no-untyped-call]
