@@ -104,8 +104,8 @@ class RoundedModule(Grown):
 
     name: str
     format: str = Field(default="", description="empty: the only one of a measurement that an earlier version made")
-    scales_sha256: dict[str, str] = Field(default_factory=dict, description="of the scales that were chosen, by part")
     codes_sha256: str = Field(description="of the codes, row by row, as they are stored")
+    scales_sha256: dict[str, str] = Field(default_factory=dict, description="of the scales that were chosen, by part")
     largest_shift: float = Field(description="largest |code · scale - weight|, in units of the scale")
     output_error: float = Field(description="|X (W - Q)| / |X W|, every token's input at unit length")
     nearest_output_error: float = Field(description="the same with the nearest codes")
