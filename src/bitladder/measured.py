@@ -79,6 +79,11 @@ def codes_files(directory: Path) -> list[Path]:
     return [path for path in sorted(directory.glob("*")) if _CODES_FILE.fullmatch(path.name)]
 
 
+def has_earlier_codes(measurement: Measurement) -> bool:
+    """Return whether an earlier version made the codes, whose files don't say which format they are of."""
+    return measurement.rounding is not None and any(not module.format for module in measurement.rounding.modules)
+
+
 def read_codes(
     measurement: Measurement, directory: Path, sha256: Callable[[Path], str] = sha256_of_file
 ) -> Codes | None:
@@ -90,10 +95,12 @@ def read_codes(
         sha256: of a file; a cache spares hashing gigabytes again.
 
     Raises:
-        RecordError: a file is missing, or not the one that the measurement was written with.
+        RecordError: a file is missing, or not the one that the measurement was written with, or an earlier version's.
     """
     if measurement.rounding is None:
         return None
+    if has_earlier_codes(measurement):
+        raise RecordError(f"{directory / CODES} has codes of an earlier version's kind; run `bitladder measure` again")
     for entry in measurement.rounding.files:
         path = directory / CODES / entry.name
         if not path.is_file():

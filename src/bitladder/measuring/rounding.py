@@ -221,6 +221,8 @@ def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) 
 def output_error(weight: torch.Tensor, restored: torch.Tensor, hessian: torch.Tensor) -> float:
     """Return |X (W - Q)| / |X W| over the tokens of the hessian, Q being what the codes restore."""
     exact = weight.detach().float()
-    difference = exact - restored
+    # By a power of two, which changes no digit: squares of what is large or small wouldn't be numbers.
+    unit = torch.ldexp(exact.new_ones(()), -torch.frexp(exact.abs().amax()).exponent)
+    difference, exact = (exact - restored) * unit, exact * unit
     squares = [float(((rows @ hessian) * rows).sum(dtype=torch.float64)) for rows in (difference, exact)]
     return (max(squares[0], 0.0) / squares[1]) ** 0.5 if squares[1] > 0 else 0.0

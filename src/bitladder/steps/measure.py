@@ -9,7 +9,7 @@ from bitladder.data.batches import DataSet
 from bitladder.errors import MeasurementError, RecordError, StaleRecord
 from bitladder.formats import in_order
 from bitladder.formats.targets import served
-from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, copy_codes, read_codes
+from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, copy_codes, has_earlier_codes, read_codes
 from bitladder.measuring.measure import measure as measure_now
 from bitladder.measuring.measure import settings_sha256
 from bitladder.measuring.partial import forget_partial
@@ -78,7 +78,9 @@ def why_again(work: Workspace, known: Measurement, source: ModelSource, data: Da
         changes.append("the model's files are others")
     if known.calibration.sha256 != data.summary.sha256 and not any(line.startswith("calibration") for line in changes):
         changes.append("the calibration samples are others")
-    changes += [f"{name} is missing or damaged" for name in damaged]
+    earlier = has_earlier_codes(known)
+    changes += ["an earlier version made its compensated codes"] if earlier else []
+    changes += [f"{name} is missing or damaged" for name in damaged if not (earlier and name == CODES)]
     return ", ".join(changes) or "the settings are others than those that it was made with"
 
 
@@ -132,6 +134,8 @@ def take_over(work: Workspace, path: Path) -> Measurement:
             f"{path} scored its formats {scored}, which isn't how serve_on: {work.recipe.serve_on} computes them; "
             "measure, or leave serve_on out"
         )
+    if has_earlier_codes(known):
+        raise RecordError(f"{path} has compensated codes of an earlier version's kind; measure again where it was made")
     for name in damaged_beside(work, known, path.parent):
         raise RecordError(f"{path.parent / name} is missing or not what {path} was written with; copy both together")
     own = work.output / MEASUREMENT_FILE
