@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from bitladder import planning
 from bitladder.checkpoints.export import export
+from bitladder.errors import RecordError
 from bitladder.evaluation.evaluate import evaluate_checkpoint
 from bitladder.evaluation.reference import Reference
 from bitladder.evaluation.simulation import Simulation
@@ -18,9 +19,12 @@ from bitladder.measured import Codes, codes_files, read_amax, read_codes
 from bitladder.measuring import rounding
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, CheckpointManifest, Measurement
+from bitladder.steps.measure import measure as measure_step
+from bitladder.steps.measure import take_over
 from bitladder.storage import sha256_of_file
 from bitladder.verification import verify
 from conftest import llama_config, load_text, measure_text, save_model
+from test_pipeline import work_of
 
 EACH = sorted(FORMATS)
 CHOSEN = [name for name in EACH if FORMATS[name].group_size is not None and name != "mxfp8"]  # scales, by error
@@ -325,3 +329,75 @@ def test_codes_of_an_earlier_version_are_not_taken_for_ours(measured, tmp_path):
     tensors = {"model.layers.0.mlp.down_proj": next(iter(load_file(path).values()))}
     save_file(tensors, tmp_path / path.name)
     assert set(Codes.in_files([tmp_path / path.name]).files) == {"model.layers.0.mlp"}
+
+
+def without_formats(measurement):
+    """The record as an earlier version wrote it, which made codes of one format."""
+    modules = tuple(one.model_copy(update={"format": "", "scales_sha256": {}}) for one in measurement.rounding.modules)
+    return measurement.model_copy(
+        update={"rounding": measurement.rounding.model_copy(update={"modules": modules}), "settings_sha256": "0" * 64}
+    )
+
+
+def test_a_run_of_an_earlier_version_is_measured_again(llama, text_file, tmp_path):
+    settings = {"engine": "native", "formats": ("fp8",), "rounding": "compensated"}
+    output, said = tmp_path / "run", []
+
+    def work():
+        found = work_of((llama, text_file, text_file), output, controls={"kinds": []}, measurement=settings)
+        found.tell = said.append
+        return found
+
+    now = measure_step(work())
+    earlier = without_formats(now)
+    earlier.write(output / "measurement.json")
+    with pytest.raises(RecordError, match="codes of an earlier version's kind; run `bitladder measure` again"):
+        read_codes(earlier, output)
+    other = work_of((llama, text_file, text_file), tmp_path / "other", controls={"kinds": []})
+    with pytest.raises(RecordError, match="codes of an earlier version's kind; measure again where it was made"):
+        take_over(other, output / "measurement.json")
+    again = measure_step(work())
+    assert said == ["measuring again: an earlier version made its compensated codes"]
+    assert again.rounding == now.rounding
+
+
+def test_checkpoints_of_an_earlier_version_still_verify(llama, text_file, tmp_path):
+    measurement = measure_text(llama, text_file, tmp_path, formats=("fp8",), rounding="compensated")
+    amax, codes = read_amax(measurement, tmp_path), read_codes(measurement, tmp_path)
+    scheme = whole_of(measurement, "fp8")
+    export(scheme, measurement, amax, llama, tmp_path / "fp8", codes=codes)
+    earlier = without_formats(measurement)
+    scheme = scheme.model_copy(update={"measurement_sha256": earlier.fingerprint()})
+    manifest = CheckpointManifest.read(tmp_path / "fp8" / CheckpointManifest.FILE_NAME)
+    wanted = {"scheme_sha256": scheme.fingerprint(), "measurement_sha256": earlier.fingerprint()}
+    manifest.model_copy(update=wanted).write(tmp_path / "fp8" / CheckpointManifest.FILE_NAME)
+    found = verify([scheme], earlier, amax, llama, {"fp8": tmp_path / "fp8"}).checkpoints[0].findings
+    assert not [one for one in found if one.tensor], found
+
+
+def test_codes_of_a_model_in_fp16_verify_where_it_was_measured_in_bf16(text_file, tmp_path):
+    """They are as far from the weights that were measured as was recorded; from those of the file a little farther."""
+    config = llama_config(hidden_size=128, intermediate_size=256, num_hidden_layers=1)
+    path = save_model(transformers.LlamaForCausalLM, config, tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.0007)  # into digits that BF16 hasn't
+    model.save_pretrained(path)
+    settings = {"formats": ("fp8", "int8", "nvfp4"), "rounding": "compensated", "dtype": "bfloat16"}
+    measurement = measure_text(path, text_file, tmp_path / "run", **settings)
+    amax, codes = (read(measurement, tmp_path / "run") for read in (read_amax, read_codes))
+    for name in settings["formats"]:
+        scheme, directory = whole_of(measurement, name), tmp_path / name
+        export(scheme, measurement, amax, path, directory, codes=codes, carrier=COMPRESSED_TENSORS)
+        found = verify([scheme], measurement, amax, path, {name: directory}, carrier=COMPRESSED_TENSORS)
+        assert found.checkpoints[0].findings == ()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e25])
+def test_the_outputs_error_is_one_of_any_magnitude(layer, size):
+    weight, products = layer
+    error = rounding.output_error(weight, weight * 1.25, products)
+    assert error == pytest.approx(0.25, rel=1e-5)
+    assert rounding.output_error(weight * size, weight * 1.25 * size, products) == pytest.approx(0.25, rel=1e-5)
+    assert rounding.output_error(weight * 0, weight * 0, products) == 0

@@ -190,7 +190,9 @@ def _weights(
                     part.many_scales[name] = many
         if name in tensors.files:
             part.tensors = 1
-            _weight(part, name, entry, expected, tensors, original)
+            # How far off compensated codes may be was recorded of weights in the arithmetic of the measurement.
+            compared = original if entry.rounded is None else original.to(dtype)
+            _weight(part, name, entry, expected, tensors, compared)
         return part
 
     with one_core_each(_THREADS) as pool:
