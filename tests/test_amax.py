@@ -32,6 +32,21 @@ def test_the_largest_of_all_is_kept(passes, dtype):
     assert {name: float(value) for name, value in running.values().items()} == largest  # asking changes nothing
 
 
+def test_magnitudes_of_rows_and_blocks_go_with_those_of_tensors():
+    running = RunningAmax()
+    for passed in (1.0, 3.0, 2.0):
+        running.see("tensor", torch.tensor(passed))
+        running.see("rows", torch.tensor([passed, 2.5, -0.0], dtype=torch.bfloat16))
+        running.see("blocks", torch.tensor([[1 / passed]]))
+    found = running.values()
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "tensor": 3.0,
+        "rows": [3.0, 2.5, 0.0],
+        "blocks": [[1.0]],
+    }
+    assert {value.dtype for value in found.values()} == {torch.float32}
+
+
 def test_tensors_of_other_types_go_together():
     running = RunningAmax()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

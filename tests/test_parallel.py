@@ -30,7 +30,7 @@ from conftest import load_text, source_of
 SETTINGS = {
     "fisher": {},
     "kl_div": {"method": "kl_div", "formats": ("fp8", "nvfp4")},
-    "compensated": {"method": "gradient", "rounding": "compensated", "damping": 1.0},
+    "compensated": {"method": "gradient", "rounding": "compensated", "damping": 1.0, "formats": ("fp8", "int8")},
 }
 BATCHES = 6
 RECORDS = ("measurement.json", "measurement.safetensors")

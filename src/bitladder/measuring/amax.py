@@ -21,9 +21,17 @@ class RunningAmax(Generic[Key]):
     def __init__(self) -> None:
         self._known: dict[tuple[Key, ...], torch.Tensor] = {}  # keys that were seen together -> of each, [keys]
         self._fresh: dict[Key, torch.Tensor] = {}  # seen since, as they were given
+        self._many: dict[Key, torch.Tensor] = {}  # of keys that have several numbers, of rows or of blocks
 
     def see(self, key: Key, amax: torch.Tensor) -> None:
-        """Take one more magnitude of a key, a scalar of any floating-point dtype; all must be on one device."""
+        """Take one more magnitude of a key, of any floating-point dtype; all must be on one device.
+
+        It is a scalar, or always of the same shape, where rows or blocks have magnitudes of their own.
+        """
+        if amax.dim():
+            seen = amax.float()
+            self._many[key] = torch.maximum(self._many[key], seen) if key in self._many else seen
+            return
         if key in self._fresh:
             self._settle()
         self._fresh[key] = amax
@@ -35,10 +43,10 @@ class RunningAmax(Generic[Key]):
         self._fresh = {}
 
     def values(self) -> dict[Key, torch.Tensor]:
-        """Return each key's largest magnitude: float32 scalars on the CPU."""
+        """Return each key's largest magnitude, float32 on the CPU."""
         if self._fresh:
             self._settle()
-        found: dict[Key, torch.Tensor] = {}
+        found = {key: amax.cpu() for key, amax in self._many.items()}
         for keys, amax in self._known.items():
             for key, value in zip(keys, amax.cpu(), strict=True):
                 found[key] = torch.maximum(found[key], value) if key in found else value.clone()

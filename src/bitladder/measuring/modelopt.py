@@ -23,6 +23,7 @@ from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, deterministic, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import FORMATS, Format, get_format, grids
+from bitladder.formats.fp8_block import Fp8Block
 from bitladder.measured import Amax
 from bitladder.measuring.amax import shared
 from bitladder.measuring.checks import with_scales
@@ -209,6 +210,7 @@ class _Session:
     def _install_amax(self, groups: dict[str, Any], amax: Amax) -> None:
         for key, quantiser in self._quantisers(groups):
             kept = amax[key].to(self.job.device)
+            kept = kept.reshape(()) if kept.numel() == 1 else kept  # one block, too
             quantiser.amax = kept[:, None, :, None] if kept.dim() == 2 else kept[:, None] if kept.dim() else kept
 
     def _install_grids(self, groups: dict[str, Any]) -> None:
@@ -278,6 +280,8 @@ class _Session:
 
 def _as_kept(key: str, amax: torch.Tensor) -> torch.Tensor:
     """Return an amax of ModelOpt's as measurements keep it: a scalar, [out_features] of rows, or one a square block."""
+    if key.endswith(f".{Fp8Block.amax_name}") and amax.dim() == 0:
+        amax = amax[None, None, None, None]  # ModelOpt has no dimensions where there is one block
     if key.endswith(f".{_ONE_NUMBER}") or amax.dim() == 0:
         return amax.reshape(())
     kept = amax[:, 0, :, 0] if amax.dim() == 4 else amax.reshape(-1)
