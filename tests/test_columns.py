@@ -68,6 +68,9 @@ def test_what_is_stored_restores_what_was_chosen(name, layer):
     assert {part: tensor.shape for part, tensor in parts.items()} == {
         part: torch.Size(one.shape) for part, one in stored.items()
     }
+    steps = found.steps.repeat_interleave(384 // found.steps.shape[1], 1)
+    farthest = ((found.values - layer[0]).abs() / steps).amax(1)
+    assert torch.allclose(found.largest_shift(layer[0]), farthest, rtol=1e-5)
     # what lies on the grid is its own nearest: a step beside it lies as much farther
     worst = float(found.largest_shift(layer[0]).max())
     assert 0.4 < worst < 500
@@ -176,6 +179,12 @@ def test_what_lies_beyond_the_largest_code_is_the_largest(name, layer):
     assert torch.equal(columns.nearest(end, scales), end)
 
 
+@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+def test_damping_is_a_share_of_the_products(name, layer):
+    weight, products = layer
+    assert torch.equal(rounded(name, weight, products * 1024)[1].values, rounded(name, weight, products)[1].values)
+
+
 @pytest.mark.parametrize("name", ["fp8", "nvfp4", "int4_w4a16_asym"])
 def test_errors_are_spread_over_all_columns_that_are_to_come(name, layer, monkeypatch):
     """At once within some, and over the rest by one product: which they are changes the order of sums alone."""
@@ -280,6 +289,10 @@ def test_products_are_those_of_inputs_as_they_are_served(llama, text_file, measu
         restored = format_.decode(parts | format_.tensor_scales(amax[format_.weight_key(record.name)]))
         error = float((x @ (weight - restored).t()).norm() / (x @ weight.t()).norm())
         assert record.output_error == pytest.approx(error, rel=1e-3), (record.name, record.format)
+        if record.format == "int8":  # how far off is of each module of a group
+            scales = format_.tensor_scales(amax[format_.weight_key(record.name)])["weight_scale"]
+            steps = parts["weight"].float() - weight / scales[:, None]
+            assert record.largest_shift == pytest.approx(float(steps.abs().max()), rel=1e-4), record.name
 
 
 def test_checkpoints_verify(llama, measured, exported):
@@ -389,6 +402,13 @@ def without_formats(measurement):
     return measurement.model_copy(
         update={"rounding": measurement.rounding.model_copy(update={"modules": modules}), "settings_sha256": "0" * 64}
     )
+
+
+def test_codes_that_two_files_have_are_refused(measured, tmp_path):
+    path = codes_files(measured[1] / "codes")[0]
+    shutil.copy(path, tmp_path / "other.safetensors")
+    with pytest.raises(RecordError, match="both have codes of"):
+        Codes.in_files([path, tmp_path / "other.safetensors"])
 
 
 def test_a_run_of_an_earlier_version_is_measured_again(llama, text_file, tmp_path):
