@@ -75,7 +75,7 @@ class Walk:
             hessian: Xᵀ X of its inputs, [in_features, in_features] float32, on the same device.
             columns: the grid.
             damping: this share of the mean of the hessian's diagonal is added to it. More of it trusts the calibration
-                tokens less; what is infinite rounds to nearest.
+                tokens less; where it is infinite, no error is made up for.
             lane: in which it is walked.
 
         Raises:
