@@ -259,7 +259,7 @@ def test_a_mix_from_one_measurement_by_the_driver(root, tmp_path):
     result = run_driver(out, "--auto-quantize-bits", "4.2")
     assert result.returncode == 2
     assert "add int4_w4a16 or int4_w4a16_asym to --formats with --carrier compressed-tensors" in result.stderr
-    with pytest.raises(RecipeError, match="--formats mxfp8 is not in .*which has nvfp4, fp8; choose among these"):
+    with pytest.raises(RecipeError, match="--formats mxfp8 is not in .*which has fp8, nvfp4; choose among these"):
         here(out, "--measurement", out / "autoquant" / "measurement.json", "--formats", "mxfp8")
 
 
