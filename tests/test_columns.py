@@ -143,7 +143,7 @@ def test_candidates_are_the_encoders_scales_of_smaller_and_larger_values(name, l
     weight[::2] = weight[::2].abs()  # whose zero points are at the end
     columns = format_.columns(amax_of(format_, weight), len(weight))
     size, factors = columns.size, torch.tensor(columns.factors)[:, None]
-    found = columns.scales(weight[:, size : 2 * size].t(), factors, 1)
+    found = columns.at([1]).scales(weight[:, size : 2 * size].t(), factors)
     assert found.shape[1:] == (len(columns.factors), len(weight))
     for index, factor in enumerate(columns.factors):
         parts = format_.encode(weight * factor, amax_of(format_, weight))
@@ -171,9 +171,8 @@ def test_what_lies_beyond_the_largest_code_is_the_largest(name, layer):
     format_, weight = get_format(name), layer[0]
     columns = format_.columns(amax_of(format_, weight), len(weight))
     values = weight[:, : max(columns.size, 16)].t()
-    scales = columns.fixed
-    if scales is None:
-        scales = columns.scales(values[: columns.size], torch.ones(1, 1), 0)[:, 0]
+    columns = columns.at([0])
+    scales = columns.scales(values[: columns.size], torch.ones(1, 1))[:, 0]
     end = columns.nearest(values[0].abs() * 1e4, scales)
     assert bool(torch.isfinite(end).all())
     assert torch.equal(columns.nearest(values[0].abs() * 2e4, scales), end)
