@@ -2,12 +2,11 @@
 
     python benchmarks/start.py                           # writes benchmarks/results/start.json; some minutes
 
-Both trees do the same commands in children that alternate, on a small finished run of their own of the
-embedded model. Three times
-of a child, user and system together: when it opens the first record that it works on (arguments are parsed by then, a
-recipe is read and checked), when it enters the function that it is there for (numpy is imported by then, where that
-computes), and when it ends. Processor time also grows while other processes press on the caches, so beside the median
-stands the least; the ratio of the two trees is what to go by.
+Both trees do the same commands in children that alternate, on a small finished run of their own of the embedded model.
+Three times of a child, user and system together: when it opens the first record that it works on (arguments are parsed
+by then, a recipe is read and checked), when it enters the function that it is there for (numpy is imported by then,
+where that computes), and when it ends. Processor time also grows while other processes press on the caches, so beside
+the median stands the least; the ratio of the two trees is what to go by.
 """
 
 import argparse

@@ -181,6 +181,13 @@ def llama(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_llama(tmp_path_factory) -> Path:
+    """Another whose widths 128 divides, so that it can have every format."""
+    config = llama_config(hidden_size=128, intermediate_size=256, num_key_value_heads=2)
+    return save_model(transformers.LlamaForCausalLM, config, tmp_path_factory.mktemp("wide_llama"))
+
+
+@pytest.fixture(scope="session")
 def sharded_llama(tmp_path_factory) -> Path:
     """The same model in several weight files, with a chat template and a licence beside it."""
     directory = tmp_path_factory.mktemp("sharded")

@@ -30,7 +30,7 @@ from bitladder.measured import read_amax
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, CheckpointManifest
 from bitladder.verification import verify
-from conftest import llama_config, load_text, measure_text, save_model
+from conftest import load_text, measure_text
 
 EACH = sorted(name for name, one in FORMATS.items() if COMPRESSED_TENSORS in one.layouts)
 # compressed-tensors 0.20.0 has no place for packed zero points where transformers loads; see the test that says so
@@ -55,10 +55,8 @@ IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    """A tiny Llama whose widths 128 divides, in three layers."""
-    config = llama_config(hidden_size=128, intermediate_size=256, num_key_value_heads=2)
-    return save_model(transformers.LlamaForCausalLM, config, tmp_path_factory.mktemp("llama"))
+def llama(wide_llama) -> Path:
+    return wide_llama
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Compensated codes in every format: on its grid, better than the nearest, exported, verified, simulated and scored."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bitladder import planning
 from bitladder.checkpoints.export import export
 from bitladder.errors import RecordError
 from bitladder.evaluation.evaluate import evaluate_checkpoint
@@ -17,13 +17,13 @@ from bitladder.evaluation.simulation import Simulation
 from bitladder.formats import COMPRESSED_TENSORS, FORMATS, MODELOPT, get_format, integers
 from bitladder.measured import Codes, codes_files, read_amax, read_codes
 from bitladder.measuring import rounding
-from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, CheckpointManifest, Measurement
 from bitladder.steps.measure import measure as measure_step
 from bitladder.steps.measure import take_over
-from bitladder.storage import sha256_of_file
 from bitladder.verification import verify
+from broken_checkpoints import list_again
 from conftest import llama_config, load_text, measure_text, save_model
+from test_formats import assigned
 from test_pipeline import work_of
 
 EACH = sorted(FORMATS)
@@ -199,9 +199,8 @@ def test_errors_are_spread_over_all_columns_that_are_to_come(name, layer, monkey
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    config = llama_config(hidden_size=128, intermediate_size=256, num_key_value_heads=2)
-    return save_model(transformers.LlamaForCausalLM, config, tmp_path_factory.mktemp("llama"))
+def llama(wide_llama) -> Path:
+    return wide_llama
 
 
 @pytest.fixture(scope="module")
@@ -214,13 +213,11 @@ def measured(llama, text_file, tmp_path_factory):
 
 def mix_of(measurement, carrier):
     names = [*OF_CARRIER[carrier], BF16]
-    formats = {group.name: names[index % len(names)] for index, group in enumerate(measurement.groups)}
-    return planning.price(measurement, f"mix_{carrier}", formats, SchemeSpec(name=f"mix_{carrier}", include=("*",)))
+    return assigned(measurement, f"mix_{carrier}", lambda index, _: names[index % len(names)])
 
 
 def whole_of(measurement, name):
-    formats = dict.fromkeys((group.name for group in measurement.groups), name)
-    return planning.price(measurement, name, formats, SchemeSpec(name=name, include=("*",)))
+    return assigned(measurement, name, lambda *_: name)
 
 
 @pytest.fixture(scope="module")
@@ -317,24 +314,25 @@ def test_a_simulated_scheme_equals_the_exported_checkpoint(llama, text_file, mea
 
 def rewritten(path, change):
     """Change a checkpoint's tensors in place, and its manifest's digest of the file."""
-    file = path / "model.safetensors"
-    tensors = load_file(file)
+    tensors = load_file(path / "model.safetensors")
     change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-    manifest = CheckpointManifest.read(path / CheckpointManifest.FILE_NAME)
-    digests = {"sha256": sha256_of_file(file), "bytes": file.stat().st_size}
-    files = tuple(one.model_copy(update=digests) if one.name == file.name else one for one in manifest.files)
-    manifest.model_copy(update={"files": files}).write(path / CheckpointManifest.FILE_NAME)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    list_again(path)
 
 
-@pytest.mark.parametrize("name", OF_CARRIER[COMPRESSED_TENSORS])
-@pytest.mark.parametrize("part", ["weight", "weight_scale", "weight_zero_point"])
+PARTS = [
+    (name, part)
+    for name in OF_CARRIER[COMPRESSED_TENSORS]
+    for part in ("weight", "weight_scale", "weight_zero_point")
+    if part == "weight" or part in FORMATS[name].scale_names
+]
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
 def test_other_codes_and_scales_are_found(llama, measured, exported, tmp_path, name, part):
     """One bit of one number: whatever it is, the file isn't the one that was measured."""
     measurement, directory = measured
     format_ = get_format(name)
-    if part not in format_.scale_names and part != "weight":
-        return  # it has none
     scheme, carrier, source = exported[name]
     path = shutil.copytree(source, tmp_path / name)
     module = CheckpointManifest.read(path / CheckpointManifest.FILE_NAME).modules[0]
@@ -359,8 +357,6 @@ def test_codes_that_are_only_said_to_be_the_measured_ones_are_far_off(llama, mea
     module = measurement.rounding.modules[0].name
     stored = f"{module}.weight_packed"
     rewritten(path, lambda tensors: tensors[stored].neg_())
-    import hashlib
-
     digest = hashlib.sha256(load_file(path / "model.safetensors")[stored].numpy().tobytes()).hexdigest()
     modules = tuple(
         one.model_copy(update={"codes_sha256": digest}) if (one.name, one.format) == (module, name) else one
@@ -381,8 +377,8 @@ def test_kl_of_one_group_is_the_simulated_one(llama, text_file, tmp_path):
     data = load_text(llama, text_file, samples=16)
     with Reference.compute(llama, data, split="calibration") as reference:
         for candidate in measurement.candidates[:4]:
-            formats = {g.name: candidate.format if g.name == candidate.group else BF16 for g in measurement.groups}
-            scheme = planning.price(measurement, "one", formats, SchemeSpec(name="one", include=("*",)))
+            own, name = candidate.group, candidate.format
+            scheme = assigned(measurement, "one", lambda _, g, own=own, name=name: name if g.name == own else BF16)
             kl = simulation.results([reference], scheme)[0].value
             assert measurement.sensitivity(candidate) == pytest.approx(kl, rel=2e-3)
 

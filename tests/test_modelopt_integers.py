@@ -12,6 +12,7 @@ from bitladder.models.loading import load_model
 from bitladder.models.target import find_target
 from bitladder.recipe import MeasureSpec
 from conftest import llama_config, load_text, measure_text, save_model
+from test_sensitivity import modelopt_steps
 
 INTEGERS = sorted(name for name, one in FORMATS.items() if MODELOPT not in one.layouts)
 TOLD = sorted(name for name, one in FORMATS.items() if not one.modelopt_calibrates)
@@ -106,13 +107,6 @@ def direct_call(directory, data, method, names):
                         hparam.active = before
             return iter(data.batches)
 
-    if method == "gradient":
-        step = {
-            "forward_step": lambda m, batch: m(**batch.inputs, labels=batch.labels),
-            "loss_func": lambda output, batch: output.loss,
-        }
-    else:
-        step = {"forward_step": lambda m, batch: m(**batch.inputs).logits[:, :-1]}
     _, state = mtq.auto_quantize(
         model,
         constraints={"effective_bits": 16.0, "cost": {"excluded_module_name_patterns": ["*lm_head*"]}},
@@ -123,7 +117,7 @@ def direct_call(directory, data, method, names):
         method=method,
         disabled_layers=["*lm_head*"],
         verbose=False,
-        **step,
+        **modelopt_steps(method),
     )
     found = {}
     for stats in state["candidate_stats"].values():

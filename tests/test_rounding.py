@@ -25,8 +25,8 @@ from bitladder.steps.export import export as export_step
 from bitladder.steps.measure import take_over
 from bitladder.steps.plan import plan
 from bitladder.steps.run import run as run_step
-from bitladder.storage import sha256_of_file
 from bitladder.verification import verify
+from broken_checkpoints import list_again
 from conftest import load_text, measure_text, spec
 from test_native import measured_by, pairs
 from test_pipeline import work_of
@@ -238,9 +238,7 @@ def test_other_codes_are_found(llama, compensated, exported, tmp_path, how):
     else:
         tensors[module.tensor][0, 0] = -tensors[module.tensor][0].float().abs().amax()
     save_file(tensors, path, metadata={"format": "pt"})
-    digests = {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
-    files = tuple(f.model_copy(update=digests) if f.name == path.name else f for f in manifest.files)
-    manifest.model_copy(update={"files": files}).write(tmp_path / "all" / CheckpointManifest.FILE_NAME)
+    list_again(tmp_path / "all")
     result = verify(schemes[1:], measurement, amax, llama, {"all": tmp_path / "all"})
     problems = [(finding.tensor, finding.problem) for finding in result.checkpoints[0].findings]
     assert (module.tensor, "its codes are not the compensated ones of the measurement") in problems

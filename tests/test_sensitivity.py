@@ -23,18 +23,21 @@ from bitladder.records import BF16, Measurement
 from conftest import load_text, measure_text, qwen2_5_vl_config, save_model, source_of
 
 
+def modelopt_steps(method):
+    """What ModelOpt's `auto_quantize` is given to score by one method, as its documentation shows."""
+    if method == "gradient":
+        return {
+            "forward_step": lambda m, batch: m(**batch.inputs, labels=batch.labels),
+            "loss_func": lambda output, batch: output.loss,
+        }
+    return {"forward_step": lambda m, batch: m(**batch.inputs).logits[:, :-1]}
+
+
 def direct_auto_quantize(directory, data, method):
     """ModelOpt called directly, as its documentation shows: its state."""
     import modelopt.torch.quantization as mtq
 
     model = load_model(directory, torch.float32)
-    if method == "gradient":
-        step = {
-            "forward_step": lambda m, batch: m(**batch.inputs, labels=batch.labels),
-            "loss_func": lambda output, batch: output.loss,
-        }
-    else:
-        step = {"forward_step": lambda m, batch: m(**batch.inputs).logits[:, :-1]}
     _, state = mtq.auto_quantize(
         model,
         constraints={"effective_bits": 12.0, "cost": {"excluded_module_name_patterns": ["*lm_head*"]}},
@@ -45,7 +48,7 @@ def direct_auto_quantize(directory, data, method):
         method=method,
         disabled_layers=["*lm_head*"],
         verbose=False,
-        **step,
+        **modelopt_steps(method),
     )
     return state
 

@@ -56,17 +56,18 @@ class Codes:
         return own if own in self.files or format_.weight_like is None else codes_key(module, format_.weight_like)
 
     def read(self, module: str, format_: Format, part: str) -> "torch.Tensor":
-        """Return one of the parts of a module in a format that `has` says are here, on the CPU."""
+        """Return one of the `parts` of a module in a format, on the CPU."""
         key = self._key(module, format_)
         with open_safetensors(self.files[key]) as file:
             found: torch.Tensor = file.get_tensor(f"{key}.{part}")
         return found
 
-    def parts(self, module: str, format_: Format) -> tuple[str, ...]:
-        """Return the names of the parts of a module in a format that were chosen: its codes, and maybe scales."""
+    def parts(self, module: str, format_: Format) -> "dict[str, torch.Tensor]":
+        """Return what was chosen of a module in a format, on the CPU: its codes, and maybe scales, `{part: tensor}`."""
         key = self._key(module, format_)
         with open_safetensors(self.files[key]) as file:
-            return tuple(name.rpartition(".")[2] for name in file.keys() if name.rpartition(".")[0] == key)  # noqa: SIM118
+            names = (name.rpartition(".") for name in file.keys())  # noqa: SIM118
+            return {part: file.get_tensor(f"{key}.{part}") for own, _, part in names if own == key}
 
 
 def codes_key(module: str, format_name: str) -> str:
@@ -124,7 +125,7 @@ def encoded(
     """
     if codes is None:
         return format_.encode(weight, amax)
-    chosen = {part: codes.read(module, format_, part).to(weight.device) for part in codes.parts(module, format_)}
+    chosen = {part: tensor.to(weight.device) for part, tensor in codes.parts(module, format_).items()}
     return chosen | format_.tensor_scales(amax)
 
 

@@ -45,14 +45,16 @@ class Columns(ABC):
         other.known = known
         return other
 
-    @abstractmethod
     def scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """Return candidates for the scales of a group, as they are stored, float32 [kinds, candidates, out_features].
+
+        Where scales are what is known, they are the only ones.
 
         Args:
             values: of its columns, float32 [size, out_features].
             factors: [candidates, 1].
         """
+        return self.known[None, None]
 
     @abstractmethod
     def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -90,10 +92,6 @@ class E4m3Columns(Columns):
     def at(self, groups: Sequence[int]) -> Self:
         """See `Columns`."""
         return self if self.size == 1 else self.knowing(self.known[:, groups[0]])
-
-    def scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        """Return the only candidate."""
-        return self.known[None, None]
 
     def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """See `Columns`."""
@@ -169,7 +167,7 @@ class IntegerColumns(Columns):
         """Keep the bits of a code, and how many neighbours a group has; the weight's amax says nothing."""
         super().__init__(amax)
         self.bits, self.size = bits, size
-        self.least, self.greatest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self.greatest = integers.greatest(bits)
 
     def scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """Return the groups' scales."""
@@ -177,7 +175,7 @@ class IntegerColumns(Columns):
 
     def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """See `Columns`."""
-        return torch.round(values / scales[0]).clamp(self.least, self.greatest) * scales[0]
+        return torch.round(values / scales[0]).clamp(-self.greatest - 1, self.greatest) * scales[0]
 
     def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return packed codes and the groups' scales."""
@@ -196,33 +194,26 @@ class RangeColumns(IntegerColumns):
 
     def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """See `Columns`."""
-        codes = torch.round(values / scales[0] + scales[1]).clamp(self.least, self.greatest)
+        codes = torch.round(values / scales[0] + scales[1]).clamp(-self.greatest - 1, self.greatest)
         return (codes - scales[1]) * scales[0]
 
     def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return packed codes, the groups' scales and their packed zero points."""
         stored, zeros = scales[0].to(torch.bfloat16), scales[1].to(torch.int8)
         codes = integers.codes(values, stored, self.bits, zeros)
-        packed_zeros = integers.packed_along_rows(zeros, self.bits)
-        return {
-            WEIGHT: integers.packed(codes, self.bits),
-            WEIGHT_SCALE: stored,
-            WEIGHT_ZERO_POINT: packed_zeros,
-        }
+        packed = {WEIGHT: integers.packed(codes, self.bits), WEIGHT_SCALE: stored}
+        return packed | {WEIGHT_ZERO_POINT: integers.packed_along_rows(zeros, self.bits)}
 
 
 class RowIntegerColumns(IntegerColumns):
     """Integers times a float32 scale a row, which is known before."""
 
     factors = (1.0,)
+    scales = Columns.scales  # of no group
 
     def __init__(self, scales: torch.Tensor, bits: int) -> None:
         """Keep the scales, [out_features], and the bits of a code."""
         super().__init__(scales, bits, 1)
-
-    def scales(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        """Return the only candidate."""
-        return self.known[None, None]
 
     def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the codes."""

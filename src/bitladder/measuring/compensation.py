@@ -112,7 +112,7 @@ class _Products(ExitStack):
             linear: Any = layers.model.get_submodule(name)
             layout = layers.anatomy.positions.get(name, PLAIN)
             rounded: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-            for format_ in made_for(job, group):
+            for format_ in _made_for(job, group):
                 scale = None
                 if format_.has_input_scale:
                     scale = format_.input_scale(amax[f"{name}.input_amax"].to(linear.weight.device))
@@ -139,7 +139,7 @@ class _Products(ExitStack):
         return add
 
 
-def made_for(job: Job, group: QuantGroup) -> tuple[Format, ...]:
+def _made_for(job: Job, group: QuantGroup) -> tuple[Format, ...]:
     """Return the formats in which a group's codes are made: not those that have another one's."""
     served = job.served(group)
     names = {format_.name for format_ in served}
@@ -167,10 +167,10 @@ def _write(
         sums = products.pop(group.name, None)
         if sums is None:
             raise EngineError(f"{group.name} doesn't run inside its layer; use rounding: nearest")
-        work += [(group, format_, sums[_input_of(format_)]) for format_ in made_for(job, group)]
+        work += [(group, format_, sums[_input_of(format_)]) for format_ in _made_for(job, group)]
     for start in range(0, len(work), walk.at_once):
         some = work[start : start + walk.at_once]
-        walked = [_walked(model, *one, job.spec.damping, amax, walk, lane) for lane, one in enumerate(some)]
+        walked = [_begun(model, *one, job.spec.damping, amax, walk, lane) for lane, one in enumerate(some)]
         walk.wait()
         for (group, format_, product), (columns, found) in zip(some, walked, strict=True):
             for module, parts, record in _recorded(model, group, format_, product, amax, columns, found):
@@ -186,7 +186,7 @@ def _weights(model: nn.Module, group: QuantGroup) -> list[torch.Tensor]:
     return [model.get_parameter(f"{module.name}.weight") for module in group.modules]
 
 
-def _walked(
+def _begun(
     model: nn.Module,
     group: QuantGroup,
     format_: Format,
@@ -196,7 +196,7 @@ def _walked(
     walk: Walk,
     lane: int,
 ) -> tuple[Columns, Rounded]:
-    """Return all weights of a group on a format's grid, one above the other.
+    """Return all weights of a group on a format's grid, one above the other; they are there after `walk.wait`.
 
     They share their input and, where it is one for all of a weight, the scale.
     """
@@ -220,26 +220,20 @@ def _recorded(
     found: Rounded,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor], RoundedModule]]:
     """Yield what is stored of a group's modules in a format, on the CPU, and what that does."""
-    weights = _weights(model, group)
-    of_all, first = sum(len(weight) for weight in weights), 0
-    shift = found.largest_shift(torch.cat(weights))
-    parts = {name: part.cpu() for name, part in columns.parts(found.values, found.scales).items()}
-    for module, weight in zip(group.modules, weights, strict=True):
-        rows = slice(first, first + len(weight))
-        own = {
-            name: part[first * len(part) // of_all : rows.stop * len(part) // of_all].contiguous()
-            for name, part in parts.items()
-        }
-        digests = {name: sha256_of_bytes(part.flatten().view(torch.uint8).numpy().data) for name, part in own.items()}
+    first = 0
+    for module, weight in zip(group.modules, _weights(model, group), strict=True):
+        own = found.rows(slice(first, first + len(weight)))
+        first += len(weight)
+        parts = {name: part.cpu().contiguous() for name, part in columns.parts(own.values, own.scales).items()}
+        digests = {name: sha256_of_bytes(part.flatten().view(torch.uint8).numpy().data) for name, part in parts.items()}
         nearest = format_.encode(weight, amax[format_.weight_key(module.name)].to(weight.device))
         record = RoundedModule(
             name=module.name,
             format=format_.name,
             codes_sha256=digests.pop(WEIGHT),
             scales_sha256=digests,
-            largest_shift=float(shift[rows].amax()),
-            output_error=output_error(weight, found.values[rows], product),
+            largest_shift=float(own.largest_shift(weight).amax()),
+            output_error=output_error(weight, own.values, product),
             nearest_output_error=output_error(weight, format_.decode(nearest), product),
         )
-        yield module.name, own, record
-        first = rows.stop
+        yield module.name, parts, record

@@ -39,6 +39,10 @@ class Rounded:
     scales: torch.Tensor
     steps: torch.Tensor
 
+    def rows(self, rows: slice) -> "Rounded":
+        """Return some of its rows."""
+        return Rounded(self.values[rows], self.scales[:, rows], self.steps[rows])
+
     def largest_shift(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the largest distance from a weight in every row, in units of the step, [out_features]."""
         rows, groups = self.steps.shape
