@@ -2,6 +2,7 @@
 
     python benchmarks/mixes.py --scratch DIR             # writes benchmarks/results/mixes.json; needs an NVIDIA GPU
     python benchmarks/mixes.py --scratch DIR --serve-on hopper --recipe recipes/gemma3_270m.yaml
+    python benchmarks/mixes.py --scratch DIR --compensated                          # adds to what is there
 
 ModelOpt calibrates and scores {NVFP4, FP8} with its own `auto_quantize` by each of its methods, and its own solver
 chooses at 4.8 to 9 effective bits, modules that aren't searched left out of its count. Bitladder measures once by
@@ -10,6 +11,10 @@ choice, from the same formats and from others. All choices are simulated with th
 rounded as each format says on the device that will serve; KL on held-out text, in nats per token. Beside it the
 frontier from 4.5 to 16 bits of each set of formats, by `kl_div`: predicted (the sum of single-group KL on calibration
 text) and measured on text that calibration left. What is finished is kept in the scratch directory.
+
+`--compensated` measures once more, by `gradient` with compensated codes, calibrated on half the recipe's rows and as
+many that the model writes itself, and adds to the rows of an earlier run our choices with these codes at no more bits,
+and everything in each format with these codes.
 """
 
 import argparse
@@ -36,24 +41,36 @@ METHODS = ("kl_div", "gradient")
 KL_SAMPLES = 16  # 4,096 tokens
 
 
-def measured(scratch: Path, recipe: Path, method: str, serve_on: str) -> tuple:
+def measured(scratch: Path, recipe: Path, method: str, serve_on: str, *, compensated: bool = False) -> tuple:
     """Return (measurement in all formats, its workspace)."""
     from bitladder.recipe import read_recipe
     from bitladder.steps.measure import measure
     from bitladder.steps.workspace import Workspace
 
-    output = scratch / method
+    output = scratch / ("compensated" if compensated else method)
     spec = read_recipe(recipe)
     changed = {"method": method, "formats": SETS["all + integers"], "engine": "native", "dtype": "float32"}
     changed |= {"score_samples": KL_SAMPLES} if method == "kl_div" else {}
+    changed |= {"rounding": "compensated"} if compensated else {}
     asked = spec.measurement.model_copy(update=changed)
     near = spec.held_out[0].model_copy(update={"name": "near", "data": None})  # what calibration leaves of its own text
     held_out = (near, *spec.held_out)
     carrier = spec.export.model_copy(update={"carrier": "compressed-tensors"})  # which alone holds integers
     recipe_now = {"measurement": asked, "held_out": held_out, "output": str(output), "serve_on": serve_on}
+    if compensated:
+        recipe_now["calibration"] = with_written_rows(spec.calibration)
     work = Workspace(spec.model_copy(update={**recipe_now, "export": carrier}), output)
     output.mkdir(parents=True, exist_ok=True)
     return measure(work), work
+
+
+def with_written_rows(calibration: tuple) -> tuple:
+    """Return half of a recipe's calibration, and as many rows that the model writes itself."""
+    from bitladder.recipe import DataSpec
+
+    (one,) = calibration
+    half = one.model_copy(update={"samples": one.samples // 2})
+    return half, half.model_copy(update={"data": DataSpec(kind="generated")})
 
 
 def limited(measurement, formats: tuple[str, ...]):
@@ -192,6 +209,33 @@ def compare(recipe: Path, scratch: Path, serve_on: str) -> dict[str, list[dict]]
     return {"rows": rows, "frontier": steps}
 
 
+def add_compensated(rows: list[dict], recipe: Path, scratch: Path, serve_on: str) -> dict:
+    """Add our choices with compensated codes to the rows; return everything in each format with these codes."""
+    from bitladder import planning
+    from bitladder.recipe import SchemeSpec
+
+    measurement, work = measured(scratch, recipe, "gradient", serve_on, compensated=True)
+    schemes = {
+        (number, label): planned(measurement, chosen, f"plan{number}-{at}", row["effective_bits"])
+        for number, row in enumerate(rows)
+        for at, (label, chosen) in enumerate(SETS.items())
+    }
+    uniform = {
+        name: planning.plan(measurement, SchemeSpec(name=name, coverage=1.0, format=name))
+        for name in measurement.formats
+    }
+    everything = [*schemes.values(), *uniform.values()]
+    kls = prediction.results_of(work, measurement, everything, scratch / "simulated-compensated.json")
+    for (number, label), scheme in schemes.items():
+        result, row = kls[scheme.fingerprint()], rows[number]
+        ratio = {split: value[0] / row["kl"][split][0] for split, value in result.items()}
+        row[f"{label}, compensated"] = {"effective_bits": scheme.effective_bits, "kl": result, "ratio": ratio}
+    return {
+        name: {"effective_bits": scheme.effective_bits, "kl": kls[scheme.fingerprint()]}
+        for name, scheme in uniform.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True)
@@ -199,6 +243,7 @@ def main() -> None:
     parser.add_argument(
         "--serve-on", default="blackwell", help="whose arithmetic; blackwell: formats as they are stored"
     )
+    parser.add_argument("--compensated", action="store_true", help="add compensated codes to what is known")
     parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/mixes.json")
     arguments = parser.parse_args()
 
@@ -210,8 +255,14 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     known = json.loads(arguments.result.read_text()) if arguments.result.exists() else {"models": {}}
     name = f"{arguments.recipe.stem}, {arguments.serve_on}"
-    found = compare(arguments.recipe, arguments.scratch.resolve() / name.replace(", ", "-"), arguments.serve_on)
-    known["models"][name] = {"hardware": hardware(), "versions": versions(), **found}
+    scratch = arguments.scratch.resolve() / name.replace(", ", "-")
+    if arguments.compensated:
+        one = known["models"][name]
+        one["uniform"] = add_compensated(one["rows"], arguments.recipe, scratch, arguments.serve_on)
+        one["compensated_on"] = {"hardware": hardware(), "versions": versions()}
+    else:
+        found = compare(arguments.recipe, scratch, arguments.serve_on)
+        known["models"][name] = {"hardware": hardware(), "versions": versions(), **found}
     known["claim"] = "held-out KL of mixes at equal effective bits, ours and ModelOpt's"
     arguments.result.write_text(json.dumps(known, indent=1) + "\n")
 

@@ -53,7 +53,7 @@ def rounded(name, weight, products, damping=0.1, **changes):
     columns = format_.columns(amax_of(format_, weight), len(weight))
     for key, value in changes.items():
         setattr(columns, key, value)
-    found = rounding.Walk().compensated(weight, products, columns, damping)
+    found = rounding.compensated(weight, products, columns, damping)
     scales = format_.tensor_scales(amax_of(format_, weight))
     return columns.parts(found.values, found.scales) | scales, found, columns
 

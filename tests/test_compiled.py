@@ -1,7 +1,6 @@
 """What the native engine compiles on a GPU, without one: by torch's own front end, and Triton's interpreter."""
 
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
@@ -194,7 +193,7 @@ def test_a_module_that_runs_in_another_layer_too_is_refused(tmp_path, monkeypatc
         job.scores(monkeypatch, tokens=10**9, graphed=False)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch for GPUs")
-def test_kernels_give_the_exact_kl():
+@pytest.mark.parametrize("kernels", ["kl_kernels.py", "walk_kernels.py"])
+def test_kernels_give_what_torch_gives(kernels):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, Path(__file__).with_name("kl_kernels.py")], env=environment, check=True)
+    subprocess.run([sys.executable, Path(__file__).with_name(kernels)], env=environment, check=True)

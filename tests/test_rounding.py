@@ -44,7 +44,7 @@ def correlated(tokens, features, seed=0):
 
 def codes_of(weight, products, amax, damping):
     columns = get_format("fp8").columns(amax, len(weight))
-    found = rounding.Walk().compensated(weight, products, columns, damping)
+    found = rounding.compensated(weight, products, columns, damping)
     return columns.parts(found.values, found.scales)["weight"]
 
 

@@ -78,6 +78,18 @@ def without_cudnn_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def tf32_products() -> Iterator[None]:
+    """Multiply float32 matrices on a GPU by their first 11 bits, in float32 sums: several times as fast."""
+    products: Any = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+@contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """Let sums have a fixed order: flash attention's gradient otherwise adds up as it comes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists; it matters for several streams only

@@ -5,7 +5,7 @@ scale that the largest value settles isn't the best: with a smaller one most val
 a larger one of E2M1 numbers the largest value falls on 4 instead of 6, where neighbours are closer. Several candidates
 are tried, each stored as the format stores it; which is best is for the walk to say.
 
-Imported where torch is needed only.
+What is added here is added to `column_kernels` too, which GPUs use. Imported where torch is needed only.
 """
 
 import copy

@@ -6,8 +6,8 @@ compressors/pack_quantized/helpers.py; a group's scale lets the whole range of c
 
 import torch
 
-_LEAST = 2 * torch.finfo(torch.float32).tiny  # of a scale, so that 1 / scale is a number
-_OF_ZEROS = torch.finfo(torch.bfloat16).eps  # scale of a group of zeros that has a zero point
+LEAST_SCALE = 2 * torch.finfo(torch.float32).tiny  # of a scale, so that 1 / scale is a number
+SCALE_OF_ZEROS = torch.finfo(torch.bfloat16).eps  # scale of a group of zeros that has a zero point
 _NIBBLE = 4
 _TOKEN_MAX = 127
 
@@ -20,7 +20,7 @@ def greatest(bits: int) -> int:
 def scale_of(amax: torch.Tensor, bits: int) -> torch.Tensor:
     """Return amax / ((2^bits - 1) / 2), float32, of any shape; 1 where that is no usable scale, as of zeros."""
     scales = amax.float() / ((2**bits - 1) / 2)
-    return torch.where(scales < _LEAST, 1.0, scales)
+    return torch.where(scales < LEAST_SCALE, 1.0, scales)
 
 
 def group_scales(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, None]:
@@ -44,8 +44,8 @@ def ranges_of(least: torch.Tensor, greatest: torch.Tensor, bits: int) -> tuple[t
     least, greatest = least.clamp(max=0), greatest.clamp(min=0)
     half = 2 ** (bits - 1)
     scales = (greatest - least) / (2 * half - 1)
-    usable = scales >= _LEAST
-    scales = torch.where(usable, scales, _OF_ZEROS)
+    usable = scales >= LEAST_SCALE
+    scales = torch.where(usable, scales, SCALE_OF_ZEROS)
     zeros = torch.where(usable, torch.round((-half - least / scales).clamp(-half, half - 1)), 0)
     return scales.to(torch.bfloat16), zeros.to(torch.int8)
 
@@ -107,5 +107,5 @@ def round_tokens(x: torch.Tensor) -> torch.Tensor:
     Source: vllm 0.32.0, _custom_ops.py, scaled_int8_quant (csrc/quantization/w8a8/int8/scaled_quant.cu).
     """
     amax = x.detach().abs().amax(-1, keepdim=True).float()
-    scale = torch.where(amax < _LEAST * _TOKEN_MAX, 1.0, amax / _TOKEN_MAX)
+    scale = torch.where(amax < LEAST_SCALE * _TOKEN_MAX, 1.0, amax / _TOKEN_MAX)
     return (torch.round(x.float() / scale).clamp(-_TOKEN_MAX - 1, _TOKEN_MAX) * scale).to(x.dtype)

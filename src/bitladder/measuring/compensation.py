@@ -16,7 +16,9 @@ count.
 import functools
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bitladder.device import OUT_OF_MEMORY, without_cudnn_attention
+from bitladder.device import OUT_OF_MEMORY, tf32_products, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import WEIGHT, WEIGHT_ONLY, Format
-from bitladder.formats.columns import Columns
 from bitladder.measured import Amax, codes_key
 from bitladder.measuring.calls import by_layer, hidden_of
 from bitladder.measuring.job import Job
 from bitladder.measuring.layers import Layers
 from bitladder.measuring.partial import Partial
-from bitladder.measuring.rounding import Rounded, Walk, output_error
+from bitladder.measuring.rounding import compensated, output_error
 from bitladder.models.anatomy import PLAIN, Layout, tokens_first
 from bitladder.reading import open_safetensors
 from bitladder.records import QuantGroup, RoundedModule
@@ -41,7 +42,6 @@ from bitladder.runinfo import Meter
 from bitladder.storage import atomic_path, seal, sha256_of_bytes
 
 _NEAREST = "rounding: nearest"
-_AT_ONCE = 4  # weights that a GPU walks at once, where its memory isn't limited
 REMEDY = f"rounding: compensated goes layer by layer and needs one list, use {_NEAREST}"
 
 
@@ -68,6 +68,18 @@ def read_modules(path: Path) -> tuple[RoundedModule, ...]:
         return tuple(RoundedModule.model_validate(entry) for entry in json.loads(file.metadata()["modules"]))
 
 
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """Codes of a module in a format, `{part: tensor on the CPU}`, and what they do (`RoundedModule`)."""
+
+    module: str
+    format: str
+    parts: dict[str, torch.Tensor]
+    largest_shift: float
+    output_error: float
+    nearest_output_error: float
+
+
 def _round_layers(
     layers: Layers,
     groups: dict[int, list[QuantGroup]],
@@ -83,19 +95,23 @@ def _round_layers(
     except EngineError as error:
         raise EngineError(f"{error}; use {_NEAREST}") from error
     hidden = [found[0].hidden.to(layers.home) for found in calls]
-    walk = Walk(_AT_ONCE if layers.memory.is_gpu and layers.memory.limit is None else 1)
-    for index in range(last + 1):
-        job.progress("round", index, last + 1)
-        layer_groups = groups[index] if index in missing else []
-        with layers.loaded(index) as layer:
-            with _Products(layers, layer_groups, job, amax) as inputs:
-                for number, (found, mask) in enumerate(zip(calls, counted, strict=True)):
-                    inputs.counted = mask
-                    x = hidden[number].to(job.device)
-                    output = hidden_of(layer(x, *found[index].args, **found[index].kwargs))
-                    hidden[number] = output.to(layers.home)
-            if layer_groups:
-                _write(partial.codes_file(index), layers.model, layer_groups, inputs.products, job, amax, walk)
+    with ThreadPoolExecutor(1) as writer:  # hashes and writes a layer's codes while the next one is on the GPU
+        written = writer.submit(lambda: None)
+        for index in range(last + 1):
+            job.progress("round", index, last + 1)
+            layer_groups = groups[index] if index in missing else []
+            with layers.loaded(index) as layer:
+                with _Products(layers, layer_groups, job, amax) as inputs:
+                    for number, (found, mask) in enumerate(zip(calls, counted, strict=True)):
+                        inputs.counted = mask
+                        x = hidden[number].to(job.device)
+                        output = hidden_of(layer(x, *found[index].args, **found[index].kwargs))
+                        hidden[number] = output.to(layers.home)
+                if layer_groups:
+                    made = _made(layers.model, layer_groups, inputs.products, job, amax)
+                    written.result()
+                    written = writer.submit(_write, partial.codes_file(index), made)
+        written.result()
     job.progress("round", last + 1, last + 1)
 
 
@@ -134,7 +150,8 @@ class _Products(ExitStack):
                 rows = nn.functional.normalize(served(tokens), dim=-1)
                 if how not in sums:
                     sums[how] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-                sums[how].addmm_(rows.t(), rows)
+                with tf32_products():
+                    sums[how].addmm_(rows.t(), rows)
 
         return add
 
@@ -151,89 +168,72 @@ def _input_of(format_: Format) -> str:
     return "unrounded" if format_.arithmetic == WEIGHT_ONLY or format_.input == "unrounded" else format_.name
 
 
-def _write(
-    path: Path,
-    model: nn.Module,
-    groups: list[QuantGroup],
-    products: dict[str, dict[str, torch.Tensor]],
-    job: Job,
-    amax: Amax,
-    walk: Walk,
-) -> None:
-    """Write the codes of one layer's modules, and what they do."""
-    tensors: dict[str, torch.Tensor] = {}
-    modules, work = [], []
+def _made(
+    model: nn.Module, groups: list[QuantGroup], products: dict[str, dict[str, torch.Tensor]], job: Job, amax: Amax
+) -> list[_Made]:
+    """Return the codes of one layer's modules."""
+    made: list[_Made] = []
     for group in groups:
         sums = products.pop(group.name, None)
         if sums is None:
-            raise EngineError(f"{group.name} doesn't run inside its layer; use rounding: nearest")
-        work += [(group, format_, sums[_input_of(format_)]) for format_ in _made_for(job, group)]
-    for start in range(0, len(work), walk.at_once):
-        some = work[start : start + walk.at_once]
-        walked = [_begun(model, *one, job.spec.damping, amax, walk, lane) for lane, one in enumerate(some)]
-        walk.wait()
-        for (group, format_, product), (columns, found) in zip(some, walked, strict=True):
-            for module, parts, record in _recorded(model, group, format_, product, amax, columns, found):
-                tensors |= {f"{codes_key(module, format_.name)}.{part}": tensor for part, tensor in parts.items()}
-                modules.append(record)
+            raise EngineError(f"{group.name} doesn't run inside its layer; use {_NEAREST}")
+        for format_ in _made_for(job, group):
+            made += _of_group(model, group, format_, sums[_input_of(format_)], job.spec.damping, amax)
+    return made
+
+
+def _of_group(
+    model: nn.Module, group: QuantGroup, format_: Format, product: torch.Tensor, damping: float, amax: Amax
+) -> Iterator[_Made]:
+    """Yield the codes of a group's modules in a format.
+
+    All of its weights are rounded one above the other: they share their input and, where it is one for all of a weight,
+    the scale.
+    """
+    weights: list[torch.Tensor] = [model.get_parameter(f"{module.name}.weight") for module in group.modules]
+    each = [amax[format_.weight_key(module.name)].to(product.device) for module in group.modules]
+    stacked = torch.cat(weights)
+    columns = format_.columns(each[0] if format_.spread in ("tensor", "block") else torch.cat(each), len(stacked))
+    try:
+        found = compensated(stacked, product, columns, damping)
+    except MeasurementError as error:
+        raise MeasurementError(f"{group.name}: {error}") from error
+    first = 0
+    for module, weight, weight_amax in zip(group.modules, weights, each, strict=True):
+        own = found.rows(slice(first, first + len(weight)))
+        first += len(weight)
+        nearest = format_.decode(format_.encode(weight, weight_amax))
+        yield _Made(
+            module=module.name,
+            format=format_.name,
+            parts={name: part.cpu().contiguous() for name, part in columns.parts(own.values, own.scales).items()},
+            largest_shift=float(own.largest_shift(weight).amax()),
+            output_error=output_error(weight, own.values, product),
+            nearest_output_error=output_error(weight, nearest, product),
+        )
+
+
+def _write(path: Path, made: list[_Made]) -> None:
+    """Write the codes of one layer's modules, and what they do."""
+    tensors: dict[str, torch.Tensor] = {}
+    modules = []
+    for one in made:
+        tensors |= {f"{codes_key(one.module, one.format)}.{part}": tensor for part, tensor in one.parts.items()}
+        digests = {
+            name: sha256_of_bytes(part.flatten().view(torch.uint8).numpy().data) for name, part in one.parts.items()
+        }
+        modules.append(
+            RoundedModule(
+                name=one.module,
+                format=one.format,
+                codes_sha256=digests.pop(WEIGHT),
+                scales_sha256=digests,
+                largest_shift=one.largest_shift,
+                output_error=one.output_error,
+                nearest_output_error=one.nearest_output_error,
+            )
+        )
     with atomic_path(path) as temporary:
         metadata = {"modules": json.dumps([module.model_dump(mode="json") for module in modules])}
         save_file(tensors, temporary, metadata=metadata)
     seal(path)
-
-
-def _weights(model: nn.Module, group: QuantGroup) -> list[torch.Tensor]:
-    return [model.get_parameter(f"{module.name}.weight") for module in group.modules]
-
-
-def _begun(
-    model: nn.Module,
-    group: QuantGroup,
-    format_: Format,
-    product: torch.Tensor,
-    damping: float,
-    amax: Amax,
-    walk: Walk,
-    lane: int,
-) -> tuple[Columns, Rounded]:
-    """Return all weights of a group on a format's grid, one above the other; they are there after `walk.wait`.
-
-    They share their input and, where it is one for all of a weight, the scale.
-    """
-    each = [amax[format_.weight_key(module.name)].to(product.device) for module in group.modules]
-    shared = each[0] if format_.spread in ("tensor", "block") else torch.cat(each)
-    stacked = torch.cat(_weights(model, group))
-    columns = format_.columns(shared, len(stacked))
-    try:
-        return columns, walk.compensated(stacked, product, columns, damping, lane)
-    except MeasurementError as error:
-        raise MeasurementError(f"{group.name}: {error}") from error
-
-
-def _recorded(
-    model: nn.Module,
-    group: QuantGroup,
-    format_: Format,
-    product: torch.Tensor,
-    amax: Amax,
-    columns: Columns,
-    found: Rounded,
-) -> Iterator[tuple[str, dict[str, torch.Tensor], RoundedModule]]:
-    """Yield what is stored of a group's modules in a format, on the CPU, and what that does."""
-    first = 0
-    for module, weight in zip(group.modules, _weights(model, group), strict=True):
-        own = found.rows(slice(first, first + len(weight)))
-        first += len(weight)
-        parts = {name: part.cpu().contiguous() for name, part in columns.parts(own.values, own.scales).items()}
-        digests = {name: sha256_of_bytes(part.flatten().view(torch.uint8).numpy().data) for name, part in parts.items()}
-        nearest = format_.encode(weight, amax[format_.weight_key(module.name)].to(weight.device))
-        record = RoundedModule(
-            name=module.name,
-            format=format_.name,
-            codes_sha256=digests.pop(WEIGHT),
-            scales_sha256=digests,
-            largest_shift=float(own.largest_shift(weight).amax()),
-            output_error=output_error(weight, own.values, product),
-            nearest_output_error=output_error(weight, format_.decode(nearest), product),
-        )
-        yield module.name, parts, record

@@ -23,6 +23,7 @@ independent. `benchmarks/signals.py` compares.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial as bound
@@ -52,7 +53,6 @@ from bitladder.measuring.decoder import (
 from bitladder.measuring.job import BatchScores, Job
 from bitladder.measuring.layers import Layers
 from bitladder.measuring.scores import by_position, image_positions
-from bitladder.measuring.streams import gpu_streams
 from bitladder.models.anatomy import PLAIN
 from bitladder.models.loading import image_token_ids
 from bitladder.records import QuantGroup
@@ -150,7 +150,7 @@ class GradientScorer(ExitStack):
         self.side: Any = None  # the stream of what comes before the first layer
         self.capturing: Any = None  # the stream that captures graphs
         if layers.memory.is_gpu:
-            self.side, self.capturing = gpu_streams(torch.cuda.current_device())
+            self.side, self.capturing = _streams(torch.cuda.current_device())
 
     def scores(self, batches: Sequence[Batch]) -> list[Callable[[], BatchScores]]:
         """Return for each batch a function that waits for its scores, while the next batches may already come.
@@ -302,6 +302,17 @@ class GradientScorer(ExitStack):
                     call = dataclasses.replace(current.calls[index], hidden=current.output)
                     current.calls[index] = call
                     current.output = self.decoder.run(layer, call.hidden, call)
+
+
+@functools.cache
+def _streams(device: int) -> tuple[Any, Any]:
+    """Return two streams of a GPU: of what comes before the first layer, and that captures graphs.
+
+    A product of matrices works in memory that belongs to its stream, in a graph to the stream that captured it: the two
+    must differ, and streams come from a pool that begins again after 32, of which each keeps its memory.
+    """
+    with torch.cuda.device(device):
+        return torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 class _Graph:

@@ -39,8 +39,8 @@ def kl_of_rows(logits: torch.Tensor, normaliser: torch.Tensor, others: torch.Ten
     return found
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _normalisers(logits, found, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _normalisers(logits, found, vocabulary, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     largest = float("-inf")
@@ -53,8 +53,8 @@ def _normalisers(logits, found, vocabulary, BLOCK: tl.constexpr):  # type: ignor
     tl.store(found + row, largest + tl.log(tl.sum(total, 0)))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _kl(logits, others, normaliser, other_normaliser, found, vocabulary, least, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _kl(logits, others, normaliser, other_normaliser, found, vocabulary, least, BLOCK: tl.constexpr):
     """Add up p (exp(d) - 1 - d) with d = log q - log p, by its Taylor series where d is small."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)

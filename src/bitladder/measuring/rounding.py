@@ -14,14 +14,14 @@ Source: Frantar et al., GPTQ (2022), arXiv:2210.17323. Its Cholesky factor of th
 with J the reversal of rows, J H J = L Lᵀ gives inverse(H) = Uᵀ U with U = J inverse(L) J, upper triangular.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from bitladder.errors import MeasurementError
 from bitladder.formats.columns import Columns
-from bitladder.measuring.streams import gpu_streams, lane_stream
+from bitladder.measuring.decoder import can_compile
 
 _COLUMNS_AT_ONCE = 128  # errors are spread at once within so many columns, and over the rest by one product
 
@@ -55,119 +55,56 @@ class Rounded:
 _Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class Walk:
-    """Walks weights column by column; on a GPU the steps of a block of columns are one CUDA graph, made once a shape.
+def compensated(weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, damping: float) -> Rounded:
+    """Return a weight on a format's grid, [out_features, in_features].
 
-    A column takes some twenty kernels of microseconds each: launching them one by one takes several times as long, and
-    one weight leaves most of a GPU idle. So several are walked side by side, each on a stream of its own.
+    Args:
+        weight: [out_features, in_features]; modules that share input and scale may be stacked.
+        hessian: Xᵀ X of its inputs, [in_features, in_features] float32, on the same device.
+        columns: the grid.
+        damping: this share of the mean of the hessian's diagonal is added to it. More of it trusts the calibration
+            tokens less; where it is infinite, no error is made up for.
 
-    at_once: so many weights may be walked before anybody waits; each has a number from 0 on, its `lane`.
+    Raises:
+        MeasurementError: the hessian is not positive definite.
     """
-
-    def __init__(self, at_once: int = 1) -> None:
-        self.at_once = at_once
-        self._graphs: dict[Any, _BlockGraph] = {}
-        self._pools: dict[int, Any] = {}  # lane -> where its graphs, of which one runs at a time, have their memory
-
-    def compensated(
-        self, weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, damping: float, lane: int = 0
-    ) -> Rounded:
-        """Return a weight on a format's grid, [out_features, in_features]; on a GPU it isn't there before `wait`.
-
-        Args:
-            weight: [out_features, in_features]; modules that share input and scale may be stacked.
-            hessian: Xᵀ X of its inputs, [in_features, in_features] float32, on the same device.
-            columns: the grid.
-            damping: this share of the mean of the hessian's diagonal is added to it. More of it trusts the calibration
-                tokens less; where it is infinite, no error is made up for.
-            lane: in which it is walked.
-
-        Raises:
-            MeasurementError: the hessian is not positive definite.
-        """
-        if not weight.is_cuda:
-            return self._compensated(weight, hessian, columns, damping, lane)
-        stream = lane_stream(weight.device.index, lane)
-        stream.wait_stream(torch.cuda.current_stream())
-        for given in (weight, hessian, columns.known):
-            given.record_stream(stream)  # its memory is nobody else's before the lane is done with it
-        with torch.cuda.stream(stream):
-            return self._compensated(weight, hessian, columns, damping, lane)
-
-    def wait(self) -> None:
-        """Wait for all that is being walked."""
-        if self._graphs:
-            torch.cuda.synchronize()
-
-    def _compensated(
-        self, weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, damping: float, lane: int
-    ) -> Rounded:
-        diagonal, size = hessian.diagonal(), columns.size
-        order, groups = _order(diagonal, size)
-        factor = _inverse_factor(hessian, order, float(diagonal.mean()) * damping)
-        rest = weight.detach().float().t()[order]  # [in_features, out_features]: a column is a row here, in one piece
-        values = torch.empty_like(rest)
-        scales = []
-        for start in range(0, len(rest), _COLUMNS_AT_ONCE):
-            end = min(start + _COLUMNS_AT_ONCE, len(rest))
-            own = columns.at(groups[start // size : -(-end // size)])
-            found, errors, chosen = self._block(rest[start:end], factor[start:end, start:end].contiguous(), own, lane)
-            values[order[start:end]] = found
-            scales.append(chosen.clone())
-            rest[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
-        if size == 1:
-            return Rounded(values.t().contiguous(), scales[0], columns.steps(scales[0]))
+    diagonal, size = hessian.diagonal(), columns.size
+    order, groups = _order(diagonal, size)
+    factor = _inverse_factor(hessian, order, float(diagonal.mean()) * damping)
+    rest = weight.detach().float().t()[order]  # [in_features, out_features]: a column is a row here, in one piece
+    values = torch.empty_like(rest)
+    factors = torch.tensor(columns.factors, device=weight.device)
+    walk, scales = walk_on(weight.device), []
+    for start in range(0, len(rest), _COLUMNS_AT_ONCE):
+        end = min(start + _COLUMNS_AT_ONCE, len(rest))
+        own = columns.at(groups[start // size : -(-end // size)])
+        found, errors, chosen = walk(rest[start:end], factor[start:end, start:end].contiguous(), own, factors)
+        values[order[start:end]] = found
+        scales.append(chosen)
+        rest[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    all_scales = scales[0]
+    if size > 1:
         all_scales = torch.cat(scales, -1)[..., sorted(range(len(groups)), key=groups.__getitem__)]
-        return Rounded(values.t().contiguous(), all_scales, columns.steps(all_scales))
-
-    def _block(self, block: torch.Tensor, local: torch.Tensor, columns: Columns, lane: int) -> _Block:
-        if not block.is_cuda:
-            return _walked(block, local, columns, _factors(columns, block))
-        settings = {name: value for name, value in vars(columns).items() if name != "known"}
-        key = (lane, type(columns), block.shape, columns.known.shape, *sorted(settings.items()))
-        if key not in self._graphs:
-            pool = self._pools.setdefault(lane, torch.cuda.graph_pool_handle())
-            self._graphs[key] = _BlockGraph(block, local, columns, pool)
-        return self._graphs[key].replay(block, local, columns)
+    return Rounded(values.t().contiguous(), all_scales, columns.steps(all_scales))
 
 
-class _BlockGraph:
-    """`_walked` for blocks of one shape."""
+def walk_on(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, Columns, torch.Tensor], _Block]:
+    """Return what walks a block of columns there: on a GPU a kernel."""
+    if not can_compile(device.type):
+        return walked
+    from bitladder.measuring import walking
 
-    def __init__(self, block: torch.Tensor, local: torch.Tensor, columns: Columns, pool: Any) -> None:
-        self.block, self.local = block.clone(), local.clone()
-        self.columns, factors = columns.knowing(columns.known.clone()), _factors(columns, block)
-        _, stream = gpu_streams(block.device.index)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what libraries set up at their first call can't be captured
-            _walked(self.block, self.local, self.columns, factors)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
-            self.found = _walked(self.block, self.local, self.columns, factors)
-        self.factors = factors  # which the graph reads
-
-    def replay(self, block: torch.Tensor, local: torch.Tensor, columns: Columns) -> _Block:
-        """Return what `_walked` gives; good until the next call."""
-        self.block.copy_(block)
-        self.local.copy_(local)
-        self.columns.known.copy_(columns.known)
-        self.graph.replay()
-        return self.found
+    return walking.walked
 
 
-def _factors(columns: Columns, like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(columns.factors, device=like.device)[:, None]
-
-
-def _walked(block: torch.Tensor, local: torch.Tensor, columns: Columns, factors: torch.Tensor) -> _Block:
+def walked(block: torch.Tensor, local: torch.Tensor, columns: Columns, factors: torch.Tensor) -> _Block:
     """Walk some columns, whose groups are whole.
 
     Args:
         block: the columns [columns, out_features], less the errors of those before; changed.
         local: their part of the factor, [columns, columns].
         columns: the grid.
-        factors: its, [candidates, 1].
+        factors: its, [candidates].
     """
     values, errors = torch.empty_like(block), torch.empty_like(block)
     weights = local.diagonal() ** -2
@@ -175,7 +112,8 @@ def _walked(block: torch.Tensor, local: torch.Tensor, columns: Columns, factors:
     for index in range(len(block)):
         if index % columns.size == 0 and (columns.size > 1 or not chosen):
             group = slice(index, index + columns.size)
-            chosen.append(_best(columns, block[group], columns.scales(block[group], factors), weights[group]))
+            candidates = columns.scales(block[group], factors[:, None])
+            chosen.append(_best(columns, block[group], candidates, weights[group]))
         values[index] = columns.nearest(block[index], chosen[-1])
         errors[index] = (block[index] - values[index]) / local[index, index]
         block[index + 1 :].addr_(local[index, index + 1 :], errors[index], alpha=-1)

@@ -1,0 +1,48 @@
+"""What the Triton kernel for compensated rounding must give: `check(...)`, and, run as a script, several calls of it.
+
+Nothing here is a test: `test_gpu.py` calls `check` on a GPU; `test_compiled.py` runs the script on a CPU, in Triton's
+interpreter, which has to be asked for before Triton is imported.
+"""
+
+from unittest import mock
+
+import torch
+
+from bitladder.formats import FORMATS
+from bitladder.measuring import rounding, walking
+
+
+def check(name: str, rows: int, width: int, device: str, least_equal: float = 1.0) -> None:
+    """Walk a weight [rows, width] by the kernel and by torch.
+
+    Args:
+        name: of the format.
+        rows: of the weight.
+        width: columns of the weight.
+        device: on which.
+        least_equal: this share of what is stored at least is the same; the error of the output is the same within 1%.
+    """
+    format_, generator = FORMATS[name], torch.Generator().manual_seed(1)
+    weight = torch.randn(rows, width, generator=generator)
+    weight[1, : width // 2] = 0
+    weight[2] *= 1e-3
+    x = torch.randn(1000, width, generator=generator).cumsum(1)
+    weight, products = weight.to(device), (x.t() @ x).to(device)
+    amax = format_.amax_of(weight) if format_.amax_name != "weight_amax" else weight.abs().amax()
+    columns = format_.columns(amax, rows)
+    parts, errors = [], []
+    for walk in (walking.walked, rounding.walked):
+        with mock.patch.object(rounding, "walk_on", return_value=walk):
+            found = rounding.compensated(weight, products, columns, 0.1)
+        parts.append(columns.parts(found.values, found.scales))
+        errors.append(rounding.output_error(weight, found.values, products))
+    for part, ours in parts[0].items():
+        same = ours.view(torch.uint8) == parts[1][part].view(torch.uint8)
+        assert float(same.float().mean()) >= least_equal, (name, part, float(same.float().mean()))
+    assert abs(errors[0] / errors[1] - 1) < 0.01, (name, errors)
+
+
+if __name__ == "__main__":
+    check("fp8", 17, 192, "cpu")
+    for name in ("mxfp8", "nvfp4", "int8", "int4_w4a16_g64", "int4_w4a16_asym_g64"):
+        check(name, 8, 192, "cpu")
