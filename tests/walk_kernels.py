@@ -24,8 +24,8 @@ def check(name: str, rows: int, width: int, device: str, least_equal: float = 1.
     """
     format_, generator = FORMATS[name], torch.Generator().manual_seed(1)
     weight = torch.randn(rows, width, generator=generator)
-    weight[1, : width // 2] = 0
-    weight[2] *= 1e-3
+    weight[1] = 0
+    weight[2] *= 1e-7  # beside scales of E4M3
     x = torch.randn(1000, width, generator=generator).cumsum(1)
     weight, products = weight.to(device), (x.t() @ x).to(device)
     amax = format_.amax_of(weight) if format_.amax_name != "weight_amax" else weight.abs().amax()
