@@ -173,7 +173,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("package", ["planning", "report"])
+@pytest.mark.parametrize("package", ["planning", "records", "report"])
 def test_a_package_gives_late_what_it_says_it_has(package):
     """The names stand three times: for type checkers, in `__all__`, and with the modules that they come from."""
     tree = ast.parse((SOURCE / package / "__init__.py").read_text())

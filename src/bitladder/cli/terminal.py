@@ -3,6 +3,7 @@
 rich is imported when there is something to draw, which is after a command's work.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -90,6 +91,8 @@ def started(recipe: Path, output: Path | None) -> Iterator["Run"]:
         try:
             print(f"Output: {run.output}", file=_stdout, flush=True)
             run.progress, run.tell = progress, say
+            gc.freeze()
+            gc.enable()
             yield run
         except KeyboardInterrupt as error:
             raise Interrupted from error
@@ -117,6 +120,8 @@ def quietly() -> AbstractContextManager[None]:
     """Keep other libraries quiet in the body, unless everything is to be seen."""
     from bitladder.library import quiet_libraries
 
+    gc.freeze()
+    gc.enable()
     return nullcontext() if _debug else quiet_libraries()
 
 

@@ -1,58 +1,133 @@
 """What steps leave on disk for one another: typed records, JSON with a digest of their own content.
 
-One file a kind; everybody imports from here.
+One file a kind; everybody imports from here, and with that what is used: a plan knows nothing of a probe.
 """
 
-from bitladder.records.base import (
-    ALL_TOKENS,
-    ASSISTANT_TURNS,
-    BF16,
-    BF16_BITS,
-    CONTENT_DIGEST,
-    SCHEMA_VERSION,
-    FileDigest,
-    Part,
-    PhaseCost,
-    Record,
-    RunInfo,
-    RunState,
-    digest_of,
-)
-from bitladder.records.checkpoint import (
-    CheckpointManifest,
-    CheckpointVerification,
-    Finding,
-    KvScale,
-    ModuleRecord,
-    PairDifference,
-    Verification,
-)
-from bitladder.records.evaluation import KL, ControlArm, EvalResult, Evaluation, Evidence
-from bitladder.records.measurement import (
-    Candidate,
-    Counted,
-    DataSummary,
-    LeftOut,
-    Measurement,
-    ModelSource,
-    QuantGroup,
-    QuantModule,
-    RoundedModule,
-    Rounding,
-    UntouchedModule,
-)
-from bitladder.records.probe import (
-    ErrorClass,
-    LogProbDifference,
-    ProbedLayer,
-    ProbeFinding,
-    ProbeResult,
-    ServedAnswer,
-    ServedMemory,
-    Stage,
-    Throughput,
-)
-from bitladder.records.scheme import Control, KlPoint, KlPoints, Refinement, Refinements, Scheme, SimulatedKls
+from typing import TYPE_CHECKING
+
+from bitladder.lazily import given_by
+
+if TYPE_CHECKING:
+    from bitladder.records.base import (
+        ALL_TOKENS,
+        ASSISTANT_TURNS,
+        BF16,
+        BF16_BITS,
+        CONTENT_DIGEST,
+        SCHEMA_VERSION,
+        FileDigest,
+        Part,
+        PhaseCost,
+        Record,
+        RunInfo,
+        RunState,
+        digest_of,
+    )
+    from bitladder.records.checkpoint import (
+        CheckpointManifest,
+        CheckpointVerification,
+        Finding,
+        KvScale,
+        ModuleRecord,
+        PairDifference,
+        Verification,
+    )
+    from bitladder.records.evaluation import KL, ControlArm, EvalResult, Evaluation, Evidence
+    from bitladder.records.measurement import (
+        Candidate,
+        Counted,
+        DataSummary,
+        LeftOut,
+        Measurement,
+        ModelSource,
+        QuantGroup,
+        QuantModule,
+        RoundedModule,
+        Rounding,
+        UntouchedModule,
+    )
+    from bitladder.records.probe import (
+        ErrorClass,
+        LogProbDifference,
+        ProbedLayer,
+        ProbeFinding,
+        ProbeResult,
+        ServedAnswer,
+        ServedMemory,
+        Stage,
+        Throughput,
+    )
+    from bitladder.records.scheme import Control, KlPoint, KlPoints, Refinement, Refinements, Scheme, SimulatedKls
+else:
+    __getattr__ = given_by(
+        __name__,
+        {
+            "base": (
+                "ALL_TOKENS",
+                "ASSISTANT_TURNS",
+                "BF16",
+                "BF16_BITS",
+                "CONTENT_DIGEST",
+                "SCHEMA_VERSION",
+                "FileDigest",
+                "Part",
+                "PhaseCost",
+                "Record",
+                "RunInfo",
+                "RunState",
+                "digest_of",
+            ),
+            "checkpoint": (
+                "CheckpointManifest",
+                "CheckpointVerification",
+                "Finding",
+                "KvScale",
+                "ModuleRecord",
+                "PairDifference",
+                "Verification",
+            ),
+            "evaluation": (
+                "KL",
+                "ControlArm",
+                "EvalResult",
+                "Evaluation",
+                "Evidence",
+            ),
+            "measurement": (
+                "Candidate",
+                "Counted",
+                "DataSummary",
+                "LeftOut",
+                "Measurement",
+                "ModelSource",
+                "QuantGroup",
+                "QuantModule",
+                "RoundedModule",
+                "Rounding",
+                "UntouchedModule",
+            ),
+            "probe": (
+                "ErrorClass",
+                "LogProbDifference",
+                "ProbedLayer",
+                "ProbeFinding",
+                "ProbeResult",
+                "ServedAnswer",
+                "ServedMemory",
+                "Stage",
+                "Throughput",
+            ),
+            "scheme": (
+                "Control",
+                "KlPoint",
+                "KlPoints",
+                "Refinement",
+                "Refinements",
+                "Scheme",
+                "SimulatedKls",
+            ),
+        },
+    )
 
 __all__ = [
     "ALL_TOKENS",
