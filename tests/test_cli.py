@@ -83,7 +83,7 @@ def test_run_prints_progress_table_and_report_and_then_nothing_to_do(recipe, tmp
 
 def test_each_step_alone(recipe, tmp_path):
     path = recipe(tmp_path)
-    refused(bitladder("export", path), "measurement.json does not exist", "run the step")
+    refused(bitladder("export", path), "measurement.json does not exist", "`bitladder measure RECIPE` writes it")
     outputs = {}
     for step in ("measure", "plan", "export", "verify", "evaluate", "report"):
         result = bitladder(step, path)
@@ -126,6 +126,40 @@ def test_bad_data(recipe, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     data = {"data": {"kind": "text", "path": str(tmp_path / "empty.txt")}, "samples": 4}
     refused(bitladder("run", recipe(tmp_path, calibration=data)), "holds 0 rows", "4 were asked for")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"calibration": {"data": {"kind": "text", "path": "/nowhere/x.txt"}}}, ["data file /nowhere/x.txt does not"]),
+        ({"held_out": {"data": {"kind": "coco", "path": "/nowhere"}}}, ["COCO directory /nowhere does not exist"]),
+        ({"calibration": {"data": {"kind": "jsonl", "path": "{tmp}/rows.jsonl"}}}, ["line 2 has no text in 'text'"]),
+        ({"calibration": {"data": {"kind": "image_text", "path": "{tmp}/rows.jsonl"}}}, ["line 1 has no 'image'"]),
+        ({"measurement": {"device": "cuda"}}, ["device cuda was asked for", "no NVIDIA driver", "device: cpu"]),
+        ({"runtimes": {"vllm": {"python": "/nowhere/python"}}}, ["no Python interpreter at /nowhere/python"]),
+        ({"model": {"path": "/nowhere/at/all"}}, ["/nowhere/at/all does not exist"]),
+    ],
+)
+def test_what_is_cheap_to_see_is_seen_before_torch_is_imported(changes, words, recipe, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"body": "two"}\n')
+    path = recipe(tmp_path, **json.loads(json.dumps(changes).replace("{tmp}", str(tmp_path))))
+    code = (
+        "import ctypes, sys; sys.modules.update(torch=None, transformers=None)\n"
+        "def missing(name): raise OSError(name)\n"
+        "ctypes.CDLL = missing\n"
+        f"sys.argv = ['bitladder', 'run', {str(path)!r}]\nfrom bitladder.cli import main; main()"
+    )
+    refused(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False), *words)
+
+
+@pytest.mark.parametrize("step", ["plan", "export", "verify", "preflight", "evaluate", "controls", "report"])
+def test_a_step_that_comes_too_early_names_the_command(step, recipe, tmp_path):
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None)\n"
+        f"sys.argv = ['bitladder', {step!r}, {str(recipe(tmp_path))!r}]\nfrom bitladder.cli import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    refused(result, "measurement.json does not exist; `bitladder measure RECIPE` writes it")
 
 
 def test_debug_shows_the_traceback(recipe, tmp_path):

@@ -384,7 +384,7 @@ def test_a_deleted_measurement_is_made_again_with_the_same_result(files, copied)
 
 def test_corrupt_records_are_refused_by_name(files, copied):
     (copied / "measurement.json").write_text('{"schema_version": 1, "groups":')
-    with pytest.raises(RecordError, match=r"measurement\.json can't be read as JSON.*run the step again"):
+    with pytest.raises(RecordError, match=r"measurement\.json can't be read as JSON.*`bitladder measure RECIPE` again"):
         run(work_of(files, copied))
 
 
@@ -404,7 +404,7 @@ def test_changed_weights_make_the_measurement_stale(files, copied, tmp_path):
 def test_steps_without_their_input_say_what_to_run(files, tmp_path):
     work = work_of(files, tmp_path / "out")
     for step in (plan, export, verify, evaluate, make_report):
-        with pytest.raises(RecordError, match="run the step that writes"):
+        with pytest.raises(RecordError, match="`bitladder (measure|plan|export) RECIPE` writes it"):
             step(work)
 
 
@@ -444,6 +444,23 @@ def test_two_processes_in_one_directory(files, copied):
     first, second = work_of(files, copied), work_of(files, copied)
     with first.locked(), pytest.raises(OutputError, match="another bitladder process"), second.locked():
         pass
+
+
+def test_a_lock_names_its_process_and_only_where_the_file_is_a_locks(files, copied):
+    lock = copied / ".lock"
+    with work_of(files, copied).locked():
+        assert lock.read_text() == str(os.getpid())
+        other = work_of(files, copied)
+        with (
+            pytest.raises(OutputError, match=rf"process \({os.getpid()}\) .* or end it: kill {os.getpid()}"),
+            other.locked(),
+        ):
+            pass
+    assert lock.read_text() == ""
+    lock.write_text("kept")
+    with work_of(files, copied).locked():
+        pass
+    assert lock.read_text() == "kept"
 
 
 def test_a_refused_process_has_written_nothing(files, copied):

@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from bitladder import records
+from bitladder.cli import app
 from bitladder.errors import OutputError, RecordError
 from bitladder.recipe import SchemeSpec
 from bitladder.records import (
@@ -244,7 +245,7 @@ def read_error(kind: type[Record], path: Path) -> str:
     message = str(caught.value)
     assert "\n" not in message
     assert str(path) in message
-    assert "again" in message or "first" in message  # the remedy
+    assert f"`bitladder {kind.written_by} RECIPE`" in message  # the remedy
     return message
 
 
@@ -405,11 +406,18 @@ def test_truncated_files_are_refused(record: Record, tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     record.write(path)
     path.write_bytes(path.read_bytes()[:-3])
-    assert "delete it and run the step again" in read_error(type(record), path)
+    assert f"delete it and run `bitladder {record.written_by} RECIPE` again" in read_error(type(record), path)
 
 
-def test_missing_files_name_the_step(tmp_path: Path) -> None:
-    assert "does not exist; run the step that writes this Scheme first" in read_error(Scheme, tmp_path / "absent.json")
+def test_missing_files_name_the_command(tmp_path: Path) -> None:
+    assert "does not exist; `bitladder plan RECIPE` writes it" in read_error(Scheme, tmp_path / "absent.json")
+
+
+def test_every_record_names_a_command_that_there_is() -> None:
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    kinds = [kind for kind in Record.__subclasses__() if kind.__module__.startswith("bitladder.")]
+    assert {kind.written_by for kind in kinds} > {"measure", "plan", "run"}
+    assert {kind.written_by for kind in kinds} <= commands
 
 
 def test_directories_are_refused(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import subprocess
 import datasets
 import pytest
 
-from bitladder.data import text
+from bitladder.data import files
+from bitladder.data.files import data_set_rows, jsonl_rows, read_text
 from bitladder.data.pairs import samples_of
 from bitladder.data.processors import load_processor
-from bitladder.data.text import data_set_rows, jsonl_rows, read_text
 from bitladder.errors import DataError
 from bitladder.recipe import DataSpec
 from bitladder.report.numbers import data_kind
@@ -224,7 +224,7 @@ def test_a_data_set_is_streamed_as_far_as_it_is_needed(tokenizer, tmp_path, monk
             read.append(number)
             yield number, row
 
-    monkeypatch.setattr(text, "data_set_rows", counted)
+    monkeypatch.setattr(files, "data_set_rows", counted)
     calibration = load(text_spec(tmp_path, kind="huggingface"), tokenizer, samples=2).summary
     few = len(read)
     tokens = sum(len(tokenizer(line)["input_ids"]) + 1 for line in make_text(4000).splitlines()[: few - 1])

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,10 +81,18 @@ class Run:
         return f"Run({self.recipe.model.path!r} -> {str(self.output)!r})"
 
     @contextmanager
-    def _working(self, *, lock: bool = True, loading: bool = True, recipe: Recipe | None = None) -> Iterator[Workspace]:
+    def _working(
+        self,
+        first: "Callable[[Workspace], None] | None" = None,
+        *,
+        lock: bool = True,
+        loading: bool = True,
+        recipe: Recipe | None = None,
+    ) -> Iterator[Workspace]:
         """Yield a new workspace: files may have changed since the last call, so nothing of it is kept.
 
         Args:
+            first: looks at what a user may have got wrong, before anything is imported that takes long.
             lock: keep other processes out; a step may do so by itself.
             loading: whether a model may be loaded.
             recipe: another one than the run's.
@@ -92,6 +101,8 @@ class Run:
         work = Workspace(recipe or self.recipe, self.output, self.progress, self.tell)
         with ExitStack() as stack:
             stack.callback(lambda: setattr(self, "done", tuple(work.done)))
+            if first is not None:
+                first(work)
             if self._quiet:
                 stack.enter_context(quiet_libraries(loading=loading))
             if lock:
@@ -118,16 +129,21 @@ class Run:
         Raises:
             BitladderError: the first step that fails; what is finished stays.
         """
-        from bitladder.steps.run import run
+        from bitladder.steps.glance import glance
 
-        with self._working(lock=False) as work:  # `run` refuses what can't be attained before it locks
+        look = partial(glance, measuring=measurement is None, held_out=True, schemes=True)
+        with self._working(look, lock=False) as work:  # `run` locks, once it has looked again
+            from bitladder.steps.run import run
+
             return run(work, None if measurement is None else Path(measurement))
 
     def measure(self) -> "Measurement":
         """Measure the sensitivity of every quant group, once."""
-        from bitladder.steps.measure import measure
+        from bitladder.steps.glance import glance
 
-        with self._working() as work:
+        with self._working(glance) as work:
+            from bitladder.steps.measure import measure
+
             return measure(work)
 
     def plan(self) -> "tuple[Scheme, ...]":
@@ -140,9 +156,11 @@ class Run:
 
     def export(self) -> "dict[str, CheckpointManifest]":
         """Write one checkpoint a scheme; return scheme -> manifest."""
-        from bitladder.steps.export import export
+        from bitladder.steps.glance import check_planned
 
-        with self._working() as work:
+        with self._working(check_planned) as work:
+            from bitladder.steps.export import export
+
             return export(work)
 
     def verify(self) -> "Verification":
@@ -151,16 +169,20 @@ class Run:
         Raises:
             VerificationFailed: something is wrong; `verification.json` has all findings.
         """
-        from bitladder.steps.verify import verify
+        from bitladder.steps.glance import check_exported
 
-        with self._working() as work:
+        with self._working(check_exported) as work:
+            from bitladder.steps.verify import verify
+
             return verify(work)
 
     def preflight(self) -> "tuple[ProbeResult, ...]":
         """Say by each runtime's rules what it would do with each checkpoint; `ok` says whether it takes it."""
-        from bitladder.steps.preflight import preflight
+        from bitladder.steps.glance import check_exported
 
-        with self._working() as work:
+        with self._working(check_exported) as work:
+            from bitladder.steps.preflight import preflight
+
             return preflight(work)
 
     def probe(
@@ -180,7 +202,7 @@ class Run:
         Raises:
             RecipeError: neither the recipe nor `python` names an environment, or there is no such stage.
         """
-        from bitladder.steps.probe import probe
+        from bitladder.steps.glance import check_exported
 
         given = {"python": None if python is None else os.path.abspath(python), "stage": stage, "timeout": timeout}
         given = {key: value for key, value in given.items() if value is not None}
@@ -188,21 +210,27 @@ class Run:
         if given and (known is not None or python is not None):
             vllm = {**(known.model_dump() if known else {}), **given}
             recipe = parse_recipe({**recipe.model_dump(), "runtimes": {"vllm": vllm}}, "probe")
-        with self._working(recipe=recipe) as work:
+        with self._working(check_exported, recipe=recipe) as work:
+            from bitladder.steps.probe import probe
+
             return probe(work)
 
     def evaluate(self) -> "dict[str, Evaluation]":
         """Evaluate every checkpoint against the original on the held-out data; return scheme -> evaluation."""
-        from bitladder.steps.evaluate import evaluate
+        from bitladder.steps.glance import check_exported
 
-        with self._working() as work:
+        with self._working(check_exported) as work:
+            from bitladder.steps.evaluate import evaluate
+
             return evaluate(work)
 
     def controls(self) -> "Evidence | None":
         """Evaluate other choices of groups at each scheme's bits; None where there are none."""
-        from bitladder.steps.controls import evaluate_controls
+        from bitladder.steps.glance import check_planned
 
-        with self._working() as work:
+        with self._working(check_planned) as work:
+            from bitladder.steps.controls import evaluate_controls
+
             return evaluate_controls(work)
 
     def report(self, *, figures: bool = False) -> "Report":

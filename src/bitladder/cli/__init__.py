@@ -294,6 +294,9 @@ def probe(
 def _recipe_among(targets: list[Path]) -> Path | None:
     """Return the recipe that is the only target; None where all are checkpoint directories."""
     files = [path for path in targets if not path.is_dir()]
+    gone = next((path for path in files if not path.exists()), None)
+    if gone is not None:
+        raise RecipeError(f"{gone} does not exist; give checkpoint directories, or one recipe")
     if not files:
         return None
     if len(targets) > 1:

@@ -19,9 +19,10 @@ import jinja2
 import torch
 
 from bitladder.data.batches import IGNORED_LABEL, Batch, DataSet, fingerprint
+from bitladder.data.files import data_set_rows, is_conversation, jsonl_rows, of_a_file, parsed_turns
 from bitladder.data.processors import has_template, template_of, tokenizer_of
 from bitladder.data.special import begun_once, check_ids, check_text, end_of_prefix, placeholders, prefix_of
-from bitladder.data.text import data_set_rows, is_conversation, jsonl_rows, of_a_file, parsed_turns, pool_size
+from bitladder.data.text import pool_size
 from bitladder.errors import DataError, reason_of
 from bitladder.reading import parse_json
 from bitladder.recipe import DataSpec

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from bitladder.data import pictures
+from bitladder.data.files import check_pair, coco_files, jsonl_rows, read_text
 from bitladder.data.processors import has_template, template_of, tokenizer_of
 from bitladder.data.special import begun_once, check_text, placeholders
-from bitladder.data.text import jsonl_rows, read_text
 from bitladder.errors import DataError, reason_of
 from bitladder.reading import parse_json
 from bitladder.recipe import DataSpec
@@ -56,12 +56,7 @@ def _coco_samples(spec: DataSpec) -> list[Sample]:
 
     Source: cocodataset.org, caption annotations: `images[].{id, file_name}`, `annotations[].{id, image_id, caption}`.
     """
-    root, split = Path(spec.path), spec.split or "train2017"
-    if not root.is_dir():
-        raise DataError(
-            f"COCO directory {root} does not exist; it holds <split>/*.jpg and annotations/captions_<split>.json"
-        )
-    path = root / (spec.annotations or f"annotations/captions_{split}.json")
+    path, images = coco_files(spec)
     try:
         content = parse_json(read_text(path))
         names = {entry["id"]: str(entry["file_name"]) for entry in content["images"]}
@@ -70,10 +65,6 @@ def _coco_samples(spec: DataSpec) -> list[Sample]:
             captions.setdefault(entry["image_id"], str(entry["caption"]).strip())
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a file of COCO captions ({type(error).__name__}: {error})") from error
-    images = root / split
-    if not images.is_dir():
-        found = ", ".join(sorted(entry.name for entry in root.iterdir() if entry.is_dir())) or "nothing"
-        raise DataError(f"COCO directory {root} has no images in {split}/; it has {found}: set data.split")
     return [
         Sample(str((images / names[image]).absolute()), spec.prompt, captions[image], where=f"{path} image {image}")
         for image in sorted(set(names) & set(captions))
@@ -89,12 +80,7 @@ def samples_of(spec: DataSpec) -> list[Sample]:
     samples = []
     for number, row in jsonl_rows(path):
         where = f"{path} line {number}"
-        for name in ("image", spec.text_field):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise DataError(
-                    f"{where} has no '{name}'; an image_text line is "
-                    f'{{"image": path or data: URI, "prompt": question (optional), "{spec.text_field}": answer}}'
-                )
+        check_pair(row, spec, where)
         prompt = row.get("prompt", spec.prompt)
         if not isinstance(prompt, str):
             raise DataError(f"{where}: 'prompt' is {json.dumps(prompt)[:40]}; make it a string, or leave it out")

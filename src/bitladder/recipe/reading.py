@@ -3,9 +3,9 @@
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -23,18 +23,57 @@ from bitladder.recipe.sections import (
 )
 
 _PACKAGE_PREFIX = "package:"
+_SURELY_MEANT, _PERHAPS_MEANT = 0.75, 0.5  # least likeness of a key to one that is known. Source: difflib's ratio
+_SAID_FIRST = {"extra_forbidden": 0, "missing": 2}  # kinds of errors in the order in which they are told; others 1
 _MOST_PART = 255  # bytes of one part of a path. Source: NAME_MAX of Linux
+LineOf = Callable[[Sequence[int | str]], int | None]  # where a key stands in what was written
 
 
-def _known_keys(section: Any, location: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that are known at `location` inside `section` (where an unknown one was found)."""
-    for part in location[:-1]:
-        if isinstance(part, int) or not (isinstance(section, type) and issubclass(section, BaseModel)):
-            continue
-        annotation = section.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), section)
-    return list(section.model_fields)
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that a key's type names."""
+    options = [annotation, *get_args(annotation)]
+    return [one for one in options if isinstance(one, type) and issubclass(one, BaseModel)]
+
+
+def _section_at(section: Any, location: Sequence[int | str]) -> Any:
+    """Return the section that lies at `location` inside `section`."""
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            section = next(iter(_sections_of(section.model_fields[part].annotation)), section)
+    return section
+
+
+def _homes(key: str, section: type[BaseModel], place: str = "") -> list[str]:
+    """Return where in a section, however deep, a key is known: as `measurement.device`."""
+    found = []
+    for name, field in section.model_fields.items():
+        for inner in _sections_of(field.annotation):
+            found += [f"{place}{name}.{key}"] if key in inner.model_fields else []
+            found += _homes(key, inner, f"{place}{name}.")
+    return found
+
+
+def _unknown(location: tuple[int | str, ...], section: type[Section]) -> str:
+    """Return what to say of a key that isn't known where it stands."""
+    key, known = str(location[-1]), list(_section_at(section, location[:-1]).model_fields)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=_SURELY_MEANT)
+    homes = [] if near else _homes(key, section)
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=_PERHAPS_MEANT)
+    if homes:
+        hint = f"it belongs further in: {' or '.join(homes)}"
+    else:
+        hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+    return f"unknown key '{'.'.join(map(str, location))}'; {hint}"
+
+
+def _wanted(found: Mapping[str, Any], section: type[Section], location: tuple[int | str, ...]) -> str:
+    """Return what is wrong with a value, as pydantic found it, in words of a recipe."""
+    if found["type"] == "tuple_type":
+        example = ", a dash before each entry" if isinstance(found["input"], Mapping) else ", as [a, b]"
+        return f"give a list{example}"
+    if found["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"give a mapping of keys: {', '.join(_section_at(section, location).model_fields)}"
+    return str(found["msg"]).removeprefix("Value error, ").replace("a valid tuple", "a list").replace("Tuple", "List")
 
 
 def _as_written(location: tuple[int | str, ...], content: Any) -> tuple[int | str, ...]:
@@ -52,32 +91,44 @@ def _as_written(location: tuple[int | str, ...], content: Any) -> tuple[int | st
     return tuple(written)
 
 
-def _one_line(error: ValidationError, origin: str, section: type[Section], content: Any = None) -> RecipeError:
+def _one_line(
+    error: ValidationError, origin: str, section: type[Section], content: Any = None, line_of: LineOf | None = None
+) -> RecipeError:
     """Return the first validation error as one line: where, what was given, what is possible."""
-    # A misspelt key is also a missing one: the unknown key says more.
-    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    # A misspelt key is also a missing one, and what is written says more than what isn't.
+    first = min(error.errors(), key=lambda found: _SAID_FIRST.get(found["type"], 1))
     location = _as_written(first["loc"], content)
-    where = ".".join(str(part) for part in location) or "(top level)"
+    line = line_of(location) if line_of is not None and location else None
+    place = origin if line is None else f"{origin} line {line}"
     if first["type"] == "extra_forbidden":
-        known = _known_keys(section, location)
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
-        return RecipeError(f"{origin}: unknown key '{where}'; {hint}")
-    message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list").replace("Tuple", "List")
+        return RecipeError(f"{place}: {_unknown(location, section)}")
+    where = f"{'.'.join(map(str, location))}: " if location else ""
     given = "" if first["type"] in ("missing", "value_error") else f" (got {shortened(first['input'])})"
-    return RecipeError(f"{origin}: {where}: {message}{given}")
+    return RecipeError(f"{place}: {where}{_wanted(first, section, location)}{given}")
 
 
-def parse_recipe(content: Any, origin: str) -> Recipe:
+def parse_recipe(content: Any, origin: str, line_of: LineOf | None = None) -> Recipe:
     """Return the recipe that `content` (parsed YAML) describes; `origin` names it in errors.
+
+    Args:
+        content: of the recipe.
+        origin: where it comes from.
+        line_of: says in which line of that a key stands.
 
     Raises:
         RecipeError: one line that names the key, what was given and what is possible.
     """
+    if not isinstance(content, Mapping):
+        what = "is empty" if content is None else f"holds {shortened(content)}"
+        needed = ", ".join(name for name, field in Recipe.model_fields.items() if field.is_required())
+        raise RecipeError(
+            f"{origin} {what}; a recipe is a mapping of keys, of which {needed} are needed: see recipes/, or write one "
+            "with `bitladder init MODEL`"
+        )
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise _one_line(error, origin, Recipe, content) from error
+        raise _one_line(error, origin, Recipe, content, line_of) from error
 
 
 def parse_schemes(entries: Sequence[dict[str, Any]]) -> tuple[SchemeSpec, ...]:
@@ -135,10 +186,11 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: the file is missing, isn't YAML, or isn't a recipe.
     """
-    from bitladder.recipe.yaml_text import parse_yaml
+    from bitladder.recipe.yaml_text import line_of, parse_yaml
 
     try:
-        content = parse_yaml(read_bytes(path))
+        text = read_bytes(path)
+        content = parse_yaml(text)
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist; see recipes/ for examples") from None
     except IsADirectoryError:
@@ -147,7 +199,8 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"recipe {path} can't be read: {error.strerror}") from error
     except ValueError as error:
         raise RecipeError(f"{path} is not YAML that can be read: {error}") from error
-    return with_absolute_paths(parse_recipe(content, str(path)), path.resolve().parent)
+    recipe = parse_recipe(content, str(path), lambda location: line_of(text, location))
+    return with_absolute_paths(recipe, path.resolve().parent)
 
 
 def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:

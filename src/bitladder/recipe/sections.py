@@ -35,6 +35,7 @@ _ONLY_FOR = {  # keys of data that only some kinds look at
 SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name goes
 DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
 _SIXTEEN_BITS = "bf16"  # among formats it says nothing: every group may keep its 16 bits
+_PERCENT = 100
 _MAX_SHOWN = 100  # characters of a wrong value that an error repeats
 # What lies in the output directory itself: a layout that names one of these would overwrite it.
 _OURS = frozenset(
@@ -283,6 +284,13 @@ class SchemeSpec(Section):
     )
     kv_cache: Literal["none", "fp8"] | None = Field(default=None, description="None: the recipe's")
 
+    @field_validator("coverage", mode="before")
+    @classmethod
+    def _a_share(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and 2 < value <= _PERCENT:
+            raise ValueError(f"a share of the weights, at most 1; got {value}: did you mean {value / _PERCENT:g}?")
+        return value
+
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         _check_name("scheme", self.name)
@@ -454,7 +462,10 @@ class Recipe(Section):
             if held_out.data is None and data.kind == GENERATED:
                 raise ValueError(f"{where} needs `data` of its own: of what the model writes nothing is left over")
             if held_out.task and data.kind != "image_text":
-                raise ValueError(f"{where}.task needs held-out data of kind image_text, which has answers")
+                raise ValueError(
+                    f"{where}.task: {held_out.task} needs data of kind image_text, whose answers are known; this set "
+                    f"is of kind {data.kind}: give other data, or leave task out"
+                )
         return self
 
     def scheme_specs(self) -> tuple[SchemeSpec, ...]:

@@ -4,6 +4,7 @@ A module of its own, since the library is imported with it: who plans from a mea
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -93,7 +94,40 @@ def parse_yaml(content: bytes) -> Any:
             raise ValueError(f"its aliases stand for more than {_MOST_NODES:,} values; write out what is meant")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(_said(error)) from error
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _said(error: yaml.YAMLError) -> str:
+    """Return a complaint of the library in one line, without the snippets that it draws."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return " ".join(str(error).split())
+    begun = getattr(error, "context", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}{f' ({begun})' if begun else ''}"
+
+
+def line_of(content: bytes, location: Sequence[int | str]) -> int | None:
+    """Return the line, from 1, of the last part of `location` that YAML which was parsed has; None: it has none.
+
+    Args:
+        content: what `parse_yaml` took.
+        location: keys of mappings and places in lists, from the top.
+    """
+    loader, line = _Loader(content.decode("utf-8")), None
+    try:
+        node = loader.get_single_node()
+    finally:
+        loader.dispose()
+    for part in location:
+        found: Any = None
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == str(part)), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = (node.value[part],) * 2
+        if found is None:
+            break
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line

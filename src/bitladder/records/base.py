@@ -61,6 +61,7 @@ class Record(Part):
 
     # Fields that two runs with the same result may differ in; they don't count for the fingerprint.
     volatile: ClassVar[frozenset[str]] = frozenset()
+    written_by: ClassVar[str] = "run"  # the command whose step writes it
 
     schema_version: int = SCHEMA_VERSION
 
@@ -82,30 +83,33 @@ class Record(Part):
             RecordError: the file is missing, isn't JSON, isn't such a record, or isn't what was written; the message
                 names the remedy.
         """
-        kind = cls.__name__
+        kind, command = cls.__name__, f"bitladder {cls.written_by} RECIPE"
         try:
             content = read_json(path, parse_constant=_refuse_constant)
         except FileNotFoundError:
-            raise RecordError(f"{path} does not exist; run the step that writes this {kind} first") from None
+            raise RecordError(f"{path} does not exist; `{command}` writes it") from None
         except (OSError, ValueError) as error:  # not UTF-8, not JSON, NaN, nested without end
-            raise RecordError(f"{path} can't be read as JSON ({error}); delete it and run the step again") from error
+            raise RecordError(
+                f"{path} can't be read as JSON ({error}); name a {kind}, and if it should be one, delete it and run "
+                f"`{command}` again"
+            ) from error
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise RecordError(
                 f"{path} has schema_version {version!r}, this Bitladder reads {SCHEMA_VERSION}; "
-                f"if it is a {kind}, delete it and run the step again"
+                f"if it is a {kind}, delete it and run `{command}` again"
             )
         if content.pop(CONTENT_DIGEST, None) != _digest_of_json(content):
             raise RecordError(
                 f"{path} was changed since it was written: its content is not what its {CONTENT_DIGEST} says; "
-                "delete it and run the step again"
+                f"delete it and run `{command}` again"
             )
         try:
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "(top level)"
-            raise RecordError(f"{path} is not a {kind}: {where}: {first['msg']}; run the step again") from error
+            raise RecordError(f"{path} is not a {kind}: {where}: {first['msg']}; run `{command}` again") from error
 
     @classmethod
     def read_if_whole(cls, path: Path) -> Self | None:

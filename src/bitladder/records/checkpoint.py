@@ -34,6 +34,7 @@ class KvScale(Part):
 class CheckpointManifest(Grown, Record):
     """What an exported directory holds, written last; `bitladder_manifest.json` in that directory."""
 
+    written_by = "export"
     FILE_NAME: ClassVar[str] = "bitladder_manifest.json"
     CARD_NAME: ClassVar[str] = "README.md"  # the model card, which every report writes again; not among `files`
     later = frozenset({"carrier"})
@@ -91,6 +92,8 @@ class PairDifference(Part):
 
 class Verification(Record):
     """All checkpoints of one run, each against its scheme and against each other."""
+
+    written_by = "verify"
 
     checkpoints: tuple[CheckpointVerification, ...]
     pairs: tuple[PairDifference, ...]

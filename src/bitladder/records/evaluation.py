@@ -27,6 +27,7 @@ class EvalResult(Part):
 class Evaluation(Record):
     """One checkpoint on every held-out set, against the original."""
 
+    written_by = "evaluate"
     volatile = frozenset({"run"})
 
     scheme: str
@@ -64,6 +65,7 @@ class ControlArm(Part):
 class Evidence(Record):
     """What the search is worth: control arms beside the schemes, evaluated in memory on the same held-out sets."""
 
+    written_by = "controls"
     volatile = frozenset({"run"})
 
     measurement_sha256: str

@@ -128,6 +128,7 @@ class Measurement(Grown, Record):
     A group's sensitivity is Σ_batches `score_weights[b]` × `scores[b]`; see `measuring`.
     """
 
+    written_by = "measure"
     volatile = frozenset({"run"})
     later = frozenset({"left_out", "arithmetic"})
 

@@ -97,6 +97,7 @@ class ServedMemory(Part):
 class ProbeResult(Record):
     """What one runtime, in one version, does with one checkpoint, as far as `stage`."""
 
+    written_by = "probe"
     volatile = frozenset({"run", "traceback"})
 
     checkpoint: str = Field(description="the directory's name")

@@ -20,6 +20,7 @@ class Control(Part):
 class Scheme(Record):
     """The format of every quant group, and what it costs and is predicted to do."""
 
+    written_by = "plan"
     # What is said of the scheme, not what it is: one scheme more must not make this one's checkpoint stale.
     volatile = frozenset({"nested_in", "standard_error", "text_only_changes"})
 

@@ -243,6 +243,7 @@ class Environment(Part):
 class Report(Record):
     """Everything that one run measured, planned, wrote, checked and evaluated."""
 
+    written_by = "report"
     volatile = frozenset({"environments", "phases"})
 
     verdict: str = Field(default="", description="which scheme to take, in one sentence (`report.verdict`)")

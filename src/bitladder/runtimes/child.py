@@ -61,7 +61,7 @@ def installed_version(python: Path, packages: Sequence[str] = VLLM_PACKAGES) -> 
     Raises:
         BitladderError: there is no such interpreter.
     """
-    _check_interpreter(python)
+    check_interpreter(python)
     code = (
         "import importlib.metadata as m, sys\n"
         "found = [d.version for name in sys.argv[1:] for d in m.distributions(name=name)]\n"
@@ -86,7 +86,8 @@ def vllm_version(python: Path) -> str:
     return version
 
 
-def _check_interpreter(python: Path) -> None:
+def check_interpreter(python: Path) -> None:
+    """Raise BitladderError where there is no program at `python`."""
     if not (python.is_file() and os.access(python, os.X_OK)):
         raise BitladderError(
             f"no Python interpreter at {python}; name the one of the runtime's environment (`make vllm-env` makes "
@@ -109,7 +110,7 @@ def run_child(
     Raises:
         BitladderError: there is no such interpreter.
     """
-    _check_interpreter(python)
+    check_interpreter(python)
     with scratch_directory() as scratch:
         paths = [scratch / name for name in ("job.json", "result.json", "output.txt")]
         paths[0].write_text(json.dumps(dict(job)), encoding="utf-8")

@@ -23,11 +23,11 @@ settings; a checkpoint that of scheme and measurement; an evaluation that of che
 import os
 from pathlib import Path
 
-from bitladder import planning, report
-from bitladder.planning.carrying import refuse_uncarried
+from bitladder import report
 from bitladder.steps.controls import evaluate_controls
 from bitladder.steps.evaluate import evaluate
 from bitladder.steps.export import export
+from bitladder.steps.glance import glance
 from bitladder.steps.look import look
 from bitladder.steps.measure import measure, take_over
 from bitladder.steps.originals import Originals
@@ -49,10 +49,7 @@ def run(work: Workspace, measurement: Path | None = None) -> report.Report:
     Raises:
         BitladderError: the first step that fails; what is finished stays.
     """
-    planning.refuse_unattainable(work.recipe.schemes, work.recipe.measurement.formats)
-    refuse_uncarried(work.recipe.scheme_specs(), work.recipe.measurement.formats, work.recipe.export.carrier)
-    for spec in work.recipe.schemes:
-        work.check_place(work.checkpoint_directory(spec.name))
+    glance(work, measuring=measurement is None, held_out=True, schemes=True)
     with work.locked():
         if measurement is None:
             look(work, held_out=True)

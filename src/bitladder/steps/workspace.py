@@ -43,8 +43,22 @@ VERIFICATION_FILE = "verification.json"
 EVIDENCE_FILE = "evidence.json"
 PROBES = "probes"  # directory
 LOCK_FILE = ".lock"
+_LONGEST_HOLDER = 32  # bytes of a lock's file that are read
 _KEY_CHARACTERS = 12  # of the digest that tells one output's temporaries from another's
 RecordT = TypeVar("RecordT", bound=Record)
+
+
+def _holder_in(lock: int) -> str | None:
+    """Return the process id that a lock's file names; "": it is empty; None: it holds something else."""
+    text = os.pread(lock, _LONGEST_HOLDER, 0).decode("ascii", "replace").strip()
+    return text if text.isdigit() or not text else None
+
+
+def _hold(lock: int, holder: str) -> None:
+    """Write whose a lock is into its file, for those who find it taken; "": nobody's any more."""
+    if _holder_in(lock) is not None:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, holder.encode(), 0)
 
 
 def fetch_model(path: str, revision: str | None) -> Path:
@@ -145,19 +159,27 @@ class Workspace:
         """
         with explain_os_errors(self.output):
             self.output.mkdir(parents=True, exist_ok=True)
-            # Not through a link, and nothing is truncated: the lock is all that the file is for.
+            # Not through a link, and nothing of somebody else's is truncated (`_hold`).
             lock = os.open(self.output / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise OutputError(f"another bitladder process is working in {self.output}; wait for it") from None
-            remove_leftovers(self.output)
-            key = digest_of([str(self.output)])[:_KEY_CHARACTERS]
-            with temporaries_in(self._places(), key):
-                self._open()  # another process may have worked there since this one looked
-                self.save()
-                yield
+                holder = _holder_in(lock)
+                who, how = (f" ({holder})", f", or end it: kill {holder}") if holder else ("", "")
+                raise OutputError(
+                    f"another bitladder process{who} is working in {self.output}; wait for it{how}"
+                ) from None
+            _hold(lock, str(os.getpid()))
+            try:
+                remove_leftovers(self.output)
+                key = digest_of([str(self.output)])[:_KEY_CHARACTERS]
+                with temporaries_in(self._places(), key):
+                    self._open()  # another process may have worked there since this one looked
+                    self.save()
+                    yield
+            finally:
+                _hold(lock, "")
         finally:
             os.close(lock)
 
