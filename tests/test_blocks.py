@@ -8,6 +8,7 @@ import transformers
 
 import tiny_architectures
 from bitladder import cli
+from bitladder.cli import terminal
 from bitladder.errors import EngineError, UnsupportedModel
 from bitladder.formats import get_format
 from bitladder.measured import read_amax
@@ -138,7 +139,7 @@ def test_where_native_refuses_the_remedy_that_is_printed_works(tmp_path, monkeyp
     """Gemma 4's last layers read the keys and values of others."""
     monkeypatch.setitem(tiny_architectures.VARIANTS, "Gemma4ForCausalLM:shared", SHARED)
     directory = tiny_architectures.build("Gemma4ForCausalLM:shared", tmp_path / "model")
-    with cli.console().capture() as shown:
+    with terminal.console().capture() as shown:
         cli.app(["inspect", str(directory)], standalone_mode=False)
     assert shown.get().strip().endswith("(shared keys and values?); use engine: modelopt")
     with pytest.raises(EngineError, match="shared keys and values"):

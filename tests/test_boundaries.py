@@ -214,6 +214,7 @@ OPENED_ELSEWHERE = {
     ("data/pictures.py", "Image.open"): "bytes that were read already",
     ("models/fusing.py", "files(__package__).joinpath('fusing.json').read_text"): "a resource of this package",
     ("data/packaged.py", "zipfile.ZipFile"): "a file that is open already",
+    ("cli/telling.py", "os.open"): "the log, to add to it",
     ("steps/workspace.py", "os.open"): "the lock, for writing too: that waits for nobody",
     ("report/page.py", "(here / 'page.css').read_text"): "a resource of this package",
     ("report/page.py", "(here / 'page.js').read_text"): "a resource of this package",

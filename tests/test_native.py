@@ -159,7 +159,7 @@ def test_kl_after_pictures_equals_modelopts(tmp_path):
 @pytest.mark.parametrize("method", WITHIN)
 def test_a_real_model_scores_as_with_modelopt(tmp_path, method):
     if not SMOLLM2.exists():
-        pytest.skip(f"no model at {SMOLLM2}: run `bitladder smollm2 {SMOLLM2.relative_to(ROOT)}`")
+        pytest.skip(f"no model at {SMOLLM2}: run `bitladder fetch smollm2 {SMOLLM2.relative_to(ROOT)}`")
     captions = ROOT / "recipes/data/coco2017_captions.txt"
     samples = 2 if method == "gradient" else 1  # ModelOpt runs the model 121 times for each
     data = load_text(SMOLLM2, captions, samples=samples, length=32, batch=1)

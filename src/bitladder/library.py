@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Verification,
     )
     from bitladder.report import Report
+    from bitladder.steps.preview import Ahead
 
 Tell = Callable[[str], None]
 
@@ -54,6 +55,7 @@ class Run:
         output: str | os.PathLike[str] | None = None,
         progress: Progress = no_progress,
         tell: Tell = tell_nobody,
+        detail: Tell = tell_nobody,
         quiet: bool = True,
     ) -> None:
         """Read a recipe; nothing is computed and nothing written.
@@ -64,6 +66,7 @@ class Run:
             output: write here instead of the recipe's `output`; relative to the current directory.
             progress: called with a phase, how much of it is done and of how much (0: not known).
             tell: called with a line on what happens beside it (why something is measured again, say).
+            detail: called with a line on each step that was done, and how long it took.
             quiet: keep warnings, log lines and bars of other libraries back while a step works.
 
         Raises:
@@ -75,7 +78,7 @@ class Run:
             self.recipe = read_recipe(Path(recipe))
         self.output = Path(self.recipe.output if output is None else resolve_path(os.fspath(output), Path.cwd()))
         self.done: tuple[str, ...] = ()  # the steps that the last call had to do
-        self.progress, self.tell, self._quiet = progress, tell, quiet
+        self.progress, self.tell, self.detail, self._quiet = progress, tell, detail, quiet
 
     def __repr__(self) -> str:
         return f"Run({self.recipe.model.path!r} -> {str(self.output)!r})"
@@ -98,7 +101,7 @@ class Run:
             recipe: another one than the run's.
         """
         self.done = ()
-        work = Workspace(recipe or self.recipe, self.output, self.progress, self.tell)
+        work = Workspace(recipe or self.recipe, self.output, self.progress, self.tell, self.detail)
         with ExitStack() as stack:
             stack.callback(lambda: setattr(self, "done", tuple(work.done)))
             if first is not None:
@@ -136,6 +139,15 @@ class Run:
             from bitladder.steps.run import run
 
             return run(work, None if measurement is None else Path(measurement))
+
+    def preview(self) -> "tuple[Ahead, ...]":
+        """Return the steps of `run`, whether each has something to do and why, and how long it took before."""
+        from bitladder.steps.glance import glance
+
+        with self._working(partial(glance, held_out=True, schemes=True), lock=False) as work:
+            from bitladder.steps.preview import preview
+
+            return preview(work)
 
     def measure(self) -> "Measurement":
         """Measure the sensitivity of every quant group, once."""

@@ -26,6 +26,14 @@ def no_progress(phase: str, done: int, total: int) -> None:
     """Tell nobody."""
 
 
+@contextmanager
+def told(progress: Progress, phase: str) -> Iterator[None]:
+    """Tell that the body, of whose length nothing is known, begins and ends."""
+    progress(phase, 0, 1)
+    yield
+    progress(phase, 1, 1)
+
+
 def versions() -> dict[str, str]:
     """Return the versions of the packages whose behaviour a result depends on."""
     found = {"python": platform.python_version()}

@@ -17,7 +17,7 @@ import resource
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bitladder.errors import LowMemory, OutputError
@@ -38,12 +38,14 @@ def sha256_of_bytes(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_of_file(path: Path) -> str:
-    """Return the hex SHA-256 of the file's content, read in blocks of 4 MiB."""
+def sha256_of_file(path: Path, read: Callable[[int], None] | None = None) -> str:
+    """Return the hex SHA-256 of the file's content, read in blocks of 4 MiB; `read` is told how long each was."""
     digest = hashlib.sha256()
     with open_file(path) as file:
         while block := file.read(_HASH_BLOCK_BYTES):
             digest.update(block)
+            if read is not None:
+                read(len(block))
     return digest.hexdigest()
 
 

@@ -214,6 +214,7 @@ def _layout(rng: random.Random, world: World) -> Mutant:
             "run.json",
             "measurement.json",
             ".lock",
+            "run.log",
             "checkpoints",
             "checkpoints/half/config.json",
             "checkpoints/half",

@@ -260,18 +260,24 @@ def check_pair(row: dict[str, Any], spec: DataSpec, where: str) -> None:
             )
 
 
-def coco_files(spec: DataSpec) -> tuple[Path, Path]:
-    """Return the file of captions and the directory of pictures of a COCO directory; raises DataError."""
+def coco_captions(spec: DataSpec) -> Path:
+    """Return the file of captions of a COCO directory; raises DataError where that isn't there."""
     root, split = Path(spec.path), spec.split or "train2017"
     if not root.is_dir():
         raise DataError(
             f"COCO directory {root} does not exist; it holds <split>/*.jpg and annotations/captions_<split>.json"
         )
+    return root / (spec.annotations or f"annotations/captions_{split}.json")
+
+
+def coco_images(spec: DataSpec) -> Path:
+    """Return the directory of pictures of a COCO directory that is there; raises DataError."""
+    root, split = Path(spec.path), spec.split or "train2017"
     images = root / split
     if not images.is_dir():
         found = ", ".join(sorted(entry.name for entry in root.iterdir() if entry.is_dir())) or "nothing"
         raise DataError(f"COCO directory {root} has no images in {split}/; it has {found}: set data.split")
-    return root / (spec.annotations or f"annotations/captions_{split}.json"), images
+    return images
 
 
 def glance(spec: DataSpec) -> None:
@@ -281,7 +287,8 @@ def glance(spec: DataSpec) -> None:
     """
     path = Path(spec.path)
     if spec.kind == "coco":
-        coco_files(spec)
+        coco_captions(spec)
+        coco_images(spec)
     elif spec.kind in ("text", "jsonl", "image_text") or (spec.kind == MESSAGES and of_a_file(spec)):
         check_file(path)
         if path.stat().st_size > _GLANCED_BYTES:

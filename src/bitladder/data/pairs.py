@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from bitladder.data import pictures
-from bitladder.data.files import check_pair, coco_files, jsonl_rows, read_text
+from bitladder.data.files import check_pair, coco_captions, coco_images, jsonl_rows, read_text
 from bitladder.data.processors import has_template, template_of, tokenizer_of
 from bitladder.data.special import begun_once, check_text, placeholders
 from bitladder.errors import DataError, reason_of
@@ -56,7 +56,7 @@ def _coco_samples(spec: DataSpec) -> list[Sample]:
 
     Source: cocodataset.org, caption annotations: `images[].{id, file_name}`, `annotations[].{id, image_id, caption}`.
     """
-    path, images = coco_files(spec)
+    path = coco_captions(spec)
     try:
         content = parse_json(read_text(path))
         names = {entry["id"]: str(entry["file_name"]) for entry in content["images"]}
@@ -65,6 +65,7 @@ def _coco_samples(spec: DataSpec) -> list[Sample]:
             captions.setdefault(entry["image_id"], str(entry["caption"]).strip())
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a file of COCO captions ({type(error).__name__}: {error})") from error
+    images = coco_images(spec)
     return [
         Sample(str((images / names[image]).absolute()), spec.prompt, captions[image], where=f"{path} image {image}")
         for image in sorted(set(names) & set(captions))

@@ -27,7 +27,7 @@ from bitladder.evaluation.reference import Reference, compare_with, on_split
 from bitladder.formats import POWERS_OF_TWO, WEIGHT_ONLY, Arithmetic
 from bitladder.models.weights import WeightFiles
 from bitladder.records import CheckpointManifest, EvalResult, Evaluation
-from bitladder.runinfo import Meter, Progress, no_progress
+from bitladder.runinfo import Meter, Progress, no_progress, told
 
 _HOW: Mapping[Arithmetic, str] = {
     WEIGHT_ONLY: "with inputs in 16 bits",
@@ -122,7 +122,8 @@ def evaluate_checkpoint(
         )
     meter = Meter()
     with meter.phase(f"evaluate {manifest.scheme}"):
-        model = load_checkpoint(directory, device=references[0].device, arithmetic=arithmetic)
+        with told(progress, f"load {manifest.scheme}"):
+            model = load_checkpoint(directory, device=references[0].device, arithmetic=arithmetic)
         results = [
             result
             for reference in references

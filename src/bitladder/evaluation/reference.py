@@ -16,7 +16,7 @@ from bitladder.evaluation.task import Task
 from bitladder.models.loading import load_model
 from bitladder.reading import read_tensors
 from bitladder.recipe import DEFAULT_SPLIT
-from bitladder.runinfo import Progress, no_progress
+from bitladder.runinfo import Progress, no_progress, told
 from bitladder.storage import scratch_directory
 
 # The original's log-probabilities are kept in memory up to this size, and in a temporary directory beyond.
@@ -129,7 +129,8 @@ class Reference:
         Raises:
             ModelError: it can't be loaded, or gives NaN or Inf.
         """
-        model = load_model(directory, torch.float32, device)
+        with told(progress, "load original"):
+            model = load_model(directory, torch.float32, device)
         vocabulary = model.get_output_embeddings().weight.shape[0]
         store = _Store(4 * data.summary.tokens * vocabulary, device)
         on = on_split(split)
@@ -144,7 +145,8 @@ class Reference:
             check_nll(own, f"the original {directory}")
             correct = task.correct(model, device, progress, f"answer: original{on}") if task else None
             del model  # one model in memory at a time
-            model = load_model(directory, torch.bfloat16, device)
+            with told(progress, "load original in BF16"):
+                model = load_model(directory, torch.bfloat16, device)
             phase = f"evaluate original in BF16{on}"
             bf16 = compare_with(model, data, store, device, f"{directory} in BF16", progress, phase)
             bf16_correct = task.correct(model, device, progress, f"answer: original in BF16{on}") if task else None

@@ -33,7 +33,7 @@ from bitladder.measuring.partial import PARTIAL, Partial
 from bitladder.models.target import Target
 from bitladder.recipe import MeasureSpec, WorkersSpec
 from bitladder.records import Candidate, FileDigest, LeftOut, Measurement, ModelSource, Rounding, digest_of
-from bitladder.runinfo import Meter, Progress, no_progress
+from bitladder.runinfo import Meter, Progress, no_progress, told
 from bitladder.storage import atomic_path, discard, sha256_of_file, unseal
 
 _COLUMNS = "codes of every format"  # since when a file of compensated codes has them
@@ -121,7 +121,7 @@ def measure(
     memory = layers.DeviceMemory(device, spec.memory_gb)
 
     def opened(remedy: str) -> layers.Layers:
-        with meter.phase("load model"):
+        with meter.phase("load model"), told(progress, "load model"):
             return layers.open_layers(directory, job, dtype, memory, remedy)
 
     with memory.enforced():
@@ -131,7 +131,7 @@ def measure(
             elif spec.engine == "native":
                 native.run(opened(native.REMEDY), job, partial, meter)
             else:
-                with meter.phase("load model"):
+                with meter.phase("load model"), told(progress, "load model"):
                     model = layers.load_whole(directory, target, dtype, device)
                 modelopt.run(model, job, partial, meter)
                 del model

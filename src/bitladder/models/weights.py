@@ -4,15 +4,18 @@ torch and numpy are imported where tensors are read: a plan or a report needs to
 """
 
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from bitladder.errors import ModelError
 from bitladder.models.headers import TensorInfo, read_header
 from bitladder.reading import open_file, read_json, read_text
 from bitladder.records import FileDigest, ModelSource, digest_of
+from bitladder.runinfo import Progress, no_progress
 from bitladder.storage import sha256_of_file
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 PROVENANCE_FILE = "PROVENANCE"  # in a model's directory: where its weights come from, in a line
 _SHARD_NAME = re.compile(r"[^/\\\0.][^/\\\0]*\.safetensors")  # a plain file name
 _HASHED_AT_ONCE = 4
+_HASHING = "hash model (MiB)"  # what its progress is called
 _BLOCK = 2**26  # values
 _ROWS = 16  # of a tensor, looked at together
 # torch's name of a dtype. Source: safetensors' own table (safetensors/torch.py).
@@ -183,14 +187,17 @@ class DigestCache:
     def __init__(self, known: dict[str, tuple[int, int, str]] | None = None) -> None:
         self.known = dict(known or {})
 
-    def sha256(self, path: Path) -> str:
-        """Return the file's hex SHA-256."""
-        stat = path.stat()
-        entry = self.known.get(str(path))
-        if entry is None or tuple(entry[:2]) != (stat.st_size, stat.st_mtime_ns):
-            entry = (stat.st_size, stat.st_mtime_ns, sha256_of_file(path))
-            self.known[str(path)] = entry
-        return entry[2]
+    def knows(self, path: Path) -> bool:
+        """Return whether the file's SHA-256 is known, so that it needn't be read."""
+        stat, entry = path.stat(), self.known.get(str(path))
+        return entry is not None and tuple(entry[:2]) == (stat.st_size, stat.st_mtime_ns)
+
+    def sha256(self, path: Path, read: Callable[[int], None] | None = None) -> str:
+        """Return the file's hex SHA-256; `read` is told the length of each block that had to be read."""
+        if not self.knows(path):
+            stat = path.stat()
+            self.known[str(path)] = (stat.st_size, stat.st_mtime_ns, sha256_of_file(path, read))
+        return self.known[str(path)][2]
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -229,8 +236,17 @@ def read_provenance(directory: Path) -> str | None:
         raise ModelError(f"{path} can't be read as UTF-8 text ({error}); mend or remove it") from error
 
 
-def model_source(directory: Path, *, path: str, revision: str | None, cache: DigestCache) -> ModelSource:
+def model_source(
+    directory: Path, *, path: str, revision: str | None, cache: DigestCache, progress: Progress = no_progress
+) -> ModelSource:
     """Return the identity of the model in `directory`: digests of its config and of every weight file.
+
+    Args:
+        directory: of the model.
+        path: what the recipe calls it.
+        revision: of a Hub id.
+        cache: the digests that are known.
+        progress: told of the MiB that are read, where some have to be.
 
     Raises:
         ModelError: files are missing or truncated.
@@ -239,8 +255,18 @@ def model_source(directory: Path, *, path: str, revision: str | None, cache: Dig
     names = ["config.json", *WeightFiles.open(directory).files]
     if (directory / INDEX_FILE).exists():
         names.append(INDEX_FILE)
+    wanted = sum((directory / name).stat().st_size for name in names if not cache.knows(directory / name))
+    telling, done = Lock(), 0
+
+    def read(size: int) -> None:
+        nonlocal done
+        with telling:
+            done += size
+            if wanted >> 20:
+                progress(_HASHING, done >> 20, wanted >> 20)
+
     with ThreadPoolExecutor(max_workers=_HASHED_AT_ONCE) as pool:
-        digests = list(pool.map(lambda name: cache.sha256(directory / name), names))
+        digests = list(pool.map(lambda name: cache.sha256(directory / name, read), names))
     files = tuple(
         FileDigest(name=name, bytes=(directory / name).stat().st_size, sha256=digest)
         for name, digest in zip(names, digests, strict=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from bitladder.lazily import given_by
 
 if TYPE_CHECKING:
-    from bitladder.planning.asking import plan, plan_all, related
+    from bitladder.planning.asking import fitted, kl_map_of, plan, plan_all, related
     from bitladder.planning.patterns import Searched, matching_groups
     from bitladder.planning.points import MAX_FRONTIER_CHOICES
     from bitladder.planning.pricing import density_order, price, standard_error
@@ -31,7 +31,7 @@ else:
     __getattr__ = given_by(
         __name__,
         {
-            "asking": ("plan", "plan_all", "related"),
+            "asking": ("fitted", "kl_map_of", "plan", "plan_all", "related"),
             "patterns": ("Searched", "matching_groups"),
             "points": ("MAX_FRONTIER_CHOICES",),
             "pricing": ("density_order", "price", "standard_error"),
@@ -50,8 +50,10 @@ __all__ = [
     "TradeOff",
     "at_the_floor",
     "density_order",
+    "fitted",
     "floor_sentence",
     "frontier",
+    "kl_map_of",
     "matching_groups",
     "outline",
     "plan",

@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
+from pathlib import Path
 
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, PlanError
 from bitladder.planning import ranges
@@ -30,7 +31,7 @@ from bitladder.planning.pricing import cheapest_first, price
 from bitladder.planning.solver import Solver
 from bitladder.planning.trade_off import TradeOff
 from bitladder.recipe import SchemeSpec
-from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
+from bitladder.records import BF16, BF16_BITS, KlPoints, Measurement, Scheme
 
 
 def plan(
@@ -59,6 +60,42 @@ def plan_all(measurement: Measurement, specs: Sequence[SchemeSpec], kl_map: KlMa
     """
     planner = _Planner(measurement, None, kl_map)
     return related([planner.plan(spec) for spec in specs])
+
+
+def kl_map_of(place: Path, measurement: Measurement) -> KlMap:
+    """Return the map from a measurement's scores to KL, of the schemes that a run with `max_kl` has simulated.
+
+    Args:
+        place: of these, `kl_points.json`, which lies beside the measurement.
+        measurement: of which they are.
+
+    Raises:
+        PlanError: there are none, or they are another measurement's, or too few.
+    """
+    if not place.exists():
+        raise PlanError(
+            f"max_kl needs the KL of a few schemes of this measurement, and {place} isn't there; plan a recipe that "
+            "has a scheme of max_kl, or ask by max_predicted_score"
+        )
+    known = KlPoints.read(place)
+    if known.measurement_sha256 != measurement.fingerprint():
+        raise PlanError(f"{place} is of another measurement; copy both from one run, or ask by max_predicted_score")
+    return fitted(known, place)
+
+
+def fitted(points: KlPoints, place: Path) -> KlMap:
+    """Return the map through simulated schemes, which `place` holds.
+
+    Raises:
+        PlanError: they are too few, or too alike.
+    """
+    found = KlMap.fit([point.score for point in points.points], [point.kl for point in points.points])
+    if found is None:
+        raise PlanError(
+            f"max_kl: KL was measured on {len(points.points)} schemes, too few to say which KL a score means "
+            f"(see {place}); ask for coverage or effective_bits"
+        )
+    return found
 
 
 class _Planner:

@@ -59,6 +59,7 @@ _OURS = frozenset(
         "measuring",
         "codes",
         ".lock",
+        "run.log",
     ]
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

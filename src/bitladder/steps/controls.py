@@ -1,14 +1,21 @@
 """Evaluate the control arms of every scheme."""
 
 import time
+from collections.abc import Sequence
 
 from bitladder.evaluation.evaluate import in_words
-from bitladder.records import ControlArm, Evidence, digest_of
+from bitladder.recipe import ControlSpec
+from bitladder.records import ControlArm, Evidence, Scheme, digest_of
 from bitladder.steps.known import control_arms
 from bitladder.steps.originals import Originals
 from bitladder.steps.simulated import simulation_of
 from bitladder.steps.step import doing, valid
 from bitladder.steps.workspace import EVIDENCE_FILE, Workspace
+
+
+def settings_of(originals: Originals, spec: ControlSpec, arms: Sequence[Scheme]) -> str:
+    """Return the digest of all that the evidence depends on."""
+    return digest_of([*originals.settings(), spec.model_dump_json(), *(arm.fingerprint() for arm in arms)])
 
 
 def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Evidence | None:
@@ -32,7 +39,7 @@ def evaluate_controls(work: Workspace, originals: Originals | None = None) -> Ev
     if originals is None:
         with Originals(work) as originals:
             return evaluate_controls(work, originals)
-    key = digest_of([*originals.settings(), spec.model_dump_json(), *(arm.fingerprint() for arm in arms)])
+    key = settings_of(originals, spec, arms)
     evidence = valid(work, Evidence, path, settings_sha256=key) or Evidence(
         measurement_sha256=measurement.fingerprint(),
         settings_sha256=key,

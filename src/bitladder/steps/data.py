@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -88,8 +89,13 @@ def _check_width(work: Workspace, source: DataSpec, width: int) -> None:
         )
 
 
-def _written_rows(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec) -> torch.Tensor:
-    """Return the rows [samples, sequence_length] that the model wrote, which it does once."""
+def is_written(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec) -> bool:
+    """Return whether the model has written the rows of a set of kind generated."""
+    return _writing_of(work, spec, source)[1].exists()
+
+
+def _writing_of(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec) -> tuple[generation.Writing, Path]:
+    """Return what the model has to write for a set, and the file that holds it."""
     tokenizer = tokenizer_of(work.processor)
     start, kept = generation.start_of(tokenizer)
     writing = generation.Writing(
@@ -103,7 +109,12 @@ def _written_rows(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataS
         dtype=work.recipe.measurement.dtype,
         device=work.recipe.measurement.device,
     )
-    path = generation.file_of(work.output, writing, work.source().sha256)
+    return writing, generation.file_of(work.output, writing, work.source().sha256)
+
+
+def _written_rows(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec) -> torch.Tensor:
+    """Return the rows [samples, sequence_length] that the model wrote, which it does once."""
+    writing, path = _writing_of(work, spec, source)
     if not path.exists():
         meter = Meter()
         with meter.phase(generation.PHASE):

@@ -1,10 +1,23 @@
 """Evaluate every checkpoint on every held-out set."""
 
+from collections.abc import Mapping
+
 from bitladder.evaluation.evaluate import evaluate_checkpoint
-from bitladder.records import Evaluation, digest_of
+from bitladder.records import CheckpointManifest, Evaluation, digest_of
 from bitladder.steps.originals import Originals
 from bitladder.steps.step import doing, valid
 from bitladder.steps.workspace import Workspace
+
+
+def known_evaluations(work: Workspace, manifests: Mapping[str, CheckpointManifest], key: str) -> dict[str, Evaluation]:
+    """Return the evaluations of these checkpoints that are there, with these settings (`Originals.settings`)."""
+    found = {}
+    for name, manifest in manifests.items():
+        made_from = {"settings_sha256": key, "manifest_sha256": manifest.fingerprint()}
+        known = valid(work, Evaluation, work.evaluation_file(name), **made_from)
+        if known is not None:
+            found[name] = known
+    return found
 
 
 def evaluate(work: Workspace, originals: Originals | None = None) -> dict[str, Evaluation]:
@@ -21,12 +34,7 @@ def evaluate(work: Workspace, originals: Originals | None = None) -> dict[str, E
         with Originals(work) as originals:
             return evaluate(work, originals)
     manifests, key = work.manifests(), digest_of(originals.settings())
-    results: dict[str, Evaluation] = {}
-    for name, manifest in manifests.items():
-        made_from = {"settings_sha256": key, "manifest_sha256": manifest.fingerprint()}
-        known = valid(work, Evaluation, work.evaluation_file(name), **made_from)
-        if known is not None:
-            results[name] = known
+    results = known_evaluations(work, manifests, key)
     arithmetic = work.measurement().arithmetic
     missing = [name for name in manifests if name not in results]
     if missing:

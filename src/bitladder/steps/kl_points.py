@@ -3,7 +3,7 @@
 import contextlib
 
 from bitladder import planning
-from bitladder.errors import InfeasibleTarget, PlanError
+from bitladder.errors import InfeasibleTarget
 from bitladder.evaluation.evaluate import ARITHMETIC
 from bitladder.planning import controls
 from bitladder.planning.prediction import KlMap
@@ -81,11 +81,4 @@ def _mixes(measurement: Measurement) -> list[Scheme]:
 
 def fitted_kl_map(work: Workspace) -> KlMap:
     """Return the map from predicted scores to KL, for schemes that are asked for by KL."""
-    points = measure_kl_points(work).points
-    fitted = KlMap.fit([point.score for point in points], [point.kl for point in points])
-    if fitted is None:
-        raise PlanError(
-            f"max_kl: KL was measured on {len(points)} schemes, too few to say which KL a score means "
-            f"(see {work.output / KL_POINTS_FILE}); ask for coverage or effective_bits"
-        )
-    return fitted
+    return planning.fitted(measure_kl_points(work), work.output / KL_POINTS_FILE)

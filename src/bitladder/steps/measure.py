@@ -31,25 +31,20 @@ def measure(work: Workspace) -> Measurement:
         BitladderError: see `measuring.measure`.
     """
     look(work)
-    source, directory, data = work.source(), work.model_directory, calibration_data(work)
-    path = work.output / MEASUREMENT_FILE
-    arithmetic = served_arithmetic(work.recipe)
-    key = settings_sha256(source, data, work.recipe.measurement, arithmetic)
-    known = read_valid(Measurement, path)  # a damaged one is refused: what took hours isn't made again unasked
-    if known is not None:
-        damaged = damaged_beside(work, known, work.output)
-        if known.settings_sha256 == key and not damaged:
-            forget_partial(work.output)  # of a run that was killed when it had measured
-            work.note_measured_with(deciding(work.recipe))  # nor had it noted this
-            return known
-        work.tell(f"measuring again: {why_again(work, known, source, data, damaged)}")
-    target = work.target
+    known, again = known_measurement(work)
+    if known is not None and again is None:
+        forget_partial(work.output)  # of a run that was killed when it had measured
+        work.note_measured_with(deciding(work.recipe))  # nor had it noted this
+        return known
+    if again is not None:
+        work.tell(f"measuring again: {again}")
+    target, data, arithmetic = work.target, calibration_data(work), served_arithmetic(work.recipe)
     if any(spec.kv_cache == "fp8" for spec in work.recipe.scheme_specs()):
         check_layers(target.groups)
     recipe = work.recipe
     measurement = measure_now(
-        directory,
-        source,
+        work.model_directory,
+        work.source(),
         target,
         data,
         recipe.measurement,
@@ -61,6 +56,23 @@ def measure(work: Workspace) -> Measurement:
     work.note_measured_with(deciding(work.recipe))
     work.finished("measure", measurement.run.phases if measurement.run else ())
     return measurement
+
+
+def known_measurement(work: Workspace) -> tuple[Measurement | None, str | None]:
+    """Return the measurement that is there, and why it isn't what the recipe asks for (None: it is, or there is none).
+
+    Raises:
+        RecordError: it is damaged: what took hours isn't made again unasked.
+    """
+    source, data = work.source(), calibration_data(work)
+    known = read_valid(Measurement, work.output / MEASUREMENT_FILE)
+    if known is None:
+        return None, None
+    key = settings_sha256(source, data, work.recipe.measurement, served_arithmetic(work.recipe))
+    damaged = damaged_beside(work, known, work.output)
+    if known.settings_sha256 == key and not damaged:
+        return known, None
+    return known, why_again(work, known, source, data, damaged)
 
 
 def deciding(recipe: Recipe) -> dict[str, Any]:

