@@ -4,9 +4,11 @@ import shutil
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from bitladder.errors import ModelError
 from bitladder.formats import FORMATS, get_format
+from bitladder.models.weights import commit_of, licence_of
 from bitladder.records import ModelSource
 from bitladder.report import build_report, closing_table, render_card, render_html, render_markdown
 from conftest import source_of
@@ -97,9 +99,7 @@ def test_what_was_not_done_is_said():
 
 
 def test_a_base_model_is_named_only_where_a_hub_knows_it():
-    assert metadata_of(render_card(make_report(), "full")) == {
-        "tags": ["fp8", "mixed-precision", "modelopt", "vllm", "bitladder"]
-    }
+    assert "base_model" not in metadata_of(render_card(make_report(), "full"))
     measurement = make_measurement(
         model=ModelSource(
             path="org/tiny-lm", revision="abc", architecture="A", model_type="tiny", sha256="c" * 64, files=()
@@ -108,9 +108,72 @@ def test_a_base_model_is_named_only_where_a_hub_knows_it():
     scheme = make_scheme(measurement, "full", set(range(8)))
     manifests = {"full": make_manifest(scheme)}
     evaluations = {"full": make_evaluation(manifests["full"], 1e-3, 1e-4)}
-    report = build_report({}, measurement, [scheme], manifests, make_verification(manifests), evaluations, [])
+    said = {"card": {"base_model": "org/tiny-lm", "license": "apache-2.0"}}
+    report = build_report(said, measurement, [scheme], manifests, make_verification(manifests), evaluations, [])
     found = metadata_of(render_card(report, "full"))
     assert (found["base_model"], found["base_model_relation"]) == ("org/tiny-lm", "quantized")
+    assert found["license"] == "apache-2.0"
+
+
+def test_a_hubs_library_reads_the_metadata():
+    """huggingface_hub parses and checks it as the Hub does."""
+    report = make_report(task=True)
+    settings = {
+        **report.settings,
+        "card": {"base_model": "org/tiny-lm", "license": "mit"},
+        "calibration": [
+            {"data": {"kind": "huggingface", "path": "org/data"}},
+            {"data": {"kind": "text", "path": "/home/me/private.txt"}},
+        ],
+    }
+    card = render_card(report.model_copy(update={"settings": settings}), "top50")
+    data = ModelCard(card).data
+    assert (data.base_model, data.license, data.library_name) == ("org/tiny-lm", "mit", "vllm")
+    assert data.pipeline_tag == "text-generation"
+    assert data.datasets == ["org/data"]
+    assert "/home/me" not in card.split("---\n")[1]
+    assert data.model_name == "tiny-lm-top50"
+    results = {(result.metric_type, result.metric_name): result.metric_value for result in data.eval_results}
+    scheme = next(scheme for scheme in report.schemes if scheme.name == "top50")
+    assert set(results.values()) == {found.value for found in scheme.results}
+    kl = next(found for found in scheme.results if found.metric == "kl")
+    assert results["kl_divergence", "KL to the original, nats per token"] == kl.value
+
+
+@pytest.mark.parametrize(
+    ("architecture", "carrier", "task", "library"),
+    [
+        ("LlamaForCausalLM", "modelopt", "text-generation", "vllm"),
+        ("LlamaForCausalLM", "compressed-tensors", "text-generation", "transformers"),
+        ("Qwen2_5_VLForConditionalGeneration", "modelopt", "image-text-to-text", "vllm"),
+    ],
+)
+def test_a_card_says_how_it_is_served_loaded_and_evaluated(architecture, carrier, task, library):
+    report = make_report()
+    schemes = tuple(scheme.model_copy(update={"carrier": carrier}) for scheme in report.schemes)
+    model = report.model.model_copy(update={"architecture": architecture})
+    card = render_card(report.model_copy(update={"schemes": schemes, "model": model}), "full")
+    found = metadata_of(card)
+    assert (found["pipeline_tag"], found["library_name"]) == (task, library)
+    assert ("> [!WARNING]\n> transformers" in card) == (library == "vllm")
+    assert f"lm_eval --model {'vllm-vlm' if task.startswith('image') else 'vllm'} --model_args pretrained=" in card
+
+
+def test_sglang_is_named_only_where_its_rules_take_the_files():
+    assert "sglang.launch_server" not in render_card(make_report(), "full")
+    report = report_with_probes(("full", lambda m: make_probe(m, runtime="sglang")))
+    assert "python -m sglang.launch_server --model-path" in render_card(report, "full")
+
+
+def test_what_is_said_of_the_original_comes_from_the_recipe_or_its_files(tmp_path):
+    assert licence_of(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# Model\nlicense: none\n")
+    assert licence_of(tmp_path) == "apache-2.0"
+    (tmp_path / "README.md").write_text("# Model\n\nlicense: mit\n---\n---\n")
+    assert licence_of(tmp_path) is None
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("a" * 40)
+    assert commit_of(snapshot) == "a" * 40
+    assert commit_of(tmp_path) is None
 
 
 def test_its_runtimes_and_controls_come_along():

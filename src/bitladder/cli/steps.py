@@ -193,8 +193,9 @@ def _plan_from(
     known = Measurement.read(path)
     kl_map = planning.kl_map_of(path.parent / KL_POINTS_FILE, known) if asked["max_kl"] else None
     schemes = planning.plan_all(known, specs, kl_map)
-    for scheme in schemes if output is not None else ():
-        scheme.write(output / f"{scheme.name}.json")
+    if output is not None:
+        for scheme in schemes:
+            scheme.write(output / f"{scheme.name}.json")
     _show_plan(known, schemes, output)
 
 

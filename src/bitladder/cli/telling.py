@@ -123,7 +123,8 @@ class Teller:
             detail: takes what only some want to know.
         """
         self.log, self._say, self._detail = log, say, detail
-        self._make_shown, self._shown = shown, None
+        self._make_shown = shown
+        self._shown: Progress | None = None
         self._logged = Lines(log.write, LOG_EVERY)
         self._telling = Lock()  # checkpoints are written by several threads
 

@@ -236,6 +236,21 @@ def read_provenance(directory: Path) -> str | None:
         raise ModelError(f"{path} can't be read as UTF-8 text ({error}); mend or remove it") from error
 
 
+def licence_of(directory: Path) -> str | None:
+    """Return the licence that the metadata of a model's own card (README.md) names; None: it has none that is read."""
+    try:
+        parts = read_text(directory / "README.md").split("---\n")
+    except (OSError, ValueError):
+        return None
+    lines = parts[1].splitlines() if len(parts) > 2 and not parts[0].strip() else []
+    return next((line.partition(":")[2].strip(" '\"") for line in lines if line.startswith("license:")), None) or None
+
+
+def commit_of(directory: Path) -> str | None:
+    """Return the commit of a snapshot in the Hub's cache; None: the directory is none. Source: huggingface_hub."""
+    return directory.name if directory.parent.name == "snapshots" else None
+
+
 def model_source(
     directory: Path, *, path: str, revision: str | None, cache: DigestCache, progress: Progress = no_progress
 ) -> ModelSource:

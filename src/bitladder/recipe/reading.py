@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +12,7 @@ from bitladder.errors import RecipeError
 from bitladder.reading import read_bytes
 from bitladder.recipe.sections import (
     GENERATED,
+    HUB_ID,
     MESSAGES,
     DataSpec,
     Recipe,
@@ -174,7 +174,7 @@ def names_a_file(path: str) -> bool:
 
 def _resolve_model(path: str, base: Path) -> str:
     """Return an absolute path where `path` is (or looks like) a directory, and a Hub id as it is."""
-    looks_like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", _usable(path)) and not path.startswith(".")
+    looks_like_hub_id = HUB_ID.fullmatch(_usable(path)) and not path.startswith(".")
     if looks_like_hub_id and not (base / path).exists():
         return path
     return resolve_path(path, base)

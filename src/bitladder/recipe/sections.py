@@ -62,6 +62,7 @@ _OURS = frozenset(
         "run.log",
     ]
 )
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_NAME = 100  # characters: it becomes a part of file names
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -391,6 +392,20 @@ class RefineSpec(Section):
         return self
 
 
+class CardSpec(Section):
+    """What a checkpoint's model card says of the original, for a hub: its id and licence."""
+
+    base_model: str | None = Field(default=None, description="id on the Hub; None: the model's, if it came from there")
+    license: str | None = Field(default=None, description="id of a licence; None: what the original's own card says")
+
+    @field_validator("base_model")
+    @classmethod
+    def _an_id(cls, value: str | None) -> str | None:
+        if value is not None and not HUB_ID.fullmatch(value):
+            raise ValueError(f"{shortened(value)} is no id of the Hub, as organisation/name")
+        return value
+
+
 class VllmSpec(Section):
     """The environment of vLLM in which checkpoints are probed, and how far."""
 
@@ -422,6 +437,7 @@ class Recipe(Section):
     controls: ControlSpec = Field(default_factory=ControlSpec)
     export: ExportSpec = Field(default_factory=ExportSpec)
     layout: LayoutSpec = Field(default_factory=LayoutSpec)
+    card: CardSpec = Field(default_factory=CardSpec)
     runtimes: RuntimesSpec = Field(default_factory=RuntimesSpec)
     output: str
 

@@ -1,13 +1,13 @@
 """A model card for each checkpoint, as model hubs show it: `render_card(report, scheme) -> str`, its `README.md`."""
 
-import re
 from pathlib import PurePath
 from typing import Any
 
 import yaml
 
-from bitladder.formats import FORMATS
-from bitladder.records import BF16
+from bitladder.formats import COMPRESSED_TENSORS, FORMATS
+from bitladder.recipe import HUB_ID, MESSAGES
+from bitladder.records import BF16, KL
 from bitladder.report.escaping import Markdown
 from bitladder.report.ladder import Ladder
 from bitladder.report.markdown import template
@@ -15,7 +15,14 @@ from bitladder.report.numbers import data_names
 from bitladder.report.tables import controls, evaluation_table, held_out, layer_counts, runtimes
 from bitladder.report.types import Report, ReportedScheme
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
+_SEEING = "ForConditionalGeneration"  # how transformers calls a decoder with something before it that sees
+_OF_THE_HUB = ("huggingface", MESSAGES)  # kinds of data that may be sets of the Hub
+_METRICS = {  # metric -> a hub's type of it, and what it is here
+    KL: ("kl_divergence", "KL to the original, nats per token"),
+    "perplexity": ("perplexity", "perplexity"),
+    "top1_agreement": ("accuracy", "top-1 agreement with the original, share of tokens"),
+    "task_accuracy": ("accuracy", "task accuracy, share of samples"),
+}
 _TAGS = ("mixed-precision", "{carrier}", "vllm", "bitladder")
 
 
@@ -44,7 +51,9 @@ def render_card(report: Report, name: str) -> str:
         report=alone,
         scheme=scheme,
         metadata=Markdown(yaml.safe_dump(_metadata(report, scheme), sort_keys=False)),
-        base=PurePath(report.model.path).name or report.model.path,
+        base=_base_name(report),
+        sees=report.model.architecture.endswith(_SEEING),
+        sglang=any((probe.runtime, probe.verdict) == ("sglang", "ok") for probe in alone.probes),
         quantised=_modules(scheme, quantised=True),
         modules=_modules(scheme, quantised=True) + _modules(scheme, quantised=False),
         left=[module for group in groups for module in group.modules],
@@ -61,11 +70,62 @@ def render_card(report: Report, name: str) -> str:
 
 
 def _metadata(report: Report, scheme: ReportedScheme) -> dict[str, Any]:
-    """Return a hub's metadata; the base model is named only where it came from a hub."""
-    known = report.model.revision is not None and _HUB_NAME.fullmatch(report.model.path)
-    base = {"base_model": report.model.path, "base_model_relation": "quantized"} if known else {}
+    """Return a hub's metadata; the base model is named only where it came from a hub, or the recipe names it."""
+    said = report.settings.get("card") or {}
+    base = said.get("base_model")
+    sees = report.model.architecture.endswith(_SEEING)
     kinds = dict.fromkeys(name.partition("_")[0] for name in _formats(scheme))
-    return {**base, "tags": [*kinds, *(tag.format(carrier=scheme.carrier) for tag in _TAGS)]}
+    data = [data for one in _calibrations(report) if (data := one.get("data", {})).get("kind") in _OF_THE_HUB]
+    datasets = dict.fromkeys(one["path"] for one in data if HUB_ID.fullmatch(one["path"]))
+    task = "image-text-to-text" if sees else "text-generation"
+    wanted = {
+        "base_model": base,
+        "base_model_relation": "quantized" if base else None,
+        "license": said.get("license"),
+        "library_name": "transformers" if _loads_as_it_is(scheme) else "vllm",  # a hub shows how that loads it
+        "pipeline_tag": task,
+        "datasets": list(datasets),
+        "tags": [*kinds, *(tag.format(carrier=scheme.carrier) for tag in _TAGS)],
+        "model-index": _model_index(report, scheme, task),
+    }
+    return {key: value for key, value in wanted.items() if value}
+
+
+def _loads_as_it_is(scheme: ReportedScheme) -> bool:
+    """Return whether transformers loads a checkpoint, and rightly; see the card's own words."""
+    zero_points = any(FORMATS[name].zero_points for name in _formats(scheme) if name in FORMATS)
+    return scheme.carrier == COMPRESSED_TENSORS and not zero_points
+
+
+def _calibrations(report: Report) -> list[dict[str, Any]]:
+    """Return the recipe's calibration sets."""
+    found = report.settings.get("calibration") or []
+    return [found] if isinstance(found, dict) else list(found)
+
+
+def _model_index(report: Report, scheme: ReportedScheme, task: str) -> list[dict[str, Any]]:
+    """Return the results of an evaluation in a hub's words; one dataset is a held-out set.
+
+    Source: huggingface_hub.repocard_data, EvalResult.
+    """
+    kinds = {one.split: one.data.kind for one in report.evaluations if one.scheme == scheme.name}
+    results = [
+        {
+            "task": {"type": task},
+            "dataset": {"type": kind, "name": f"{split} (held out)"},
+            "metrics": [
+                {"type": _METRICS[found.metric][0], "name": _METRICS[found.metric][1], "value": found.value}
+                for found in scheme.results or ()
+                if found.split == split
+            ],
+        }
+        for split, kind in kinds.items()
+    ]
+    return [{"name": f"{_base_name(report)}-{scheme.name}", "results": results}] if results else []
+
+
+def _base_name(report: Report) -> str:
+    return PurePath(report.model.path).name or report.model.path
 
 
 def _formats(scheme: ReportedScheme) -> list[str]:

@@ -1,10 +1,19 @@
 """Write the report and each checkpoint's card from the records that are there."""
 
 from bitladder import report
+from bitladder.models.weights import licence_of
+from bitladder.recipe import HUB_ID
 from bitladder.records import CheckpointManifest
 from bitladder.steps import known
 from bitladder.steps.workspace import Workspace
 from bitladder.storage import atomic_write
+
+
+def _said_of_the_original(work: Workspace) -> dict[str, str | None]:
+    """Return what model cards say of the original: what the recipe says, else what its files do."""
+    asked, path = work.recipe.card, work.recipe.model.path
+    base = asked.base_model or (path if HUB_ID.fullmatch(path) else None)
+    return {"base_model": base, "license": asked.license or licence_of(work.model_directory)}
 
 
 def make_report(work: Workspace) -> report.Report:
@@ -16,7 +25,7 @@ def make_report(work: Workspace) -> report.Report:
     measurement, schemes = work.measurement(), work.schemes()
     manifests = known.exported(work, schemes)
     result = report.build_report(
-        recipe=work.state.recipe,
+        recipe={**work.state.recipe, "card": _said_of_the_original(work)},
         measurement=measurement,
         schemes=schemes,
         manifests=manifests,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bitladder.errors import ModelError, OutputError, RecordError, StaleRecord, reason_of
 from bitladder.formats import in_order
 from bitladder.measured import MEASUREMENT_FILE
-from bitladder.models.weights import DigestCache, model_source
+from bitladder.models.weights import DigestCache, commit_of, model_source
 from bitladder.reading import read_bytes
 from bitladder.recipe import SCHEME_PLACE, Recipe
 from bitladder.records import (
@@ -234,8 +234,9 @@ class Workspace:
     def source(self) -> ModelSource:
         """Return the identity of the model as it is now."""
         spec = self.recipe.model
+        revision = commit_of(self.model_directory) or spec.revision
         return model_source(
-            self.model_directory, path=spec.path, revision=spec.revision, cache=self.cache, progress=self.progress
+            self.model_directory, path=spec.path, revision=revision, cache=self.cache, progress=self.progress
         )
 
     def checkpoint_directory(self, scheme: str) -> Path:
