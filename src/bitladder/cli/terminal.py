@@ -77,8 +77,9 @@ class Interrupted(Exception):
 
 def set_up(asked: Mode) -> None:
     """Show as much as is asked for, and keep back what other libraries tell."""
+    if mode.json != asked.json:
+        console.cache_clear()
     vars(mode).update(vars(asked))
-    console.cache_clear()
     if not mode.debug:
         # ModelOpt and transformers tell a lot that a user can't act on.
         warnings.simplefilter("ignore")

@@ -1,5 +1,7 @@
 """A model card for each checkpoint, as model hubs show it: `render_card(report, scheme) -> str`, its `README.md`."""
 
+import math
+import re
 from pathlib import PurePath
 from typing import Any
 
@@ -16,6 +18,7 @@ from bitladder.report.tables import controls, evaluation_table, held_out, layer_
 from bitladder.report.types import Report, ReportedScheme
 
 _SEEING = "ForConditionalGeneration"  # how transformers calls a decoder with something before it that sees
+_NO_NAME = re.compile(r"[^\w.-]+")  # what no hub has in a model's name
 _OF_THE_HUB = ("huggingface", MESSAGES)  # kinds of data that may be sets of the Hub
 _METRICS = {  # metric -> a hub's type of it, and what it is here
     KL: ("kl_divergence", "KL to the original, nats per token"),
@@ -50,7 +53,7 @@ def render_card(report: Report, name: str) -> str:
     return template("card.md.jinja").render(
         report=alone,
         scheme=scheme,
-        metadata=Markdown(yaml.safe_dump(_metadata(report, scheme), sort_keys=False)),
+        metadata=Markdown(yaml.safe_dump(_on_lines(_metadata(report, scheme)), sort_keys=False, width=math.inf)),
         base=_base_name(report),
         sees=report.model.architecture.endswith(_SEEING),
         sglang=any((probe.runtime, probe.verdict) == ("sglang", "ok") for probe in alone.probes),
@@ -91,6 +94,15 @@ def _metadata(report: Report, scheme: ReportedScheme) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if value}
 
 
+def _on_lines(value: Any) -> Any:
+    """Return metadata whose texts have no line ends: what stands on a line of its own could end it."""
+    if isinstance(value, dict):
+        return {key: _on_lines(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_on_lines(one) for one in value]
+    return " ".join(value.split()) if isinstance(value, str) else value
+
+
 def _loads_as_it_is(scheme: ReportedScheme) -> bool:
     """Return whether transformers loads a checkpoint, and rightly; see the card's own words."""
     zero_points = any(FORMATS[name].zero_points for name in _formats(scheme) if name in FORMATS)
@@ -121,7 +133,8 @@ def _model_index(report: Report, scheme: ReportedScheme, task: str) -> list[dict
         }
         for split, kind in kinds.items()
     ]
-    return [{"name": f"{_base_name(report)}-{scheme.name}", "results": results}] if results else []
+    name = _NO_NAME.sub("-", f"{_base_name(report)}-{scheme.name}")
+    return [{"name": name, "results": results}] if results else []
 
 
 def _base_name(report: Report) -> str:
