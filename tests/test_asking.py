@@ -142,7 +142,7 @@ def test_the_order_of_the_names_and_bf16_say_nothing(mixed):
         ({"formats": ["bf16"]}, "names none to quantise to"),
         ({"formats": ["fp8", "fp8"]}, "format fp8 is given twice"),
         ({"formats": ["fp8"], "format": "nvfp4"}, r"format nvfp4 is none of its formats \(fp8\)"),
-        ({"formats": "fp8"}, "should be a list"),
+        ({"formats": "fp8"}, "give a list"),
     ],
 )
 def test_formats_that_say_nothing_are_refused(entry, says):

@@ -119,6 +119,9 @@ def temporaries_in(places: Sequence[Path], key: str) -> Iterator[None]:
     Args:
         places: directories, one on each file system that is written to.
         key: of the run: others that write to the same places have other keys, and their temporaries stay.
+
+    Raises:
+        OutputError: one can't be removed at the end of a body that came through.
     """
     own = [place / f"{TEMPORARY_PREFIX}{key}" for place in places]
     for directory in own:
@@ -130,6 +133,10 @@ def temporaries_in(places: Sequence[Path], key: str) -> Iterator[None]:
         for directory in own:
             _places.remove(directory)
             _remove(directory)
+    for directory in own:
+        if directory.exists():  # what could not be swept is tried again, and told
+            with explain_os_errors(directory):
+                directory.rmdir()
 
 
 def temporary_of(path: Path) -> Path:

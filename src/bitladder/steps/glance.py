@@ -38,6 +38,11 @@ def glance(work: Workspace, *, measuring: bool = True, held_out: bool = False, s
     recipe = work.recipe
     for name in recipe.measurement.formats:
         get_format(name)
+    if schemes:
+        planning.refuse_unattainable(recipe.schemes, recipe.measurement.formats)
+        refuse_uncarried(recipe.scheme_specs(), recipe.measurement.formats, recipe.export.carrier)
+        for spec in recipe.schemes:
+            work.check_place(work.checkpoint_directory(spec.name))
     _check_device(recipe)
     if recipe.runtimes.vllm is not None:
         check_interpreter(Path(recipe.runtimes.vllm.python))
@@ -49,11 +54,6 @@ def glance(work: Workspace, *, measuring: bool = True, held_out: bool = False, s
     if Path(recipe.model.path).is_absolute():  # else it is fetched, which takes long
         read_config(work.model_directory)
         WeightFiles.open(work.model_directory)
-    if schemes:
-        planning.refuse_unattainable(recipe.schemes, recipe.measurement.formats)
-        refuse_uncarried(recipe.scheme_specs(), recipe.measurement.formats, recipe.export.carrier)
-        for spec in recipe.schemes:
-            work.check_place(work.checkpoint_directory(spec.name))
 
 
 def _check_device(recipe: Recipe) -> None:
