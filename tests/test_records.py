@@ -15,6 +15,7 @@ from bitladder import records
 from bitladder.errors import OutputError, RecordError
 from bitladder.recipe import SchemeSpec
 from bitladder.records import (
+    TASK_ACCURACY,
     Candidate,
     CheckpointManifest,
     CheckpointVerification,
@@ -34,6 +35,7 @@ from bitladder.records import (
     ModelSource,
     ModuleRecord,
     PairDifference,
+    Paired,
     Part,
     PhaseCost,
     ProbedLayer,
@@ -51,7 +53,9 @@ from bitladder.records import (
     Scheme,
     ServedAnswer,
     ServedMemory,
+    ServedTask,
     SimulatedKls,
+    TaskSummary,
     Throughput,
     UntouchedModule,
     Verification,
@@ -123,6 +127,7 @@ RESULT = EvalResult(
     samples=2,
     noise_floor=1e-4,
 )
+PAIRED = Paired(right="011", reference="110")
 SAMPLES: list[Record] = [
     Measurement(**MEASUREMENT),
     SCHEME,
@@ -157,8 +162,9 @@ SAMPLES: list[Record] = [
         manifest_sha256="m",
         model_sha256="c",
         data={"text": DATA},
+        tasks={"words": TaskSummary(source="s", sha256="q", samples=3, harness="h")},
         arithmetic="float32",
-        results=(RESULT,),
+        results=(RESULT, RESULT.model_copy(update={"split": "words", "metric": TASK_ACCURACY, "paired": PAIRED})),
         run=RUN,
     ),
     SimulatedKls(settings_sha256="s", kl={"f": 1e-3}),
@@ -215,6 +221,7 @@ SAMPLES: list[Record] = [
             weight_bytes=None, kv_cache_dtype="fp8", kv_cache_bytes=1, kv_cache_tokens=2, peak_gpu_bytes=None
         ),
         throughput=(Throughput(phase="prefill", requests=4, tokens_per_second=1e5),),
+        tasks=(ServedTask(task="words", sha256="q", answers=PAIRED),),
         traceback="t",
         run=RUN,
     ),

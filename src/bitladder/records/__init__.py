@@ -27,7 +27,16 @@ from bitladder.records.checkpoint import (
     PairDifference,
     Verification,
 )
-from bitladder.records.evaluation import KL, ControlArm, EvalResult, Evaluation, Evidence
+from bitladder.records.evaluation import (
+    KL,
+    TASK_ACCURACY,
+    ControlArm,
+    EvalResult,
+    Evaluation,
+    Evidence,
+    Paired,
+    TaskSummary,
+)
 from bitladder.records.measurement import (
     Candidate,
     Counted,
@@ -49,6 +58,7 @@ from bitladder.records.probe import (
     ProbeResult,
     ServedAnswer,
     ServedMemory,
+    ServedTask,
     Stage,
     Throughput,
 )
@@ -62,6 +72,7 @@ __all__ = [
     "CONTENT_DIGEST",
     "KL",
     "SCHEMA_VERSION",
+    "TASK_ACCURACY",
     "Candidate",
     "CheckpointManifest",
     "CheckpointVerification",
@@ -84,6 +95,7 @@ __all__ = [
     "ModelSource",
     "ModuleRecord",
     "PairDifference",
+    "Paired",
     "Part",
     "PhaseCost",
     "ProbeFinding",
@@ -101,8 +113,10 @@ __all__ = [
     "Scheme",
     "ServedAnswer",
     "ServedMemory",
+    "ServedTask",
     "SimulatedKls",
     "Stage",
+    "TaskSummary",
     "Throughput",
     "UntouchedModule",
     "Verification",

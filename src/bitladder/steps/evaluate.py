@@ -20,7 +20,7 @@ def evaluate(work: Workspace, originals: Originals | None = None) -> dict[str, E
     if originals is None:
         with Originals(work) as originals:
             return evaluate(work, originals)
-    manifests, key = work.manifests(), digest_of(originals.settings())
+    manifests, key = work.manifests(), digest_of([*originals.settings(), *originals.task_settings()])
     results: dict[str, Evaluation] = {}
     for name, manifest in manifests.items():
         made_from = {"settings_sha256": key, "manifest_sha256": manifest.fingerprint()}
@@ -31,10 +31,11 @@ def evaluate(work: Workspace, originals: Originals | None = None) -> dict[str, E
     missing = [name for name in manifests if name not in results]
     if missing:
         with doing(work, "evaluate") as meter:
-            references = originals.references(meter)
+            references, asked = originals.references(meter), originals.answers(meter)
             for name in missing:
                 with meter.phase(f"evaluate {name}"):
-                    result = evaluate_checkpoint(references, work.checkpoint_directory(name), work.progress, arithmetic)
+                    directory = work.checkpoint_directory(name)
+                    result = evaluate_checkpoint(references, directory, work.progress, arithmetic, asked)
                 results[name] = result.model_copy(update={"settings_sha256": key})
                 results[name].write(work.evaluation_file(name))
     return {name: results[name] for name in manifests}

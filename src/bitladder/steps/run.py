@@ -24,6 +24,7 @@ import os
 from pathlib import Path
 
 from bitladder import planning, report
+from bitladder.evaluation.harness.tasks import check_installed
 from bitladder.planning.carrying import refuse_uncarried
 from bitladder.steps.controls import evaluate_controls
 from bitladder.steps.evaluate import evaluate
@@ -51,6 +52,8 @@ def run(work: Workspace, measurement: Path | None = None) -> report.Report:
     """
     planning.refuse_unattainable(work.recipe.schemes, work.recipe.measurement.formats)
     refuse_uncarried(work.recipe.scheme_specs(), work.recipe.measurement.formats, work.recipe.export.carrier)
+    if work.recipe.tasks.names:
+        check_installed()
     for spec in work.recipe.schemes:
         work.check_place(work.checkpoint_directory(spec.name))
     with work.locked():
