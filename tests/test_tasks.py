@@ -27,8 +27,11 @@ from bitladder.evaluation.reading import cached, load_checkpoint
 from bitladder.models.loading import load_model
 from bitladder.recipe import parse_recipe
 from bitladder.recipe.sections import TaskName
-from bitladder.records import Evaluation, Paired
+from bitladder.records import Evaluation, Paired, ProbeResult
 from bitladder.runinfo import no_progress
+from bitladder.runtimes.vllm.served import Probes, Scores, Served
+from bitladder.steps import asking
+from bitladder.steps import probe as probe_step
 from bitladder.steps.evaluate import evaluate
 from bitladder.steps.look import look
 from bitladder.steps.run import run
@@ -269,6 +272,48 @@ def test_without_the_extra_one_line_comes_before_anything_is_done(recipe, monkey
         look(work_of(with_tasks), held_out=True)
     look(work_of(with_tasks))  # measuring alone asks nothing
     look(work_of(recipe()), held_out=True)
+
+
+def result_of(directory, **fields):
+    words = {"checkpoint": directory.name, "scheme": "full", "manifest_sha256": "0", "runtime": "vllm"}
+    return ProbeResult(**words, version="1", stage="generate", reached="asked", device="cpu", **fields)
+
+
+def test_a_runtimes_answers_stand_beside_those_of_the_original_in_it(sharp, tasked, monkeypatch):
+    """What vLLM says of rows is in test_probe_serve.py; here the rows are scored by two models of ours."""
+    llama, other = sharp
+    served = {
+        directory: Served(
+            rows=tuple(Scores(token_ids=row, log_probs=row_log_probs(model, row)) for row in tasked.rows()),
+        )
+        for directory, model in ((one, bitladder.load(one)) for one in (llama, other))
+    }
+    asked_for = []
+
+    def serve_all(directories, python, job, **_):
+        asked_for.append(job)
+        return Probes(source=None, results=tuple(map(result_of, directories)), served=served)
+
+    monkeypatch.setattr(asking, "serve_all", serve_all)
+    options = {"device": "cpu", "timeout": 1.0}
+    (result,) = asking.serve_samples({}, [other], llama, Path("python"), tasks=tasked, **options)
+    assert asked_for[0].rows == tasked.rows()
+    assert asked_for[0].requests == len(tasked.rows())
+    assert asked_for[0].tokens_in_context == max(map(len, tasked.rows())) + 1
+    right, reference = (tasked.answers(bitladder.load(one), no_progress, "") for one in (other, llama))
+    assert right != reference
+    assert {one.task: one.answers for one in result.tasks} == {
+        name: Paired(right=right[name], reference=reference[name]) for name in NAMES
+    }
+    assert probe_step._answers(result, tasked)
+    assert not probe_step._answers(result, replace(tasked, samples=SAMPLES + 1)), "other questions"
+    assert not probe_step._answers(result_of(llama), tasked)
+    assert probe_step._answers(result_of(llama), None)
+    served[other] = Served(returncode=-9)
+    (killed,) = asking.serve_samples({}, [other], llama, Path("python"), tasks=tasked, **options)
+    assert killed.tasks == ()
+    (unasked,) = asking.serve_samples({}, [other], llama, Path("python"), **options)
+    assert (unasked.tasks, asked_for[-1].rows) == ((), ())
 
 
 @pytest.mark.parametrize(
