@@ -12,10 +12,11 @@ import torch
 
 import broken_checkpoints
 from bitladder.data.pairs import prompt_inputs
-from bitladder.data.processors import load_processor
+from bitladder.data.processors import load_processor, tokenizer_of
 from bitladder.data.samples import load_data
 from bitladder.errors import BitladderError, ModelError, ProbeFailed
 from bitladder.evaluation import logprobs
+from bitladder.evaluation.harness.tasks import Tasks
 from bitladder.evaluation.reading import load_checkpoint
 from bitladder.evaluation.reference import Reference
 from bitladder.recipe import DataSpec
@@ -272,6 +273,7 @@ def job(sets):
     return ServeJob(
         questions=(*pictures, Question("Describe a picture of a cat.")),
         sequences=tuple(sequences),
+        rows=Tasks(("novel_endings",), 3, tokenizer_of(load_processor(SOURCE))).rows(),
         max_tokens=16,
         speed=SpeedJob(requests=4, prompt_tokens=32, output_tokens=8, repeats=1),
     )
@@ -356,6 +358,19 @@ def test_a_child_that_imports_vllm_itself_finds_the_same(vllm_python, probes, sc
     assert cold.reached == "timed"
     varying = {"phases", "timings", "kv_cache_bytes", "kv_cache_tokens"}
     assert cold.model_dump(exclude=varying) == warm.model_dump(exclude=varying)
+
+
+@pytest.mark.slow
+def test_rows_of_tasks_are_scored_as_our_evaluation_scores_them(probes, schemes, job):
+    for directory in schemes.values():
+        model, rows = load_checkpoint(directory), probes.served[directory].rows
+        assert tuple(row.token_ids for row in rows) == job.rows
+        for row in rows:
+            ids = torch.tensor([row.token_ids])
+            with torch.no_grad():
+                ours = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+            difference = (ours - torch.tensor(row.log_probs)).abs().mean()
+            assert difference < 0.05, "vLLM computes in 16 bits"
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from bitladder.cli import app
 from bitladder.errors import OutputError, RecordError
 from bitladder.recipe import SchemeSpec
 from bitladder.records import (
+    TASK_ACCURACY,
     Candidate,
     CheckpointManifest,
     CheckpointVerification,
@@ -35,6 +36,7 @@ from bitladder.records import (
     ModelSource,
     ModuleRecord,
     PairDifference,
+    Paired,
     Part,
     PhaseCost,
     ProbedLayer,
@@ -52,7 +54,9 @@ from bitladder.records import (
     Scheme,
     ServedAnswer,
     ServedMemory,
+    ServedTask,
     SimulatedKls,
+    TaskSummary,
     Throughput,
     UntouchedModule,
     Verification,
@@ -124,6 +128,7 @@ RESULT = EvalResult(
     samples=2,
     noise_floor=1e-4,
 )
+PAIRED = Paired(right="011", reference="110")
 SAMPLES: list[Record] = [
     Measurement(**MEASUREMENT),
     SCHEME,
@@ -158,8 +163,9 @@ SAMPLES: list[Record] = [
         manifest_sha256="m",
         model_sha256="c",
         data={"text": DATA},
+        tasks={"words": TaskSummary(source="s", sha256="q", samples=3, harness="h")},
         arithmetic="float32",
-        results=(RESULT,),
+        results=(RESULT, RESULT.model_copy(update={"split": "words", "metric": TASK_ACCURACY, "paired": PAIRED})),
         run=RUN,
     ),
     SimulatedKls(settings_sha256="s", kl={"f": 1e-3}),
@@ -216,6 +222,7 @@ SAMPLES: list[Record] = [
             weight_bytes=None, kv_cache_dtype="fp8", kv_cache_bytes=1, kv_cache_tokens=2, peak_gpu_bytes=None
         ),
         throughput=(Throughput(phase="prefill", requests=4, tokens_per_second=1e5),),
+        tasks=(ServedTask(task="words", sha256="q", answers=PAIRED),),
         traceback="t",
         run=RUN,
     ),

@@ -2,9 +2,9 @@
 
 import pytest
 
-from bitladder.records import Throughput
+from bitladder.records import Paired, Throughput
 from bitladder.report import build_report, render_markdown
-from bitladder.report.verdict import NEARLY_LOSSLESS_KL
+from bitladder.report.verdict import NEARLY_LOSSLESS_KL, _is_damage
 from test_report import make_evaluation, make_manifest, make_measurement, make_report, make_scheme, make_verification
 from test_report_evidence import report_with as report_with_controls
 from test_report_runtimes import MISSING, make_probe
@@ -52,6 +52,18 @@ def test_a_bound_within_the_error_is_not_kept():
     names = {name: CHOSEN[name] for name in ("top25", "full")}
     assert "Uniform" in verdict_of(kls, errors=0.02 * NEARLY_LOSSLESS_KL, names=names)
     assert verdict_of(kls, errors=0.03 * NEARLY_LOSSLESS_KL, names=names).startswith("Take `top25`")
+
+
+def test_a_task_suffers_where_questions_are_lost_that_chance_would_not_lose():
+    """0.93 is within two standard errors of 0.948; nine questions lost of 500, and none gained, are no chance."""
+    result = make_evaluation(
+        make_manifest(make_scheme(make_measurement(), "full", set())), 1e-3, 1e-4, task=0.93
+    ).results[-1]
+    kept = "1" * 465
+    pairs = {lost: Paired(right=kept + "0" * lost + "1" * (35 - lost), reference=kept + "1" * 35) for lost in (3, 9)}
+    assert not _is_damage(result)
+    assert _is_damage(result.model_copy(update={"paired": pairs[9]}))
+    assert not _is_damage(result.model_copy(update={"paired": pairs[3]}))
 
 
 def test_a_task_that_suffers_is_damage_whatever_the_kl():

@@ -12,7 +12,6 @@ counted tokens and sums x_r, a mean is Σ x_r / Σ n_r and its standard error (t
     sqrt(R / (R - 1) · Σ (x_r - mean · n_r)²) / Σ n_r
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,9 +20,11 @@ from typing import Any
 import torch
 
 from bitladder.errors import StaleRecord
+from bitladder.evaluation.harness.tasks import TaskReference
 from bitladder.evaluation.metrics import EXPORT_AGAIN, Sums
 from bitladder.evaluation.reading import FakeQuantLinear, load_checkpoint, quantised_tensors
 from bitladder.evaluation.reference import Reference, compare_with, on_split
+from bitladder.evaluation.task import accuracy
 from bitladder.formats import POWERS_OF_TWO, WEIGHT_ONLY, Arithmetic
 from bitladder.models.weights import WeightFiles
 from bitladder.records import CheckpointManifest, EvalResult, Evaluation
@@ -89,8 +90,10 @@ def compare_loaded(
     sums = compare_with(model, reference.data, reference.store, reference.device, origin, progress, f"evaluate {phase}")
     results = _results(reference, sums)
     if answer and reference.task is not None:
-        right = reference.task.correct(model, reference.device, progress, f"answer: {phase}")
-        results.append(_accuracy(reference, right))
+        assert reference.right is not None
+        assert reference.bf16_right is not None
+        right = reference.task.right(model, reference.device, progress, f"answer: {phase}")
+        results.append(accuracy(reference.split, right, reference.right, reference.bf16_right))
     return results
 
 
@@ -99,6 +102,7 @@ def evaluate_checkpoint(
     directory: Path,
     progress: Progress = no_progress,
     arithmetic: Mapping[str, Arithmetic] = MappingProxyType({}),
+    tasks: TaskReference | None = None,
 ) -> Evaluation:
     """Return the checkpoint's KL to the original, perplexity, agreement, and task accuracy where there is a task.
 
@@ -107,6 +111,7 @@ def evaluate_checkpoint(
         directory: the exported checkpoint.
         progress: told of every batch.
         arithmetic: format -> how the device that will serve computes it, where that isn't as it is stored.
+        tasks: the original's answers to tasks of lm-evaluation-harness; None: none are asked.
 
     Raises:
         RecordError: no manifest. StaleRecord: the manifest is of other files. ModelError: see `compare`.
@@ -129,11 +134,13 @@ def evaluate_checkpoint(
             for reference in references
             for result in compare_loaded(reference, model, str(directory), manifest.scheme, progress)
         ]
+        results += tasks.results(model, manifest.scheme, progress) if tasks is not None else []
     return Evaluation(
         scheme=manifest.scheme,
         manifest_sha256=manifest.fingerprint(),
         model_sha256=manifest.source_sha256,
         data={reference.split: reference.data.summary for reference in references},
+        tasks=tasks.tasks.summaries() if tasks is not None else {},
         arithmetic=in_words(arithmetic),
         results=tuple(results),
         run=meter.info(),
@@ -162,21 +169,3 @@ def _results(reference: Reference, sums: Sums) -> list[EvalResult]:
         result("perplexity", "", sums.perplexity(), floor.perplexity()[0], reference.perplexity),
         result("top1_agreement", "share of tokens", sums.ratio(sums.agree), floor.ratio(floor.agree)[0]),
     ]
-
-
-def _accuracy(reference: Reference, right: int) -> EvalResult:
-    assert reference.task is not None
-    assert reference.correct is not None
-    assert reference.bf16_correct is not None
-    count = len(reference.task.samples)
-    share = right / count
-    return EvalResult(
-        metric="task_accuracy",
-        split=reference.split,
-        unit="share of samples",
-        value=share,
-        standard_error=math.sqrt(share * (1 - share) / count),
-        samples=count,
-        noise_floor=reference.bf16_correct / count,
-        reference=reference.correct / count,
-    )

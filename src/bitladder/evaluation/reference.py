@@ -100,8 +100,8 @@ class Reference:
     store: _Store
     perplexity: float
     bf16: Sums
-    correct: int | None
-    bf16_correct: int | None
+    right: str | None  # the task's answers, a digit each
+    bf16_right: str | None
     split: str = DEFAULT_SPLIT
 
     @classmethod
@@ -143,17 +143,17 @@ class Reference:
                 add_rows(own, batch, values, values)
             progress(f"evaluate original{on}", len(data.batches), len(data.batches))
             check_nll(own, f"the original {directory}")
-            correct = task.correct(model, device, progress, f"answer: original{on}") if task else None
+            right = task.right(model, device, progress, f"answer: original{on}") if task else None
             del model  # one model in memory at a time
             with told(progress, "load original in BF16"):
                 model = load_model(directory, torch.bfloat16, device)
             phase = f"evaluate original in BF16{on}"
             bf16 = compare_with(model, data, store, device, f"{directory} in BF16", progress, phase)
-            bf16_correct = task.correct(model, device, progress, f"answer: original in BF16{on}") if task else None
+            bf16_right = task.right(model, device, progress, f"answer: original in BF16{on}") if task else None
         except BaseException:  # a kill too: gigabytes in the temporary directory
             store.close()
             raise
-        return cls(data, device, task, store, own.perplexity()[0], bf16, correct, bf16_correct, split)
+        return cls(data, device, task, store, own.perplexity()[0], bf16, right, bf16_right, split)
 
     def __enter__(self) -> Self:
         return self

@@ -20,6 +20,7 @@ from bitladder.storage import TEMPORARY_PREFIX
 
 ControlKind = Literal["random", "inverse", "first_last", "largest", "lowest_score", "modelopt"]
 ServedOn = Literal["ampere", "ada", "hopper", "blackwell", "blackwell_rtx", "cpu", "cpu_amx"]
+TaskName = Literal["novel_endings", "novel_words"]
 CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
 PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
 GENERATED = "generated"  # the kind of data that the model writes itself
@@ -184,6 +185,21 @@ class HeldOutSpec(Section):
     def _named(self) -> Self:
         _check_name("held-out set", self.name)
         return self
+
+
+class TasksSpec(Section):
+    """Tasks of lm-evaluation-harness that every checkpoint and the original are asked; their questions are packaged."""
+
+    names: tuple[TaskName, ...] = Field(default=(), description="empty: none")
+    samples: int = Field(default=500, gt=0, le=500, description="questions of each, the first ones")
+
+    @field_validator("names")
+    @classmethod
+    def _each_once(cls, value: tuple[TaskName, ...]) -> tuple[TaskName, ...]:
+        twice = sorted({name for name in value if value.count(name) > 1})
+        if twice:
+            raise ValueError(f"task {twice[0]} is given twice; name each once")
+        return value
 
 
 class MeasureSpec(Section):
@@ -428,6 +444,7 @@ class Recipe(Section):
     model: ModelSpec
     calibration: tuple[SampleSpec, ...] = Field(min_length=1)
     held_out: tuple[HeldOutSpec, ...] = Field(default_factory=lambda: (HeldOutSpec(),), min_length=1)
+    tasks: TasksSpec = Field(default_factory=TasksSpec)
     measurement: MeasureSpec = Field(default_factory=MeasureSpec)
     workers: WorkersSpec = Field(default_factory=WorkersSpec)
     schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
@@ -468,6 +485,9 @@ class Recipe(Section):
         twice = sorted({name for name in sets if sets.count(name) > 1})
         if twice:
             raise ValueError(f"two held-out sets are named {twice[0]}; give each a `name` of its own")
+        both = sorted({*sets} & {*self.tasks.names})
+        if both:
+            raise ValueError(f"a held-out set has the name of the task {both[0]}; give it another `name`")
         for index, held_out in enumerate(self.held_out):
             where = "held_out" if len(sets) == 1 else f"held_out.{index}"
             data = held_out.data or self.calibration[0].data

@@ -32,7 +32,16 @@ if TYPE_CHECKING:
         PairDifference,
         Verification,
     )
-    from bitladder.records.evaluation import KL, ControlArm, EvalResult, Evaluation, Evidence
+    from bitladder.records.evaluation import (
+        KL,
+        TASK_ACCURACY,
+        ControlArm,
+        EvalResult,
+        Evaluation,
+        Evidence,
+        Paired,
+        TaskSummary,
+    )
     from bitladder.records.measurement import (
         Candidate,
         Counted,
@@ -54,6 +63,7 @@ if TYPE_CHECKING:
         ProbeResult,
         ServedAnswer,
         ServedMemory,
+        ServedTask,
         Stage,
         Throughput,
     )
@@ -88,10 +98,13 @@ else:
             ),
             "evaluation": (
                 "KL",
+                "TASK_ACCURACY",
                 "ControlArm",
                 "EvalResult",
                 "Evaluation",
                 "Evidence",
+                "Paired",
+                "TaskSummary",
             ),
             "measurement": (
                 "Candidate",
@@ -114,6 +127,7 @@ else:
                 "ProbeResult",
                 "ServedAnswer",
                 "ServedMemory",
+                "ServedTask",
                 "Stage",
                 "Throughput",
             ),
@@ -137,6 +151,7 @@ __all__ = [
     "CONTENT_DIGEST",
     "KL",
     "SCHEMA_VERSION",
+    "TASK_ACCURACY",
     "Candidate",
     "CheckpointManifest",
     "CheckpointVerification",
@@ -159,6 +174,7 @@ __all__ = [
     "ModelSource",
     "ModuleRecord",
     "PairDifference",
+    "Paired",
     "Part",
     "PhaseCost",
     "ProbeFinding",
@@ -176,8 +192,10 @@ __all__ = [
     "Scheme",
     "ServedAnswer",
     "ServedMemory",
+    "ServedTask",
     "SimulatedKls",
     "Stage",
+    "TaskSummary",
     "Throughput",
     "UntouchedModule",
     "Verification",

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from bitladder.records.base import Part, Record, RunInfo
+from bitladder.records.base import Grown, Part, Record, RunInfo
+from bitladder.records.evaluation import Paired
 
 Stage = Literal["preflight", "load", "generate"]
 ErrorClass = Literal[
@@ -63,6 +64,14 @@ class ServedAnswer(Part):
     token_ids: tuple[int, ...]
 
 
+class ServedTask(Part):
+    """What a runtime answers to a task of lm-evaluation-harness."""
+
+    task: str
+    sha256: str = Field(description="SHA-256 of the questions that are asked")
+    answers: Paired = Field(description="beside those of the original in the same runtime")
+
+
 class LogProbDifference(Part):
     """Prompt log-probabilities of the runtime against our evaluation of the same files."""
 
@@ -94,9 +103,10 @@ class ServedMemory(Part):
     peak_gpu_bytes: int | None
 
 
-class ProbeResult(Record):
+class ProbeResult(Grown, Record):
     """What one runtime, in one version, does with one checkpoint, as far as `stage`."""
 
+    later = frozenset({"tasks"})
     written_by = "probe"
     volatile = frozenset({"run", "traceback"})
 
@@ -113,6 +123,7 @@ class ProbeResult(Record):
     answers: tuple[ServedAnswer, ...] = ()
     log_probs: tuple[LogProbDifference, ...] = ()
     throughput: tuple[Throughput, ...] = ()
+    tasks: tuple[ServedTask, ...] = ()
     memory: ServedMemory | None = None
     traceback: str | None = None
     run: RunInfo | None = None

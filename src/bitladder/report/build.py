@@ -118,6 +118,7 @@ def build_report(
             if s.name in evaluations
             for reported in _reported_evaluations(evaluations[s.name], measurement.calibration)
         ),
+        tasks={name: task for s in ladder if s.name in evaluations for name, task in evaluations[s.name].tasks.items()},
         verification=verification,
         probes=tuple(_reported_probe(probe) for scheme in ladder for probe in probes if probe.scheme == scheme.name),
         controls=tuple(reported_arm(arm) for arm in arms),
@@ -282,6 +283,7 @@ def _reported_probe(probe: ProbeResult) -> ReportedProbe:
         findings=probe.findings,
         log_probs=probe.log_probs,
         throughput=probe.throughput,
+        tasks=probe.tasks,
     )
 
 

@@ -40,8 +40,9 @@ class Ladder:
         exponent = exponent_for(predicted, report.score_unit)
         self.predicted_unit = with_unit(exponent, report.score_unit)
         self.predicted_column = number_column(predicted, [s.predicted_standard_error for s in report.schemes], exponent)
-        # The first set that has a task.
-        self.task_split = next((s for s in report.splits if report.first_result("task_accuracy", s)), None)
+        # The first set that has a task, or the first task.
+        tasks = (*report.splits, *report.tasks)
+        self.task_split = next((s for s in tasks if report.first_result("task_accuracy", s)), None)
         self.has_task = self.task_split is not None
 
     def _kl_column_of(self, split: str) -> Column:

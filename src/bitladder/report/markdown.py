@@ -8,6 +8,7 @@ import jinja2
 import yaml
 
 from bitladder.report import escaping
+from bitladder.report.answers import answers
 from bitladder.report.escaping import Markdown, prose
 from bitladder.report.ladder import Ladder
 from bitladder.report.numbers import FLIPS_OFTEN, NOT_RUN, byte_size, common_prefix, data_kind, exact, percent
@@ -84,6 +85,7 @@ def page_context(report: Report) -> dict[str, Any]:
         "evaluated": ladder.evaluated,
         "evaluation": evaluation_table(report, ladder),
         "held_out": held_out(report),
+        "answers": answers(report),
         "verification": verification_table(report),
         "controls": controls(report, ladder),
         "prediction": prediction_table(report, ladder),

@@ -128,7 +128,7 @@ def positions_table(report: Report, prefix: str) -> dict[str, Any]:
 
 def evaluation_table(report: Report, ladder: Ladder) -> Markdown:
     """Return the table of every metric of every scheme, with its error, noise floor and the original's value."""
-    several = bool(ladder.further)
+    several = bool(ladder.further or report.tasks)
     header = ["scheme", *(["set"] if several else []), "metric"]
     header += ["value", "SE", "noise floor", "original", "samples", "unit"]
     rows = []

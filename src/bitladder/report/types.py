@@ -15,7 +15,9 @@ from bitladder.records import (
     Record,
     Refinement,
     Rounding,
+    ServedTask,
     Stage,
+    TaskSummary,
     Throughput,
     Verification,
 )
@@ -229,6 +231,7 @@ class ReportedProbe(Part):
     findings: tuple[ProbeFinding, ...]
     log_probs: tuple[LogProbDifference, ...]
     throughput: tuple[Throughput, ...]
+    tasks: tuple[ServedTask, ...] = Field(default=(), description="its answers to tasks, beside the original's")
 
 
 class Environment(Part):
@@ -272,6 +275,7 @@ class Report(Record):
     groups: tuple[ReportedGroup, ...]
     positions: Positions | None = Field(description="None: scores of image positions are not known apart")
     evaluations: tuple[ReportedEvaluation, ...]
+    tasks: dict[str, TaskSummary] = Field(default={}, description="name of the task -> its questions")
     verification: Verification | None
     probes: tuple[ReportedProbe, ...]
     controls: tuple[ReportedArm, ...]

@@ -24,8 +24,8 @@ def verdict(report: Report) -> str:
 
     A scheme counts if its files match it and no runtime that was asked to load it fails; where none was, if it loads by
     the rules of one at least. It is *nearly lossless* if on every
-    held-out set its KL, plus two standard errors, is at most `NEARLY_LOSSLESS_KL`, and if on none with a task its
-    accuracy lies more than two standard errors below the original's.
+    held-out set its KL, plus two standard errors, is at most `NEARLY_LOSSLESS_KL`, and if no task's accuracy is surely
+    below the original's (the 95% interval of their difference; where answers weren't kept, two standard errors).
     """
     evaluated = [scheme for scheme in report.schemes if _worst_kl(scheme) is not None]
     if not evaluated:
@@ -51,6 +51,8 @@ def _is_nearly_lossless(scheme: ReportedScheme) -> bool:
 
 def _is_damage(result: EvalResult) -> bool:
     margin = CONFIDENT_ERRORS * (result.standard_error or 0.0)
+    if result.paired is not None:
+        return result.paired.interval[1] < 0
     if result.metric == "task_accuracy":
         return result.reference is not None and result.value + margin < result.reference
     return result.metric == KL and result.value + margin > NEARLY_LOSSLESS_KL

@@ -13,14 +13,16 @@ from bitladder.data.processors import has_template, load_processor
 from bitladder.device import capability, has_amx, resolve_device
 from bitladder.errors import ModelError
 from bitladder.evaluation import logprobs
+from bitladder.evaluation.harness.tasks import Tasks
 from bitladder.formats import FORMATS
 from bitladder.formats.targets import served, target_of
 from bitladder.recipe import VllmSpec
-from bitladder.records import ProbeResult
+from bitladder.records import Paired, ProbeResult, ServedTask
 from bitladder.runtimes.child import vllm_version
 from bitladder.runtimes.vllm.job import Question, ServeJob, SpeedJob
 from bitladder.runtimes.vllm.load import load_all
 from bitladder.runtimes.vllm.serve import serve_all
+from bitladder.runtimes.vllm.served import Served
 
 _SERVED_ROWS = 32  # samples of each held-out set whose log-probabilities a runtime is asked for
 _TEXT_PROMPTS = ("Describe a picture of a cat.", "Count from one to five.")  # asked beside them
@@ -36,6 +38,7 @@ def serve_samples(
     *,
     device: str,
     timeout: float,
+    tasks: Tasks | None = None,
 ) -> tuple[ProbeResult, ...]:
     """Serve checkpoints, and the original before them, on the first samples of every held-out set.
 
@@ -46,6 +49,7 @@ def serve_samples(
         python: the interpreter of vLLM's environment.
         device: where our own evaluation runs; speeds are taken where it is a GPU.
         timeout: seconds for each.
+        tasks: of lm-evaluation-harness, that are asked too; None: none.
     """
     sets = {split: _first_samples(one) for split, one in data.items()}
     pairs = [sample for one in sets.values() for sample in one.samples]
@@ -53,6 +57,7 @@ def serve_samples(
     job = ServeJob(
         questions=(*questions, *(Question(text) for text in _TEXT_PROMPTS)),
         sequences=tuple(row for split, one in sets.items() for row in logprobs.sequences(one, split, source)),
+        rows=tasks.rows() if tasks is not None else (),
         chat=has_chat_template(source),
         speed=SpeedJob() if device.startswith("cuda") else None,
     )
@@ -63,7 +68,28 @@ def serve_samples(
             expected[directory] = logprobs.log_probs(
                 directory, list(sets.values()), device=device, arithmetic=arithmetic
             )
-    return serve_all(directories, python, job, source=source, expected=expected, timeout=timeout).results
+    probes = serve_all(directories, python, job, source=source, expected=expected, timeout=timeout)
+    if tasks is None:
+        return probes.results
+    answers = {directory: _answers(tasks, served) for directory, served in probes.served.items()}
+    return tuple(
+        result.model_copy(update={"tasks": _served_tasks(tasks, answers[directory], answers[source])})
+        for directory, result in zip(directories, probes.results, strict=True)
+    )
+
+
+def _answers(tasks: Tasks, served: Served) -> dict[str, str]:
+    """Return task -> a digit a question, 1 where a runtime's answer is right; {}: it didn't come so far."""
+    log_probs = {row.token_ids: row.log_probs for row in served.rows}
+    return tasks.answers_from(log_probs) if log_probs else {}
+
+
+def _served_tasks(tasks: Tasks, right: Mapping[str, str], source: Mapping[str, str]) -> tuple[ServedTask, ...]:
+    return tuple(
+        ServedTask(task=name, sha256=task.sha256, answers=Paired(right=right[name], reference=source[name]))
+        for name, task in tasks.summaries().items()
+        if right and source
+    )
 
 
 def _first_samples(data: DataSet) -> DataSet:

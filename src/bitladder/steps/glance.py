@@ -10,6 +10,7 @@ from pathlib import Path
 from bitladder import planning
 from bitladder.data import files
 from bitladder.errors import MeasurementError
+from bitladder.evaluation.harness import check_installed
 from bitladder.formats import get_format
 from bitladder.measured import MEASUREMENT_FILE
 from bitladder.models.weights import WeightFiles, read_config
@@ -29,7 +30,7 @@ def glance(work: Workspace, *, measuring: bool = True, held_out: bool = False, s
     Args:
         work: the recipe and its output directory.
         measuring: whether calibration data will be needed.
-        held_out: whether held-out data will be.
+        held_out: whether held-out data will be, and tasks.
         schemes: whether schemes will be planned and exported.
 
     Raises:
@@ -49,6 +50,8 @@ def glance(work: Workspace, *, measuring: bool = True, held_out: bool = False, s
     sets = [spec.data for spec in recipe.calibration] if measuring else []
     if held_out:
         sets += [one.data or recipe.calibration[0].data for one in recipe.held_out]
+        if recipe.tasks.names:
+            check_installed()
     for source in dict.fromkeys(sets):
         files.glance(source)
     if Path(recipe.model.path).is_absolute():  # else it is fetched, which takes long

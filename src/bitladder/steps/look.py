@@ -13,6 +13,7 @@ from bitladder.measuring.measure import check_engine
 from bitladder.recipe import GENERATED, Recipe
 from bitladder.runtimes.child import vllm_version
 from bitladder.steps.data import calibration_sets, check_asked_length, load_set
+from bitladder.steps.originals import tasks_of
 from bitladder.steps.workspace import Workspace
 
 
@@ -34,6 +35,7 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
     if recipe.runtimes.vllm is not None:
         vllm_version(Path(recipe.runtimes.vllm.python))
     served_arithmetic(recipe)
+    asked = tasks_of(work) if held_out else None
     if not (work.output / MEASUREMENT_FILE).exists():
         check_engine(recipe.measurement, work.target, device)
     for scheme in recipe.schemes:
@@ -45,6 +47,8 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
     for one in recipe.held_out if held_out else ():
         check_asked_length(work, one.sequence_length, one.data or recipe.calibration[0].data)
     _ = work.processor  # a damaged one is found here, wherever the data comes from
+    if asked is not None:
+        asked.check_length(work.most_positions)
     readable = [spec for spec in recipe.calibration if spec.data.kind != GENERATED]  # others the model has to write
     sets = calibration_sets(work, readable)
     for one in recipe.held_out if held_out else ():

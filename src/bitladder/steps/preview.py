@@ -6,12 +6,12 @@ from pathlib import Path
 
 from bitladder.measured import MEASUREMENT_FILE
 from bitladder.recipe import GENERATED
-from bitladder.records import Evidence, Scheme, Verification, digest_of
+from bitladder.records import Evidence, Scheme, Verification
 from bitladder.runtimes.child import vllm_version
 from bitladder.steps import known
 from bitladder.steps.controls import settings_of
 from bitladder.steps.data import is_written
-from bitladder.steps.evaluate import known_evaluations
+from bitladder.steps.evaluate import known_evaluations, settings_key
 from bitladder.steps.export import is_intact
 from bitladder.steps.look import look
 from bitladder.steps.measure import known_measurement
@@ -115,7 +115,7 @@ def _evaluate(work: Workspace) -> str | None:
         return _UNWRITTEN
     manifests = work.manifests()
     with Originals(work) as originals:
-        done = known_evaluations(work, manifests, digest_of(originals.settings()))
+        done = known_evaluations(work, manifests, settings_key(originals))
     missing = [name for name in manifests if name not in done]
     return f"not evaluated so: {', '.join(missing)}" if missing else None
 

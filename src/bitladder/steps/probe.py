@@ -5,13 +5,14 @@ from pathlib import Path
 
 from bitladder.device import resolve_device
 from bitladder.errors import RecipeError
+from bitladder.evaluation.harness.tasks import Tasks
 from bitladder.records import ProbeResult
 from bitladder.runinfo import Meter
 from bitladder.runtimes.child import vllm_version
 from bitladder.runtimes.vllm import load
 from bitladder.steps.asking import serve_samples
 from bitladder.steps.known import probe_path, probed
-from bitladder.steps.originals import Originals
+from bitladder.steps.originals import Originals, tasks_of
 from bitladder.steps.step import doing
 from bitladder.steps.workspace import Workspace
 
@@ -30,10 +31,11 @@ def probe(work: Workspace) -> tuple[ProbeResult, ...]:
         )
     python = Path(spec.python)
     version = vllm_version(python)
+    asked = tasks_of(work) if spec.stage == "generate" else None
     known = {
         result.scheme: result
         for result in probed(work, manifests)
-        if (result.runtime, result.version, result.stage) == ("vllm", version, spec.stage)
+        if (result.runtime, result.version, result.stage) == ("vllm", version, spec.stage) and _answers(result, asked)
     }
     missing = [name for name in manifests if name not in known]
     if missing:
@@ -43,6 +45,15 @@ def probe(work: Workspace) -> tuple[ProbeResult, ...]:
                 known[str(result.scheme)] = result
                 result.write(probe_path(work, result))
     return tuple(known[name] for name in manifests)
+
+
+def _answers(result: ProbeResult, asked: Tasks | None) -> bool:
+    """Return whether a result has answers to the tasks that are asked, or says why it can't have any."""
+    if asked is None or not result.ok:
+        return True
+    return {(name, one.sha256) for name, one in asked.summaries().items()} <= {
+        (one.task, one.sha256) for one in result.tasks
+    }
 
 
 def _load_each(
@@ -70,4 +81,12 @@ def _serve(work: Workspace, directories: Sequence[Path], python: Path, timeout: 
     """Serve checkpoints, and the original before them, on the first samples of every held-out set."""
     device = resolve_device(work.recipe.measurement.device)
     with Originals(work) as originals:
-        return serve_samples(originals.data, directories, work.model_directory, python, device=device, timeout=timeout)
+        return serve_samples(
+            originals.data,
+            directories,
+            work.model_directory,
+            python,
+            device=device,
+            timeout=timeout,
+            tasks=originals.asked,
+        )

@@ -7,7 +7,8 @@ In steps, each written to RESULT as soon as it is finished, so that a killed chi
    take;
 3. `answered`: greedy answers to questions with and without a picture, through the checkpoint's own chat template;
 4. `scored`: the log-probability of every next token of given sequences;
-5. `timed`: seconds of a batch of prompts, once with one token of output and once with many.
+5. `asked`: the same of the rows of tasks;
+6. `timed`: seconds of a batch of prompts, once with one token of output and once with many.
 
 Nothing is judged here; `serve.py` does that, and says what JOB holds. Runs under vLLM's environment: the standard
 library, torch, Pillow and vllm only. Written for vLLM 0.25.1 and 0.32.0.
@@ -380,6 +381,9 @@ def serve(job: Facts, report: Report) -> None:
     if job["sequences"]:
         with report.step("scored") as facts:
             facts["scores"] = scores(llm, job["sequences"])
+    if job["rows"]:
+        with report.step("asked") as facts:
+            facts["rows"] = scores(llm, job["rows"])
     if job["speed"] is not None:
         with report.step("timed") as facts:
             facts["timings"] = timings(llm, job["speed"])

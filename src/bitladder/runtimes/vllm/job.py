@@ -49,6 +49,7 @@ class ServeJob:
     Attributes:
         questions: answered greedily.
         sequences: scored.
+        rows: token ids of text that is scored too, of tasks; not compared with any evaluation.
         max_tokens: the most that an answer may have.
         chat: whether questions go through the chat template; False: text is continued as it is, without pictures.
         kv_cache_dtype: `auto` is what the checkpoint asks for.
@@ -58,6 +59,7 @@ class ServeJob:
 
     questions: tuple[Question, ...] = ()
     sequences: tuple[ScoredSequence, ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
     max_tokens: int = 64
     chat: bool = True
     kv_cache_dtype: str = "auto"
@@ -67,11 +69,12 @@ class ServeJob:
     @property
     def tokens_in_context(self) -> int:
         """The most tokens that one request needs; answers to questions are cut at vLLM's context instead."""
-        scored = [len(sequence.token_ids) + 1 for sequence in self.sequences]
+        scored = [len(ids) + 1 for ids in (*(sequence.token_ids for sequence in self.sequences), *self.rows)]
         timed = [] if self.speed is None else [self.speed.prompt_tokens + self.speed.output_tokens]
         return max([*scored, *timed], default=0)
 
     @property
     def requests(self) -> int:
         """The most requests that are given at once."""
-        return max(len(self.questions), len(self.sequences), 0 if self.speed is None else self.speed.requests, 1)
+        timed = 0 if self.speed is None else self.speed.requests
+        return max(len(self.questions), len(self.sequences), len(self.rows), timed, 1)

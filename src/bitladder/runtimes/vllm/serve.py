@@ -127,6 +127,7 @@ def child_job(directory: Path, job: ServeJob) -> dict[str, Any]:
         "modules": _modules(directory),
         "questions": [asdict(question) for question in job.questions],
         "sequences": [{"prompt_ids": one.prompt_ids, "image": one.image} for one in job.sequences],
+        "rows": [{"prompt_ids": row, "image": None} for row in job.rows],
         "max_tokens": job.max_tokens,
         "chat": job.chat,
         "kv_cache_dtype": job.kv_cache_dtype,

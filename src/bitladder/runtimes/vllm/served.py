@@ -98,6 +98,7 @@ class Served(_Fact):
     kv_cache_tokens: int | None = None
     answers: tuple[Answer, ...] = ()
     scores: tuple[Scores, ...] = ()
+    rows: tuple[Scores, ...] = ()
     timings: Timings | None = None
     error: Failure | None = None
     returncode: int = 0
