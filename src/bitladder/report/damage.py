@@ -37,8 +37,13 @@ def damage_of(results: Iterable[EvalResult]) -> Damage | None:
     worst = max((_with_margin(result) for result in results if result.metric == KL), default=None)
     if worst is None:
         return None
-    by_kl: Damage = next((word for word, bound in _BOUNDS if worst <= bound), "large")
+    by_kl = damage_by_kl(worst)
     return "noticeable" if by_kl in ("nearly_lossless", "small") and any(map(_is_worse, results)) else by_kl
+
+
+def damage_by_kl(kl: float) -> Damage:
+    """Return the word for a KL in nats per token."""
+    return next((word for word, bound in _BOUNDS if kl <= bound), "large")
 
 
 def bound_in_words(damage: Damage) -> str:
