@@ -114,7 +114,7 @@ function layerPicture(frame, formatOf, options) {
   data.groups.forEach((group, index) => {
     const format = formatOf(group, index), found = group.scores[reference] ?? Object.values(group.scores)[0];
     const x = left + cell * layersOfGroups.indexOf(group.layer ?? "–"), y = top + tall * kindsOfGroups.indexOf(group.kind);
-    const depth = 0.25 + 0.75 * (found?.shade ?? 0), box = svg("rect", {
+    const depth = 0.32 + 0.68 * (found?.shade ?? 0), box = svg("rect", {
       x: x + gap / 2, y: y + gap / 2, width: Math.max(1, cell - gap), height: tall - gap, rx: cell > 10 ? 2 : 0,
       fill: colour(toneOf(format)), "fill-opacity": depth.toFixed(3), class: "cell", "data-format": format, "data-group": group.name,
     });

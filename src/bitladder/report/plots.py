@@ -60,7 +60,7 @@ def plot_data(report: Report) -> dict[str, Any]:
 def _score_unit(unit: str) -> dict[str, Any]:
     """Return in which unit scores are shown: a KL in the one of all KL."""
     if unit == "nats per token":
-        return {"scoreUnit": f"{power_of_ten(KL_EXPONENT)} nats a token", "scoreScale": 10.0**-KL_EXPONENT}
+        return {"scoreUnit": f"× {power_of_ten(KL_EXPONENT)} nats a token", "scoreScale": 10.0**-KL_EXPONENT}
     return {"scoreUnit": unit, "scoreScale": 1}
 
 
