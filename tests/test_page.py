@@ -20,7 +20,7 @@ from bitladder.report import build_report, render_html, render_markdown, write_f
 from bitladder.report.ladder import Ladder
 from bitladder.report.numbers import markdown_table
 from bitladder.report.page import FIRST_PICTURES, html_table, inline
-from bitladder.report.parts import chips_of, findings_of_runtimes, runtime_matrix, verdict_card
+from bitladder.report.parts import chips_of, findings_of_runtimes, runs_in_words, runtime_matrix, verdict_card
 from bitladder.report.plots import plot_data
 from bitladder.report.public import shorten
 from test_planning import measurement_of
@@ -301,6 +301,13 @@ def test_the_matrix_of_runtimes_says_how_far_each_came():
     )
     assert (cells["full"]["SGLang 0.5"]["text"], cells["full"]["SGLang 0.5"]["state"]) == ("missing_tensor", "bad")
     assert not matrix["fine"]
+
+
+def test_a_row_says_how_far_its_checkpoint_came():
+    report = report_of_a_loaded_scheme()
+    assert runs_in_words(report, "top50") == ("served by vLLM", "")
+    assert runs_in_words(report, "full") == ("no", "SGLang: missing_tensor")
+    assert runs_in_words(make_report(), "full") == ("not run", "")
 
 
 def test_what_two_runtimes_find_alike_is_said_once():

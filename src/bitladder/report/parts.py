@@ -270,7 +270,7 @@ def _scheme_row(
         task = scheme.result("task_accuracy", ladder.task_split)
         error = task.standard_error if task else None
         cells.append((percent(task.value, 1) if task else NOT_RUN, "" if error is None else f"± {percent(error, 1)}"))
-    cells.append((runs_in_words(report, scheme.name), ""))
+    cells.append(runs_in_words(report, scheme.name))
     shown = [
         {"label": title, "value": value, "small": small} for title, (value, small) in zip(titles, cells, strict=True)
     ]
@@ -288,20 +288,16 @@ def _scheme_row(
     }
 
 
-def runs_in_words(report: Report, name: str) -> str:
-    """Return how far every runtime came with a checkpoint, the best first; or what stopped one."""
+def runs_in_words(report: Report, name: str) -> tuple[str, str]:
+    """Return how far the runtime came with a checkpoint that came furthest; and which ones don't take it."""
     probes = [probe for probe in last_stages(report.probes) if probe.scheme == name]
-    if not probes:
-        return NOT_RUN
-    failed = [p for p in probes if p.verdict != "ok"]
-    fine = sorted((p for p in probes if p.verdict == "ok"), key=lambda p: -list(STAGES_REACHED).index(p.stage))
-    said = [f"{RUNTIME_NAMES.get(p.runtime, p.runtime)}: {p.verdict}" for p in failed]
-    if fine and fine[0].stage != "preflight":
-        tried = fine[0]
-        said.insert(0, f"{probe_in_words(tried)} by {RUNTIME_NAMES.get(tried.runtime, tried.runtime)}")
-    elif fine and not failed:
-        said.append("by rules")
-    return "; ".join(dict.fromkeys(said))
+    fine = [probe for probe in probes if probe.verdict == "ok"]
+    failed = [f"{RUNTIME_NAMES.get(p.runtime, p.runtime)}: {p.verdict}" for p in probes if p.verdict != "ok"]
+    if not fine:
+        return ("no" if failed else NOT_RUN), "; ".join(failed)
+    best = max(fine, key=lambda probe: list(STAGES_REACHED).index(probe.stage))
+    by = "" if best.stage == "preflight" else f" by {RUNTIME_NAMES.get(best.runtime, best.runtime)}"
+    return probe_in_words(best) + by, "; ".join(dict.fromkeys(failed))
 
 
 def _details(report: Report, ladder: Ladder, scheme: ReportedScheme) -> list[tuple[str, str]]:
