@@ -141,6 +141,22 @@ def two_formats_report():
 REPORTS["two formats"] = two_formats_report
 
 
+def two_sets_report():
+    """Two held-out sets, a task, and a runtime that doesn't take a checkpoint: as many columns as there are."""
+    report = make_report(task=True)
+    schemes = []
+    for scheme in report.schemes:
+        again = tuple(result.model_copy(update={"split": "captions"}) for result in scheme.results)
+        schemes.append(scheme.model_copy(update={"results": (*scheme.results, *again)}))
+    probes = failed_probe_report().probes
+    return report.model_copy(
+        update={"schemes": tuple(schemes), "splits": (*report.splits, "captions"), "probes": probes}
+    )
+
+
+REPORTS["two sets"] = two_sets_report
+
+
 def attributes(page, selector, *names):
     """Return some attributes of every element that the selector finds."""
     script = "(found, names) => found.map(e => names.map(n => e.getAttribute(n)))"
