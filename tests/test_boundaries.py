@@ -217,7 +217,7 @@ OPENED_ELSEWHERE = {
     ("cli/telling.py", "os.open"): "the log, to add to it",
     ("steps/workspace.py", "os.open"): "the lock, for writing too: that waits for nobody",
     ("report/page.py", "(here / 'page.css').read_text"): "a resource of this package",
-    ("report/page.py", "(here / 'page.js').read_text"): "a resource of this package",
+    ("report/page.py", "(here / name).read_text"): "a resource of this package",
     ("storage.py", "os.open"): "to flush what was written, directories too; nothing is read",
     ("models/weights.py", "np.memmap"): "a file that is open already",
 }

@@ -39,12 +39,12 @@ def test_every_arm_has_its_schemes_bits(deep):
         scheme, arms = arms_of(deep, coverage)
         assert [arm.asked.control for arm in arms] == [
             "random",
+            "random",
+            "random",
             "inverse",
             "first_last",
             "largest",
             "lowest_score",
-            "random",
-            "random",
         ]
         for arm in arms:
             assert scheme.weight_bits <= arm.weight_bits < scheme.weight_bits + 8 * largest
@@ -88,6 +88,7 @@ def test_modelopts_choice_keeps_the_bits_and_counts_every_batch_alike(deep):
     measurement = deep[1]
     scheme, arms = arms_of(deep, kinds=("modelopt",))
     assert arms == ()  # every batch has as many tokens: its choice is the scheme's own
+    assert controls.modelopt_agrees(measurement, scheme)
     weights = (0.1,) * (len(measurement.score_weights) - 1) + (2.0,)
     reordered = [*measurement.candidates[1:], measurement.candidates[0]]  # each group with another one's last score
     candidates = tuple(
@@ -100,6 +101,9 @@ def test_modelopts_choice_keeps_the_bits_and_counts_every_batch_alike(deep):
     scheme = planning.plan(even, spec("half", coverage=0.5))
     assert other.quantised_groups() != scheme.quantised_groups()
     (arm,) = controls.arms(uneven, other, kinds=("modelopt",), seeds=1)
+    assert not controls.modelopt_agrees(uneven, other)
+    everything = planning.plan(uneven, spec("everything", coverage=1.0))
+    assert not controls.modelopt_agrees(uneven, everything)  # there is no choice to agree on
     assert arm.quantised_groups() == scheme.quantised_groups()
     assert arm.weight_bits <= other.weight_bits
     assert arm.measurement_sha256 == other.measurement_sha256

@@ -32,7 +32,7 @@ MARKS = (
 OWN_TAGS = {"html", "head", "meta", "title", "link", "style", "body", "header", "p", "h1", "h2", "h3", "ul", "li", "b"}
 OWN_TAGS |= {"nav", "a", "main", "section", "div", "table", "thead", "tbody", "tr", "th", "td", "code", "em", "details"}
 OWN_TAGS |= {"summary", "pre", "noscript", "label", "select", "option", "input", "span", "button", "sup", "script"}
-OWN_TAGS |= {"strong", "hr"}
+OWN_TAGS |= {"strong", "hr", "small", "i", "dl", "dt", "dd", "figure", "figcaption", "ol"}
 
 
 class Tags(html.parser.HTMLParser):
@@ -68,7 +68,8 @@ class Tags(html.parser.HTMLParser):
 
 def hostile(part, mark, keep=()):
     """A copy of a record with `mark` at the end of every foreign text in it, keys included."""
-    fixed = {"metric", "unit", "control", "stage", "severity", "sha256", "format", "engine", "method", "carrier", *keep}
+    fixed = {"metric", "unit", "control", "stage", "severity", "sha256", "format", "engine", "method", "carrier"}
+    fixed |= {"damage", "aim", *keep}
     if isinstance(part, BaseModel):
         fields = {
             name: value if name in fixed or name.endswith("sha256") else hostile(value, mark, keep)

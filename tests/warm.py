@@ -47,7 +47,6 @@ BITLADDER = (
     "transformers.models.auto.processing_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-    "plotly.offline",
 )
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 CLIENT = """#!{python} -IS

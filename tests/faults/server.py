@@ -260,10 +260,7 @@ def _import_all() -> None:
     import transformers.conversion_mapping
     import transformers.core_model_loading
     import transformers.models.llama.modeling_llama  # noqa: F401
-    from plotly.offline import get_plotlyjs
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
-
-    get_plotlyjs()
 
 
 def _serve() -> None:

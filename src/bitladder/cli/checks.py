@@ -27,7 +27,7 @@ def preflight(
 
     Exit status 2 if one of them wouldn't load it, or not run it as it says.
 
-    Example: bitladder preflight runs/demo/checkpoints/fp8_autoquant_full
+    Example: bitladder preflight runs/demo/checkpoints/uniform_fp8
 
     Example: bitladder preflight recipes/demo.yaml
     """
@@ -67,7 +67,7 @@ def probe(
 
     It runs in a process of its own, so that its failure is a result. Exit status 2 if it fails.
 
-    Example: bitladder probe runs/demo/checkpoints/fp8_autoquant_full --python .venv-vllm/bin/python
+    Example: bitladder probe runs/demo/checkpoints/uniform_fp8 --python .venv-vllm/bin/python
 
     Example: bitladder probe recipes/demo.yaml --python .venv-vllm/bin/python --stage generate
     """

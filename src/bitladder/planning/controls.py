@@ -31,6 +31,7 @@ from bitladder.planning.solver import Solver
 from bitladder.recipe import CONTROL_KINDS, ControlKind
 from bitladder.records import BF16, BF16_BITS, Control, Measurement, Scheme
 
+RANDOM_FIRST = 3  # so many say what chance does, which the other arms don't replace
 _LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a module's path
 
 
@@ -79,13 +80,23 @@ def arms(measurement: Measurement, scheme: Scheme, *, kinds: Sequence[ControlKin
     return tuple(found)
 
 
+def modelopt_agrees(measurement: Measurement, scheme: Scheme) -> bool:
+    """Return whether ModelOpt's solver would choose the scheme itself within its bits, so that it has no such arm.
+
+    Where every group has one format there is no other choice: that is no agreement.
+    """
+    if len(set(scheme.formats.values())) == 1:
+        return False
+    return _modelopt_choice(scheme.narrow(measurement), scheme) == scheme.formats
+
+
 def _wanted(kinds: Sequence[ControlKind], seeds: int) -> list[tuple[ControlKind, int | None]]:
     """Return (kind, seed) in the order in which they should be evaluated where time is short."""
     single: list[tuple[ControlKind, int | None]] = [(kind, None) for kind in kinds if kind != "random"]
     drawn: list[tuple[ControlKind, int | None]] = (
         [("random", seed) for seed in range(seeds)] if "random" in kinds else []
     )
-    return [*drawn[:1], *single, *drawn[1:]]
+    return [*drawn[:RANDOM_FIRST], *single, *drawn[RANDOM_FIRST:]]
 
 
 def _modelopt_choice(candidates: Measurement, scheme: Scheme) -> dict[str, str]:

@@ -8,7 +8,7 @@ from bitladder.formats import get_format, group_bits
 from bitladder.models.fusing import Fusing
 from bitladder.planning.options import check_usable
 from bitladder.recipe import SchemeSpec
-from bitladder.records import BF16, Candidate, Control, Measurement, Scheme
+from bitladder.records import BF16, Candidate, Control, Measurement, QuantGroup, Scheme
 
 
 def density_order(measurement: Measurement, format_name: str) -> list[str]:
@@ -94,14 +94,13 @@ def price(
     excluded: list[str] = []
     for group in measurement.groups:
         format_name = formats[group.name]
-        bits = group_bits(group, format_name)
+        bits, size = stored(group, format_name)
         weight_bits += bits
-        weight_bytes += -(-bits // 8)
+        weight_bytes += size
         if format_name == BF16:
             excluded += [(m.tensor or m.name).removesuffix(".weight") for m in group.modules]
         else:
             quantised += group.weight_elements
-            weight_bytes += len(group.modules) * get_format(format_name).tensor_scale_bytes
     if not quantised:
         raise InfeasibleTarget(f"scheme {name} would quantise nothing; ask for more")
     return Scheme(
@@ -121,6 +120,13 @@ def price(
         ),
         kv_cache_format=kv_cache_format,
     )
+
+
+def stored(group: QuantGroup, format_name: str) -> tuple[int, int]:
+    """Return a group's weight bits in a format, `bf16` included, and its bytes, which count scales of tensors too."""
+    bits = group_bits(group, format_name)
+    scales = 0 if format_name == BF16 else len(group.modules) * get_format(format_name).tensor_scale_bytes
+    return bits, -(-bits // 8) + scales
 
 
 def check_able(measurement: Measurement, scheme: str, formats: Mapping[str, str]) -> None:

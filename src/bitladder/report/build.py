@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.errors import StaleRecord
+from bitladder.planning.controls import modelopt_agrees
 from bitladder.planning.ranges import at_the_floor
 from bitladder.planning.uncertainty import flips
 from bitladder.records import (
@@ -22,6 +23,8 @@ from bitladder.records import (
     Scheme,
     Verification,
 )
+from bitladder.report.damage import damage_of
+from bitladder.report.frontier import frontier_of
 from bitladder.report.groups import edge_of, format_counts, positions_of, reported_groups
 from bitladder.report.quality import below_floor, comparisons_of, control_comparisons_of, prediction_of, reported_arm
 from bitladder.report.types import (
@@ -33,7 +36,7 @@ from bitladder.report.types import (
     ReportedScheme,
     Unsettled,
 )
-from bitladder.report.verdict import verdict
+from bitladder.report.verdict import decide, verdict
 
 _BITS_PER_BYTE = 8
 _KV_CACHE = "KV cache"  # stands beside the groups where schemes are compared; no group's name has a blank
@@ -82,6 +85,7 @@ def build_report(
     comparable = len(contexts) <= 1
     nested_in = _nested_in(ladder)
     arms = evidence.arms if evidence and comparable else ()
+    prediction = prediction_of(ladder, evaluations, arms) if comparable else None
     report = Report(
         measurement_sha256=measurement.fingerprint(),
         model=measurement.model,
@@ -125,12 +129,15 @@ def build_report(
         control_comparisons=control_comparisons_of(ladder, evaluations, arms),
         refinements=refinements.refinements if refinements else (),
         controls_left_out=evidence.left_out if evidence else (),
-        prediction=prediction_of(ladder, evaluations, arms) if comparable else None,
+        modelopt_agrees=tuple(s.name for s in ladder if arms and modelopt_agrees(measurement, s)),
+        prediction=prediction,
+        frontier=frontier_of(measurement, prediction),
         not_searched=_not_searched(measurement),
         settings=_plain(recipe),
         environments=_environments(measurement, ladder, evaluations),
         phases=tuple(phases) or (measurement.run.phases if measurement.run else ()),
     )
+    report = report.model_copy(update={"decision": decide(report)})
     return report.model_copy(update={"verdict": verdict(report)})
 
 
@@ -201,6 +208,7 @@ def _reported_scheme(
         predicted_score=scheme.predicted_score,
         predicted_standard_error=scheme.standard_error,
         results=evaluation.results if evaluation else None,
+        damage=damage_of(evaluation.results) if evaluation else None,
         verified=None if verification is None else verification.matches(scheme.name),
         format_counts=format_counts(scheme, measurement),
         nested_in=nested_in,
@@ -299,5 +307,8 @@ def _environments(
             continue
         key = json.dumps([run.hardware, run.threads, run.versions], sort_keys=True)
         steps = (*found[key].steps, step) if key in found else (step,)
-        found[key] = Environment(steps=steps, hardware=run.hardware, threads=run.threads, versions=run.versions)
+        started = min(run.started, found[key].started) if key in found else run.started
+        found[key] = Environment(
+            steps=steps, hardware=run.hardware, threads=run.threads, versions=run.versions, started=started
+        )
     return tuple(found.values())

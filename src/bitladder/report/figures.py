@@ -8,7 +8,7 @@ from typing import Any
 
 from bitladder.errors import OutputError, RecordError
 from bitladder.records import BF16
-from bitladder.report.page import plot_data
+from bitladder.report.plots import plot_data
 from bitladder.report.types import Report
 from bitladder.storage import atomic_write
 

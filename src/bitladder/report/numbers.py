@@ -81,6 +81,20 @@ def with_unit(exponent: int, unit: str) -> str:
     return f"{power_of_ten(exponent)} {unit}" if exponent else unit
 
 
+def significant(value: float, digits: int = 2) -> str:
+    """Return a number with so many significant digits, and no exponent."""
+    if value == 0:
+        return "0"
+    shown = float(f"{value:.{digits - 1}e}")
+    decimals = digits - 1 - math.floor(math.log10(abs(shown)))
+    return f"{shown:,.{max(decimals, 0)}f}"
+
+
+def kl_in_words(value: float) -> str:
+    """Return a KL with two significant digits, in the one unit that it is shown in."""
+    return f"{significant(value * 10.0**-KL_EXPONENT)} × {power_of_ten(KL_EXPONENT)} nats a token"
+
+
 def scientific(value: float | None) -> str:
     """Return `value` with three significant digits, in the same form for every magnitude."""
     return NONE if value is None else f"{value:.2e}"

@@ -215,6 +215,9 @@ def worth_lines(report: Report) -> list[str]:
         better = ", less than each" if found.kl < found.least else "; not each of them is worse"
         choices = f"{found.arms} random choice{'' if found.arms == 1 else 's'} at its bits"
         lines.append(f"Against chance: `{found.scheme}` has {found.ratio:.2f} times the KL of {choices}{better}.")
+    if report.modelopt_agrees:
+        agreed = ", ".join(f"`{name}`" for name in report.modelopt_agrees)
+        lines.append(f"ModelOpt's solver, from the same scores: the same choice for {agreed}.")
     return lines
 
 

@@ -229,8 +229,8 @@ def prediction_table(report: Report, ladder: Ladder) -> dict[str, Any]:
         rows.append([*row, column.show(point.measured), ratio])
     interval = f"{percent(report.prediction.level, 0)} interval"
     header = [
-        "",
-        "",
+        "scheme or arm",
+        "which",
         f"score, {report.score_unit}",
         f"predicted KL, {ladder.kl_unit}",
         interval,

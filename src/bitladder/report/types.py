@@ -21,6 +21,7 @@ from bitladder.records import (
     Throughput,
     Verification,
 )
+from bitladder.report.damage import Damage
 
 WITHIN_NOISE_ERRORS = 2.0  # two values closer than so many standard errors of their difference aren't told apart
 
@@ -62,6 +63,7 @@ class ReportedScheme(Part):
     predicted_score: float
     predicted_standard_error: float | None
     results: tuple[EvalResult, ...] | None = Field(description="None: not evaluated")
+    damage: Damage | None = Field(default=None, description="in a word (`report.damage`); None: not evaluated")
     verified: bool | None = Field(description="None: not verified yet")
     format_counts: tuple[FormatCount, ...]
     nested_in: tuple[str, ...] = Field(description="schemes that quantise all of this one's groups alike, and more")
@@ -217,6 +219,46 @@ class Prediction(Part):
     inside: float | None = Field(description="share of the measured values inside their intervals")
 
 
+class PlannedPoint(Part):
+    """What the least damage within so many bits is: a point of the exact frontier."""
+
+    target: float = Field(description="effective bits, as a recipe asks for them")
+    effective_bits: float
+    weight_bytes: int = Field(description="searched weights and their scales")
+    predicted_score: float
+    kl: float | None = Field(description="predicted, on the first held-out set; None: too little was measured")
+    low: float | None = Field(description="of its interval; None: there is none")
+    high: float | None
+    formats: str = Field(description="a letter a group, in network order: see `PlannedFrontier.letters`")
+
+
+class PlannedCurve(Part):
+    """The frontier of some formats."""
+
+    formats: tuple[str, ...] = Field(description="beside bf16")
+    points: tuple[PlannedPoint, ...] = Field(description="from the fewest bits up, each another plan")
+    left_out: tuple[float, ...] = Field(description="targets for which too many plans are as good as each other")
+
+
+class PlannedFrontier(Part):
+    """What else could be planned from the measurement."""
+
+    letters: dict[str, str] = Field(description="letter -> format")
+    level: float | None = Field(description="of the intervals of predicted KL; None: there are none")
+    curves: tuple[PlannedCurve, ...] = Field(description="of all formats; then, of several, each alone")
+
+
+class Decision(Part):
+    """Which scheme to take (`report.verdict`)."""
+
+    take: str | None = Field(default=None, description="None: none can be advised")
+    aim: Literal["nearly_lossless", "least_damage"] | None = None
+    smallest: str | None = Field(default=None, description="for the smallest files; None: the same, or none")
+    advice: str = ""
+    alternative: str = Field(default="", description="when to take the smallest instead")
+    notes: tuple[str, ...] = Field(default=(), description="what else speaks for or against schemes")
+
+
 class ReportedProbe(Part):
     """What one runtime does with one scheme's checkpoint."""
 
@@ -241,6 +283,7 @@ class Environment(Part):
     hardware: str
     threads: int
     versions: dict[str, str]
+    started: str = Field(default="", description="when the first of them began, ISO 8601; empty: not recorded")
 
 
 class Report(Record):
@@ -250,6 +293,7 @@ class Report(Record):
     volatile = frozenset({"environments", "phases"})
 
     verdict: str = Field(default="", description="which scheme to take, in one sentence (`report.verdict`)")
+    decision: Decision = Field(default_factory=lambda: Decision())  # built when it is first used
     measurement_sha256: str
     model: ModelSource
     source_weight_file_bytes: int | None = Field(description="the original's *.safetensors; None: not known")
@@ -282,7 +326,11 @@ class Report(Record):
     control_comparisons: tuple[ControlComparison, ...]
     refinements: tuple[Refinement, ...] = Field(default=(), description="schemes whose groups were swapped in context")
     controls_left_out: tuple[str, ...] = Field(description="control arms for which there was no time")
+    modelopt_agrees: tuple[str, ...] = Field(
+        default=(), description="schemes, beside which arms stand, that ModelOpt's solver would choose alike"
+    )
     prediction: Prediction | None = Field(description="None: too few measured points")
+    frontier: PlannedFrontier | None = Field(default=None, description="None: made by an earlier version")
     not_searched: tuple[NotSearched, ...]
     settings: dict[str, Any] = Field(description="the recipe with every default")
     environments: tuple[Environment, ...]

@@ -1,4 +1,4 @@
-"""Which scheme to take, in one sentence: `verdict(report) -> str`, from the report's numbers and nothing else."""
+"""Which scheme to take: `decide(report) -> Decision`, from the report's numbers alone; `verdict`: in one sentence."""
 
 from __future__ import annotations
 
@@ -6,56 +6,53 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bitladder.records import BF16, KL, EvalResult, Throughput
-from bitladder.report.numbers import runtime_name
+from bitladder.planning.controls import RANDOM_FIRST
+from bitladder.records import BF16, KL, Throughput
+from bitladder.report.damage import NEARLY_LOSSLESS_KL
+from bitladder.report.numbers import kl_in_words, runtime_name
+from bitladder.report.types import WITHIN_NOISE_ERRORS, Decision
 
 if TYPE_CHECKING:  # a report holds its verdict
     from bitladder.report.types import Report, ReportedProbe, ReportedScheme
 
-# Nats per token. llama.cpp's README of `perplexity` has 0.0055 for q6_K and 0.0108 for q5_K_M of LLaMA 3 8B, which its
-# users take for nearly lossless; q4_K_M, which they don't, has 0.031.
-NEARLY_LOSSLESS_KL = 0.01
-CONFIDENT_ERRORS = 2.0  # a bound counts as kept if the value plus so many standard errors does
 _EVERYTHING = 1.0  # coverage
+_BOUND = f"KL at most {kl_in_words(NEARLY_LOSSLESS_KL)}"
 
 
 def verdict(report: Report) -> str:
+    """Return the decision in one sentence."""
+    decision = report.decision
+    advice = ", or ".join(filter(None, (decision.advice, decision.alternative)))
+    return "; ".join([advice, *decision.notes]) + "."
+
+
+def decide(report: Report) -> Decision:
     """Return which scheme to take for which aim, or that everything quantised is good enough, with its numbers.
 
     A scheme counts if its files match it and no runtime that was asked to load it fails; where none was, if it loads by
-    the rules of one at least. It is *nearly lossless* if on every
-    held-out set its KL, plus two standard errors, is at most `NEARLY_LOSSLESS_KL`, and if no task's accuracy is surely
-    below the original's (the 95% interval of their difference; where answers weren't kept, two standard errors).
+    the rules of one at least. What *nearly lossless* is: `report.damage`.
     """
     evaluated = [scheme for scheme in report.schemes if _worst_kl(scheme) is not None]
     if not evaluated:
-        return "No scheme was evaluated yet, so none can be advised: run `bitladder evaluate`."
+        return Decision(advice="No scheme was evaluated yet, so none can be advised: run `bitladder evaluate`")
     if not report.comparable:
-        return "The schemes were evaluated on different data, so none can be advised: run `bitladder evaluate` again."
+        return Decision(
+            advice="The schemes were evaluated on different data, so none can be advised: "
+            "run `bitladder evaluate` again"
+        )
     problems = {scheme.name: problem for scheme in evaluated if (problem := _problem(report, scheme)) is not None}
     usable = [scheme for scheme in evaluated if scheme.name not in problems]
-    left_out = [f"`{name}` is left out: {problem}" for name, problem in problems.items()]
+    left_out = tuple(f"`{name}` is left out: {problem}" for name, problem in problems.items())
     if not usable:
-        return f"No scheme can be advised: {'; '.join(left_out)}."
-    return "; ".join([_advice(report, usable), *_speed(report, usable), *_caveats(report, usable), *left_out]) + "."
+        return Decision(advice=f"No scheme can be advised: {'; '.join(left_out)}")
+    found = _advice(report, usable)
+    notes = (*_against_uniform(usable), *_speed(report, usable), *_caveats(report, usable), *left_out)
+    return found.model_copy(update={"notes": notes})
 
 
 def _worst_kl(scheme: ReportedScheme) -> float | None:
     """Return a scheme's largest KL over the held-out sets, in nats per token; None: not evaluated."""
     return max((result.value for result in scheme.results or () if result.metric == KL), default=None)
-
-
-def _is_nearly_lossless(scheme: ReportedScheme) -> bool:
-    return not any(_is_damage(result) for result in scheme.results or ())
-
-
-def _is_damage(result: EvalResult) -> bool:
-    margin = CONFIDENT_ERRORS * (result.standard_error or 0.0)
-    if result.paired is not None:
-        return result.paired.interval[1] < 0
-    if result.metric == "task_accuracy":
-        return result.reference is not None and result.value + margin < result.reference
-    return result.metric == KL and result.value + margin > NEARLY_LOSSLESS_KL
 
 
 def _problem(report: Report, scheme: ReportedScheme) -> str | None:
@@ -81,40 +78,43 @@ def _caveats(report: Report, usable: Sequence[ReportedScheme]) -> list[str]:
     return [f"{', '.join(dict.fromkeys(names))}: not for {runtime}" for runtime, names in refused.items()]
 
 
-def _advice(report: Report, usable: Sequence[ReportedScheme]) -> str:
+def _advice(report: Report, usable: Sequence[ReportedScheme]) -> Decision:
     """Return what to take for the least damage, and for the least bytes."""
     smallest = min(usable, key=lambda scheme: (scheme.weight_bytes, _worst_kl(scheme)))
-    bound = f"at most {NEARLY_LOSSLESS_KL:g} nats per token"
-    if _is_nearly_lossless(smallest):
-        if smallest.coverage >= _EVERYTHING:
-            formats = [count.format for count in smallest.format_counts if count.format != BF16]
-            what = f"Uniform {formats[0].upper()}" if len(formats) == 1 else "Quantising everything"
-            return (
-                f"{what} is good enough: take `{smallest.name}` {_numbers(report, smallest)}, nearly lossless "
-                f"({bound}), so that a search has little left to win"
+    gentle = [scheme for scheme in usable if scheme.damage == "nearly_lossless"]
+    numbers = _numbers(report, smallest)
+    if smallest in gentle:
+        advice = f"Take `{smallest.name}` {numbers}: the smallest, and nearly lossless ({_BOUND})"
+        formats = [count.format for count in smallest.format_counts if count.format != BF16]
+        if smallest.coverage >= _EVERYTHING and len(formats) == 1:
+            advice = (
+                f"Uniform {formats[0].upper()} is good enough: take `{smallest.name}` {numbers}, nearly lossless "
+                f"({_BOUND}), so that a search has little left to win"
             )
-        return f"Take `{smallest.name}` {_numbers(report, smallest)}: the smallest, and nearly lossless ({bound})"
-    smallest_files = f"`{smallest.name}` {_numbers(report, smallest)} for the smallest files"
-    gentle = [scheme for scheme in usable if _is_nearly_lossless(scheme)]
+        return Decision(take=smallest.name, aim="nearly_lossless", advice=advice)
+    other = f"`{smallest.name}` {numbers} for the smallest files"
+    best = min(gentle or usable, key=lambda scheme: scheme.weight_bytes if gentle else _worst_kl(scheme) or 0.0)
+    chosen = f"`{best.name}` {_numbers(report, best)}"
     if gentle:
-        best = min(gentle, key=lambda scheme: scheme.weight_bytes)
-        return (
-            f"Take `{best.name}` {_numbers(report, best)} to stay nearly lossless ({bound})"
-            f"{_against_chance(report, best)}, or {smallest_files}"
+        return Decision(
+            take=best.name,
+            aim="nearly_lossless",
+            smallest=smallest.name,
+            advice=f"Take {chosen} to stay nearly lossless ({_BOUND}){_against_chance(report, best)}",
+            alternative=other,
         )
-    best = min(usable, key=lambda scheme: _worst_kl(scheme) or 0.0)
+    none = f"No scheme is nearly lossless ({_BOUND})"
     if best is smallest:
-        return f"No scheme is nearly lossless ({bound}); {smallest_files} does the least damage too"
-    return (
-        f"No scheme is nearly lossless ({bound}): take `{best.name}` {_numbers(report, best)} for the least damage"
-        f"{_against_chance(report, best)}, or {smallest_files}"
-    )
+        advice = f"{none}; {chosen} for the smallest files does the least damage too"
+        return Decision(take=best.name, aim="least_damage", advice=advice)
+    advice = f"{none}: take {chosen} for the least damage{_against_chance(report, best)}"
+    return Decision(take=best.name, aim="least_damage", smallest=smallest.name, advice=advice, alternative=other)
 
 
 def _numbers(report: Report, scheme: ReportedScheme) -> str:
     """Return in brackets a scheme's KL, accuracy on a task, and share of the original's bytes."""
     worst = max((r for r in scheme.results or () if r.metric == KL), key=lambda result: result.value)
-    said = [f"KL {worst.value:.2g}{f' on {worst.split}' if len(report.splits) > 1 else ''}"]
+    said = [f"KL {kl_in_words(worst.value)}{f' on {worst.split}' if len(report.splits) > 1 else ''}"]
     task = next((r for r in scheme.results or () if r.metric == "task_accuracy"), None)
     if task is not None and task.reference is not None:
         said.append(f"task accuracy {task.value:.1%} against the original's {task.reference:.1%}")
@@ -124,11 +124,49 @@ def _numbers(report: Report, scheme: ReportedScheme) -> str:
 
 
 def _against_chance(report: Report, scheme: ReportedScheme) -> str:
-    """Return what a scheme's KL is beside that of random choices at its bits; "" where there are none."""
+    """Return what a scheme's KL is beside that of random choices at its bits; "" where there are too few."""
     for found in report.control_comparisons:
-        if (found.scheme, found.control) == (scheme.name, "random") and found.ratio is not None:
-            return f" at {found.ratio:.2f} times the KL of random groups"
+        is_random = (found.scheme, found.control) == (scheme.name, "random")
+        if is_random and found.arms >= RANDOM_FIRST and found.ratio is not None:
+            return f" at {found.ratio:.2f} times the KL of {found.arms} random choices"
     return ""
+
+
+def _against_uniform(usable: Sequence[ReportedScheme]) -> list[str]:
+    """Return for every scheme in one format throughout the mix of at most its bytes that does the least damage.
+
+    The mix counts if its KL is less on every held-out set, by more than chance.
+    """
+    said = []
+    for uniform in usable:
+        formats = {count.format for count in uniform.format_counts if count.groups}
+        better = [
+            mix
+            for mix in usable
+            if len(formats) == 1 and mix.weight_bytes <= uniform.weight_bytes and _does_less(mix, uniform)
+        ]
+        if better:
+            best = min(better, key=lambda scheme: _worst_kl(scheme) or 0.0)
+            ratio = (_worst_kl(best) or 0.0) / (_worst_kl(uniform) or math.nan)
+            said.append(
+                f"`{best.name}` is no larger than `{uniform.name}`, uniform {formats.pop().upper()}, and has "
+                f"{ratio:.2f} times its KL"
+            )
+    return said
+
+
+def _does_less(mix: ReportedScheme, other: ReportedScheme) -> bool:
+    """Return whether a scheme's KL is less than another's on every held-out set of both, by more than noise."""
+    pairs = [
+        (found, beside)
+        for found in mix.results or ()
+        if found.metric == KL and (beside := other.result(KL, found.split)) is not None
+    ]
+    return bool(pairs) and all(
+        beside.value - found.value
+        > WITHIN_NOISE_ERRORS * math.hypot(found.standard_error or 0.0, beside.standard_error or 0.0)
+        for found, beside in pairs
+    )
 
 
 def _speed(report: Report, usable: Sequence[ReportedScheme]) -> list[str]:
