@@ -163,18 +163,19 @@ def arm_directory(model: Path, config: dict[str, Any], place: Path) -> Path:
 
 def profiled(flags: argparse.Namespace, results: Results, model: Path, groups: Sequence[Any], python: Path) -> None:
     """Take the profile, and keep it."""
-    from bitladder.runtimes.child import run_child
+    from bitladder.runtimes.child import run_child, vllm_version
     from bitladder.runtimes.vllm import profiling, serve
+    from bitladder.runtimes.vllm.job import SpeedJob
 
     formats = flags.formats.split(",")
-    loads = [profiling.Load(*one) for one in TINY_LOADS] if flags.tiny else profiling.LOADS
+    loads = [SpeedJob(*one) for one in TINY_LOADS] if flags.tiny else profiling.LOADS
     tokens = (1, 8, 64) if flags.tiny else profiling.TOKENS
-    rules = profiling.VllmRules
+    rules = profiling.rules_of(vllm_version(python))
     job = profiling.profile_job(model, groups, formats, rules=rules, engine=flags.engine, loads=loads, tokens=tokens)
     job |= {"kv_cache_bytes": PROFILE_KV_CACHE_BYTES, "gpu_memory_utilization": serve.SHARED_GPU_UTILIZATION}
     outcome = run_child(python, profiling.SCRIPT, job, timeout=results.left - 60, environment=serve.ENVIRONMENT)
     results.content["profile"] = outcome.result
-    results.content["groups"] = [[one.name, *profiling.fused_shape(one), one.weight_elements] for one in groups]
+    results.content["groups"] = [[one.name, *one.fused_shape, one.weight_elements] for one in groups]
     if outcome.returncode or outcome.timed_out:
         results.content["profile_failed"] = outcome.output[-4000:]
     results.say("profile taken" if not outcome.returncode else "profile failed")

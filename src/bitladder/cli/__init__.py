@@ -11,6 +11,7 @@ import typer
 
 from bitladder import __version__
 from bitladder.cli.arguments import Formats, Output, RecipePath, Targets, names_in
+from bitladder.cli.profiling import profile
 from bitladder.cli.terminal import (
     Interrupted,
     close_probes,
@@ -288,6 +289,9 @@ def probe(
     close_probes(results)
 
 
+app.command()(profile)
+
+
 def _recipe_among(targets: list[Path]) -> Path | None:
     """Return the recipe that is the only target; None where all are checkpoint directories."""
     files = [path for path in targets if not path.is_dir()]
@@ -416,12 +420,10 @@ def inspect(
     from bitladder.measuring.layers import why_not_by_layers
     from bitladder.measuring.native import REMEDY
     from bitladder.models.target import find_target
-    from bitladder.steps.workspace import fetch_model
+    from bitladder.steps.workspace import local_model
 
-    local = Path(os.path.expanduser(model))
-    looks_local = local.exists() or model.startswith((".", "/", "~")) or "/" not in model
     with quietly():
-        directory = fetch_model(str(local.resolve()) if looks_local else model, revision)
+        directory = local_model(model, revision)
         target = find_target(directory)
         chats, problem = chats_line(load_processor(directory)), why_not_by_layers(target, REMEDY)
     for group in target.groups:

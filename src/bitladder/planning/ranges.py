@@ -5,12 +5,15 @@ from collections.abc import Iterable, Sequence
 from decimal import ROUND_CEILING, Context
 from fractions import Fraction
 
+import numpy as np
+
 from bitladder.errors import InfeasibleTarget, PlanError
 from bitladder.formats import FORMATS, MODELOPT, get_format, least_bits
 from bitladder.planning.patterns import matching_groups
 from bitladder.planning.prediction import KlMap
+from bitladder.planning.speed import Load, SpeedModel
 from bitladder.planning.trade_off import TradeOff
-from bitladder.recipe import SchemeSpec
+from bitladder.recipe import Phase, SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
 
 
@@ -93,6 +96,31 @@ def beyond_the_kl(spec: SchemeSpec, edge: TradeOff, kl_map: KlMap) -> Infeasible
     return InfeasibleTarget(
         f"scheme {spec.name}: no group can be quantised within a predicted KL of {spec.max_kl}; attainable "
         f"{low} to {high} nats per token: raise it"
+    )
+
+
+def too_fast(spec: SchemeSpec, edge: TradeOff, speed: SpeedModel, phase: Phase, load: Load) -> InfeasibleTarget:
+    """Return the refusal of more speed than the fastest format of every group gives."""
+    fastest = {one.group: one.names[int(np.argmin(one.bits))] for one in edge.options}
+    reached = speed.predict(fastest, load)
+    assert spec.speed is not None
+    found = reached.ratio(phase)
+    names = sorted(set(fastest.values()) - {BF16})
+    remedy = f"ask for at most {math.floor(found * 1000) / 1000:g}" if found > 1 else "ask for fewer bits instead"
+    return InfeasibleTarget(
+        f"scheme {spec.name}: {spec.speed.target[1]:g} times 16 bits at {phase} is more than these formats reach on "
+        f"{speed.profile.device} with {load.requests} requests of {load.prompt_tokens} + {load.output_tokens} tokens: "
+        f"{listed(edge.measurement)}, {BF16}: attainable up to {found:.3f} ({', '.join(names) or 'all in 16 bits'}); "
+        f"{remedy}"
+    )
+
+
+def fast_enough(spec: SchemeSpec, phase: Phase) -> InfeasibleTarget:
+    """Return the refusal of a speed that 16 bits have."""
+    assert spec.speed is not None
+    return InfeasibleTarget(
+        f"scheme {spec.name}: {spec.speed.target[1]:g} times 16 bits at {phase} would quantise nothing, as 16 bits are "
+        "as fast; ask for more, or for bits or coverage"
     )
 
 

@@ -52,6 +52,7 @@ from bitladder.records.probe import (
     Stage,
     Throughput,
 )
+from bitladder.records.profile import EngineSettings, Profile, SearchedShape, TimedCell, TimedLayer, TimedLoad
 from bitladder.records.scheme import Control, KlPoint, KlPoints, Refinement, Refinements, Scheme, SimulatedKls
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "ControlArm",
     "Counted",
     "DataSummary",
+    "EngineSettings",
     "ErrorClass",
     "EvalResult",
     "Evaluation",
@@ -89,6 +91,7 @@ __all__ = [
     "ProbeFinding",
     "ProbeResult",
     "ProbedLayer",
+    "Profile",
     "QuantGroup",
     "QuantModule",
     "Record",
@@ -99,11 +102,15 @@ __all__ = [
     "RunInfo",
     "RunState",
     "Scheme",
+    "SearchedShape",
     "ServedAnswer",
     "ServedMemory",
     "SimulatedKls",
     "Stage",
     "Throughput",
+    "TimedCell",
+    "TimedLayer",
+    "TimedLoad",
     "UntouchedModule",
     "Verification",
     "digest_of",

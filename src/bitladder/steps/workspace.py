@@ -35,6 +35,7 @@ from bitladder.storage import TEMPORARY_PREFIX, atomic_write, explain_os_errors,
 if TYPE_CHECKING:
     from bitladder.data.batches import DataSet
     from bitladder.models.target import Target
+    from bitladder.planning.speed import SpeedModel
 
 SIMULATED_FILE = "simulated.json"
 KL_POINTS_FILE = "kl_points.json"
@@ -65,6 +66,13 @@ def fetch_model(path: str, revision: str | None) -> Path:
     except Exception as error:  # the hub's client raises its own and the network's errors
         reason = reason_of(error)
         raise ModelError(f"model {path} can't be fetched from the Hub ({reason}); name a local directory") from error
+
+
+def local_model(model: str, revision: str | None) -> Path:
+    """Return the directory of a model that a command names: a path as it is written, or a Hub id."""
+    local = Path(os.path.expanduser(model))
+    looks_local = local.exists() or model.startswith((".", "/", "~")) or "/" not in model
+    return fetch_model(str(local.resolve()) if looks_local else model, revision)
 
 
 @dataclass
@@ -259,6 +267,20 @@ class Workspace:
                 f"({measurement.model.path}) than {source.path} has now; measure again"
             )
         return measurement
+
+    def speed_model(self, measurement: Measurement) -> "SpeedModel | None":
+        """Return what predicts speeds of this measurement's schemes; None: the recipe names no profile.
+
+        Raises:
+            RecordError: there is no such profile. PlanError: it is of another model.
+        """
+        if self.recipe.profile is None:
+            return None
+        from bitladder.planning.shipped import profile_named
+        from bitladder.planning.speed import Load, SpeedModel
+
+        load = Load(**self.recipe.load.model_dump())
+        return SpeedModel(profile_named(self.recipe.profile), measurement.groups, load)
 
     def schemes(self) -> tuple[Scheme, ...]:
         """Return the recipe's schemes as planned.

@@ -211,12 +211,13 @@ class Bench:
     def _on_gpu(self, layers: list[Any], x: Any) -> list[float]:
         import torch
 
+        timing: Any = torch.cuda.Event
         graph = torch.cuda.CUDAGraph()
         self._run(layers, x)
         self.wait()
         with torch.cuda.graph(graph):
             self._run(layers, x)
-        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_REPEATS)]
+        marks = [[timing(enable_timing=True) for _ in range(2)] for _ in range(_REPEATS)]
         for _ in range(_WARM):
             graph.replay()
         for begin, end in marks:
@@ -289,7 +290,8 @@ def profile(job: Facts, report: Any) -> None:
     with report.step("timed") as facts:
         facts["loads"] = []
         for load in job["loads"]:
-            facts["loads"].append({**load, **serving.timings(llm, {**load, "repeats": job["repeats"]})})
+            shown = {key: load[key] for key in ("requests", "prompt_tokens", "output_tokens")}
+            facts["loads"].append({**shown, **serving.timings(llm, load)})
     bench = Bench(llm.llm_engine.vllm_config, gpu, report.content["gpu"].get("cache_bytes", 0))
     report.content.update(linears={}, refused={})
     for name, one in job["formats"].items():
