@@ -109,10 +109,9 @@ class SpeedModel:
             PlanError: the profile has no times of a format.
         """
         own, plain = ({phase: self.seconds(one, phase, load) for phase in PHASES} for one in (formats, self._plain))
-        answered = load.requests * (load.output_tokens - 1)
         return Speed(
             prefill=load.requests * load.prompt_tokens / own["prefill"],
-            decode=answered / (own["decode"] * (load.output_tokens - 1)),
+            decode=load.requests / own["decode"],
             prefill_ratio=plain["prefill"] / own["prefill"],
             decode_ratio=plain["decode"] / own["decode"],
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 from bitladder.errors import StaleRecord
 from bitladder.planning.ranges import at_the_floor
+from bitladder.planning.speed import SpeedModel
 from bitladder.planning.uncertainty import flips
 from bitladder.records import (
     BF16,
@@ -24,6 +25,7 @@ from bitladder.records import (
 )
 from bitladder.report.groups import edge_of, format_counts, positions_of, reported_groups
 from bitladder.report.quality import below_floor, comparisons_of, control_comparisons_of, prediction_of, reported_arm
+from bitladder.report.speeds import speeds_of
 from bitladder.report.types import (
     Environment,
     NotSearched,
@@ -51,6 +53,7 @@ def build_report(
     probes: Sequence[ProbeResult] = (),
     evidence: Evidence | None = None,
     refinements: Refinements | None = None,
+    speed: SpeedModel | None = None,
 ) -> Report:
     """Return the report of one run; steps that haven't run are left out of the arguments.
 
@@ -65,6 +68,7 @@ def build_report(
         probes: what the runtimes do with those checkpoints.
         evidence: the control arms of the schemes.
         refinements: of the schemes, where they were refined.
+        speed: predicts speeds on the device that serves.
 
     Raises:
         StaleRecord: a record belongs to another measurement, scheme or checkpoint than the ones given.
@@ -125,6 +129,7 @@ def build_report(
         refinements=refinements.refinements if refinements else (),
         controls_left_out=evidence.left_out if evidence else (),
         prediction=prediction_of(ladder, evaluations, arms) if comparable else None,
+        speeds=None if speed is None else speeds_of(measurement, ladder, speed),
         not_searched=_not_searched(measurement),
         settings=_plain(recipe),
         environments=_environments(measurement, ladder, evaluations),
