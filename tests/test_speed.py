@@ -8,10 +8,11 @@ import pytest
 
 from bitladder import planning
 from bitladder.errors import InfeasibleTarget, PlanError, RecordError
+from bitladder.models.target import find_target
 from bitladder.planning import shipped
 from bitladder.planning.prediction import KlMap
 from bitladder.planning.speed import Load, SpeedModel, groups_of
-from bitladder.recipe import SpeedSpec
+from bitladder.recipe import SpeedSpec, parse_recipe
 from bitladder.records import (
     BF16,
     EngineSettings,
@@ -21,6 +22,12 @@ from bitladder.records import (
     TimedLayer,
     TimedLoad,
 )
+from bitladder.steps.look import look
+from bitladder.steps.measure import measure
+from bitladder.steps.plan import plan
+from bitladder.steps.report import make_report
+from bitladder.steps.run import run
+from bitladder.steps.workspace import Workspace
 from conftest import spec
 from test_asking import measurement_of
 
@@ -303,3 +310,67 @@ def test_a_profile_is_named_or_a_file(tmp_path):
         shipped.profile_named("h99")
     for name in shipped.names():
         assert SpeedModel(shipped.profile_named(name), groups_of(shipped.profile_named(name)))
+
+
+def profile_like(directory, formats):
+    """Return a profile of the invented device for a model's own shapes."""
+    shapes = [group.fused_shape for group in find_target(directory).groups]
+    each, own = list(dict.fromkeys(shapes)), profile_of(formats=formats)
+    return own.model_copy(
+        update={
+            "searched": tuple(SearchedShape(out_features=s[0], in_features=s[1], groups=shapes.count(s)) for s in each),
+            "layers": tuple(
+                one.model_copy(update={"out_features": s[0], "in_features": s[1]})
+                for one in own.layers
+                if (one.out_features, one.in_features) == SHAPES[0]
+                for s in each
+            ),
+        }
+    )
+
+
+def work_of(tmp_path, model, text, formats, scheme, profile):
+    content = {
+        "model": {"path": str(model)},
+        "calibration": {"data": {"kind": "text", "path": str(text)}, "samples": 4, "sequence_length": 16},
+        "measurement": {"formats": formats},
+        "profile": str(profile),
+        "schemes": [{"name": "x", **scheme}],
+        "output": str(tmp_path / "out"),
+    }
+    return Workspace(parse_recipe(content, "recipe"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("profile", "formats", "scheme", "told"),
+    [
+        ("own", ["fp8"], {"speed": {"decode": 9.0}}, "9 times 16 bits at decode is more than these formats reach"),
+        ("own", ["fp8", "nvfp4"], {"speed": {"decode": 1.1}}, r"no times of nvfp4 \(wasn't profiled\)"),
+        ("other", ["fp8"], {"coverage": 0.5}, "the profile is of Invented, whose layers are"),
+        ("none", ["fp8"], {"coverage": 0.5}, "none.json does not exist"),
+    ],
+)
+def test_a_run_refuses_what_cannot_be_had_before_it_measures(
+    tmp_path, llama, text_file, profile, formats, scheme, told
+):
+    profile_like(llama, (BF16, "fp8")).write(tmp_path / "own.json")
+    profile_of().write(tmp_path / "other.json")
+    work = work_of(tmp_path, llama, text_file, formats, scheme, tmp_path / f"{profile}.json")
+    with pytest.raises((PlanError, InfeasibleTarget, RecordError), match=told):
+        run(work)
+    assert work.done == []
+
+
+def test_a_recipe_that_asks_for_speed_is_planned_and_reported(tmp_path, llama, text_file):
+    profile_like(llama, (BF16, "fp8")).write(tmp_path / "own.json")
+    work = work_of(tmp_path, llama, text_file, ["fp8"], {"speed": {"decode": 1.02}}, tmp_path / "own.json")
+    with work.locked():
+        look(work)
+        measure(work)
+        (scheme,) = plan(work)
+        made = make_report(work)
+    predicted = work.speed_model(work.measurement().groups).predict(scheme.formats, Load())
+    assert predicted.decode_ratio >= 1.02
+    assert BF16 in scheme.formats.values()  # no more than that
+    assert made.speeds.schemes[0].decode_ratio == pytest.approx(predicted.decode_ratio)
+    assert made.settings["profile"] == str(tmp_path / "own.json")

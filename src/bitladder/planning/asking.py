@@ -26,9 +26,10 @@ from fractions import Fraction
 from itertools import accumulate
 
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, PlanError
+from bitladder.formats import why_no_shapes
 from bitladder.planning import ranges
 from bitladder.planning.options import check_usable
-from bitladder.planning.patterns import matching_groups
+from bitladder.planning.patterns import Searched, matching_groups
 from bitladder.planning.prediction import KlMap
 from bitladder.planning.pricing import cheapest_first, price
 from bitladder.planning.solver import Solver
@@ -260,6 +261,28 @@ def phase_and_load(
     return phase, Load(*(usual_one if one is None else one for one, usual_one in zip(own, usual, strict=True)))
 
 
+def refuse_too_fast(specs: Sequence[SchemeSpec], formats: Sequence[str], searched: Searched, speed: SpeedModel) -> None:
+    """Refuse schemes whose speed no measurement of these formats could give, before anything is measured.
+
+    Raises:
+        PlanError: a format has no times. InfeasibleTarget: more speed than its fastest formats give.
+    """
+    for spec in specs:
+        own = [name for name in formats if spec.candidates is None or name in spec.candidates]
+        phase, load = phase_and_load(spec, speed, own)
+        if spec.speed is None or phase is None or load is None:
+            continue
+        excluded = matching_groups(searched, spec.name, spec.exclude)
+        cost = speed.cost_of(phase, load)
+        fastest = {}
+        for group in searched.groups:
+            shapes = {module.name: module.shape for module in group.modules if module.shape is not None}
+            able = [] if group.name in excluded else [name for name in own if why_no_shapes(shapes, name) is None]
+            fastest[group.name] = min((BF16, *able), key=lambda name, group=group: cost(group, name))  # type: ignore[misc]
+        if speed.predict(fastest, load).ratio(phase) < spec.speed.target[1]:
+            raise ranges.too_fast(spec, own, fastest, speed, phase, load)
+
+
 def _by_speed(spec: SchemeSpec, edge: TradeOff, speed: SpeedModel) -> dict[str, str]:
     """Return the least damage that is as fast as `speed` asks."""
     assert spec.speed is not None
@@ -269,7 +292,8 @@ def _by_speed(spec: SchemeSpec, edge: TradeOff, speed: SpeedModel) -> dict[str, 
     _, ratio = spec.speed.target
     formats = edge.least_score(speed.budget(ratio, phase, load))
     if formats is None or speed.predict(formats, load).ratio(phase) < ratio * (1 - _PREDICTED):
-        raise ranges.too_fast(spec, edge, speed, phase, load)
+        fastest = {one.group: one.names[int(one.bits.argmin())] for one in edge.options}
+        raise ranges.too_fast(spec, edge.measurement.formats, fastest, speed, phase, load)
     if set(formats.values()) == {BF16}:
         raise ranges.fast_enough(spec, phase)
     return formats

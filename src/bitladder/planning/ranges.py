@@ -1,11 +1,9 @@
 """What can be attained, in words: refusals name the range and what would widen it."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_CEILING, Context
 from fractions import Fraction
-
-import numpy as np
 
 from bitladder.errors import InfeasibleTarget, PlanError
 from bitladder.formats import FORMATS, MODELOPT, get_format, least_bits
@@ -99,19 +97,27 @@ def beyond_the_kl(spec: SchemeSpec, edge: TradeOff, kl_map: KlMap) -> Infeasible
     )
 
 
-def too_fast(spec: SchemeSpec, edge: TradeOff, speed: SpeedModel, phase: Phase, load: Load) -> InfeasibleTarget:
-    """Return the refusal of more speed than the fastest format of every group gives."""
-    fastest = {one.group: one.names[int(np.argmin(one.bits))] for one in edge.options}
-    reached = speed.predict(fastest, load)
+def too_fast(
+    spec: SchemeSpec, formats: Sequence[str], fastest: Mapping[str, str], speed: SpeedModel, phase: Phase, load: Load
+) -> InfeasibleTarget:
+    """Return the refusal of more speed than the fastest format of every group gives.
+
+    Args:
+        spec: what is asked.
+        formats: that the scheme may have.
+        fastest: group -> the fastest of them.
+        speed: of the device that serves.
+        phase: that is to be fast.
+        load: at what.
+    """
     assert spec.speed is not None
-    found = reached.ratio(phase)
+    found = speed.predict(fastest, load).ratio(phase)
     names = sorted(set(fastest.values()) - {BF16})
     remedy = f"ask for at most {math.floor(found * 1000) / 1000:g}" if found > 1 else "ask for fewer bits instead"
     return InfeasibleTarget(
         f"scheme {spec.name}: {spec.speed.target[1]:g} times 16 bits at {phase} is more than these formats reach on "
         f"{speed.profile.device} with {load.requests} requests of {load.prompt_tokens} + {load.output_tokens} tokens: "
-        f"{listed(edge.measurement)}, {BF16}: attainable up to {found:.3f} ({', '.join(names) or 'all in 16 bits'}); "
-        f"{remedy}"
+        f"{', '.join(formats)}, {BF16}: attainable up to {found:.3f} ({', '.join(names) or 'all in 16 bits'}); {remedy}"
     )
 
 

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from bitladder.recipe.section import Section, shortened
-from bitladder.recipe.speed import LoadSpec, Phase, SpeedSpec
+from bitladder.recipe.speed import LoadSpec, SpeedSpec
 from bitladder.storage import TEMPORARY_PREFIX
 
 ControlKind = Literal["random", "inverse", "first_last", "largest", "lowest_score", "modelopt"]
@@ -244,7 +244,7 @@ class SchemeSpec(Section):
     max_predicted_score: float | None = Field(default=None, description="at most, in the measurement's unit")
     max_kl: float | None = Field(default=None, gt=0, le=100, description="at most, as predicted, in nats per token")
     speed: SpeedSpec | None = Field(default=None, description="at least, as predicted from the recipe's `profile`")
-    prefer: Literal["bytes"] | Phase = Field(
+    prefer: Literal["bytes", "prefill", "decode"] = Field(
         default="bytes", description="with max_kl or max_predicted_score: what is least within it, bytes or seconds"
     )
     include: tuple[str, ...] | None = Field(default=None, description="glob patterns of groups or modules to quantise")

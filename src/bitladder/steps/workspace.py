@@ -24,6 +24,7 @@ from bitladder.records import (
     Measurement,
     ModelSource,
     PhaseCost,
+    QuantGroup,
     Record,
     RunState,
     Scheme,
@@ -268,8 +269,8 @@ class Workspace:
             )
         return measurement
 
-    def speed_model(self, measurement: Measurement) -> "SpeedModel | None":
-        """Return what predicts speeds of this measurement's schemes; None: the recipe names no profile.
+    def speed_model(self, groups: Sequence[QuantGroup]) -> "SpeedModel | None":
+        """Return what predicts speeds of schemes of these groups; None: the recipe names no profile.
 
         Raises:
             RecordError: there is no such profile. PlanError: it is of another model.
@@ -280,7 +281,7 @@ class Workspace:
         from bitladder.planning.speed import Load, SpeedModel
 
         load = Load(**self.recipe.load.model_dump())
-        return SpeedModel(profile_named(self.recipe.profile), measurement.groups, load)
+        return SpeedModel(profile_named(self.recipe.profile), groups, load)
 
     def schemes(self) -> tuple[Scheme, ...]:
         """Return the recipe's schemes as planned.
