@@ -6,11 +6,13 @@ whatever the formats are:
 
     seconds = rest(load) + Σ over groups of layer(shape, format, tokens)
 
+Where the engine is compiled, inputs are rounded in the operation before a layer, and what that takes alone is left out.
+
 A layer's seconds are interpolated between the numbers of tokens that were timed, and go on as they rise at the end. A
 step of prefill has as many tokens as the engine puts into one; a step of decoding has one a request, padded to the next
 CUDA graph. The rest of a step is fitted to the loads that were timed:
 
-    prefill  a · steps + b · tokens + c · tokens · prompt + d · requests
+    prefill  a + b · tokens + c · tokens · prompt + d · requests
     decode   e + f · requests + g · requests · context
 
 with no factor below zero. Where few tokens are prefilled the host takes longer to start the layers than the device to
@@ -34,7 +36,7 @@ from bitladder.records import BF16, Profile, QuantGroup, QuantModule, TimedLayer
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 PICOSECONDS = 10**12  # a cost is a whole number of them
-_HOST_BOUND = 1.2  # prefill that takes less than so many times what the fewest tokens take says nothing of the device
+_HOST_BOUND = 1.5  # prefill that takes less than so many times what the fewest tokens take says nothing of the device
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class SpeedModel:
             )
         self._layers = {(one.format, one.out_features, one.in_features): one for one in profile.layers}
         self._prefill = _fitted([self._rest_of_prefill(load) for load in self._device_bound()])
-        self._decode = _fitted([self._rest_of_decode(load) for load in profile.loads])
+        self._decode = _fitted([self._rest_of_decode(load) for load in self._undisturbed()])
         self._plain = dict.fromkeys((group.name for group in groups), BF16)
 
     def predict(self, formats: Mapping[str, str], load: Load) -> Speed:
@@ -172,11 +174,12 @@ class SpeedModel:
 
     def _time(self, layer: TimedLayer, phase: Phase, load: Load) -> float:
         """Return the seconds of a layer in all prefill, or in a step of decoding."""
+        engine = self.profile.engine
         if phase == "decode":
-            return _seconds(layer, self._padded(load.requests))
-        whole, left = divmod(load.requests * load.prompt_tokens, self.profile.engine.tokens_a_step)
-        seconds = whole * _seconds(layer, self.profile.engine.tokens_a_step)
-        return seconds + (_seconds(layer, left) if left else 0.0)
+            return _seconds(layer, self._padded(load.requests), engine.compiled)
+        whole, left = divmod(load.requests * load.prompt_tokens, engine.tokens_a_step)
+        seconds = whole * _seconds(layer, engine.tokens_a_step, engine.compiled)
+        return seconds + (_seconds(layer, left, engine.compiled) if left else 0.0)
 
     def _padded(self, requests: int) -> int:
         """Return the tokens of a step of decoding: those of the next CUDA graph, where there is one."""
@@ -206,9 +209,22 @@ class SpeedModel:
         found = [one for one in self.profile.loads if median(one.one_token) > _HOST_BOUND * least * self._steps(one)]
         return found or list(self.profile.loads)
 
+    def _undisturbed(self) -> list[TimedLoad]:
+        """Return the loads whose first answers take no step of prefill more than one token of answer did.
+
+        Answers of the first requests go on while the last prompts are prefilled, and take room in those steps.
+        """
+        most = self.profile.engine.tokens_a_step
+        found = []
+        for one in self.profile.loads:
+            tokens, steps = one.requests * one.prompt_tokens, self._steps(one)
+            if tokens + one.requests * (steps - 1) <= steps * most:
+                found.append(one)
+        return found or list(self.profile.loads)
+
     def _prefill_terms(self, load: Load) -> NDArray[np.float64]:
         tokens = load.requests * load.prompt_tokens
-        return np.array([self._steps(load), tokens, tokens * load.prompt_tokens, load.requests], dtype=np.float64)
+        return np.array([1.0, tokens, tokens * load.prompt_tokens, load.requests], dtype=np.float64)
 
     def _rest_of_prefill(self, timed: TimedLoad) -> "_Seen":
         load, whole = _load_of(timed), median(timed.one_token)
@@ -277,15 +293,15 @@ def _fitted(seen: Sequence[_Seen]) -> NDArray[np.float64]:
     return best
 
 
-def _seconds(layer: TimedLayer, tokens: int) -> float:
+def _seconds(layer: TimedLayer, tokens: int, compiled: bool) -> float:
     """Return a layer's seconds for so many tokens: on the line between the timed numbers, beyond them on the last."""
     cells = layer.cells
+    times = [cell.seconds - (cell.input_seconds or 0.0 if compiled else 0.0) for cell in cells]
     if tokens <= cells[0].tokens or len(cells) == 1:
-        return cells[0].seconds
+        return times[0]
     place = next((index for index, one in enumerate(cells) if one.tokens >= tokens), len(cells) - 1)
-    before, after = cells[place - 1], cells[place]
-    slope = (after.seconds - before.seconds) / (after.tokens - before.tokens)
-    return max(before.seconds + slope * (tokens - before.tokens), 0.0)
+    slope = (times[place] - times[place - 1]) / (cells[place].tokens - cells[place - 1].tokens)
+    return max(times[place - 1] + slope * (tokens - cells[place - 1].tokens), 0.0)
 
 
 def _listed(shapes: Mapping[tuple[int, int] | None, int]) -> str:

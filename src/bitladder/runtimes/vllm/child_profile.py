@@ -240,6 +240,21 @@ def quantisation_of(config: Facts | None) -> Any:
     return get_quantization_config(next(filter(None, taken), method)).from_config(config)
 
 
+def rounding_of(layer: Any) -> Any:
+    """Return what rounds a layer's input to FP8, where that is an operation of its own; None: there is none.
+
+    A compiled engine does it in the operation before.
+    """
+    kernel = serving._running(layer)
+    for _ in range(2):  # e.g. method.fp8_linear.kernel
+        inner = (getattr(kernel, name, None) for name in serving._KERNEL_ATTRIBUTES)
+        kernel = next((one for one in inner if one is not None), kernel)
+    rounding, scale = getattr(kernel, "quant_fp8", None), getattr(layer, "input_scale", None)
+    if rounding is None:
+        return None
+    return (lambda x: rounding(x)) if scale is None else (lambda x: rounding(x, scale))
+
+
 def profile_format(bench: Bench, format_: Facts, shapes: list[list[int]], tokens: list[int]) -> list[Facts]:
     """Return the seconds of every shape that the format is asked for."""
     import torch
@@ -252,11 +267,13 @@ def profile_format(bench: Bench, format_: Facts, shapes: list[list[int]], tokens
         cells = []
         with torch.inference_mode():
             rows = {c: torch.randn(c, shape[1], dtype=bench.dtype, device=bench.device) for c in tokens}
-            host = bench.host_seconds(layers, rows[min(tokens)])
+            host, rounding = bench.host_seconds(layers, rows[min(tokens)]), rounding_of(layers[0])
             for count, x in rows.items():
                 taken = bench.seconds(layers, x)
                 low, high = (taken[place] for place in _BOUNDS)
                 cells.append({"tokens": count, "seconds": median(taken), "low": low, "high": high})
+                if rounding is not None:
+                    cells[-1]["input_seconds"] = median(bench.seconds([rounding] * len(layers), x))
         method = serving._running(layers[0])
         found.append(
             {

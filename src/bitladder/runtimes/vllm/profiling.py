@@ -34,17 +34,18 @@ SCRIPT: Final = Path(__file__).with_name("child_profile.py")
 # of a layer's input: decoding has a token a request, prefill as many as the engine puts into a step
 TOKENS: Final = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # Decoding: every batch with a short and a long context, as the attention's share grows with both. Prefill: from so few
-# tokens that the host is what takes time, to many steps' worth of them.
+# tokens that the host is what takes time, to many steps' worth of them. Prompts fill steps of 8192 tokens nearly: room
+# is left for the answers of the first ones, or else these would take a step more.
 LOADS: Final = (
-    SpeedJob(1, 16, 33),
-    SpeedJob(1, 1024, 65),
-    SpeedJob(8, 128, 65),
-    SpeedJob(8, 1024, 65),
-    SpeedJob(64, 128, 65),
-    SpeedJob(64, 1024, 33),
-    SpeedJob(1, 4096, 9),
-    SpeedJob(16, 512, 33),
-    SpeedJob(4, 4096, 9),
+    SpeedJob(1, 16, 65),
+    SpeedJob(1, 1000, 129),
+    SpeedJob(8, 120, 129),
+    SpeedJob(8, 1000, 129),
+    SpeedJob(64, 120, 129),
+    SpeedJob(64, 1000, 129),
+    SpeedJob(16, 500, 65),
+    SpeedJob(1, 4000, 33),
+    SpeedJob(4, 4000, 33),
 )
 _TOLD: Final = 300  # characters of why the engine didn't come up
 _NO_SHAPE: Final = "none of the model's layers has a shape that it takes"
