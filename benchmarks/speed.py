@@ -1,8 +1,8 @@
 """Predicted against served speed: a profile of this device, then schemes served by vLLM beside BF16, in one run.
 
-    PYTHONPATH=src python benchmarks/speed.py serve --scratch DIR [--vllm-site DIR] [--seconds 450] [--out FILE]
+    PYTHONPATH=src python benchmarks/speed.py serve --scratch DIR [--vllm-site DIR] [--seconds 450] [--out served.json]
     ... --tiny --arms fp8,nvfp4 --python .venv-vllm/bin/python            # a trial without a GPU
-    PYTHONPATH=src python benchmarks/speed.py compare FILE                # writes benchmarks/results/speed.json
+    PYTHONPATH=src python benchmarks/speed.py compare served.json         # writes benchmarks/results/speed.json
 
 The model is Qwen2.5-VL-3B at full size with random weights, which are made on the device: no checkpoint is written but
 its configuration. `serve` takes the profile with `child_profile.py`, on a GPU that does nothing else, then serves every
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import full_size
@@ -291,6 +292,99 @@ def serve_arms(flags: argparse.Namespace) -> None:
             results.say("end")
 
 
+def profile_in(content: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the profile that a served file holds, and the groups."""
+    from bitladder.records import QuantGroup, QuantModule
+    from bitladder.runinfo import Meter
+    from bitladder.runtimes.vllm.profiling import profile_of
+
+    groups = [
+        QuantGroup(name=name, modules=(QuantModule(name=name, shape=(rows, columns)),), weight_elements=size)
+        for name, rows, columns, size in content["groups"]
+    ]
+    found = profile_of(content["profile"], groups, "Qwen2_5_VLForConditionalGeneration", Meter())
+    return found.model_copy(update={"run": None}), groups  # where it ran is in the file
+
+
+def compared(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what was served of every arm and load beside what the profile predicts.
+
+    Served rates are medians over the rounds: prefill of the seconds with one token of output, decode of what the others
+    took on top.
+    """
+    from bitladder.planning.speed import Load, SpeedModel
+    from bitladder.records import BF16
+
+    profile, groups = profile_in(content)
+    model = SpeedModel(profile, groups)
+    found: dict[str, Any] = {}
+    for name, arm in content["arms"].items():
+        formats = arm.get("formats") or {group.name: BF16 for group in groups}
+        found[name] = {"effective_bits": arm["effective_bits"], "kernels": arm.get("kernels"), "loads": {}}
+        for shape, times in zip(content["loads"], arm.get("timings", []), strict=False):
+            requests, prompt, output = shape
+            predicted = model.predict(formats, Load(*shape))
+            rows = {}
+            for phase, tokens, seconds in (
+                ("prefill", requests * prompt, [one for one, _ in times]),
+                ("decode", requests * (output - 1), [many - one for one, many in times]),
+            ):
+                served, said = tokens / median(seconds), getattr(predicted, phase)
+                rows[phase] = {
+                    "served": round(served, 1),
+                    "predicted": round(said, 1),
+                    "error": round(said / served - 1, 4),
+                    "spread": round((max(seconds) - min(seconds)) / median(seconds), 4),
+                }
+            found[name]["loads"]["{} x {} + {}".format(*shape)] = rows
+    for arm in found.values():
+        for load, rows in arm["loads"].items():
+            for phase, row in rows.items():
+                own = found[SOURCE]["loads"][load][phase]
+                row["served_ratio"] = round(row["served"] / own["served"], 4)
+                row["predicted_ratio"] = round(row["predicted"] / own["predicted"], 4)
+                row["ratio_error"] = round(row["predicted_ratio"] / row["served_ratio"] - 1, 4)
+    return found
+
+
+def compare(flags: argparse.Namespace) -> None:
+    """Write predicted beside served, and the profile as a record where that is asked for."""
+    content = json.loads(flags.file.read_text())
+    arms = compared(content)
+    errors: dict[str, dict[str, list[float]]] = {}
+    for name, arm in arms.items():
+        for load, rows in arm["loads"].items():
+            for phase, row in rows.items():
+                errors.setdefault(f"{load}, {phase}", {"speed": [], "ratio": []})["speed"].append(abs(row["error"]))
+                if name != SOURCE:
+                    errors[f"{load}, {phase}"]["ratio"].append(abs(row["ratio_error"]))
+    kept = {
+        "claim": "speeds predicted from a profile beside those that vLLM serves in the same run",
+        **{key: content[key] for key in ("model", "hardware", "versions", "engine", "loads")},
+        "profile": {key: content["profile"][key] for key in ("runtime", "gpu", "engine", "phases")},
+        "errors": {
+            load: {what: {"median": round(median(e), 4), "worst": round(max(e), 4)} for what, e in both.items()}
+            for load, both in errors.items()
+        },
+        "arms": arms,
+        "seconds_of_rounds": {name: arm.get("timings") for name, arm in content["arms"].items()},
+    }
+    flags.out.write_text(json.dumps(kept, indent=1) + "\n")
+    if flags.profile is not None:
+        flags.profile.parent.mkdir(parents=True, exist_ok=True)
+        profile_in(content)[0].write(flags.profile)
+    for name, arm in arms.items():
+        parts = [f"{name:<22} {arm['effective_bits']:5.2f}"]
+        for load, rows in arm["loads"].items():
+            told = (
+                f"{p} {r['served']:.0f} {r['error']:+.1%} ({r['served_ratio']:.2f}, {r['predicted_ratio']:.2f})"
+                for p, r in rows.items()
+            )
+            parts.append(f"{load}: {', '.join(told)}")
+        print("  ".join(parts))
+    print(json.dumps(kept["errors"], indent=1))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -306,8 +400,14 @@ def parse() -> argparse.Namespace:
     serving.add_argument("--no-profile", action="store_true")
     serving.add_argument("--compiled", action="store_true", help="engines with torch.compile, as vLLM's default is")
     serving.add_argument("--tiny", action="store_true", help="a model of two narrow layers: a trial without a GPU")
-    serving.add_argument("--out", type=Path, default=RESULT)
+    serving.add_argument("--out", type=Path, default=Path("served.json"))
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("file", type=Path, help="what `serve` wrote")
+    comparing.add_argument("--profile", type=Path, help="write the profile's record here")
+    comparing.add_argument("--out", type=Path, default=RESULT)
     flags = parser.parse_args()
+    if flags.command == "compare":
+        return flags
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": GRAPH_SIZES}
     if not flags.compiled:
         graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "custom_ops": ["all"]}
@@ -321,6 +421,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     flags = parse()
+    if flags.command == "compare":
+        compare(flags)
+        return
     flags.scratch.mkdir(parents=True, exist_ok=True)
     serve_arms(flags)
 

@@ -71,7 +71,7 @@ def test_the_kernels_are_those_that_vllm_chooses_here(taken):
 @pytest.mark.slow
 def test_a_profile_predicts_16_bits_as_they_were_timed(taken, tmp_path):
     taken.write(tmp_path / "profile.json")
-    model = SpeedModel(Profile.read(tmp_path / "profile.json"), find_target(MODEL, FORMATS).groups)
+    model = SpeedModel(Profile.read(tmp_path / "profile.json"), find_target(MODEL, FORMATS).groups, Load(4, 32, 5))
     speed = model.predict(model.uniform(BF16), Load(4, 32, 5))
     assert speed.prefill_ratio == speed.decode_ratio == 1.0
     assert (

@@ -98,16 +98,7 @@ def profile_of(formats=tuple(DEVICE), host=1e-4, **others):
         for name in formats
         for shape in SHAPES
     ]
-    loads = [
-        (1, 16, 33),
-        (1, 1024, 33),
-        (8, 128, 33),
-        (8, 1024, 33),
-        (64, 128, 33),
-        (64, 1024, 33),
-        (16, 512, 9),
-        (3, 500, 9),
-    ]
+    loads = [(1, 16, 33), (1, 1000, 33), (8, 120, 33), (8, 1000, 33), (64, 100, 33), (64, 1000, 129), (3, 500, 9)]
     return Profile(
         model="Invented",
         searched=tuple(SearchedShape(out_features=s[0], in_features=s[1], groups=LAYERS) for s in SHAPES),
@@ -165,8 +156,8 @@ def test_few_tokens_take_the_seconds_of_the_host():
     plain = dict.fromkeys((group.name for group in measurement.groups), BF16)
     assert model.seconds(plain, "prefill", Load(1, 64, 9)) == pytest.approx(0.006)
     # where many are prefilled the device's count, though the small loads said nothing of it
-    assert model.seconds(plain, "prefill", Load(64, 1024, 9)) == pytest.approx(
-        served([BF16] * 2 * LAYERS, Load(64, 1024, 9))[0], rel=1e-3
+    assert model.seconds(plain, "prefill", Load(64, 1024, 64)) == pytest.approx(
+        served([BF16] * 2 * LAYERS, Load(64, 1024, 64))[0], rel=1e-3
     )
 
 
@@ -260,6 +251,17 @@ def test_the_host_limits_what_prefill_reaches():
     model = model_of(measurement, load, host=0.006)
     with pytest.raises(InfeasibleTarget, match=r"attainable up to 1\.0"):
         planning.plan(measurement, spec("fast", speed=SpeedSpec(prefill=1.3)), speed=model)
+
+
+def test_a_load_that_was_not_timed_is_not_guessed():
+    measurement = measured()
+    told = "times of at most 64 requests, and of 1129 tokens each; ask for no more"
+    for load in (Load(65, 100, 9), Load(1, 1000, 130)):
+        with pytest.raises(PlanError, match=told):
+            model_of(measurement, load)
+    asked = spec("a", speed=SpeedSpec(decode=1.1, requests=128))
+    with pytest.raises(PlanError, match=f"speed at 128 requests of 256 .* {told}"):
+        planning.plan(measurement, asked, speed=model_of(measurement))
 
 
 def test_a_format_without_times_is_not_guessed():

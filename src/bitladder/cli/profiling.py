@@ -72,8 +72,9 @@ def _print(found: "Profile") -> None:
     """Print what each format is predicted to gain where every layer that can have it has it."""
     from bitladder.planning.speed import Load, SpeedModel, groups_of
 
-    load, groups = Load(), groups_of(found)
-    model = SpeedModel(found, groups)
+    most = max(found.loads, key=lambda one: one.requests * one.prompt_tokens)
+    load = Load(most.requests, most.prompt_tokens, most.output_tokens)
+    model = SpeedModel(found, groups_of(found), load)
     console().print(
         f"{found.device}, vLLM {found.version}: times 16 bits at {load.requests} requests of {load.prompt_tokens} + "
         f"{load.output_tokens} tokens, as predicted",

@@ -258,7 +258,9 @@ def phase_and_load(
     phase, _ = spec.speed.target
     own = (spec.speed.requests, spec.speed.prompt_tokens, spec.speed.output_tokens)
     usual = (speed.load.requests, speed.load.prompt_tokens, speed.load.output_tokens)
-    return phase, Load(*(usual_one if one is None else one for one, usual_one in zip(own, usual, strict=True)))
+    load = Load(*(common if one is None else one for one, common in zip(own, usual, strict=True)))
+    speed.check(load)
+    return phase, load
 
 
 def refuse_too_fast(specs: Sequence[SchemeSpec], formats: Sequence[str], searched: Searched, speed: SpeedModel) -> None:

@@ -18,8 +18,7 @@ CUDA graph. The rest of a step is fitted to the loads that were timed:
 with no factor below zero. Where few tokens are prefilled the host takes longer to start the layers than the device to
 multiply them; then its seconds count: those of the smallest load, with what each format's layers take to be started.
 
-Source of the sum: it is exact for a device that does one thing at a time; `benchmarks/speed.py` compares it with what
-vLLM serves.
+`benchmarks/speed.py` compares what is predicted with what vLLM serves.
 """
 
 import math
@@ -71,7 +70,7 @@ class SpeedModel:
     """Predicts speeds of one model's schemes.
 
     Raises:
-        PlanError: the profile is of a model with other layers.
+        PlanError: the profile is of a model with other layers, or timed no such load.
     """
 
     def __init__(self, profile: Profile, groups: Sequence[QuantGroup], load: Load | None = None) -> None:
@@ -84,6 +83,7 @@ class SpeedModel:
         """
         self.profile = profile
         self.load = load or Load()
+        self.check(self.load)
         self.groups = tuple(groups)
         shapes = [group.fused_shape for group in groups]
         own = {shape: shapes.count(shape) for shape in shapes}
@@ -118,6 +118,21 @@ class SpeedModel:
             decode_ratio=plain["decode"] / own["decode"],
         )
 
+    def check(self, load: Load) -> None:
+        """Raise for a load beyond those that were timed: what more requests or tokens take isn't known.
+
+        Raises:
+            PlanError: names what was timed at most.
+        """
+        most = max(one.requests for one in self.profile.loads)
+        longest = max(one.prompt_tokens + one.output_tokens for one in self.profile.loads)
+        if load.requests > most or load.prompt_tokens + load.output_tokens > longest:
+            raise PlanError(
+                f"speed at {load.requests} requests of {load.prompt_tokens} + {load.output_tokens} tokens isn't known: "
+                f"the profile of {self.profile.device} has times of at most {most} requests, and of {longest} tokens "
+                "each; ask for no more"
+            )
+
     def uniform(self, format_name: str) -> dict[str, str]:
         """Return the scheme that has a format wherever the profile has times of it."""
         return {
@@ -128,8 +143,8 @@ class SpeedModel:
     def seconds(self, formats: Mapping[str, str], phase: Phase, load: Load) -> float:
         """Return the seconds of all prefill, or of a step of decoding."""
         layers = [self._layer(group, formats[group.name]) for group in self.groups]
-        return max(self.rest(phase, load) + math.fsum(self._time(one, phase, load) for one in layers),
-                   self._host_seconds(layers, phase, load))  # fmt: skip
+        device = self.rest(phase, load) + math.fsum(self._time(one, phase, load) for one in layers)
+        return max(device, self._host_seconds(layers, phase, load))
 
     def rest(self, phase: Phase, load: Load) -> float:
         """Return the seconds of what isn't a searched layer."""
@@ -190,11 +205,7 @@ class SpeedModel:
 
     def _host_seconds(self, layers: Sequence[TimedLayer], phase: Phase, load: Load) -> float:
         """Return the seconds that the host takes at least; decoding in CUDA graphs starts no layers."""
-        if (
-            phase == "decode"
-            and self.profile.engine.graph_sizes
-            and load.requests <= max(self.profile.engine.graph_sizes)
-        ):
+        if phase == "decode" and load.requests <= max(self.profile.engine.graph_sizes, default=0):
             return 0.0
         least = min(self.profile.loads, key=lambda one: one.requests * one.prompt_tokens)
         seconds = median(least.one_token) / self._steps(least)
