@@ -72,14 +72,17 @@ def served(formats, load):
 
 
 def timed_load(requests, prompt, output, host=0.0):
+    """Return a load's seconds; answers of the first requests take room in steps of prefill, and may need one more."""
     prefill, decode = served([BF16] * 2 * LAYERS, Load(requests, prompt, output))
-    one = max(prefill, host)
+    smallest, _ = served([BF16] * 2 * LAYERS, Load(1, 16, 2))
+    one, steps = max(prefill, host), math.ceil(requests * prompt / STEP)
+    more = math.ceil((requests * prompt + requests * (steps - 1) / 2) / STEP) - steps
     return TimedLoad(
         requests=requests,
         prompt_tokens=prompt,
         output_tokens=output,
         one_token=(one,) * 3,
-        all_tokens=(one + decode * (output - 1),) * 3,
+        all_tokens=(one + decode * (output - 1 - more) + max(smallest, host) * more,) * 3,
     )
 
 

@@ -10,6 +10,8 @@ from bitladder.planning.speed import SpeedModel
 from bitladder.recipe import SchemeSpec, SpeedSpec
 from bitladder.records import Measurement, Scheme
 
+_ROUNDING = 1e-6  # of a ratio of speeds: costs are whole picoseconds, and the scheme itself must be within its own
+
 
 def remarked(
     measurement: Measurement, schemes: Sequence[Scheme], speed: SpeedModel | None = None
@@ -50,5 +52,5 @@ def _at_its_cost(scheme: Scheme, asked: SchemeSpec, speed: SpeedModel | None) ->
     """Return what asks for a scheme by its bits, or by its speed where it prefers that."""
     if asked.prefer == "bytes" or speed is None:
         return {"effective_bits": scheme.effective_bits}
-    ratio = speed.predict(scheme.formats, speed.load).ratio(asked.prefer)
+    ratio = speed.predict(scheme.formats, speed.load).ratio(asked.prefer) * (1 - _ROUNDING)
     return {"speed": SpeedSpec.model_validate({asked.prefer: ratio})}

@@ -15,8 +15,9 @@ CUDA graph. The rest of a step is fitted to the loads that were timed:
     prefill  a + b · tokens + c · tokens · prompt + d · requests
     decode   e + f · requests + g · requests · context
 
-with no factor below zero. Where few tokens are prefilled the host takes longer to start the layers than the device to
-multiply them; then its seconds count: those of the smallest load, with what each format's layers take to be started.
+with no factor below zero; what the fit of decoding leaves over is interpolated between numbers of requests. Where few
+tokens are prefilled the host takes longer to start the layers than the device to multiply them; then its seconds count:
+those of the smallest load, with what each format's layers take to be started.
 
 `benchmarks/speed.py` compares what is predicted with what vLLM serves.
 """
@@ -35,6 +36,7 @@ from bitladder.records import BF16, Profile, QuantGroup, QuantModule, TimedLayer
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 PICOSECONDS = 10**12  # a cost is a whole number of them
+_LEAST_STEPS = 16  # of decoding, for each step of prefill that answers may have added
 _HOST_BOUND = 1.5  # prefill that takes less than so many times what the fewest tokens take says nothing of the device
 
 
@@ -97,7 +99,9 @@ class SpeedModel:
             )
         self._layers = {(one.format, one.out_features, one.in_features): one for one in profile.layers}
         self._prefill = _fitted([self._rest_of_prefill(load) for load in self._device_bound()])
-        self._decode = _fitted([self._rest_of_decode(load) for load in self._undisturbed()])
+        steps = [self._rest_of_decode(load) for load in self._answered()]
+        self._decode = _fitted(steps)
+        self._left = _left_over(steps, self._decode)
         self._plain = dict.fromkeys((group.name for group in groups), BF16)
 
     def predict(self, formats: Mapping[str, str], load: Load) -> Speed:
@@ -148,8 +152,10 @@ class SpeedModel:
 
     def rest(self, phase: Phase, load: Load) -> float:
         """Return the seconds of what isn't a searched layer."""
-        terms = self._prefill_terms(load) if phase == "prefill" else _decode_terms(load)
-        return float(np.dot(self._prefill if phase == "prefill" else self._decode, terms))
+        if phase == "prefill":
+            return float(np.dot(self._prefill, self._prefill_terms(load)))
+        fitted = float(np.dot(self._decode, _decode_terms(load)))
+        return fitted + float(np.interp(load.requests, list(self._left), list(self._left.values())))
 
     def cost_of(self, phase: Phase, load: Load | None = None) -> Callable[[QuantGroup, str], int]:
         """Return what gives a group's part of `seconds` in a format, in whole picoseconds; see `planning.options`.
@@ -220,17 +226,18 @@ class SpeedModel:
         found = [one for one in self.profile.loads if median(one.one_token) > _HOST_BOUND * least * self._steps(one)]
         return found or list(self.profile.loads)
 
-    def _undisturbed(self) -> list[TimedLoad]:
-        """Return the loads whose first answers take no step of prefill more than one token of answer did.
+    def _spilled(self, timed: TimedLoad) -> int:
+        """Return how many steps of prefill more it takes where answers are longer than a token.
 
-        Answers of the first requests go on while the last prompts are prefilled, and take room in those steps.
+        The first answers go on while the last prompts are prefilled, and take room in those steps.
         """
-        most = self.profile.engine.tokens_a_step
-        found = []
-        for one in self.profile.loads:
-            tokens, steps = one.requests * one.prompt_tokens, self._steps(one)
-            if tokens + one.requests * (steps - 1) <= steps * most:
-                found.append(one)
+        steps, most = self._steps(timed), self.profile.engine.tokens_a_step
+        answers = timed.requests * (steps - 1) / 2  # requests come in evenly
+        return math.ceil((timed.requests * timed.prompt_tokens + answers) / most) - steps
+
+    def _answered(self) -> list[TimedLoad]:
+        """Return the loads with so many tokens of output that their steps can be told from those of prefill."""
+        found = [one for one in self.profile.loads if one.output_tokens > _LEAST_STEPS * (1 + self._spilled(one))]
         return found or list(self.profile.loads)
 
     def _prefill_terms(self, load: Load) -> NDArray[np.float64]:
@@ -243,7 +250,10 @@ class SpeedModel:
         return _Seen(self._prefill_terms(load), whole - own, whole)
 
     def _rest_of_decode(self, timed: TimedLoad) -> "_Seen":
-        load, whole = _load_of(timed), decode_step(timed)
+        load, spilled = _load_of(timed), self._spilled(timed)
+        least = min(self.profile.loads, key=lambda one: one.requests * one.prompt_tokens)
+        taken = median(timed.all_tokens) - median(timed.one_token) - spilled * median(least.one_token)
+        whole = taken / (timed.output_tokens - 1 - spilled)
         own = math.fsum(self._time(self._layer(group, BF16), "decode", load) for group in self.groups)
         return _Seen(_decode_terms(load), whole - own, whole)
 
@@ -268,11 +278,6 @@ class _Seen:
     terms: NDArray[np.float64]
     rest: float
     whole: float
-
-
-def decode_step(timed: TimedLoad) -> float:
-    """Return the seconds of a step of decoding: what more tokens of output than one took."""
-    return (median(timed.all_tokens) - median(timed.one_token)) / (timed.output_tokens - 1)
 
 
 def _load_of(timed: TimedLoad) -> Load:
@@ -302,6 +307,14 @@ def _fitted(seen: Sequence[_Seen]) -> NDArray[np.float64]:
             best, least = np.zeros(count), error
             best[columns] = found
     return best
+
+
+def _left_over(seen: Sequence[_Seen], factors: NDArray[np.float64]) -> dict[float, float]:
+    """Return what the fit leaves over by the number of requests, ascending: between two it is on the line."""
+    found: dict[float, list[float]] = {}
+    for one in sorted(seen, key=lambda one: one.terms[1]):
+        found.setdefault(float(one.terms[1]), []).append(one.rest - float(np.dot(factors, one.terms)))
+    return {requests: math.fsum(rests) / len(rests) for requests, rests in found.items()}
 
 
 def _seconds(layer: TimedLayer, tokens: int, compiled: bool) -> float:
