@@ -303,7 +303,11 @@ def profile_in(content: dict[str, Any]) -> tuple[Any, Any]:
         QuantGroup(name=name, modules=(QuantModule(name=name, shape=(rows, columns)),), weight_elements=size)
         for name, rows, columns, size in content["groups"]
     ]
-    found = profile_of(content["profile"], groups, "Qwen2_5_VLForConditionalGeneration", Meter())
+    taken = content["profile"]
+    for layers in taken["linears"].values():
+        for layer in layers:
+            layer.pop("host_seconds", None)  # which an earlier script took, and nothing was predicted better with
+    found = profile_of(taken, groups, "Qwen2_5_VLForConditionalGeneration", Meter())
     return found.model_copy(update={"run": None}), groups  # where it ran is in the file
 
 

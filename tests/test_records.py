@@ -244,7 +244,6 @@ SAMPLES: list[Record] = [
                 method="M",
                 kernel=None,
                 chain=2,
-                host_seconds=1e-5,
                 cells=(TimedCell(tokens=1, seconds=2e-6, low=1e-6, high=3e-6),),
             ),
         ),

@@ -95,7 +95,6 @@ def profile_of(formats=tuple(DEVICE), host=1e-4, **others):
             method="Method",
             kernel=None,
             chain=2,
-            host_seconds=1e-6,
             cells=tuple(TimedCell(tokens=t, seconds=layer_seconds(name, shape, t), low=0.0, high=1.0) for t in TOKENS),
         )
         for name in formats

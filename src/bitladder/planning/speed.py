@@ -16,8 +16,8 @@ CUDA graph. The rest of a step is fitted to the loads that were timed:
     decode   e + f · requests + g · requests · context
 
 with no factor below zero; what the fit of decoding leaves over is interpolated between numbers of requests. Where few
-tokens are prefilled the host takes longer to start the layers than the device to multiply them; then its seconds count:
-those of the smallest load, with what each format's layers take to be started.
+tokens are prefilled the host takes longer to start the operations than the device to do them; then its seconds count,
+those of the smallest load, whatever the formats are.
 
 `benchmarks/speed.py` compares what is predicted with what vLLM serves.
 """
@@ -98,6 +98,8 @@ class SpeedModel:
                 "`bitladder profile` on this model"
             )
         self._layers = {(one.format, one.out_features, one.in_features): one for one in profile.layers}
+        least = min(profile.loads, key=lambda one: one.requests * one.prompt_tokens)
+        self._host = median(least.one_token) / self._steps(least)
         self._prefill = _fitted([self._rest_of_prefill(load) for load in self._device_bound()])
         steps = [self._rest_of_decode(load) for load in self._answered()]
         self._decode = _fitted(steps)
@@ -148,7 +150,7 @@ class SpeedModel:
         """Return the seconds of all prefill, or of a step of decoding."""
         layers = [self._layer(group, formats[group.name]) for group in self.groups]
         device = self.rest(phase, load) + math.fsum(self._time(one, phase, load) for one in layers)
-        return max(device, self._host_seconds(layers, phase, load))
+        return max(device, self._host_seconds(phase, load))
 
     def rest(self, phase: Phase, load: Load) -> float:
         """Return the seconds of what isn't a searched layer."""
@@ -209,16 +211,11 @@ class SpeedModel:
     def _steps(self, load: Load | TimedLoad) -> int:
         return math.ceil(load.requests * load.prompt_tokens / self.profile.engine.tokens_a_step)
 
-    def _host_seconds(self, layers: Sequence[TimedLayer], phase: Phase, load: Load) -> float:
-        """Return the seconds that the host takes at least; decoding in CUDA graphs starts no layers."""
+    def _host_seconds(self, phase: Phase, load: Load) -> float:
+        """Return the seconds that the host takes at least to start all operations; those of a CUDA graph are one."""
         if phase == "decode" and load.requests <= max(self.profile.engine.graph_sizes, default=0):
             return 0.0
-        least = min(self.profile.loads, key=lambda one: one.requests * one.prompt_tokens)
-        seconds = median(least.one_token) / self._steps(least)
-        if not self.profile.engine.compiled:  # where it is, the host starts whole graphs
-            plain = [self._layer(group, BF16) for group in self.groups]
-            seconds += math.fsum(one.host_seconds for one in layers) - math.fsum(one.host_seconds for one in plain)
-        return seconds * (1 if phase == "decode" else self._steps(load))
+        return self._host * (1 if phase == "decode" else self._steps(load))
 
     def _device_bound(self) -> list[TimedLoad]:
         """Return the loads whose prefill the device takes its time for."""
@@ -251,8 +248,7 @@ class SpeedModel:
 
     def _rest_of_decode(self, timed: TimedLoad) -> "_Seen":
         load, spilled = _load_of(timed), self._spilled(timed)
-        least = min(self.profile.loads, key=lambda one: one.requests * one.prompt_tokens)
-        taken = median(timed.all_tokens) - median(timed.one_token) - spilled * median(least.one_token)
+        taken = median(timed.all_tokens) - median(timed.one_token) - spilled * self._host
         whole = taken / (timed.output_tokens - 1 - spilled)
         own = math.fsum(self._time(self._layer(group, BF16), "decode", load) for group in self.groups)
         return _Seen(_decode_terms(load), whole - own, whole)

@@ -28,7 +28,6 @@ class TimedLayer(Part):
     method: str = Field(description="the runtime's class that runs the format")
     kernel: str | None = Field(description="its class that multiplies; None: the method has none of its own")
     chain: int = Field(description="layers that were timed one after the other, so that no cache holds their weights")
-    host_seconds: float = Field(description="that the host takes to start the layer")
     cells: tuple[TimedCell, ...] = Field(min_length=1, description="by tokens, ascending")
 
 

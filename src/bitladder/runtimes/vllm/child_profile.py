@@ -7,7 +7,7 @@ In steps, each written to RESULT as soon as it is finished:
    out, and the shape of each of its linear layers;
 3. `timed`: seconds of batches of requests, with one token of output and with many, as `child_serve.py` takes them;
 4. one step a format: for every shape and number of tokens, the seconds of a layer that vLLM makes for that format
-   (weights in the kernel's form, input rounding included), and the seconds that the host takes to start it.
+   (weights in the kernel's form), with the rounding of its input and, where that is an operation, of it alone.
 
 A layer's seconds are those on the device. In service other layers' weights pass through the GPU's cache between two
 calls of one layer, so a chain of layers of one shape is timed whose weights are some times larger than that cache, as
@@ -39,7 +39,6 @@ _MOST_LAYERS = 96  # of a chain
 _CHAIN_SECONDS = 0.01  # a chain of slow calls is cut to about this
 _REPEATS = 15  # of a chain; the 4th and the 12th of them bound the median with 96.5% (order statistics, n = 15)
 _BOUNDS = (3, 11)
-_HOST_CALLS = 64
 _WARM = 2
 
 
@@ -161,20 +160,6 @@ class Bench:
         wanted = min(_MOST_LAYERS, 1 + _CACHES * self.cache_bytes // size) if self.gpu else 1
         return [first, *(self.layer(shape, quantisation, index) for index in range(1, wanted))]
 
-    def host_seconds(self, layers: list[Any], x: Any) -> float:
-        """Return the seconds that the host takes to start a layer: the GPU works on what was started before."""
-        for _ in range(_WARM):
-            layers[0](x)
-        self.wait()
-        taken = []
-        for _ in range(3):
-            start = time.perf_counter()
-            for index in range(_HOST_CALLS):
-                layers[index % len(layers)](x)
-            taken.append((time.perf_counter() - start) / _HOST_CALLS)
-            self.wait()
-        return median(taken)
-
     def wait(self) -> None:
         """Wait until the GPU has done all."""
         import torch
@@ -267,7 +252,7 @@ def profile_format(bench: Bench, format_: Facts, shapes: list[list[int]], tokens
         cells = []
         with torch.inference_mode():
             rows = {c: torch.randn(c, shape[1], dtype=bench.dtype, device=bench.device) for c in tokens}
-            host, rounding = bench.host_seconds(layers, rows[min(tokens)]), rounding_of(layers[0])
+            rounding = rounding_of(layers[0])
             for count, x in rows.items():
                 taken = bench.seconds(layers, x)
                 low, high = (taken[place] for place in _BOUNDS)
@@ -282,7 +267,6 @@ def profile_format(bench: Bench, format_: Facts, shapes: list[list[int]], tokens
                 "method": type(method).__name__,
                 "kernel": serving._kernel_of(method),
                 "chain": len(layers),
-                "host_seconds": host,
                 "cells": cells,
             }
         )
