@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import ladder
 
@@ -84,16 +85,10 @@ WIDE = {  # the language model of Qwen2.5-VL-72B, beside whose layers the vision
 }
 
 
-def build(directory: Path, layers: int | None, depth: int | None = None, wide: bool = False) -> None:
-    """Save the model with random weights, and the embedded model's tokenizer and processor beside it.
+def config_of(layers: int | None = None, depth: int | None = None, wide: bool = False) -> Any:
+    """Return the model's configuration; see `build`."""
+    from transformers import AutoConfig
 
-    `layers` makes a small one, for trials; `depth` gives the full-size one so many decoder layers; `wide` makes these
-    the 72B model's.
-    """
-    import torch
-    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     config = AutoConfig.from_pretrained(DEMO)
     rope = {**config.text_config.rope_parameters, "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     settings = {**TEXT, "rope_parameters": rope}
@@ -113,6 +108,20 @@ def build(directory: Path, layers: int | None, depth: int | None = None, wide: b
     config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers
     for name, value in VISION.items():
         setattr(config.vision_config, name, value)
+    return config
+
+
+def build(directory: Path, layers: int | None, depth: int | None = None, wide: bool = False) -> None:
+    """Save the model with random weights, and the embedded model's tokenizer and processor beside it.
+
+    `layers` makes a small one, for trials; `depth` gives the full-size one so many decoder layers; `wide` makes these
+    the 72B model's.
+    """
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = config_of(layers, depth, wide)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

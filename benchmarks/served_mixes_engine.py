@@ -34,7 +34,15 @@ SETTINGS = {  # of vLLM's environment, where the caller's says nothing else
 class Engine:
     """A child that serves a checkpoint; started, not yet up, when it is made."""
 
-    def __init__(self, python: Path, checkpoint: Path, job: ServeJob, engine: dict[str, Any], directory: Path) -> None:
+    def __init__(
+        self,
+        python: Path,
+        checkpoint: Path,
+        job: ServeJob,
+        engine: dict[str, Any],
+        directory: Path,
+        child: Path = CHILD,
+    ) -> None:
         """Start it.
 
         Args:
@@ -43,6 +51,7 @@ class Engine:
             job: what is scored, and the largest batch that will be timed.
             engine: more arguments of `vllm.LLM`, used on a GPU.
             directory: where its job, result and output go.
+            child: the script.
         """
         directory.mkdir(parents=True)
         self.result, self.output = directory / "result.json", directory / "output.txt"
@@ -52,7 +61,7 @@ class Engine:
         self._told = b""
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [str(python), str(CHILD), str(path), str(self.result), str(serve.SCRIPT), str(writing)],
+                [str(python), str(child), str(path), str(self.result), str(serve.SCRIPT), str(writing)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -512,3 +512,39 @@ def test_quoted_numbers_are_refused(tmp_path: Path, key: str, value: str) -> Non
     place[last] = value
     with pytest.raises(RecipeError, match=f"give a number, not the text '{value}'"):
         read_recipe(write(tmp_path, content))
+
+
+FAST = {"name": "fast", "speed": {"decode": 1.2, "requests": 64}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "scheme fast asks for speed, which a profile of the device that serves predicts; name one as `profile`"),
+        ({"profile": "h100", "refine": {"evaluations": 20}}, "refining swaps groups at a scheme's bits; set refine"),
+        (
+            {"profile": "h100", "schemes": [{"name": "a", "speed": {}}]},
+            "schemes.0.speed: give either prefill or",
+        ),
+        (
+            {"profile": "h100", "schemes": [{"name": "a", "speed": {"prefill": 1.1, "decode": 1.1}}]},
+            "give either prefill",
+        ),
+        ({"profile": "h100", "schemes": [{"name": "a", "speed": {"decode": 0}}]}, "greater than 0"),
+        ({"schemes": [{"name": "a", "coverage": 0.5, "prefer": "decode"}]}, "prefer goes with max_kl or max_predicted"),
+        ({"schemes": [{"name": "a", "max_kl": 0.1, "prefer": "speed"}]}, "'bytes', 'prefill' or 'decode'"),
+        ({"load": {"output_tokens": 1}}, "load.output_tokens: Input should be greater than 1"),
+    ],
+)
+def test_speed_is_asked_for_as_it_can_be_predicted(tmp_path: Path, settings: dict[str, Any], expected: str) -> None:
+    assert expected in error_of(write(tmp_path, {**GOOD, "schemes": [FAST], **settings}))
+
+
+def test_a_profile_is_a_file_beside_the_recipe_or_a_name(tmp_path: Path) -> None:
+    content = {**GOOD, "schemes": [FAST], "load": {"requests": 8}}
+    recipe = read_recipe(write(tmp_path, {**content, "profile": "profile.json"}))
+    assert recipe.profile == str(tmp_path / "profile.json")
+    assert recipe.schemes[0].speed is not None
+    assert recipe.schemes[0].speed.target == ("decode", 1.2)
+    assert (recipe.load.requests, recipe.load.prompt_tokens) == (8, 512)
+    assert read_recipe(write(tmp_path, {**content, "profile": "h100"})).profile == "h100"

@@ -6,12 +6,12 @@ The only place that catches our errors: one line on standard error, exit status 
 import sys
 
 # Each adds its commands to the program, in this order.
-from bitladder.cli import steps, checks, others, models  # isort: skip
+from bitladder.cli import steps, checks, others, models, profiling  # isort: skip
 from bitladder.cli.app import app, moved_to_the_front
 from bitladder.cli.terminal import Interrupted, complain
 from bitladder.errors import BitladderError, lacks_memory, reason_of
 
-__all__ = ["app", "checks", "main", "models", "others", "steps"]
+__all__ = ["app", "checks", "main", "models", "others", "profiling", "steps"]
 
 
 def main() -> None:

@@ -123,10 +123,10 @@ def inspect(
     from bitladder.measuring.layers import why_not_by_layers
     from bitladder.measuring.native import REMEDY
     from bitladder.models.target import find_target
-    from bitladder.steps.workspace import fetch_model, local_or_hub
+    from bitladder.steps.workspace import local_model
 
     with quietly():
-        directory = fetch_model(local_or_hub(model), revision)
+        directory = local_model(model, revision)
         target = find_target(directory)
         chats, problem = chats_line(load_processor(directory)), why_not_by_layers(target, REMEDY)
     if answered(

@@ -9,6 +9,8 @@ pricing     what an assignment costs and is predicted to do
 patterns    what patterns name
 ranges      refusals that name the attainable range
 asking      every way to ask for a scheme
+speed       how fast a scheme is served, from a profile of the device
+shipped     profiles that come with Bitladder
 remarks     what is said of a scheme beside its costs
 
 numpy is imported with the module that computes, when one of its names is asked for.
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING
 from bitladder.lazily import given_by
 
 if TYPE_CHECKING:
-    from bitladder.planning.asking import fitted, kl_map_of, plan, plan_all, related
+    from bitladder.planning.asking import fitted, kl_map_of, plan, plan_all, refuse_too_fast, related
     from bitladder.planning.patterns import Searched, matching_groups
     from bitladder.planning.points import MAX_FRONTIER_CHOICES
     from bitladder.planning.pricing import density_order, price, standard_error
@@ -31,7 +33,7 @@ else:
     __getattr__ = given_by(
         __name__,
         {
-            "asking": ("fitted", "kl_map_of", "plan", "plan_all", "related"),
+            "asking": ("fitted", "kl_map_of", "plan", "plan_all", "refuse_too_fast", "related"),
             "patterns": ("Searched", "matching_groups"),
             "points": ("MAX_FRONTIER_CHOICES",),
             "pricing": ("density_order", "price", "standard_error"),
@@ -59,6 +61,7 @@ __all__ = [
     "plan",
     "plan_all",
     "price",
+    "refuse_too_fast",
     "refuse_unattainable",
     "related",
     "remarked",

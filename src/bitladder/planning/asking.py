@@ -6,8 +6,12 @@ integer), its predicted damage the sum of the sensitivities. There is one way to
     effective_bits       the least damage within so many bits
     max_predicted_score  the fewest bits within so much damage
     max_kl               the same, through a map from scores to KL that was fitted on measured schemes
+    speed                the least damage that is at least so much faster than 16 bits, as a profile predicts it
     coverage             a prefix of the order by damage per bit saved, so that coverage schemes are nested
     include              what the patterns name
+
+Where `prefer` says so, `max_predicted_score` and `max_kl` give the fewest seconds instead of the fewest bits. Seconds
+are a cost like bits: an integer a group and format, added up, so that the same search finds the exact answer.
 
 With one format and no negative score such a prefix is on the frontier, too: nothing of its size does less damage. With
 several formats each group has the one that does least damage per bit saved, whatever the share; so the schemes are
@@ -23,19 +27,28 @@ from itertools import accumulate
 from pathlib import Path
 
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, PlanError
+from bitladder.formats import why_no_shapes
 from bitladder.planning import ranges
 from bitladder.planning.options import check_usable
-from bitladder.planning.patterns import matching_groups
+from bitladder.planning.patterns import Searched, matching_groups
 from bitladder.planning.prediction import KlMap
 from bitladder.planning.pricing import cheapest_first, price
 from bitladder.planning.solver import Solver
+from bitladder.planning.speed import Load, SpeedModel
 from bitladder.planning.trade_off import TradeOff
-from bitladder.recipe import SchemeSpec
+from bitladder.recipe import Phase, SchemeSpec
 from bitladder.records import BF16, BF16_BITS, KlPoints, Measurement, Scheme
+
+_PREDICTED = 1e-9  # by which rounding to whole picoseconds may change a ratio
 
 
 def plan(
-    measurement: Measurement, spec: SchemeSpec, *, frontier: TradeOff | None = None, kl_map: KlMap | None = None
+    measurement: Measurement,
+    spec: SchemeSpec,
+    *,
+    frontier: TradeOff | None = None,
+    kl_map: KlMap | None = None,
+    speed: SpeedModel | None = None,
 ) -> Scheme:
     """Return the scheme that `spec` asks for.
 
@@ -44,21 +57,27 @@ def plan(
         spec: what is asked, in exactly one way, less what `exclude` names.
         frontier: the measurement's trade-off where it is at hand, as a `Frontier` or a `Solver`: both answer the same.
         kl_map: from this measurement's scores to KL; `max_kl` needs it.
+        speed: of this measurement's groups on the device that serves; `speed` and `prefer` need it.
 
     Raises:
         InfeasibleTarget: outside the attainable range, which the message names. PlanError: a pattern that matches
-        nothing, or a format that isn't measured. MeasurementError: a score is NaN or Inf.
+        nothing, or a format that isn't measured, or has no times. MeasurementError: a score is NaN or Inf.
     """
-    return _Planner(measurement, frontier, kl_map).plan(spec)
+    return _Planner(measurement, frontier, kl_map, speed).plan(spec)
 
 
-def plan_all(measurement: Measurement, specs: Sequence[SchemeSpec], kl_map: KlMap | None = None) -> tuple[Scheme, ...]:
+def plan_all(
+    measurement: Measurement,
+    specs: Sequence[SchemeSpec],
+    kl_map: KlMap | None = None,
+    speed: SpeedModel | None = None,
+) -> tuple[Scheme, ...]:
     """Return the schemes of a ladder, with the relations between them.
 
     Raises:
         DuplicateSchemes: two schemes come out equal. See `plan` for the others.
     """
-    planner = _Planner(measurement, None, kl_map)
+    planner = _Planner(measurement, None, kl_map, speed)
     return related([planner.plan(spec) for spec in specs])
 
 
@@ -101,13 +120,16 @@ def fitted(points: KlPoints, place: Path) -> KlMap:
 class _Planner:
     """Plans schemes of one measurement, and keeps what they share."""
 
-    def __init__(self, measurement: Measurement, given: TradeOff | None, kl_map: KlMap | None) -> None:
+    def __init__(
+        self, measurement: Measurement, given: TradeOff | None, kl_map: KlMap | None, speed: SpeedModel | None
+    ) -> None:
         self._fingerprint = measurement.fingerprint()
         self._whole = measurement
         self._weighed = {1.0: measurement}  # by the weight of image-token positions
         self._given = given
         self._kl_map = kl_map
-        self._solvers: dict[tuple[float, tuple[str, ...], frozenset[str]], TradeOff] = {}
+        self._speed = speed
+        self._solvers: dict[tuple[float, tuple[str, ...], frozenset[str], Phase | None, Load | None], TradeOff] = {}
         check_usable(measurement)
 
     def plan(self, spec: SchemeSpec) -> Scheme:
@@ -158,17 +180,23 @@ class _Planner:
         edge = self._trade_off(measurement, spec, excluded)
         if spec.effective_bits is not None:
             return _by_bits(spec, edge, self._whole.formats)
+        if spec.speed is not None:
+            assert self._speed is not None
+            return _by_speed(spec, edge, self._speed)
         return _by_damage(spec, edge, self._kl_map)
 
     def _trade_off(self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str]) -> TradeOff:
         given = self._given if spec.image_weight == 1.0 else None
         if given is not None and given.measurement is not self._whole and given.measurement != self._whole:
             raise PlanError(f"scheme {spec.name}: the frontier given is of another measurement; leave it out")
-        if given is not None and given.excluded == excluded and measurement.formats == self._whole.formats:
+        phase, load = phase_and_load(spec, self._speed, measurement.formats)
+        alike = phase is None and measurement.formats == self._whole.formats
+        if given is not None and given.excluded == excluded and alike:
             return given
-        key = spec.image_weight, measurement.formats, excluded
+        key = spec.image_weight, measurement.formats, excluded, phase, load
         if key not in self._solvers:
-            self._solvers[key] = Solver(measurement, excluded)
+            cost = None if self._speed is None or phase is None else self._speed.cost_of(phase, load)
+            self._solvers[key] = Solver(measurement, excluded, cost)
         return self._solvers[key]
 
 
@@ -229,6 +257,84 @@ def _by_bits(spec: SchemeSpec, edge: TradeOff, measured: Sequence[str]) -> dict[
     formats = edge.least_score(math.floor(asked * edge.measurement.searched_weights))
     if formats is None:
         raise ranges.below_the_minimum(spec, edge, measured)
+    return formats
+
+
+def phase_and_load(
+    spec: SchemeSpec, speed: SpeedModel | None, formats: Sequence[str]
+) -> tuple[Phase | None, Load | None]:
+    """Return what a scheme asks to be fast, and at what; (None, None): nothing.
+
+    Args:
+        spec: what is asked.
+        speed: of the device that serves; None: it isn't known.
+        formats: that the scheme may have.
+
+    Raises:
+        PlanError: it isn't known, or has no times of one of the formats.
+    """
+    if not spec.by_speed:
+        return None, None
+    if speed is None:
+        raise PlanError(
+            f"scheme {spec.name}: speed needs a profile of the device that serves, which a recipe names as `profile`; "
+            "here use coverage, effective_bits or max_predicted_score"
+        )
+    missing = speed.missing(formats)
+    if missing:
+        name, why = next(iter(missing.items()))
+        timed = [name for name in formats if name not in missing]
+        remedy = f"give the scheme `formats: [{', '.join(timed)}]`, or profile" if timed else "profile"
+        raise PlanError(
+            f"scheme {spec.name}: the profile of {speed.profile.device} has no times of {name} ({why}), and speeds "
+            f"aren't guessed; {remedy} that format on that device"
+        )
+    if spec.speed is None:
+        assert spec.prefer != "bytes"
+        return spec.prefer, speed.load
+    phase, _ = spec.speed.target
+    own = (spec.speed.requests, spec.speed.prompt_tokens, spec.speed.output_tokens)
+    usual = (speed.load.requests, speed.load.prompt_tokens, speed.load.output_tokens)
+    load = Load(*(common if one is None else one for one, common in zip(own, usual, strict=True)))
+    speed.check(load)
+    return phase, load
+
+
+def refuse_too_fast(specs: Sequence[SchemeSpec], formats: Sequence[str], searched: Searched, speed: SpeedModel) -> None:
+    """Refuse schemes whose speed no measurement of these formats could give, before anything is measured.
+
+    Raises:
+        PlanError: a format has no times. InfeasibleTarget: more speed than its fastest formats give.
+    """
+    for spec in specs:
+        own = [name for name in formats if spec.candidates is None or name in spec.candidates]
+        phase, load = phase_and_load(spec, speed, own)
+        if spec.speed is None or phase is None or load is None:
+            continue
+        excluded = matching_groups(searched, spec.name, spec.exclude)
+        cost = speed.cost_of(phase, load)
+        fastest = {}
+        for group in searched.groups:
+            shapes = {module.name: module.shape for module in group.modules if module.shape is not None}
+            able = [] if group.name in excluded else [name for name in own if why_no_shapes(shapes, name) is None]
+            fastest[group.name] = min((BF16, *able), key=lambda name, group=group: cost(group, name))  # type: ignore[misc]
+        if speed.predict(fastest, load).ratio(phase) < spec.speed.target[1]:
+            raise ranges.too_fast(spec, own, fastest, speed, phase, load)
+
+
+def _by_speed(spec: SchemeSpec, edge: TradeOff, speed: SpeedModel) -> dict[str, str]:
+    """Return the least damage that is as fast as `speed` asks."""
+    assert spec.speed is not None
+    phase, load = phase_and_load(spec, speed, edge.measurement.formats)
+    assert phase is not None
+    assert load is not None
+    _, ratio = spec.speed.target
+    formats = edge.least_score(speed.budget(ratio, phase, load))
+    if formats is None or speed.predict(formats, load).ratio(phase) < ratio * (1 - _PREDICTED):
+        fastest = {one.group: one.names[int(one.bits.argmin())] for one in edge.options}
+        raise ranges.too_fast(spec, edge.measurement.formats, fastest, speed, phase, load)
+    if set(formats.values()) == {BF16}:
+        raise ranges.fast_enough(spec, phase)
     return formats
 
 

@@ -1,7 +1,11 @@
-"""What every group may become: its formats as (weight bits, predicted score), less those that no plan can need."""
+"""What every group may become: its formats as (weight bits, predicted score), less those that no plan can need.
+
+Bits are one cost of a format. Where plans ask for speed they are the picoseconds that a group's layer takes instead
+(`bitladder.planning.speed`): whole numbers too, with which everything that plans does the same.
+"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +13,9 @@ from numpy.typing import NDArray
 
 from bitladder.errors import MeasurementError
 from bitladder.formats import group_bits
-from bitladder.records import BF16, BF16_BITS, Measurement
+from bitladder.records import BF16, Measurement, QuantGroup
+
+Cost = Callable[[QuantGroup, str], int]  # of a group in a format; None stands for its weight bits
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,7 @@ class Options:
     Attributes:
         group: its name.
         names: [choices] formats; bf16 before the others, which are in the measurement's order.
-        bits: [choices] int64, weight bits.
+        bits: [choices] int64, weight bits, or another cost.
         scores: [choices] float64, predicted damage. The more bits, the less of it: no two are equal in either.
     """
 
@@ -36,21 +42,21 @@ class Options:
         return Options(self.group, names, self.bits[kept], self.scores[kept])
 
 
-def options_of(measurement: Measurement, excluded: Iterable[str] = ()) -> list[Options]:
+def options_of(measurement: Measurement, excluded: Iterable[str] = (), cost: Cost | None = None) -> list[Options]:
     """Return the options of every group, in network order; those of an excluded group are bf16 alone.
 
     Raises:
         MeasurementError: see `check_usable`.
     """
     check_usable(measurement)
-    apart, table = frozenset(excluded), measurement.by_group()
+    apart, table, cost = frozenset(excluded), measurement.by_group(), cost or group_bits
     found = []
     for group in measurement.groups:
-        choices = [(BF16, group.weight_elements * BF16_BITS, 0.0)]
+        choices = [(BF16, cost(group, BF16), 0.0)]
         if group.name not in apart:
             row = table[group.name]
             known = [name for name in measurement.formats if name in row]
-            choices += [(n, row[n].weight_bits, measurement.sensitivity(row[n])) for n in known]
+            choices += [(name, cost(group, name), measurement.sensitivity(row[name])) for name in known]
         choices = _undominated(choices)
         found.append(
             Options(

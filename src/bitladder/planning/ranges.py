@@ -1,7 +1,7 @@
 """What can be attained, in words: refusals name the range and what would widen it."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_CEILING, Context
 from fractions import Fraction
 
@@ -9,8 +9,9 @@ from bitladder.errors import InfeasibleTarget, PlanError
 from bitladder.formats import FORMATS, MODELOPT, get_format, least_bits
 from bitladder.planning.patterns import matching_groups
 from bitladder.planning.prediction import KlMap
+from bitladder.planning.speed import Load, SpeedModel
 from bitladder.planning.trade_off import TradeOff
-from bitladder.recipe import SchemeSpec
+from bitladder.recipe import Phase, SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
 
 
@@ -93,6 +94,39 @@ def beyond_the_kl(spec: SchemeSpec, edge: TradeOff, kl_map: KlMap) -> Infeasible
     return InfeasibleTarget(
         f"scheme {spec.name}: no group can be quantised within a predicted KL of {spec.max_kl}; attainable "
         f"{low} to {high} nats per token: raise it"
+    )
+
+
+def too_fast(
+    spec: SchemeSpec, formats: Sequence[str], fastest: Mapping[str, str], speed: SpeedModel, phase: Phase, load: Load
+) -> InfeasibleTarget:
+    """Return the refusal of more speed than the fastest format of every group gives.
+
+    Args:
+        spec: what is asked.
+        formats: that the scheme may have.
+        fastest: group -> the fastest of them.
+        speed: of the device that serves.
+        phase: that is to be fast.
+        load: at what.
+    """
+    assert spec.speed is not None
+    found = speed.predict(fastest, load).ratio(phase)
+    names = sorted(set(fastest.values()) - {BF16})
+    remedy = f"ask for at most {math.floor(found * 1000) / 1000:g}" if found > 1 else "ask for fewer bits instead"
+    return InfeasibleTarget(
+        f"scheme {spec.name}: {spec.speed.target[1]:g} times 16 bits at {phase} is more than these formats reach on "
+        f"{speed.profile.device} with {load.requests} requests of {load.prompt_tokens} + {load.output_tokens} tokens: "
+        f"{', '.join(formats)}, {BF16}: attainable up to {found:.3f} ({', '.join(names) or 'all in 16 bits'}); {remedy}"
+    )
+
+
+def fast_enough(spec: SchemeSpec, phase: Phase) -> InfeasibleTarget:
+    """Return the refusal of a speed that 16 bits have."""
+    assert spec.speed is not None
+    return InfeasibleTarget(
+        f"scheme {spec.name}: {spec.speed.target[1]:g} times 16 bits at {phase} would quantise nothing, as 16 bits are "
+        "as fast; ask for more, or for bits or coverage"
     )
 
 

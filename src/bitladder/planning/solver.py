@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.errors import PlanError
-from bitladder.planning.options import Options
+from bitladder.planning.options import Cost, Options
 from bitladder.planning.points import MAX_FRONTIER_CHOICES, Points, TooManyPoints
 from bitladder.planning.relaxation import Curve, Relaxation
 from bitladder.planning.trade_off import TradeOff
@@ -34,8 +34,8 @@ _NONE = range(0)
 class Solver(TradeOff):
     """Answers for single budgets."""
 
-    def __init__(self, measurement: Measurement, excluded: Iterable[str] = ()) -> None:
-        super().__init__(measurement, excluded)
+    def __init__(self, measurement: Measurement, excluded: Iterable[str] = (), cost: Cost | None = None) -> None:
+        super().__init__(measurement, excluded, cost)
         sizes = [len(one.bits) for one in self.options]
         self._firsts = np.concatenate(([0], np.cumsum(sizes)[:-1]))  # [groups] of the options of all groups in a row
         self._group = np.repeat(np.arange(len(sizes)), sizes)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.errors import FrontierTooLarge
-from bitladder.planning.options import options_of
+from bitladder.planning.options import Cost, options_of
 from bitladder.planning.points import MAX_FRONTIER_CHOICES, Points, TooManyPoints
 from bitladder.planning.relaxation import Relaxation
 from bitladder.records import BF16, Measurement
@@ -28,6 +28,7 @@ class TradeOff(ABC):
     Attributes:
         measurement: whose trade-off it is.
         excluded: groups that stay in bf16.
+        cost: what stands for weight bits where these are spoken of; None: they themselves.
         options: of every group, in network order.
         relaxation: of all groups.
 
@@ -35,10 +36,11 @@ class TradeOff(ABC):
         MeasurementError: see `options.check_usable`.
     """
 
-    def __init__(self, measurement: Measurement, excluded: Iterable[str] = ()) -> None:
+    def __init__(self, measurement: Measurement, excluded: Iterable[str] = (), cost: Cost | None = None) -> None:
         self.measurement = measurement
         self.excluded = frozenset(excluded)
-        self.options = options_of(measurement, self.excluded)
+        self.cost = cost
+        self.options = options_of(measurement, self.excluded, cost)
         self.relaxation = Relaxation.of(self.options)
 
     @abstractmethod

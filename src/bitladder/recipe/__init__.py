@@ -32,6 +32,7 @@ from bitladder.recipe.sections import (
     VllmSpec,
     WorkersSpec,
 )
+from bitladder.recipe.speed import LoadSpec, Phase, SpeedSpec
 
 __all__ = [
     "CONTROL_KINDS",
@@ -45,11 +46,14 @@ __all__ = [
     "ControlSpec",
     "DataSpec",
     "HeldOutSpec",
+    "LoadSpec",
     "MeasureSpec",
+    "Phase",
     "Recipe",
     "RefineSpec",
     "SampleSpec",
     "SchemeSpec",
+    "SpeedSpec",
     "VllmSpec",
     "WorkersSpec",
     "names_a_file",

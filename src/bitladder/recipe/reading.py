@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from bitladder.errors import RecipeError
 from bitladder.reading import read_bytes
+from bitladder.recipe.section import Section, shortened
 from bitladder.recipe.sections import (
     GENERATED,
     HUB_ID,
@@ -18,8 +19,6 @@ from bitladder.recipe.sections import (
     Recipe,
     RuntimesSpec,
     SchemeSpec,
-    Section,
-    shortened,
 )
 
 _PACKAGE_PREFIX = "package:"
@@ -221,6 +220,8 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     held_out = tuple(
         spec if spec.data is None else spec.model_copy(update={"data": data(spec.data)}) for spec in recipe.held_out
     )
+    if recipe.profile is not None and ("/" in recipe.profile or names_a_file(recipe.profile)):
+        recipe = recipe.model_copy(update={"profile": resolve_path(recipe.profile, base)})
     vllm = recipe.runtimes.vllm
     if vllm is not None:
         # Not resolved: the interpreter of a virtual environment is a link, and is known by the link's place.

@@ -7,8 +7,6 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, Self, get_args
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_serializer,
@@ -16,6 +14,8 @@ from pydantic import (
     model_validator,
 )
 
+from bitladder.recipe.section import Section, shortened
+from bitladder.recipe.speed import LoadSpec, SpeedSpec
 from bitladder.storage import TEMPORARY_PREFIX
 
 ControlKind = Literal["random", "inverse", "first_last", "largest", "lowest_score", "modelopt"]
@@ -66,14 +66,7 @@ _OURS = frozenset(
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_NAME = 100  # characters: it becomes a part of file names
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-
-
-def shortened(value: Any) -> str:
-    """Return what was given, in at most so many characters."""
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
 
 
 def _check_name(of: str, name: str) -> None:
@@ -88,27 +81,6 @@ def _beside_sixteen_bits(formats: Sequence[str]) -> tuple[str, ...]:
     if twice:
         raise ValueError(f"format {twice[0]} is given twice; name each once")
     return tuple(name for name in formats if name != _SIXTEEN_BITS)
-
-
-class Section(BaseModel):
-    """A frozen part of the recipe that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true, false and quoted digits where a number is wanted, and text that isn't any."""
-        kind = cls.model_fields[str(info.field_name)].annotation
-        kinds = {kind, *get_args(kind)}
-        if isinstance(value, bool) and bool not in kinds:
-            raise ValueError(f"give a value, not {str(value).lower()}")
-        if isinstance(value, str) and kinds & {int, float} and str not in kinds:
-            raise ValueError(f"give a number, not the text {shortened(value)}")
-        for text in (value, *value) if isinstance(value, list | tuple) else (value,):
-            if isinstance(text, str) and _NO_TEXT.search(text):
-                raise ValueError(f"{shortened(text)} holds a character that no name can have")
-        return value
 
 
 class ModelSpec(Section):
@@ -291,6 +263,10 @@ class SchemeSpec(Section):
     effective_bits: float | None = Field(default=None, gt=0, description="at most")
     max_predicted_score: float | None = Field(default=None, description="at most, in the measurement's unit")
     max_kl: float | None = Field(default=None, gt=0, le=100, description="at most, as predicted, in nats per token")
+    speed: SpeedSpec | None = Field(default=None, description="at least, as predicted from the recipe's `profile`")
+    prefer: Literal["bytes", "prefill", "decode"] = Field(
+        default="bytes", description="with max_kl or max_predicted_score: what is least within it, bytes or seconds"
+    )
     include: tuple[str, ...] | None = Field(default=None, description="glob patterns of groups or modules to quantise")
     exclude: tuple[str, ...] = Field(default=(), description="glob patterns of groups or modules never quantised")
     format: str | None = Field(default=None, description="with coverage or include: the only one beside bf16")
@@ -312,10 +288,12 @@ class SchemeSpec(Section):
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         _check_name("scheme", self.name)
-        ways = ("coverage", "effective_bits", "max_predicted_score", "max_kl", "include")
+        ways = ("coverage", "effective_bits", "max_predicted_score", "max_kl", "include", "speed")
         given = [way for way in ways if getattr(self, way) is not None]
         if len(given) != 1:
             raise ValueError(f"scheme {self.name}: give exactly one of {', '.join(ways)}; got {given or 'none'}")
+        if self.prefer != "bytes" and self.max_kl is None and self.max_predicted_score is None:
+            raise ValueError(f"scheme {self.name}: prefer goes with max_kl or max_predicted_score; leave it out")
         if self.formats == ():
             raise ValueError(f"scheme {self.name}: formats names none to quantise to; name one, or leave it out")
         if self.format is not None and self.formats is not None and self.format not in self.formats:
@@ -329,6 +307,11 @@ class SchemeSpec(Section):
     @classmethod
     def _each_once(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None if value is None else _beside_sixteen_bits(value)
+
+    @property
+    def by_speed(self) -> bool:
+        """Whether predicted speeds choose it."""
+        return self.speed is not None or self.prefer != "bytes"
 
     @property
     def candidates(self) -> tuple[str, ...] | None:
@@ -450,6 +433,10 @@ class Recipe(Section):
     schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
     kv_cache: Literal["none", "fp8"] = "none"
     serve_on: ServedOn | None = Field(default=None, description="whose arithmetic is scored; None: that of the device")
+    profile: str | None = Field(
+        default=None, description="a profile.json of `bitladder profile`, or the name of one that comes with Bitladder"
+    )
+    load: LoadSpec = Field(default_factory=LoadSpec, description="what speeds are predicted for")
     refine: RefineSpec = Field(default_factory=RefineSpec)
     controls: ControlSpec = Field(default_factory=ControlSpec)
     export: ExportSpec = Field(default_factory=ExportSpec)
@@ -478,7 +465,7 @@ class Recipe(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two schemes are named {twice[0]}; rename one")
-        problem = self.layout.problem(self.output, names) or self.workers.problem(self.measurement)
+        problem = self.layout.problem(self.output, names) or self.workers.problem(self.measurement) or self._slow()
         if problem is not None:
             raise ValueError(problem)
         sets = [held_out.name for held_out in self.held_out]
@@ -504,6 +491,21 @@ class Recipe(Section):
                     f"is of kind {data.kind}: give other data, or leave task out"
                 )
         return self
+
+    def _slow(self) -> str | None:
+        """Return why schemes can't be asked for by speed so, in one line, or None."""
+        by_speed = [scheme.name for scheme in self.schemes if scheme.by_speed]
+        if by_speed and self.profile is None:
+            return (
+                f"scheme {by_speed[0]} asks for speed, which a profile of the device that serves predicts; name one as "
+                "`profile` (`bitladder profile` makes it)"
+            )
+        if by_speed and self.refine.evaluations:
+            return (
+                f"scheme {by_speed[0]} asks for speed, and refining swaps groups at a scheme's bits; set "
+                "refine.evaluations: 0"
+            )
+        return None
 
     def scheme_specs(self) -> tuple[SchemeSpec, ...]:
         """Return the schemes with what they leave to the recipe filled in."""

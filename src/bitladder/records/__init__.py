@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         Stage,
         Throughput,
     )
+    from bitladder.records.profile import EngineSettings, Profile, SearchedShape, TimedCell, TimedLayer, TimedLoad
     from bitladder.records.scheme import Control, KlPoint, KlPoints, Refinement, Refinements, Scheme, SimulatedKls
 else:
     __getattr__ = given_by(
@@ -131,6 +132,7 @@ else:
                 "Stage",
                 "Throughput",
             ),
+            "profile": ("EngineSettings", "Profile", "SearchedShape", "TimedCell", "TimedLayer", "TimedLoad"),
             "scheme": (
                 "Control",
                 "KlPoint",
@@ -159,6 +161,7 @@ __all__ = [
     "ControlArm",
     "Counted",
     "DataSummary",
+    "EngineSettings",
     "ErrorClass",
     "EvalResult",
     "Evaluation",
@@ -180,6 +183,7 @@ __all__ = [
     "ProbeFinding",
     "ProbeResult",
     "ProbedLayer",
+    "Profile",
     "QuantGroup",
     "QuantModule",
     "Record",
@@ -190,6 +194,7 @@ __all__ = [
     "RunInfo",
     "RunState",
     "Scheme",
+    "SearchedShape",
     "ServedAnswer",
     "ServedMemory",
     "ServedTask",
@@ -197,6 +202,9 @@ __all__ = [
     "Stage",
     "TaskSummary",
     "Throughput",
+    "TimedCell",
+    "TimedLayer",
+    "TimedLoad",
     "UntouchedModule",
     "Verification",
     "digest_of",

@@ -64,6 +64,14 @@ class QuantGroup(Part):
     modules: tuple[QuantModule, ...]
     weight_elements: int = Field(gt=0)
 
+    @property
+    def fused_shape(self) -> tuple[int, int] | None:
+        """[out_features, in_features] of the one layer that a runtime makes of its modules; None: not known."""
+        shapes = [module.shape for module in self.modules if module.shape is not None]
+        if len(shapes) < len(self.modules):
+            return None
+        return sum(rows for rows, _ in shapes), shapes[0][1]
+
     def bits_saved(self, candidate: "Candidate") -> int:
         """Return how many bits one of the group's candidates saves against 16."""
         return self.weight_elements * BF16_BITS - candidate.weight_bits

@@ -7,6 +7,7 @@ from typing import Any
 from bitladder.errors import StaleRecord
 from bitladder.planning.controls import modelopt_agrees
 from bitladder.planning.ranges import at_the_floor
+from bitladder.planning.speed import SpeedModel
 from bitladder.planning.uncertainty import flips
 from bitladder.records import (
     BF16,
@@ -27,6 +28,7 @@ from bitladder.report.damage import damage_of
 from bitladder.report.frontier import frontier_of
 from bitladder.report.groups import edge_of, format_counts, positions_of, reported_groups
 from bitladder.report.quality import below_floor, comparisons_of, control_comparisons_of, prediction_of, reported_arm
+from bitladder.report.speeds import speeds_of
 from bitladder.report.types import (
     Environment,
     NotSearched,
@@ -54,6 +56,7 @@ def build_report(
     probes: Sequence[ProbeResult] = (),
     evidence: Evidence | None = None,
     refinements: Refinements | None = None,
+    speed: SpeedModel | None = None,
 ) -> Report:
     """Return the report of one run; steps that haven't run are left out of the arguments.
 
@@ -68,6 +71,7 @@ def build_report(
         probes: what the runtimes do with those checkpoints.
         evidence: the control arms of the schemes.
         refinements: of the schemes, where they were refined.
+        speed: predicts speeds on the device that serves.
 
     Raises:
         StaleRecord: a record belongs to another measurement, scheme or checkpoint than the ones given.
@@ -132,6 +136,7 @@ def build_report(
         modelopt_agrees=tuple(s.name for s in ladder if arms and modelopt_agrees(measurement, s)),
         prediction=prediction,
         frontier=frontier_of(measurement, prediction),
+        speeds=None if speed is None else speeds_of(measurement, ladder, speed),
         not_searched=_not_searched(measurement),
         settings=_plain(recipe),
         environments=_environments(measurement, ladder, evaluations),

@@ -24,6 +24,7 @@ from bitladder.report.sentences import (
     unsettled_lines,
     worth_lines,
 )
+from bitladder.report.speeds import speed_lines, speed_tables
 from bitladder.report.tables import (
     controls,
     evaluation_table,
@@ -91,6 +92,8 @@ def page_context(report: Report) -> dict[str, Any]:
         "prediction": prediction_table(report, ladder),
         "worth_lines": [*worth_lines(report), *unsettled_lines(report), *refinement_lines(report)],
         "flips_often": percent(FLIPS_OFTEN, 0),
+        "speed_tables": speed_tables(report),
+        "speed_lines": speed_lines(report),
         "runtimes": runtimes(report),
         "runtime_lines": runtime_lines(report),
         "settings": Markdown(settings),

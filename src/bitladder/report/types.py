@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from bitladder.recipe import Phase
 from bitladder.records import (
     DataSummary,
     EvalResult,
@@ -276,6 +277,47 @@ class ReportedProbe(Part):
     tasks: tuple[ServedTask, ...] = Field(default=(), description="its answers to tasks, beside the original's")
 
 
+class PredictedSpeed(Part):
+    """How fast one scheme is served, as a profile predicts it."""
+
+    scheme: str
+    prefill: float = Field(description="tokens of prompts per second")
+    decode: float = Field(description="tokens of answers per second")
+    prefill_ratio: float = Field(description="times 16 bits")
+    decode_ratio: float = Field(description="times 16 bits")
+
+    @property
+    def ratios(self) -> dict[Phase, float]:
+        """Times 16 bits, by phase."""
+        return {"prefill": self.prefill_ratio, "decode": self.decode_ratio}
+
+
+class SpeedPoint(Part):
+    """The least predicted damage that is so fast: a point of the frontier of damage against speed."""
+
+    phase: Phase
+    ratio: float = Field(description="times 16 bits")
+    predicted_score: float
+    effective_bits: float
+
+
+class Speeds(Part):
+    """Speeds of all schemes on the device that serves, as its profile predicts them."""
+
+    device: str
+    runtime: str
+    version: str
+    compiled: bool = Field(description="with torch.compile")
+    requests: int = Field(description="given at once")
+    prompt_tokens: int
+    output_tokens: int
+    original_prefill: float = Field(description="tokens per second in 16 bits")
+    original_decode: float = Field(description="tokens per second in 16 bits")
+    schemes: tuple[PredictedSpeed, ...]
+    unknown: dict[str, str] = Field(description="scheme -> why there is no prediction")
+    frontier: tuple[SpeedPoint, ...] = Field(description="from the least damage on, phase by phase")
+
+
 class Environment(Part):
     """Where some of the steps ran."""
 
@@ -331,6 +373,7 @@ class Report(Record):
     )
     prediction: Prediction | None = Field(description="None: too few measured points")
     frontier: PlannedFrontier | None = Field(default=None, description="None: made by an earlier version")
+    speeds: Speeds | None = Field(default=None, description="None: the recipe names no profile")
     not_searched: tuple[NotSearched, ...]
     settings: dict[str, Any] = Field(description="the recipe with every default")
     environments: tuple[Environment, ...]

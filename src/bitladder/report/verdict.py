@@ -10,6 +10,7 @@ from bitladder.planning.controls import RANDOM_FIRST
 from bitladder.records import BF16, KL, Throughput
 from bitladder.report.damage import NEARLY_LOSSLESS_KL
 from bitladder.report.numbers import kl_in_words, runtime_name
+from bitladder.report.speeds import fastest
 from bitladder.report.types import WITHIN_NOISE_ERRORS, Decision
 
 if TYPE_CHECKING:  # a report holds its verdict
@@ -170,14 +171,17 @@ def _does_less(mix: ReportedScheme, other: ReportedScheme) -> bool:
 
 
 def _speed(report: Report, usable: Sequence[ReportedScheme]) -> list[str]:
-    """Return which scheme was served fastest, and its tokens per second over the original's; [] where none was timed.
+    """Return which scheme was served fastest, and its tokens per second over the original's.
+
+    Where none was timed, which is predicted to be; [] where there is no profile either.
 
     The fastest has the largest geometric mean of the ratios of its phases.
     """
     names = {scheme.name for scheme in usable}
     timed = [probe for probe in report.probes if probe.scheme in names and _ratios(probe)]
     if not timed:
-        return []
+        known = [one for one in report.speeds.schemes if one.scheme in names] if report.speeds else []
+        return [fastest(known, report.speeds.device)] if report.speeds and known else []
     best = max(timed, key=lambda probe: math.prod(_ratios(probe)) ** (1 / len(_ratios(probe))))
     shown = " and ".join(f"{r:.2f} times at {s.phase}" for r, s in zip(_ratios(best), _rated(best), strict=True))
     device = f" on {best.device}" if best.device else ""

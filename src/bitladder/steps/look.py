@@ -26,7 +26,8 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
 
     Raises:
         BitladderError: a format or device that isn't there, a model that can't be searched, a pattern that matches
-            nothing of it, data that can't be used, no runtime in the environment that is named.
+            nothing of it, speeds that can't be had, data that can't be used, no runtime in the environment that is
+            named.
     """
     recipe = work.recipe
     for name in recipe.measurement.formats:
@@ -42,6 +43,10 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
         patterns = (*(scheme.include or ()), *scheme.exclude)
         if patterns:
             planning.matching_groups(work.target, scheme.name, patterns)
+    if recipe.profile is not None:
+        speed = work.speed_model(work.target.groups)
+        assert speed is not None
+        planning.refuse_too_fast(recipe.schemes, recipe.measurement.formats, work.target, speed)
     for spec in recipe.calibration:
         check_asked_length(work, spec.sequence_length, spec.data)
     for one in recipe.held_out if held_out else ():

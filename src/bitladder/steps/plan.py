@@ -25,7 +25,8 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
         kl_map = fitted_kl_map(work)
     with meter.phase("plan"):
         measurement = work.measurement()
-        schemes = planning.plan_all(measurement, work.recipe.scheme_specs(), kl_map)
+        speed = work.speed_model(measurement.groups)
+        schemes = planning.plan_all(measurement, work.recipe.scheme_specs(), kl_map, speed)
         if any(scheme.kv_cache_format for scheme in schemes) and measurement.amax_sha256 is not None:
             from bitladder.measured import kv_amax, read_amax
 
@@ -34,7 +35,7 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
         from bitladder.steps.refine import refine_schemes
 
         schemes = refine_schemes(work, schemes)
-    schemes = planning.remarked(measurement, schemes)
+    schemes = planning.remarked(measurement, schemes, speed)
     for scheme in schemes:
         check_carrier(scheme, work.recipe.export.carrier)
     changed = []

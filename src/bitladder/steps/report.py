@@ -35,6 +35,7 @@ def make_report(work: Workspace) -> report.Report:
         probes=known.probed(work, manifests),
         evidence=known.evidence_of(work, measurement, schemes),
         refinements=known.refined(work),
+        speed=work.speed_model(measurement.groups),
     )
     report.write_report(result, work.output)
     work.place_report()

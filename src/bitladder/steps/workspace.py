@@ -24,6 +24,7 @@ from bitladder.records import (
     Measurement,
     ModelSource,
     PhaseCost,
+    QuantGroup,
     Record,
     RunState,
     Scheme,
@@ -35,6 +36,7 @@ from bitladder.storage import TEMPORARY_PREFIX, atomic_write, explain_os_errors,
 if TYPE_CHECKING:
     from bitladder.data.batches import DataSet
     from bitladder.models.target import Target
+    from bitladder.planning.speed import SpeedModel
 
 SIMULATED_FILE = "simulated.json"
 KL_POINTS_FILE = "kl_points.json"
@@ -86,6 +88,11 @@ def fetch_model(path: str, revision: str | None) -> Path:
     except Exception as error:  # the hub's client raises its own and the network's errors
         reason = reason_of(error)
         raise ModelError(f"model {path} can't be fetched from the Hub ({reason}); name a local directory") from error
+
+
+def local_model(model: str, revision: str | None) -> Path:
+    """Return the directory of a model that a command names: a path as it is written, or a Hub id."""
+    return fetch_model(local_or_hub(model), revision)
 
 
 @dataclass
@@ -294,6 +301,20 @@ class Workspace:
                 f"({measurement.model.path}) than {source.path} has now; measure again"
             )
         return measurement
+
+    def speed_model(self, groups: Sequence[QuantGroup]) -> "SpeedModel | None":
+        """Return what predicts speeds of schemes of these groups; None: the recipe names no profile.
+
+        Raises:
+            RecordError: there is no such profile. PlanError: it is of another model.
+        """
+        if self.recipe.profile is None:
+            return None
+        from bitladder.planning.shipped import profile_named
+        from bitladder.planning.speed import Load, SpeedModel
+
+        load = Load(**self.recipe.load.model_dump())
+        return SpeedModel(profile_named(self.recipe.profile), groups, load)
 
     def schemes(self) -> tuple[Scheme, ...]:
         """Return the recipe's schemes as planned.

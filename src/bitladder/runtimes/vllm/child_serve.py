@@ -346,7 +346,7 @@ def _plain_tokens(llm: Any) -> list[int]:
 def timings(llm: Any, speed: Facts) -> Facts:
     """Return the seconds of each repetition: with one token of output a request, and with `output_tokens`.
 
-    Every request is `prompt_tokens` random tokens; all are given at once. One repetition goes before, untimed.
+    Every request is `prompt_tokens` random tokens; all are given at once. `untimed` repetitions go before, usually one.
     """
     import vllm
 
@@ -363,8 +363,9 @@ def timings(llm: Any, speed: Facts) -> Facts:
             raise RuntimeError(f"asked for {output_tokens} tokens a request, vLLM made {sorted(made)}")
         return taken
 
-    rounds = [(seconds(1), seconds(speed["output_tokens"])) for _ in range(1 + speed["repeats"])]
-    return {"one_token": [one for one, _ in rounds[1:]], "all_tokens": [many for _, many in rounds[1:]]}
+    untimed = speed.get("untimed", 1)
+    rounds = [(seconds(1), seconds(speed["output_tokens"])) for _ in range(untimed + speed["repeats"])][untimed:]
+    return {"one_token": [one for one, _ in rounds], "all_tokens": [many for _, many in rounds]}
 
 
 def serve(job: Facts, report: Report) -> None:

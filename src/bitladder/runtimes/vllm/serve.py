@@ -78,25 +78,31 @@ def check_checkpoint(directory: Path) -> None:
         raise ModelError(f"{directory} holds no checkpoint (no config.json); export it first, or name another one")
 
 
+def most_tokens(directory: Path) -> int | None:
+    """Return how many tokens a model's configuration says that it holds; None: it says nothing, or isn't JSON."""
+    try:
+        config = read_json(directory / "config.json")
+    except ValueError:
+        return None  # vLLM says what is wrong with the file
+    most = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+    return None if most is None else int(most)
+
+
 def _context(directory: Path, needed: int) -> int:
     """Return the tokens that a prompt and its answer may have together.
 
     Raises:
         ModelError: the model can't hold what the job needs.
     """
-    path = directory / "config.json"
-    try:
-        config = read_json(path)
-    except ValueError:
-        return max(MAX_TOKENS_IN_CONTEXT, needed)  # vLLM says what is wrong with the file
-    most = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+    most = most_tokens(directory)
     if most is None:
         return max(MAX_TOKENS_IN_CONTEXT, needed)
     if needed > most:
         raise ModelError(
-            f"{path}: the model holds {most} tokens, the job needs {needed}; ask for shorter sequences or fewer tokens"
+            f"{directory / 'config.json'}: the model holds {most} tokens, the job needs {needed}; ask for shorter "
+            "sequences or fewer tokens"
         )
-    return min(int(most), max(MAX_TOKENS_IN_CONTEXT, needed))
+    return min(most, max(MAX_TOKENS_IN_CONTEXT, needed))
 
 
 def _modules(directory: Path) -> list[str]:
