@@ -8,7 +8,6 @@ import pytest
 
 import bitladder
 from bitladder import cli
-from bitladder.device import has_amx
 from bitladder.errors import ProbeFailed, RecipeError
 from bitladder.models.target import find_target
 from bitladder.planning.speed import Load, SpeedModel
@@ -60,7 +59,7 @@ def test_every_fused_layer_is_timed_in_every_format_that_it_can_have(taken):
 @pytest.mark.slow
 def test_the_kernels_are_those_that_vllm_chooses_here(taken):
     own = {one.format: one.kernel for one in taken.layers}
-    generation = "cpu_amx" if has_amx() else "cpu"
+    generation = "cpu"
     for name in ("fp8", "int8"):
         cell = kernels.KERNELS["0.32.0"][name].cells[generation]
         assert own[name].startswith(cell.kernel), name

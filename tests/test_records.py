@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
@@ -337,7 +337,11 @@ def test_every_field_is_documented_in_the_section_of_its_class(kind: type[Part])
 @pytest.mark.parametrize("kind", [*types_of(records), *types_of(types)], ids=lambda kind: kind.__name__)
 def test_whether_a_field_may_be_null_is_documented(kind: type[Part]) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section_of(kind.__name__), re.M))
-    nullable = {name for name, field in kind.model_fields.items() if "None" in str(field.annotation)}
+    nullable = {
+        name
+        for name, field in kind.model_fields.items()
+        if "None" in str(field.annotation) or type(None) in get_args(field.annotation)
+    }
     assert {name for name, type_ in rows.items() if "or null" in type_} == nullable
 
 

@@ -12,7 +12,6 @@ from bitladder import planning
 from bitladder.checkpoints.export import export
 from bitladder.data.processors import load_processor
 from bitladder.data.samples import load_data
-from bitladder.device import has_amx
 from bitladder.evaluation import logprobs
 from bitladder.formats import COMPRESSED_TENSORS, FORMATS, MODELOPT, get_format
 from bitladder.formats.targets import served as computed
@@ -25,8 +24,8 @@ from bitladder.runtimes.vllm.job import ServeJob
 from bitladder.runtimes.vllm.rules import VllmRules
 from bitladder.runtimes.vllm.serve import serve_all
 
-# our evaluation, in the arithmetic of this machine, on which vLLM runs
-log_probs = partial(logprobs.log_probs, arithmetic=computed(FORMATS, target_of(None, amx=has_amx())))
+# our evaluation, in the arithmetic of a CPU, on which vLLM runs
+log_probs = partial(logprobs.log_probs, arithmetic=computed(FORMATS, target_of(None)))
 KINDS = {
     MODELOPT: ("fp8", "nvfp4", "fp8_pc_pt", "nvfp4_w4a16", BF16),
     COMPRESSED_TENSORS: ("int4_w4a16_asym_g64", "int8", "fp8", "int4_w4a16", BF16),
@@ -35,9 +34,7 @@ ALIKE = "damaged {}"
 PACKED = {"CPUWNA16LinearKernel", "EmulationWNA16LinearKernel"}  # with AVX-512, and without
 KERNELS = {
     BF16: {None},
-    # with AMX the first two
-    "fp8": {"CPUFP8W8A8ScaledMMLinearKernel", "CPUFp8PerTensorScaledMMLinearKernel"}
-    | {"PerTensorTorchFP8ScaledMMLinearKernel"},
+    "fp8": {"CPUFP8W8A8ScaledMMLinearKernel", "PerTensorTorchFP8ScaledMMLinearKernel"},
     "fp8_pc_pt": {"CPUFP8W8A8ScaledMMLinearKernel", "ChannelWiseTorchFP8ScaledMMLinearKernel"},
     "nvfp4": {"EmulationNvFp4LinearKernel"},
     "nvfp4_w4a16": {"EmulationNvFp4W4A16LinearKernel"},

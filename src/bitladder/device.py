@@ -51,11 +51,6 @@ def capability(device: str) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
-def has_amx() -> bool:
-    """Return whether this machine's CPU multiplies tiles (AMX)."""
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     """Return the arithmetic to score in: float32 on a CPU, bfloat16 on a GPU, unless the recipe says otherwise."""
     if dtype == "auto":

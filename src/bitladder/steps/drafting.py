@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from bitladder.data.files import check_file, is_conversation, jsonl_rows, parsed_turns
-from bitladder.device import capability, has_amx, resolve_device
+from bitladder.device import capability, resolve_device
 from bitladder.errors import DataError, RecipeError
 from bitladder.formats import group_bits, why_not
 from bitladder.formats.targets import TARGETS, target_of
@@ -44,7 +44,7 @@ def draft(model: str, *, data: Path | None = None, serve_on: str | None = None) 
     calibration = _data(data)
     directory = fetch_model(path, None)
     target, device = find_target(directory, _FORMATS), resolve_device("auto")
-    served = serve_on or target_of(capability(device), amx=has_amx())
+    served = serve_on or target_of(capability(device))
     formats = [name for name in _FORMATS if _fits(target, name) and name not in TARGETS[served].unsupported]
     samples, length, batch = _SIZES[device]
     length = min(length, most_positions(load_config(directory)) or length)

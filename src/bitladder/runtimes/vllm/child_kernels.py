@@ -4,6 +4,9 @@ FP4 layers run by vLLM's own emulation, in values that are rounded as its GPU ke
 weights are restored by its own function. Packed integers run without AVX-512. MXFP8 and square blocks can be loaded.
 FP8 weights can be quantised anew, which vLLM does while loading. On other devices nothing changes.
 
+vLLM is told that there is no AMX: its kernels for it (0.32.0) stop at FP8 layers with a bias, and where a machine has AMX
+but a sandbox around a process doesn't grant it, those for packed integers end the process. So CPUs do alike.
+
 Source: vllm 0.32.0, model_executor/kernels/linear/nvfp4/emulation.py, and __init__.py (init_nvfp4_linear_kernel).
 """
 
@@ -18,6 +21,7 @@ import torch
 _BLOCK = 16
 _ASKED, _ASKED_MX = "init_nvfp4_linear_kernel", "init_mxfp8_linear_kernel"  # what layers' classes ask for a kernel
 _MIDDLE = 8  # a four-bit code c without zero points stands for c - 8 (vllm/scalar_type.py, uint4b8)
+torch.cpu._is_amx_tile_supported = lambda: False  # what vLLM asks, everywhere
 # Where compressed-tensors checkpoints get their MXFP8 kernel from.
 _CARRIED_MXFP8 = "vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_mxfp8"
 
