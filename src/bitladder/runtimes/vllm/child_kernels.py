@@ -4,8 +4,8 @@ FP4 layers run by vLLM's own emulation, in values that are rounded as its GPU ke
 weights are restored by its own function. Packed integers run without AVX-512. MXFP8 and square blocks can be loaded.
 FP8 weights can be quantised anew, which vLLM does while loading. On other devices nothing changes.
 
-vLLM is told that there is no AMX: its kernels for it (0.32.0) stop at FP8 layers with a bias, and where a machine has AMX
-but a sandbox around a process doesn't grant it, those for packed integers end the process. So CPUs do alike.
+vLLM is told that there is no AMX: its kernels for it (0.32.0) stop at FP8 layers with a bias, and where a machine has
+AMX that a sandbox doesn't grant, those for packed integers end the process. So CPUs do alike.
 
 Source: vllm 0.32.0, model_executor/kernels/linear/nvfp4/emulation.py, and __init__.py (init_nvfp4_linear_kernel).
 """
