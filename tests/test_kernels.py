@@ -46,6 +46,18 @@ def test_the_table_has_the_kernels_that_vllm_chooses(chosen, capability):
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("told", "fp8", "fp8_block"),
+    [("alone", "cpu_amx", "cpu_amx"), ("disabled", "cpu", "cpu_amx"), ("probed", "cpu", "cpu")],
+)
+def test_a_cpu_with_amx_is_probed_as_one_without(chosen, told, fp8, fp8_block):
+    found, rows = chosen["amx"][told], KERNELS[VllmRules.version]
+    assert short(found["fp8"]) == rows["fp8"].cells[fp8].kernel
+    assert found["fp8_block"] is None or short(found["fp8_block"]) == rows["fp8_block"].cells[fp8_block].kernel
+    assert (found["fp8_block"] is None) == (fp8_block == "cpu")
+
+
+@pytest.mark.timeout(400)
 def test_the_classes_ask_for_the_capability_that_the_rules_say(chosen):
     least = chosen["least"]
     for row in VllmRules.CARRIED.values():

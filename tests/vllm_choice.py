@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import vllm._custom_ops  # noqa: F401
+import vllm._custom_ops as operations
 import vllm.model_executor.kernels.linear as linear
 import vllm.model_executor.layers.quantization.utils.quant_utils as keys
 import vllm.utils.deep_gemm as deep_gemm
@@ -143,11 +143,29 @@ def least() -> dict[str, int]:
     }
 
 
-def requantised() -> dict[str, bool | None]:
-    """Return whether FP8 codes stay as they are where vLLM quantises a fused layer anew on a CPU; None: it stops."""
+def child_kernels() -> Any:
+    """Return the child scripts' module, loaded as they load it."""
     spec: Any = importlib.util.spec_from_file_location("child_kernels", KERNELS)
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
+    return kernels
+
+
+def with_amx() -> dict[str, dict[str, str | None]]:
+    """Return the choice on a CPU whose AMX has no FP8: vLLM's, without the kernel that stops, in the child scripts."""
+    torch.cpu._is_amx_tile_supported = lambda: True
+    operations._supports_cpu_fp8_w8a16, operations.cpu_has_amx_fp8 = True, lambda: False
+    found = {"alone": choice()}
+    os.environ["VLLM_DISABLED_KERNELS"] = "CPUFp8PerTensorScaledMMLinearKernel"
+    found["disabled"] = choice()
+    del os.environ["VLLM_DISABLED_KERNELS"]
+    child_kernels()
+    return {**found, "probed": choice()}
+
+
+def requantised() -> dict[str, bool | None]:
+    """Return whether FP8 codes stay as they are where vLLM quantises a fused layer anew on a CPU; None: it stops."""
+    kernels = child_kernels()
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     codes = codes[codes.float().isfinite()].reshape(2, -1)
     found: dict[str, bool | None] = {}
@@ -173,6 +191,10 @@ def main() -> None:
                 print(json.dumps({str(capability): choice()}), flush=True)
                 os._exit(0)
             os.wait()
+        if os.fork() == 0:
+            print(json.dumps({"amx": with_amx()}), flush=True)
+            os._exit(0)
+        os.wait()
         print(json.dumps({"cpu": choice(), "least": least(), "requantised": requantised()}))
 
 
