@@ -5,7 +5,8 @@ weights are restored by its own function. Packed integers run without AVX-512. M
 FP8 weights can be quantised anew, which vLLM does while loading. On other devices nothing changes.
 
 vLLM is told that there is no AMX: its kernels for it (0.32.0) stop at FP8 layers with a bias, and where a machine has
-AMX that a sandbox doesn't grant, those for packed integers end the process. So CPUs do alike.
+AMX that a sandbox doesn't grant, those for packed integers end the process. So CPUs do alike. FP8 products aren't left
+to oneDNN, which torch (2.13) asks where a CPU has AMX: unless that has FP8, it multiplies number by number.
 
 Source: vllm 0.32.0, model_executor/kernels/linear/nvfp4/emulation.py, and __init__.py (init_nvfp4_linear_kernel).
 """
@@ -22,6 +23,7 @@ _BLOCK = 16
 _ASKED, _ASKED_MX = "init_nvfp4_linear_kernel", "init_mxfp8_linear_kernel"  # what layers' classes ask for a kernel
 _MIDDLE = 8  # a four-bit code c without zero points stands for c - 8 (vllm/scalar_type.py, uint4b8)
 torch.cpu._is_amx_tile_supported = lambda: False  # what vLLM asks, everywhere
+_scaled_mm = torch._scaled_mm
 # Where compressed-tensors checkpoints get their MXFP8 kernel from.
 _CARRIED_MXFP8 = "vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_mxfp8"
 
@@ -34,6 +36,7 @@ def emulating() -> Iterator[None]:
     if not current_platform.is_cpu():
         yield
         return
+    torch._scaled_mm = _without_onednn  # for good: layers multiply after they were made
     from vllm.model_executor.layers.quantization import modelopt
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a4_nvfp4
 
@@ -49,6 +52,16 @@ def _in_place(owners: Iterable[Any], name: str, other: Any) -> Iterator[None]:
         for owner in owners:
             stack.enter_context(mock.patch.object(owner, name, other))
         yield
+
+
+def _without_onednn(*given: Any, **named: Any) -> torch.Tensor:
+    """Return the product of FP8 matrices as torch multiplies them on a CPU without AMX."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return _scaled_mm(*given, **named)
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def _kernel(use_a16: bool = False) -> Any:
