@@ -70,14 +70,12 @@ def read_modules(path: Path) -> tuple[RoundedModule, ...]:
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """Codes of a module in a format, `{part: tensor on the CPU}`, and what they do (`RoundedModule`)."""
+    """Codes of a module in a format, `{part: tensor on the CPU}`, and what they do, as `RoundedModule` names it."""
 
     module: str
     format: str
     parts: dict[str, torch.Tensor]
-    largest_shift: float
-    output_error: float
-    nearest_output_error: float
+    figures: dict[str, float]
 
 
 def _round_layers(
@@ -207,9 +205,11 @@ def _of_group(
             module=module.name,
             format=format_.name,
             parts={name: part.cpu().contiguous() for name, part in columns.parts(own.values, own.scales).items()},
-            largest_shift=float(own.largest_shift(weight).amax()),
-            output_error=output_error(weight, own.values, product),
-            nearest_output_error=output_error(weight, nearest, product),
+            figures={
+                "largest_shift": float(own.largest_shift(weight).amax()),
+                "output_error": output_error(weight, own.values, product),
+                "nearest_output_error": output_error(weight, nearest, product),
+            },
         )
 
 
@@ -228,9 +228,7 @@ def _write(path: Path, made: list[_Made]) -> None:
                 format=one.format,
                 codes_sha256=digests.pop(WEIGHT),
                 scales_sha256=digests,
-                largest_shift=one.largest_shift,
-                output_error=one.output_error,
-                nearest_output_error=one.nearest_output_error,
+                **one.figures,
             )
         )
     with atomic_path(path) as temporary:
