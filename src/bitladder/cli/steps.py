@@ -1,6 +1,5 @@
 """The steps of a recipe as commands."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 DEMO = "package:demo/recipe.yaml"
 _PERCENT = 100
-_TAKE = re.compile(r"[Tt]ake `([^`]+)`")  # how a verdict names the scheme that it advises
 
 
 @app.command()
@@ -78,10 +76,9 @@ def _run_all(recipe: Path, output: Path | None) -> None:
 
 def _say_next(work: "Run", result: "Report") -> None:
     """Say what to do with the scheme that the verdict advises."""
-    taken = _TAKE.search(result.verdict)
-    if taken is None:
+    if result.decision.take is None:
         return
-    directory = work.checkpoint(taken[1])
+    directory = work.checkpoint(result.decision.take)
     if work.recipe.runtimes.vllm is None:
         say(f"Next, whether vLLM takes it: bitladder probe {directory} --python .venv-vllm/bin/python --stage generate")
     say(f"Serve it: vllm serve {directory}")
