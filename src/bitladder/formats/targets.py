@@ -58,15 +58,13 @@ def served(formats: Iterable[str], target: str) -> dict[str, Arithmetic]:
     return {name: known[name] for name in formats if name in known}
 
 
-def target_of(capability: tuple[int, int] | None, *, amx: bool = False) -> str:
+def target_of(capability: tuple[int, int] | None) -> str:
     """Return the target that a device of this compute capability is.
 
     Args:
-        capability: of a GPU; None: a CPU.
-        amx: whether that has AMX, if it is the one that serves. One that measures says nothing of what will: it is
-            taken for one that computes as files are stored.
+        capability: of a GPU; None: a CPU, taken for one that computes as files are stored, with AMX or without.
     """
     if capability is None:
-        return "cpu_amx" if amx else "cpu"
+        return "cpu"
     known = [name for name, one in TARGETS.items() if one.capability is not None and one.capability <= capability]
     return known[-1] if known else "ampere"
