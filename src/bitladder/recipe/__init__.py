@@ -12,6 +12,7 @@ from bitladder.recipe.reading import (
     resolve_path,
     with_absolute_paths,
 )
+from bitladder.recipe.schemes import SchemeSpec
 from bitladder.recipe.sections import (
     CONTROL_KINDS,
     DEFAULT_SPLIT,
@@ -28,7 +29,6 @@ from bitladder.recipe.sections import (
     Recipe,
     RefineSpec,
     SampleSpec,
-    SchemeSpec,
     VllmSpec,
     WorkersSpec,
 )

@@ -14,8 +14,10 @@ from pydantic import (
     model_validator,
 )
 
-from bitladder.recipe.section import Section, shortened
-from bitladder.recipe.speed import LoadSpec, SpeedSpec
+from bitladder.reading import twice
+from bitladder.recipe.schemes import SchemeSpec
+from bitladder.recipe.section import SIXTEEN_BITS, Section, beside_sixteen_bits, check_name, shortened
+from bitladder.recipe.speed import LoadSpec
 from bitladder.storage import TEMPORARY_PREFIX
 
 ControlKind = Literal["random", "inverse", "first_last", "largest", "lowest_score", "modelopt"]
@@ -35,9 +37,6 @@ _ONLY_FOR = {  # keys of data that only some kinds look at
 }
 SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name goes
 DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
-_SIXTEEN_BITS = "bf16"  # among formats it says nothing: every group may keep its 16 bits
-_PERCENT = 100
-_MAX_SHOWN = 100  # characters of a wrong value that an error repeats
 # What lies in the output directory itself: a layout that names one of these would overwrite it.
 _OURS = frozenset(
     [
@@ -64,23 +63,7 @@ _OURS = frozenset(
     ]
 )
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_MOST_NAME = 100  # characters: it becomes a part of file names
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-
-
-def _check_name(of: str, name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{of} name {shortened(name)}: use letters, digits, '.', '_' and '-'")
-    if len(name) > _MOST_NAME:
-        raise ValueError(f"{of} name {shortened(name)} has {len(name)} characters; use at most {_MOST_NAME}")
-
-
-def _beside_sixteen_bits(formats: Sequence[str]) -> tuple[str, ...]:
-    twice = sorted({name for name in formats if formats.count(name) > 1})
-    if twice:
-        raise ValueError(f"format {twice[0]} is given twice; name each once")
-    return tuple(name for name in formats if name != _SIXTEEN_BITS)
 
 
 class ModelSpec(Section):
@@ -155,7 +138,7 @@ class HeldOutSpec(Section):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
-        _check_name("held-out set", self.name)
+        check_name("held-out set", self.name)
         return self
 
 
@@ -168,9 +151,9 @@ class TasksSpec(Section):
     @field_validator("names")
     @classmethod
     def _each_once(cls, value: tuple[TaskName, ...]) -> tuple[TaskName, ...]:
-        twice = sorted({name for name in value if value.count(name) > 1})
-        if twice:
-            raise ValueError(f"task {twice[0]} is given twice; name each once")
+        again = twice(value)
+        if again:
+            raise ValueError(f"task {again[0]} is given twice; name each once")
         return value
 
 
@@ -210,9 +193,9 @@ class MeasureSpec(Section):
     @field_validator("formats")
     @classmethod
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        found = _beside_sixteen_bits(value)
+        found = beside_sixteen_bits(value)
         if not found:
-            raise ValueError(f"names no format beside {_SIXTEEN_BITS}, which is always there; name one")
+            raise ValueError(f"names no format beside {SIXTEEN_BITS}, which is always there; name one")
         return found
 
     @field_validator("device")
@@ -253,70 +236,6 @@ class WorkersSpec(Section):
         if self.count and ":" in measurement.device:
             return f"measurement.device: {measurement.device} names one GPU, workers take one each; use device: cuda"
         return None
-
-
-class SchemeSpec(Section):
-    """One scheme of the ladder, asked for in exactly one way."""
-
-    name: str
-    coverage: float | None = Field(default=None, gt=0, le=1, description="share of the searched weights, at most")
-    effective_bits: float | None = Field(default=None, gt=0, description="at most")
-    max_predicted_score: float | None = Field(default=None, description="at most, in the measurement's unit")
-    max_kl: float | None = Field(default=None, gt=0, le=100, description="at most, as predicted, in nats per token")
-    speed: SpeedSpec | None = Field(default=None, description="at least, as predicted from the recipe's `profile`")
-    prefer: Literal["bytes", "prefill", "decode"] = Field(
-        default="bytes", description="with max_kl or max_predicted_score: what is least within it, bytes or seconds"
-    )
-    include: tuple[str, ...] | None = Field(default=None, description="glob patterns of groups or modules to quantise")
-    exclude: tuple[str, ...] = Field(default=(), description="glob patterns of groups or modules never quantised")
-    format: str | None = Field(default=None, description="with coverage or include: the only one beside bf16")
-    formats: tuple[str, ...] | None = Field(
-        default=None, description="candidates beside bf16, of those measured; None: all, or `format` alone"
-    )
-    image_weight: float = Field(
-        default=1.0, ge=0, description="weight of image-token positions in the predicted score; text positions have 1"
-    )
-    kv_cache: Literal["none", "fp8"] | None = Field(default=None, description="None: the recipe's")
-
-    @field_validator("coverage", mode="before")
-    @classmethod
-    def _a_share(cls, value: Any) -> Any:
-        if isinstance(value, int | float) and 2 < value <= _PERCENT:
-            raise ValueError(f"a share of the weights, at most 1; got {value}: did you mean {value / _PERCENT:g}?")
-        return value
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        _check_name("scheme", self.name)
-        ways = ("coverage", "effective_bits", "max_predicted_score", "max_kl", "include", "speed")
-        given = [way for way in ways if getattr(self, way) is not None]
-        if len(given) != 1:
-            raise ValueError(f"scheme {self.name}: give exactly one of {', '.join(ways)}; got {given or 'none'}")
-        if self.prefer != "bytes" and self.max_kl is None and self.max_predicted_score is None:
-            raise ValueError(f"scheme {self.name}: prefer goes with max_kl or max_predicted_score; leave it out")
-        if self.formats == ():
-            raise ValueError(f"scheme {self.name}: formats names none to quantise to; name one, or leave it out")
-        if self.format is not None and self.formats is not None and self.format not in self.formats:
-            raise ValueError(
-                f"scheme {self.name}: format {self.format} is none of its formats ({', '.join(self.formats)}); "
-                "leave one of the two out"
-            )
-        return self
-
-    @field_validator("formats")
-    @classmethod
-    def _each_once(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return None if value is None else _beside_sixteen_bits(value)
-
-    @property
-    def by_speed(self) -> bool:
-        """Whether predicted speeds choose it."""
-        return self.speed is not None or self.prefer != "bytes"
-
-    @property
-    def candidates(self) -> tuple[str, ...] | None:
-        """The formats beside `bf16` that its groups may have; None: all that are measured."""
-        return (self.format,) if self.format is not None else self.formats
 
 
 class ExportSpec(Section):
@@ -462,16 +381,16 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [scheme.name for scheme in self.schemes]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two schemes are named {twice[0]}; rename one")
+        again = twice(names)
+        if again:
+            raise ValueError(f"two schemes are named {again[0]}; rename one")
         problem = self.layout.problem(self.output, names) or self.workers.problem(self.measurement) or self._slow()
         if problem is not None:
             raise ValueError(problem)
         sets = [held_out.name for held_out in self.held_out]
-        twice = sorted({name for name in sets if sets.count(name) > 1})
-        if twice:
-            raise ValueError(f"two held-out sets are named {twice[0]}; give each a `name` of its own")
+        again = twice(sets)
+        if again:
+            raise ValueError(f"two held-out sets are named {again[0]}; give each a `name` of its own")
         both = sorted({*sets} & {*self.tasks.names})
         if both:
             raise ValueError(f"a held-out set has the name of the task {both[0]}; give it another `name`")
