@@ -29,14 +29,19 @@ from bitladder.recipe import parse_recipe
 from bitladder.recipe.sections import TaskName
 from bitladder.records import Evaluation, Paired, ProbeResult
 from bitladder.runinfo import no_progress
+from bitladder.runtimes import child
 from bitladder.runtimes.vllm.served import Probes, Scores, Served
 from bitladder.steps import asking
 from bitladder.steps import probe as probe_step
 from bitladder.steps.evaluate import evaluate
+from bitladder.steps.known import probe_path, probed
 from bitladder.steps.look import look
+from bitladder.steps.preflight import preflight
+from bitladder.steps.preview import preview
 from bitladder.steps.run import run
 from bitladder.steps.workspace import Workspace
 from conftest import llama_config, put_first, save_model
+from test_report_runtimes import make_probe
 
 NAMES = TaskName.__args__
 FOLDER = Path(questions.__file__).parent
@@ -260,6 +265,30 @@ def test_a_run_asks_the_tasks_once_and_reports_them(recipe, llama):
     fewer = work_of(recipe(tasks={"names": ["novel_words"], "samples": SAMPLES - 1}))
     evaluate(fewer)
     assert fewer.done == ["evaluate"]
+
+
+def test_a_dry_run_sees_that_vllm_has_not_answered_the_tasks_and_removes_nothing(recipe, monkeypatch):
+    monkeypatch.setattr(child, "installed_version", lambda python: "0.32.0")
+    run(work_of(recipe()))
+    work = work_of(recipe(runtimes={"vllm": {"python": sys.executable, "stage": "generate"}}))
+    for manifest in work.manifests().values():
+        one = make_probe(manifest, "generate")
+        one.write(probe_path(work, one))
+    earlier = make_probe(manifest, "load", manifest_sha256="0" * 64)
+    earlier.write(probe_path(work, earlier))
+
+    def why(**changes):
+        found = {ahead.step: ahead.why for ahead in preview(work_of(recipe(**changes)))}
+        return found["probe"]
+
+    vllm = work.recipe.runtimes.model_dump()
+    assert why(runtimes=vllm) is None
+    asked = {"names": ["novel_words"], "samples": SAMPLES}
+    assert why(runtimes=vllm, tasks=asked) == "vLLM 0.32.0 wasn't asked about full, half"
+    assert probe_path(work, earlier).exists()
+    preflight(work)
+    assert not probe_path(work, earlier).exists()
+    assert len(probed(work, work.manifests())) > len(work.manifests())
 
 
 @pytest.mark.parametrize("missing", ["lm_eval", "accelerate"])

@@ -73,18 +73,28 @@ def probe_path(work: Workspace, result: ProbeResult) -> Path:
 
 
 def probed(work: Workspace, manifests: Mapping[str, CheckpointManifest]) -> tuple[ProbeResult, ...]:
-    """Return what is known of how the runtimes treat these checkpoints; results of earlier ones are removed."""
+    """Return what is known of how the runtimes treat these checkpoints."""
     digests = fingerprints(manifests)
-    found = []
+    return tuple(one for one in _probes(work).values() if digests.get(str(one.scheme)) == one.manifest_sha256)
+
+
+def forget_earlier(work: Workspace, manifests: Mapping[str, CheckpointManifest]) -> None:
+    """Remove what is known of how the runtimes treated checkpoints that were there before these."""
+    digests = fingerprints(manifests)
+    for path, one in _probes(work).items():
+        if digests.get(str(one.scheme)) != one.manifest_sha256:
+            path.unlink()
+
+
+def _probes(work: Workspace) -> dict[Path, ProbeResult]:
+    """Return each probe's result that lies where it belongs."""
+    found = {}
     for path in sorted((work.output / PROBES).glob("*--*-*-*.json")):  # others are somebody else's
         result = work.known(ProbeResult, path)
         if result is None or result.scheme is None or probe_path(work, result) != path:
             continue  # not what its name says: written again where it belongs, else none of ours
-        if digests.get(result.scheme) == result.manifest_sha256:
-            found.append(result)
-        else:
-            path.unlink()
-    return tuple(found)
+        found[path] = result
+    return found
 
 
 def fingerprints(manifests: Mapping[str, CheckpointManifest]) -> dict[str, str]:

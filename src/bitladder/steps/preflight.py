@@ -3,7 +3,7 @@
 from bitladder.records import ProbeResult
 from bitladder.runinfo import Meter
 from bitladder.runtimes import preflight as rules
-from bitladder.steps.known import probe_path, probed
+from bitladder.steps.known import forget_earlier, probe_path, probed
 from bitladder.steps.workspace import Workspace
 
 
@@ -18,6 +18,7 @@ def preflight(work: Workspace) -> tuple[ProbeResult, ...]:
     with meter.phase("preflight"):
         for name in manifests:
             results += rules.preflight(work.checkpoint_directory(name))
+    forget_earlier(work, manifests)
     known = {result.fingerprint() for result in probed(work, manifests)}
     changed = [result for result in results if result.fingerprint() not in known]
     for result in changed:

@@ -16,6 +16,7 @@ from bitladder.steps.export import is_intact
 from bitladder.steps.look import look
 from bitladder.steps.measure import known_measurement
 from bitladder.steps.originals import Originals
+from bitladder.steps.probe import known_probes
 from bitladder.steps.step import valid
 from bitladder.steps.workspace import EVIDENCE_FILE, VERIFICATION_FILE, Workspace
 
@@ -100,11 +101,7 @@ def _probe(work: Workspace) -> str | None:
     spec, manifests = work.recipe.runtimes.vllm, work.manifests()
     assert spec is not None
     version = vllm_version(Path(spec.python))
-    done = {
-        result.scheme
-        for result in known.probed(work, manifests)
-        if (result.runtime, result.version, result.stage) == ("vllm", version, spec.stage)
-    }
+    done = known_probes(work, spec, manifests, version)
     missing = [name for name in manifests if name not in done]
     return f"vLLM {version} wasn't asked about {', '.join(missing)}" if missing else None
 

@@ -1,17 +1,18 @@
 """Have the recipe's runtime load, and serve, each checkpoint."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bitladder.device import resolve_device
 from bitladder.errors import RecipeError
 from bitladder.evaluation.harness.tasks import Tasks
-from bitladder.records import ProbeResult
+from bitladder.recipe import VllmSpec
+from bitladder.records import CheckpointManifest, ProbeResult
 from bitladder.runinfo import Meter
 from bitladder.runtimes.child import vllm_version
 from bitladder.runtimes.vllm import load
 from bitladder.steps.asking import serve_samples
-from bitladder.steps.known import probe_path, probed
+from bitladder.steps.known import forget_earlier, probe_path, probed
 from bitladder.steps.originals import Originals, tasks_of
 from bitladder.steps.step import doing
 from bitladder.steps.workspace import Workspace
@@ -30,13 +31,8 @@ def probe(work: Workspace) -> tuple[ProbeResult, ...]:
             "(`make vllm-env` makes .venv-vllm/bin/python)"
         )
     python = Path(spec.python)
-    version = vllm_version(python)
-    asked = tasks_of(work) if spec.stage == "generate" else None
-    known = {
-        result.scheme: result
-        for result in probed(work, manifests)
-        if (result.runtime, result.version, result.stage) == ("vllm", version, spec.stage) and _answers(result, asked)
-    }
+    forget_earlier(work, manifests)
+    known = known_probes(work, spec, manifests, vllm_version(python))
     missing = [name for name in manifests if name not in known]
     if missing:
         with doing(work, "probe") as meter:
@@ -45,6 +41,18 @@ def probe(work: Workspace) -> tuple[ProbeResult, ...]:
                 known[str(result.scheme)] = result
                 result.write(probe_path(work, result))
     return tuple(known[name] for name in manifests)
+
+
+def known_probes(
+    work: Workspace, spec: VllmSpec, manifests: Mapping[str, CheckpointManifest], version: str
+) -> dict[str, ProbeResult]:
+    """Return what this version of vLLM is known to do with these checkpoints as far as is asked, tasks included."""
+    asked = tasks_of(work) if spec.stage == "generate" else None
+    return {
+        str(result.scheme): result
+        for result in probed(work, manifests)
+        if (result.runtime, result.version, result.stage) == ("vllm", version, spec.stage) and _answers(result, asked)
+    }
 
 
 def _answers(result: ProbeResult, asked: Tasks | None) -> bool:
