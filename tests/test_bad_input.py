@@ -265,6 +265,13 @@ def test_what_a_user_named_with_a_line_end_is_still_one_line(tmp_path):
     assert "a\\nb\\nc" in line
 
 
+def test_what_can_be_no_hub_id_is_not_asked_of_the_hub(tmp_path):
+    command = [sys.executable, "-m", "bitladder.cli", "inspect", "a/b/c"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: model directory {tmp_path / 'a/b/c'} does not exist; check model.path\n"
+
+
 @pytest.mark.parametrize("error", ["MemoryError()", 'RuntimeError("DefaultCPUAllocator: can\'t allocate memory")'])
 def test_the_command_line_says_that_memory_is_lacking_with_status_2(error):
     code = (

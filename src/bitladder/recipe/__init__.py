@@ -9,6 +9,7 @@ from bitladder.recipe.reading import (
     parse_recipe,
     parse_schemes,
     read_recipe,
+    resolve_model,
     resolve_path,
     with_absolute_paths,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "parse_recipe",
     "parse_schemes",
     "read_recipe",
+    "resolve_model",
     "resolve_path",
     "with_absolute_paths",
 ]

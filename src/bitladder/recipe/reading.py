@@ -164,8 +164,12 @@ def names_a_file(path: str) -> bool:
     return path.startswith((".", "~", "/", _PACKAGE_PREFIX)) or Path(path).suffix in (".jsonl", ".json")
 
 
-def _resolve_model(path: str, base: Path) -> str:
-    """Return an absolute path where `path` is (or looks like) a directory, and a Hub id as it is."""
+def resolve_model(path: str, base: Path) -> str:
+    """Return an absolute path where `path` is (or looks like) a directory, and a Hub id as it is.
+
+    Raises:
+        RecipeError: no path of this system.
+    """
     looks_like_hub_id = HUB_ID.fullmatch(_usable(path)) and not path.startswith(".")
     if looks_like_hub_id and not (base / path).exists():
         return path
@@ -222,7 +226,7 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         recipe = recipe.model_copy(update={"runtimes": RuntimesSpec(vllm=vllm.model_copy(update={"python": python}))})
     return recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"path": _resolve_model(recipe.model.path, base)}),
+            "model": recipe.model.model_copy(update={"path": resolve_model(recipe.model.path, base)}),
             "calibration": tuple(spec.model_copy(update={"data": data(spec.data)}) for spec in recipe.calibration),
             "held_out": held_out,
             "output": resolve_path(recipe.output, base),

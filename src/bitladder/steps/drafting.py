@@ -15,8 +15,9 @@ from bitladder.formats import group_bits, why_not
 from bitladder.formats.targets import TARGETS, target_of
 from bitladder.models.loading import load_config, most_positions
 from bitladder.models.target import Target, find_target
+from bitladder.recipe import resolve_model
 from bitladder.records import BF16
-from bitladder.steps.workspace import fetch_model, local_or_hub
+from bitladder.steps.workspace import fetch_model
 
 # From the fewest bits up: two floats that one checkpoint can hold together, and what takes shapes that these don't.
 _FORMATS = ("nvfp4", "fp8")
@@ -40,7 +41,7 @@ def draft(model: str, *, data: Path | None = None, serve_on: str | None = None) 
     """
     if serve_on is not None and serve_on not in TARGETS:
         raise RecipeError(f"--serve-on {serve_on!r} is unknown; use {', '.join(TARGETS)}")
-    path = local_or_hub(model)
+    path = resolve_model(model, Path.cwd())
     calibration = _data(data)
     directory = fetch_model(path, None)
     target, device = find_target(directory, _FORMATS), resolve_device("auto")

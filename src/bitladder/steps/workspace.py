@@ -18,7 +18,7 @@ from bitladder.formats import in_order
 from bitladder.measured import MEASUREMENT_FILE
 from bitladder.models.weights import DigestCache, commit_of, model_source
 from bitladder.reading import read_bytes
-from bitladder.recipe import SCHEME_PLACE, Recipe
+from bitladder.recipe import SCHEME_PLACE, Recipe, resolve_model
 from bitladder.records import (
     CheckpointManifest,
     Measurement,
@@ -63,13 +63,6 @@ def _hold(lock: int, holder: str) -> None:
         os.pwrite(lock, holder.encode(), 0)
 
 
-def local_or_hub(model: str) -> str:
-    """Return what a command line calls a model: an absolute path where it looks like one, else a Hub id."""
-    local = Path(os.path.expanduser(model))
-    looks_local = local.exists() or model.startswith((".", "/", "~")) or "/" not in model
-    return str(local.resolve()) if looks_local else model
-
-
 def fetch_model(path: str, revision: str | None) -> Path:
     """Return the model's directory; a Hub id is downloaded (or found in the local cache).
 
@@ -92,7 +85,7 @@ def fetch_model(path: str, revision: str | None) -> Path:
 
 def local_model(model: str, revision: str | None) -> Path:
     """Return the directory of a model that a command names: a path as it is written, or a Hub id."""
-    return fetch_model(local_or_hub(model), revision)
+    return fetch_model(resolve_model(model, Path.cwd()), revision)
 
 
 @dataclass
