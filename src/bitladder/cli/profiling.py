@@ -9,7 +9,7 @@ import typer
 
 from bitladder.cli.app import app
 from bitladder.cli.arguments import names_in
-from bitladder.cli.terminal import answered, console, quietly
+from bitladder.cli.terminal import answered, quietly, say
 from bitladder.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def profile(
     if answered(profile=output):
         return
     _print(found)
-    console().print(f"Profile: {output}", soft_wrap=True)
+    say(f"Profile: {output}")
 
 
 def _arguments(engine: str | None) -> dict[str, Any]:
@@ -79,19 +79,13 @@ def _print(found: "Profile") -> None:
     most = max(found.loads, key=lambda one: one.requests * one.prompt_tokens)
     load = Load(most.requests, most.prompt_tokens, most.output_tokens)
     model = SpeedModel(found, groups_of(found), load)
-    console().print(
+    say(
         f"{found.device}, vLLM {found.version}: times 16 bits at {load.requests} requests of {load.prompt_tokens} + "
-        f"{load.output_tokens} tokens, as predicted",
-        soft_wrap=True,
-        highlight=False,
+        f"{load.output_tokens} tokens, as predicted"
     )
     for name in found.formats:
         speed = model.predict(model.uniform(name), load)
         kernels = sorted({layer.kernel or layer.method for layer in found.layers if layer.format == name})
-        console().print(
-            f"{name}: prefill {speed.prefill_ratio:.2f}, decode {speed.decode_ratio:.2f} ({', '.join(kernels)})",
-            soft_wrap=True,
-            highlight=False,
-        )
+        say(f"{name}: prefill {speed.prefill_ratio:.2f}, decode {speed.decode_ratio:.2f} ({', '.join(kernels)})")
     for name, why in found.refused.items():
-        console().print(f"{name}: no times ({why})", soft_wrap=True, highlight=False, markup=False)
+        say(f"{name}: no times ({why})")

@@ -227,7 +227,7 @@ def export(recipe: RecipePath, output: Output = None) -> None:
         return
     for name, manifest in manifests.items():
         console().print(f"{name}: {manifest.total_bytes:,} bytes, {len(manifest.modules)} quantised modules")
-    console().print(f"Checkpoints: {work.output / 'checkpoints'}", soft_wrap=True)
+    say(f"Checkpoints: {work.output / 'checkpoints'}")
 
 
 @app.command()
@@ -266,7 +266,7 @@ def evaluate(recipe: RecipePath, output: Output = None) -> None:
         if kl is not None:
             error = "" if kl.standard_error is None else f" ± {kl.standard_error:.2g}"
             console().print(f"{name}: KL {kl.value:.4g}{error} {kl.unit} (noise floor {kl.noise_floor:.2g})")
-    console().print(f"Evaluations: {work.output / 'evaluations'}", soft_wrap=True)
+    say(f"Evaluations: {work.output / 'evaluations'}")
 
 
 @app.command()
@@ -289,7 +289,7 @@ def controls(recipe: RecipePath, output: Output = None) -> None:
         console().print(f"{arm.scheme.name}: {arm.scheme.effective_bits:.3f} bits, KL {kl.value:.4g} {kl.unit}")
     if evidence.left_out:
         console().print(f"Left out for lack of time: {', '.join(evidence.left_out)}", soft_wrap=True)
-    console().print(f"Evidence: {work.output / EVIDENCE_FILE}", soft_wrap=True)
+    say(f"Evidence: {work.output / EVIDENCE_FILE}")
 
 
 @app.command()
@@ -312,4 +312,4 @@ def report(
     if answered(output=work.output, report=result):
         return
     print_table(reports.closing_table(result))
-    console().print(f"Report: {work.output / reports.HTML_FILE}", soft_wrap=True)
+    say(f"Report: {work.output / reports.HTML_FILE}")
