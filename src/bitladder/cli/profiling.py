@@ -80,8 +80,7 @@ def _print(found: "Profile") -> None:
     load = Load(most.requests, most.prompt_tokens, most.output_tokens)
     model = SpeedModel(found, groups_of(found), load)
     console().print(
-        f"{found.device}, vLLM {found.version}: times 16 bits at {load.requests} requests of {load.prompt_tokens} + "
-        f"{load.output_tokens} tokens, as predicted",
+        f"{found.device}, vLLM {found.version}: times 16 bits at {load}, as predicted",
         soft_wrap=True,
         highlight=False,
     )
