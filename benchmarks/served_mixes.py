@@ -33,15 +33,23 @@ import re
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import full_size
 import ladder
-from served_mixes_engine import BATCHES, SETTINGS, SOURCE, TINY_BATCHES, Serving, SpeedJob, vllm_python
+from served_mixes_engine import (
+    BATCHES,
+    SETTINGS,
+    SOURCE,
+    TINY_BATCHES,
+    Results,
+    Serving,
+    SpeedJob,
+    in_turn,
+    vllm_python,
+)
 
 RESULT = full_size.RESULTS / "served_mixes.json"
 ARMS = "fp8,fp8+nvfp4,fp8+nvfp4_w4a16,nvfp4,fp8_block"
@@ -53,46 +61,6 @@ AT_ONCE = 2  # evaluations: 15 GB of the GPU each, and 25 GB of the host
 AS_SAID, FP4_IN_16_BITS, IN_16_BITS = "as the file says", "NVFP4 inputs in 16 bits", "all inputs in 16 bits"
 WEIGHTS_ALONE = re.compile("Marlin|Humming")  # kernels that take inputs in 16 bits
 IN_POWERS = "scales of square blocks rounded up to powers of two"
-
-
-class Results:
-    """The file, rewritten whole after each step, and the clock."""
-
-    def __init__(self, path: Path, start: float, seconds: float, content: dict[str, Any]) -> None:
-        self.path, self.content, self.start, self.seconds = path, content, start, seconds
-        self.arms: dict[str, dict[str, Any]] = content["arms"]
-
-    @property
-    def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.start)
-
-    def say(self, words: str) -> None:
-        """Print what is done, with the seconds since the start, and write the file."""
-        elapsed = round(time.monotonic() - self.start, 1)
-        print(f"[{elapsed:6.1f} s] {words}", flush=True)
-        self.content["done"][words] = elapsed
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".new")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n")
-        os.replace(temporary, self.path)
-
-    def failed(self, arm: str, step: str, error: BaseException | str) -> None:
-        """Keep why a step of an arm failed."""
-        told = error if isinstance(error, str) else "".join(traceback.format_exception(error))[-3000:]
-        self.arms[arm].setdefault("failed", {})[step] = told
-        self.say(f"{step} of {arm} failed: {told.strip().splitlines()[-1][:200]}")
-
-    def collect(self, step: str, futures: dict[str, Future], keep: Callable[[str, Any], None]) -> None:
-        """Keep each arm's result of a step, as long as there is time."""
-        for arm, future in futures.items():
-            try:
-                keep(arm, future.result(timeout=max(1.0, self.left)))
-            except TimeoutError:
-                self.failed(arm, step, "not finished within the seconds")
-            except Exception as error:  # an arm's failure is a result
-                self.failed(arm, step, error)
-            else:
-                self.say(f"{step} of {arm}")
 
 
 def cores() -> int:
@@ -151,14 +119,7 @@ def scheme_of(measurement: Any, arm: str) -> Any:
     names, name = arm.split("+"), arm.replace("+", "-")
     if len(names) == 1:
         return planning.plan(measurement, SchemeSpec(name=name, include=("*",), format=names[0]))
-    layers: dict[str, list[str]] = {}
-    for group in measurement.groups:
-        layers.setdefault(group.name.rpartition(".layers.")[2].partition(".")[0], []).append(group.name)
-    formats = {
-        group: names[(index + place) % len(names)]
-        for index, groups in enumerate(layers.values())
-        for place, group in enumerate(groups)
-    }
+    formats = in_turn(names, measurement.groups)
     bits = planning.price(measurement, name, formats, SchemeSpec(name=name, include=("*",))).effective_bits
     return planning.price(measurement, name, formats, SchemeSpec(name=name, effective_bits=bits))
 

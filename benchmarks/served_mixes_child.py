@@ -11,13 +11,14 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def load(path: str) -> Any:
+def load(path: Path) -> Any:
     """Return the module in a file."""
-    spec: Any = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -39,11 +40,12 @@ def work(job: dict[str, Any], serving: Any, report: Any, replies: Any) -> None:
         print(json.dumps(serving.timings(llm, json.loads(line))), file=replies, flush=True)
 
 
-def main() -> int:
-    serving = load(sys.argv[3])
+def main(work: Callable[[dict[str, Any], Any, Any, Any], None]) -> int:
+    """Do work on the job, with `child_serve.py`'s functions, the report and the file of the replies."""
+    serving = load(Path(sys.argv[3]))
     with os.fdopen(int(sys.argv[4]), "w") as replies:
         return serving.done(lambda job, report: work(job, serving, report, replies))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(work))

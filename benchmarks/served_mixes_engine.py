@@ -1,4 +1,7 @@
-"""Engines of vLLM that stay up, each in a process of its own, and time batches when asked (`Engine`, `Serving`)."""
+"""Engines of vLLM that stay up, each in a process of its own, and time batches when asked (`Engine`, `Serving`).
+
+Beside them what `served_mixes.py` and `speed.py` share: the file of results, and arms of several formats.
+"""
 
 import contextlib
 import json
@@ -7,7 +10,9 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -29,6 +34,46 @@ SETTINGS = {  # of vLLM's environment, where the caller's says nothing else
     "VLLM_USE_DEEP_GEMM": "0",  # it compiles its kernels when they are first needed, with a compiler that servers lack
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
+
+
+class Results:
+    """The file, rewritten whole after each step, and the clock."""
+
+    def __init__(self, path: Path, start: float, seconds: float, content: dict[str, Any]) -> None:
+        self.path, self.content, self.start, self.seconds = path, content, start, seconds
+        self.arms: dict[str, dict[str, Any]] = content["arms"]
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.start)
+
+    def say(self, words: str) -> None:
+        """Print what is done, with the seconds since the start, and write the file."""
+        elapsed = round(time.monotonic() - self.start, 1)
+        print(f"[{elapsed:6.1f} s] {words}", flush=True)
+        self.content["done"][words] = elapsed
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(temporary, self.path)
+
+    def failed(self, arm: str, step: str, error: BaseException | str) -> None:
+        """Keep why a step of an arm failed."""
+        told = error if isinstance(error, str) else "".join(traceback.format_exception(error))[-3000:]
+        self.arms[arm].setdefault("failed", {})[step] = told
+        self.say(f"{step} of {arm} failed: {told.strip().splitlines()[-1][:200]}")
+
+    def collect(self, step: str, futures: dict[str, Future], keep: Callable[[str, Any], None]) -> None:
+        """Keep each arm's result of a step, as long as there is time."""
+        for arm, future in futures.items():
+            try:
+                keep(arm, future.result(timeout=max(1.0, self.left)))
+            except TimeoutError:
+                self.failed(arm, step, "not finished within the seconds")
+            except Exception as error:  # an arm's failure is a result
+                self.failed(arm, step, error)
+            else:
+                self.say(f"{step} of {arm}")
 
 
 class Engine:
@@ -130,6 +175,18 @@ def vllm_python(python: Path, site: str | None, scratch: Path) -> Path:
     return path
 
 
+def in_turn(names: Sequence[str], groups: Sequence[Any]) -> dict[str, str]:
+    """Return group -> format: these take the groups in turn, beginning with the next one in every layer."""
+    layers: dict[str, list[str]] = {}
+    for group in groups:
+        layers.setdefault(group.name.rpartition(".layers.")[2].partition(".")[0], []).append(group.name)
+    return {
+        group: names[(index + place) % len(names)]
+        for index, own in enumerate(layers.values())
+        for place, group in enumerate(own)
+    }
+
+
 def rates(shape: tuple[int, int, int], timings: dict[str, list[float]]) -> dict[str, float]:
     """Return the rates of one visit to an engine."""
     requests, prompt, output = shape
@@ -165,7 +222,7 @@ def speeds(arm: str, rounds: list[dict[str, Any]], batches: dict[str, tuple[int,
 class Serving:
     """The engines of some arms and of the original."""
 
-    def __init__(self, flags: Any, results: Any, python: Path, job: Any, scratch: Path) -> None:
+    def __init__(self, flags: Any, results: Results, python: Path, job: Any, scratch: Path) -> None:
         self.flags, self.results, self.python, self.job, self.scratch = flags, results, python, job, scratch
         self.batches = TINY_BATCHES if flags.tiny else BATCHES
         self.runs: dict[str, Any] = {}

@@ -18,7 +18,6 @@ operators. The profile's engine has the same settings.
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from statistics import median
 from typing import Any
 
 import full_size
-from served_mixes_engine import Engine, vllm_python
+from served_mixes_engine import Engine, Results, in_turn, vllm_python
 
 RESULT = full_size.RESULTS / "speed.json"
 CHILD = Path(__file__).with_name("speed_child.py")
@@ -49,27 +48,6 @@ KINDS = {  # of a layer: modules, and whether they are the attention's
     "mlp.gate_up_proj": (("gate_proj", "up_proj"), False),
     "mlp.down_proj": (("down_proj",), False),
 }
-
-
-class Results:
-    """The file, rewritten whole after each step, and the clock."""
-
-    def __init__(self, path: Path, seconds: float, content: dict[str, Any]) -> None:
-        self.path, self.content, self.seconds, self.start = path, content, seconds, time.monotonic()
-
-    @property
-    def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.start)
-
-    def say(self, words: str) -> None:
-        """Print what is done, with the seconds since the start, and write the file."""
-        elapsed = round(time.monotonic() - self.start, 1)
-        print(f"[{elapsed:6.1f} s] {words}", flush=True)
-        self.content["done"][words] = elapsed
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".new")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n")
-        os.replace(temporary, self.path)
 
 
 def model_files(directory: Path, tiny: bool) -> dict[str, Any]:
@@ -117,9 +95,7 @@ def formats_of(arm: str, groups: Sequence[Any]) -> dict[str, str]:
     if "/" in arm:
         attention, mlp = arm.split("/")
         return {group.name: attention if ".self_attn." in group.name else mlp for group in groups}
-    names = arm.split("+")
-    places = [(index // len(KINDS) + index % len(KINDS)) % len(names) for index in range(len(groups))]
-    return {group.name: names[place] for group, place in zip(groups, places, strict=True)}
+    return in_turn(arm.split("+"), groups)
 
 
 def quantised(config: dict[str, Any], groups: Sequence[Any], formats: dict[str, str]) -> dict[str, Any]:
@@ -202,9 +178,8 @@ def drop(results: Results, engines: dict[str, Engine], name: str, step: str) -> 
     """Keep why an engine is no more."""
     served = engines[name].served(timed_out=engines[name].alive)
     told = served.error.traceback if served.error else served.output
-    results.content["arms"][name].setdefault("failed", {})[step] = told[-3000:] or served.reached
     engines.pop(name).close()
-    results.say(f"{step} of {name} failed")
+    results.failed(name, step, told[-3000:] or served.reached)
 
 
 def build(results: Results, engines: dict[str, Engine], seconds: float) -> None:
@@ -267,7 +242,7 @@ def serve_arms(flags: argparse.Namespace) -> None:
         "profile": {},
         "arms": {},
     }
-    results = Results(flags.out, flags.seconds, content)
+    results = Results(flags.out, time.monotonic(), flags.seconds, content)
     with tempfile.TemporaryDirectory(prefix="speed-", dir=flags.scratch) as directory:
         scratch = Path(directory)
         python = vllm_python(flags.python, flags.vllm_site, scratch)

@@ -7,20 +7,12 @@ engine. Then it answers each line, a list of loads in JSON, with the seconds of 
 are in RESULT, as those of `child_serve.py`, whose path is CHILD_SERVE.
 """
 
-import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-
-def load(path: Path) -> Any:
-    """Return the module in a file."""
-    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from served_mixes_child import load, main
 
 
 def work(job: dict[str, Any], serving: Any, report: Any, replies: Any) -> None:
@@ -40,11 +32,5 @@ def work(job: dict[str, Any], serving: Any, report: Any, replies: Any) -> None:
         print(json.dumps([serving.timings(llm, one) for one in json.loads(line)]), file=replies, flush=True)
 
 
-def main() -> int:
-    serving = load(Path(sys.argv[3]))
-    with os.fdopen(int(sys.argv[4]), "w") as replies:
-        return serving.done(lambda job, report: work(job, serving, report, replies))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(work))

@@ -79,10 +79,7 @@ def _print(found: "Profile") -> None:
     most = max(found.loads, key=lambda one: one.requests * one.prompt_tokens)
     load = Load(most.requests, most.prompt_tokens, most.output_tokens)
     model = SpeedModel(found, groups_of(found), load)
-    say(
-        f"{found.device}, vLLM {found.version}: times 16 bits at {load.requests} requests of {load.prompt_tokens} + "
-        f"{load.output_tokens} tokens, as predicted"
-    )
+    say(f"{found.device}, vLLM {found.version}: times 16 bits at {load}, as predicted")
     for name in found.formats:
         speed = model.predict(model.uniform(name), load)
         kernels = sorted({layer.kernel or layer.method for layer in found.layers if layer.format == name})

@@ -23,11 +23,12 @@ Candidates are the formats that are measured, or of those a scheme's own `format
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, PlanError
-from bitladder.formats import why_no_shapes
+from bitladder.formats import why_not
 from bitladder.planning import ranges
 from bitladder.planning.options import check_usable
 from bitladder.planning.patterns import Searched, matching_groups
@@ -40,6 +41,7 @@ from bitladder.recipe import Phase, SchemeSpec
 from bitladder.records import BF16, BF16_BITS, KlPoints, Measurement, Scheme
 
 _PREDICTED = 1e-9  # by which rounding to whole picoseconds may change a ratio
+_Aim = tuple[Phase, Load]  # what is to be fast, and at what
 
 
 def plan(
@@ -129,7 +131,7 @@ class _Planner:
         self._given = given
         self._kl_map = kl_map
         self._speed = speed
-        self._solvers: dict[tuple[float, tuple[str, ...], frozenset[str], Phase | None, Load | None], TradeOff] = {}
+        self._solvers: dict[tuple[float, tuple[str, ...], frozenset[str], _Aim | None], TradeOff] = {}
         check_usable(measurement)
 
     def plan(self, spec: SchemeSpec) -> Scheme:
@@ -177,25 +179,28 @@ class _Planner:
                 f"scheme {spec.name}: `format` goes with coverage or include; the others choose among all measured "
                 f"formats ({ranges.listed(self._whole)}): leave it out, or give `formats: [{spec.format}]`"
             )
-        edge = self._trade_off(measurement, spec, excluded)
+        aim = _aim_of(spec, self._speed, measurement.formats)
+        edge = self._trade_off(measurement, spec, excluded, aim)
         if spec.effective_bits is not None:
             return _by_bits(spec, edge, self._whole.formats)
         if spec.speed is not None:
             assert self._speed is not None
-            return _by_speed(spec, edge, self._speed)
+            assert aim is not None
+            return _by_speed(spec, edge, self._speed, aim)
         return _by_damage(spec, edge, self._kl_map)
 
-    def _trade_off(self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str]) -> TradeOff:
+    def _trade_off(
+        self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str], aim: _Aim | None
+    ) -> TradeOff:
         given = self._given if spec.image_weight == 1.0 else None
         if given is not None and given.measurement is not self._whole and given.measurement != self._whole:
             raise PlanError(f"scheme {spec.name}: the frontier given is of another measurement; leave it out")
-        phase, load = phase_and_load(spec, self._speed, measurement.formats)
-        alike = phase is None and measurement.formats == self._whole.formats
+        alike = aim is None and measurement.formats == self._whole.formats
         if given is not None and given.excluded == excluded and alike:
             return given
-        key = spec.image_weight, measurement.formats, excluded, phase, load
+        key = spec.image_weight, measurement.formats, excluded, aim
         if key not in self._solvers:
-            cost = None if self._speed is None or phase is None else self._speed.cost_of(phase, load)
+            cost = None if self._speed is None or aim is None else self._speed.cost_of(*aim)
             self._solvers[key] = Solver(measurement, excluded, cost)
         return self._solvers[key]
 
@@ -260,10 +265,8 @@ def _by_bits(spec: SchemeSpec, edge: TradeOff, measured: Sequence[str]) -> dict[
     return formats
 
 
-def phase_and_load(
-    spec: SchemeSpec, speed: SpeedModel | None, formats: Sequence[str]
-) -> tuple[Phase | None, Load | None]:
-    """Return what a scheme asks to be fast, and at what; (None, None): nothing.
+def _aim_of(spec: SchemeSpec, speed: SpeedModel | None, formats: Sequence[str]) -> _Aim | None:
+    """Return what a scheme asks to be fast, and at what; None: nothing.
 
     Args:
         spec: what is asked.
@@ -274,7 +277,7 @@ def phase_and_load(
         PlanError: it isn't known, or has no times of one of the formats.
     """
     if not spec.by_speed:
-        return None, None
+        return None
     if speed is None:
         raise PlanError(
             f"scheme {spec.name}: speed needs a profile of the device that serves, which a recipe names as `profile`; "
@@ -308,27 +311,24 @@ def refuse_too_fast(specs: Sequence[SchemeSpec], formats: Sequence[str], searche
     """
     for spec in specs:
         own = [name for name in formats if spec.candidates is None or name in spec.candidates]
-        phase, load = phase_and_load(spec, speed, own)
-        if spec.speed is None or phase is None or load is None:
+        aim = _aim_of(spec, speed, own)
+        if spec.speed is None or aim is None:
             continue
+        phase, load = aim
         excluded = matching_groups(searched, spec.name, spec.exclude)
-        cost = speed.cost_of(phase, load)
+        cost = speed.cost_of(*aim)
         fastest = {}
         for group in searched.groups:
-            shapes = {module.name: module.shape for module in group.modules if module.shape is not None}
-            able = [] if group.name in excluded else [name for name in own if why_no_shapes(shapes, name) is None]
-            fastest[group.name] = min((BF16, *able), key=lambda name, group=group: cost(group, name))  # type: ignore[misc]
+            able = [] if group.name in excluded else [name for name in own if why_not(group, name) is None]
+            fastest[group.name] = min((BF16, *able), key=partial(cost, group))
         if speed.predict(fastest, load).ratio(phase) < spec.speed.target[1]:
             raise ranges.too_fast(spec, own, fastest, speed, phase, load)
 
 
-def _by_speed(spec: SchemeSpec, edge: TradeOff, speed: SpeedModel) -> dict[str, str]:
+def _by_speed(spec: SchemeSpec, edge: TradeOff, speed: SpeedModel, aim: _Aim) -> dict[str, str]:
     """Return the least damage that is as fast as `speed` asks."""
     assert spec.speed is not None
-    phase, load = phase_and_load(spec, speed, edge.measurement.formats)
-    assert phase is not None
-    assert load is not None
-    _, ratio = spec.speed.target
+    (phase, load), (_, ratio) = aim, spec.speed.target
     formats = edge.least_score(speed.budget(ratio, phase, load))
     if formats is None or speed.predict(formats, load).ratio(phase) < ratio * (1 - _PREDICTED):
         fastest = {one.group: one.names[int(one.bits.argmin())] for one in edge.options}

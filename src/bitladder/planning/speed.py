@@ -48,6 +48,9 @@ class Load:
     prompt_tokens: int = 512
     output_tokens: int = 128
 
+    def __str__(self) -> str:
+        return f"{self.requests} requests of {self.prompt_tokens} + {self.output_tokens} tokens"
+
     @property
     def context(self) -> float:
         """Tokens that a request holds while it is decoded, on average."""
@@ -134,9 +137,8 @@ class SpeedModel:
         longest = max(one.prompt_tokens + one.output_tokens for one in self.profile.loads)
         if load.requests > most or load.prompt_tokens + load.output_tokens > longest:
             raise PlanError(
-                f"speed at {load.requests} requests of {load.prompt_tokens} + {load.output_tokens} tokens isn't known: "
-                f"the profile of {self.profile.device} has times of at most {most} requests, and of {longest} tokens "
-                "each; ask for no more"
+                f"speed at {load} isn't known: the profile of {self.profile.device} has times of at most {most} "
+                f"requests, and of {longest} tokens each; ask for no more"
             )
 
     def uniform(self, format_name: str) -> dict[str, str]:

@@ -42,15 +42,9 @@ _BOUNDS = (3, 11)
 _WARM = 2
 
 
-def _sibling(name: str) -> Any:
-    """Return the module in a file beside this one, whose directory isn't on the path."""
-    spec: Any = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-serving = _sibling("child_serve")
+_spec: Any = importlib.util.spec_from_file_location("child_serve", Path(__file__).with_name("child_serve.py"))
+serving = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(serving)
 
 
 def device_facts(gpu: bool) -> Facts:
@@ -118,7 +112,7 @@ class Bench:
         self.config.compilation_config.custom_ops = ["all"]
         self.device = torch.device("cuda" if gpu else "cpu")
         self.dtype = config.model_config.dtype
-        self.random, self.kernels = _sibling("child_random"), _sibling("child_kernels")
+        self.random, self.kernels = serving._sibling("child_random"), serving._sibling("child_kernels")
 
     @contextlib.contextmanager
     def making(self) -> Iterator[None]:
@@ -230,10 +224,7 @@ def rounding_of(layer: Any) -> Any:
 
     A compiled engine does it in the operation before.
     """
-    kernel = serving._running(layer)
-    for _ in range(2):  # e.g. method.fp8_linear.kernel
-        inner = (getattr(kernel, name, None) for name in serving._KERNEL_ATTRIBUTES)
-        kernel = next((one for one in inner if one is not None), kernel)
+    kernel = serving._kernel(serving._running(layer))
     rounding, scale = getattr(kernel, "quant_fp8", None), getattr(layer, "input_scale", None)
     if rounding is None:
         return None
@@ -282,7 +273,7 @@ def profile(job: Facts, report: Any) -> None:
         gpu = facts["runtime"]["gpu"]
         facts["gpu"] = device_facts(gpu)
     with report.step("built") as facts:
-        load_format = _sibling("child_random").register()
+        load_format = serving._sibling("child_random").register()
         # a CPU's engine runs eagerly, whatever is asked of a GPU's
         engine = {**(job["engine"] if gpu else {}), "load_format": load_format}
         llm = serving.build({**job, "engine": engine}, gpu)

@@ -15,6 +15,7 @@ library, torch, Pillow and vllm only. Written for vLLM 0.25.1 and 0.32.0.
 """
 
 import base64
+import functools
 import importlib.metadata
 import importlib.util
 import io
@@ -138,8 +139,9 @@ def build(job: Facts, gpu: bool) -> Any:
         return vllm.LLM(**{**arguments, **job.get("engine", {})})
 
 
+@functools.cache
 def _sibling(name: str) -> Any:
-    """Return the module in a file beside this one, whose directory isn't on the path."""
+    """Return the module in a file beside this one, whose directory isn't on the path; the same one each time."""
     spec: Any = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -152,14 +154,20 @@ def _running(module: Any) -> Any:
     return module.quant_method if scheme is None else scheme
 
 
-def _kernel_of(method: Any) -> str | None:
-    """Return the class of the kernel that a quant method chose; None: it has none of its own."""
+def _kernel(method: Any) -> Any:
+    """Return the kernel that a quant method chose; None: it has none of its own."""
     found = None
     for _ in _KERNEL_ATTRIBUTES:  # e.g. method.fp8_linear.kernel: as deep as there are names
         inner = next((one for name in _KERNEL_ATTRIBUTES if (one := getattr(method, name, None)) is not None), None)
         if inner is None:
             break
         found = method = inner
+    return found
+
+
+def _kernel_of(method: Any) -> str | None:
+    """Return the class of that kernel."""
+    found = _kernel(method)
     return None if found is None else type(found).__name__
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bitladder.errors import ProbeFailed, UnsupportedModel
-from bitladder.formats import COMPRESSED_TENSORS, get_format, why_no_shapes
+from bitladder.formats import COMPRESSED_TENSORS, get_format, why_not
 from bitladder.records import (
     BF16,
     EngineSettings,
@@ -102,9 +102,8 @@ def profile_job(
     for group in groups:
         if group.fused_shape is None:
             raise UnsupportedModel(f"{group.name} has modules of unknown shape; name the model's directory")
-        modules = {module.name: module.shape for module in group.modules if module.shape is not None}
         for name, own in shapes.items():
-            if name == BF16 or why_no_shapes(modules, name) is None:
+            if why_not(group, name) is None:
                 own[group.fused_shape] = None
     return {
         **child_job(directory, ServeJob(speed=SpeedJob(most, longest - 1, 1))),
