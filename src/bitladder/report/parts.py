@@ -21,7 +21,7 @@ from bitladder.report.numbers import (
     significant,
     times,
 )
-from bitladder.report.plots import requests_in_words
+from bitladder.report.plots import timing
 from bitladder.report.sentences import asked_of, last_stages
 from bitladder.report.types import Report, ReportedProbe, ReportedScheme
 
@@ -154,24 +154,17 @@ def _task_tile(scheme: ReportedScheme, ladder: Ladder) -> dict[str, str] | None:
 
 def _speed_tile(report: Report, scheme: ReportedScheme) -> dict[str, str] | None:
     timed = [
-        (speed, probe)
+        (speed.ratio, speed, probe)
         for probe in report.probes
         if probe.scheme == scheme.name
         for speed in probe.throughput
-        if speed.source_tokens_per_second
+        if speed.ratio is not None
     ]
     if not timed:
         return None
-    speed, probe = timed[-1]
-    assert speed.source_tokens_per_second  # as selected
-    ratio = speed.tokens_per_second / speed.source_tokens_per_second
-    rest = [
-        f"{one.phase} {times(one.tokens_per_second / one.source_tokens_per_second)}"
-        for one, _ in timed[:-1]
-        if one.source_tokens_per_second
-    ]
-    what = f"{speed.phase}, {requests_in_words(speed.requests)}{f', {probe.device}' if probe.device else ''}"
-    return _tile("Speed", times(ratio), "; ".join([what, *rest]), state="good" if ratio >= 1 else "")
+    ratio, speed, probe = timed[-1]
+    rest = [f"{one.phase} {times(other)}" for other, one, _ in timed[:-1]]
+    return _tile("Speed", times(ratio), "; ".join([timing(speed, probe), *rest]), state="good" if ratio >= 1 else "")
 
 
 def _runtime_tile(report: Report, scheme: ReportedScheme) -> dict[str, str] | None:

@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 
 from bitladder.planning.controls import RANDOM_FIRST
-from bitladder.records import BF16, KL, EvalResult
+from bitladder.records import BF16, KL, EvalResult, Throughput
 from bitladder.report.damage import NEARLY_LOSSLESS_KL, WORDS, damage_by_kl
 from bitladder.report.frontier import spec_of
 from bitladder.report.numbers import CONTROLS, FLIPS_OFTEN, KL_EXPONENT, power_of_ten
-from bitladder.report.types import PlannedCurve, Report, ReportedGroup, ReportedScheme
+from bitladder.report.types import PlannedCurve, Report, ReportedGroup, ReportedProbe, ReportedScheme
 
 WORST = 3  # groups that the picture of the layers points out
 _LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a group's name
@@ -122,19 +122,18 @@ def _scheme(report: Report, scheme: ReportedScheme) -> dict[str, Any]:
 def _speed(report: Report, scheme: ReportedScheme) -> dict[str, float]:
     """Return tokens per second over the original's, by what was timed and where."""
     return {
-        f"{speed.phase}, {requests_in_words(speed.requests)}{f', {probe.device}' if probe.device else ''}": (
-            speed.tokens_per_second / speed.source_tokens_per_second
-        )
+        timing(speed, probe): speed.ratio
         for probe in report.probes
         if probe.scheme == scheme.name
         for speed in probe.throughput
-        if speed.source_tokens_per_second
+        if speed.ratio is not None
     }
 
 
-def requests_in_words(count: int) -> str:
-    """Return a number of requests in words."""
-    return f"{count} request{'' if count == 1 else 's'}"
+def timing(speed: Throughput, probe: ReportedProbe) -> str:
+    """Return in words what was timed, and where."""
+    requests = f"{speed.requests} request{'' if speed.requests == 1 else 's'}"
+    return f"{speed.phase}, {requests}{f', {probe.device}' if probe.device else ''}"
 
 
 def _worth(report: Report) -> list[dict[str, Any]]:

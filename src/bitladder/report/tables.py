@@ -262,10 +262,9 @@ def runtimes(report: Report) -> dict[str, Any]:
             text = f"{' '.join(where)}, {STAGES[probe.stage]}: {found.severity}, {found.error_class}: `{found.where}`: "
             findings.append(f"{text}{found.problem}; {found.remedy}")
         for speed in probe.throughput:
-            ratio = speed.tokens_per_second / speed.source_tokens_per_second if speed.source_tokens_per_second else None
-            numbers = [f"{speed.tokens_per_second:,.0f}"]
-            numbers += [NONE if ratio is None else f"{speed.source_tokens_per_second:,.0f}"]
-            speeds.append([*where, speed.phase, exact(speed.requests), *numbers, times(ratio)])
+            source = NONE if speed.ratio is None else f"{speed.source_tokens_per_second:,.0f}"
+            numbers = [f"{speed.tokens_per_second:,.0f}", source, times(speed.ratio)]
+            speeds.append([*where, speed.phase, exact(speed.requests), *numbers])
         for difference in probe.log_probs:
             column = number_column([difference.mean_abs_difference], [], 0)
             values = (difference.mean_abs_difference, difference.source_mean_abs_difference, difference.tolerance)

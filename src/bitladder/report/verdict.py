@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bitladder.planning.controls import RANDOM_FIRST
-from bitladder.records import BF16, KL, Throughput
+from bitladder.records import BF16, KL
 from bitladder.report.damage import NEARLY_LOSSLESS_KL
 from bitladder.report.numbers import kl_in_words, runtime_name
 from bitladder.report.speeds import fastest
@@ -183,16 +183,12 @@ def _speed(report: Report, usable: Sequence[ReportedScheme]) -> list[str]:
         known = [one for one in report.speeds.schemes if one.scheme in names] if report.speeds else []
         return [fastest(known, report.speeds.device)] if report.speeds and known else []
     best = max(timed, key=lambda probe: math.prod(_ratios(probe)) ** (1 / len(_ratios(probe))))
-    shown = " and ".join(f"{r:.2f} times at {s.phase}" for r, s in zip(_ratios(best), _rated(best), strict=True))
+    shown = " and ".join(f"{s.ratio:.2f} times at {s.phase}" for s in best.throughput if s.ratio is not None)
     device = f" on {best.device}" if best.device else ""
     if all(ratio < 1 for probe in timed for ratio in _ratios(probe)):
         return [f"none is faster than the original{device}: `{best.scheme}` comes nearest with {shown}"]
     return [f"served fastest{device} is `{best.scheme}`, {shown} the original's tokens per second"]
 
 
-def _rated(probe: ReportedProbe) -> list[Throughput]:
-    return [speed for speed in probe.throughput if speed.source_tokens_per_second]
-
-
 def _ratios(probe: ReportedProbe) -> list[float]:
-    return [speed.tokens_per_second / (speed.source_tokens_per_second or math.nan) for speed in _rated(probe)]
+    return [speed.ratio for speed in probe.throughput if speed.ratio is not None]
