@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bitladder.formats.targets import TARGETS, served
+from bitladder.formats.targets import TARGETS
 from bitladder.recipe import SCHEME_PLACE
 from bitladder.recipe.sections import LayoutSpec
 from bitladder.records import BF16, BF16_BITS, KL, EvalResult
@@ -23,6 +23,7 @@ from bitladder.report.numbers import (
 )
 from bitladder.report.plots import timing
 from bitladder.report.sentences import asked_of, last_stages
+from bitladder.report.tables import on_device, scored_so
 from bitladder.report.types import Report, ReportedProbe, ReportedScheme
 
 KL_UNIT = f"{power_of_ten(KL_EXPONENT)} nats a token"
@@ -395,20 +396,13 @@ def _place(probe: ReportedProbe) -> str:
 
 def device_matrix(report: Report) -> dict[str, Any]:
     """Return how each kind of device computes each scheme in vLLM, by its rules: a row a scheme."""
-    columns, scored = [], []
-    for name, target in TARGETS.items():
-        columns.append(target.title.removeprefix("NVIDIA "))
-        scored.append(
-            served(report.formats, name) == report.arithmetic and not target.unsupported & set(report.formats)
-        )
+    columns = [target.title.removeprefix("NVIDIA ") for target in TARGETS.values()]
+    scored = [scored_so(report, name) for name in TARGETS]
     rows = []
     for scheme in report.schemes:
-        formats = [count.format for count in scheme.format_counts if count.groups]
         cells = []
-        for name, target in TARGETS.items():
-            able = [one for one in formats if one not in target.unsupported]
-            missing = [f"no {one.upper()}" for one in formats if one in target.unsupported]
-            unlike = [f"{one.upper()} {how}" for one, how in served(able, name).items()]
+        for name in TARGETS:
+            missing, unlike = on_device(scheme, name)
             text = ", ".join((*missing, *unlike)) or "as stored"
             cells.append({"text": text, "state": "bad" if missing else "" if unlike else "good", "small": ""})
         rows.append({"scheme": scheme.name, "cells": cells})
