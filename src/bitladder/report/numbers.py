@@ -180,9 +180,14 @@ def common_prefix(names: Sequence[str]) -> str:
     return "".join(f"{part}." for part in shared)
 
 
+def runtime_title(probe: ReportedProbe) -> str:
+    """Return a runtime's name as it writes itself."""
+    return RUNTIME_NAMES.get(probe.runtime, probe.runtime)
+
+
 def runtime_name(probe: ReportedProbe) -> str:
     """Return a runtime's name as it writes itself, with its version."""
-    return f"{RUNTIME_NAMES.get(probe.runtime, probe.runtime)} {probe.version}"
+    return f"{runtime_title(probe)} {probe.version}"
 
 
 def times(ratio: float | None) -> str:

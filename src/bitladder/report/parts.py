@@ -1,5 +1,6 @@
 """What the page says in cards, rows and cells, as plain texts: the template only draws them."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,11 @@ from bitladder.report.numbers import (
     KL_EXPONENT,
     NONE,
     NOT_RUN,
-    RUNTIME_NAMES,
     byte_size,
     exact,
     percent,
     power_of_ten,
+    runtime_title,
     significant,
     times,
 )
@@ -46,7 +47,7 @@ def verdict_card(report: Report, ladder: Ladder) -> dict[str, Any]:
     scheme = next((scheme for scheme in report.schemes if scheme.name == decision.take), None)
     if scheme is None or decision.aim is None:
         return card
-    tiles = [_size_tile(report, scheme), _kl_tile(report, scheme), _top1_tile(report, scheme)]
+    tiles = [_size_tile(report, scheme), _kl_tile(scheme), _top1_tile(report, scheme)]
     tiles += [_task_tile(scheme, ladder), _speed_tile(report, scheme), _runtime_tile(report, scheme)]
     return card | {
         "scheme": scheme.name,
@@ -85,13 +86,7 @@ def serve_command(report: Report, scheme: ReportedScheme) -> str:
     """Return how vLLM serves a scheme's checkpoint, from the report's directory."""
     layout = report.settings.get("layout") or {}
     place = layout.get("checkpoints") or str(LayoutSpec.model_fields["checkpoints"].default)
-    return f"vllm serve {_quoted(str(place).replace(SCHEME_PLACE, scheme.name))}"
-
-
-def _quoted(path: str) -> str:
-    import shlex
-
-    return shlex.quote(path)
+    return f"vllm serve {shlex.quote(str(place).replace(SCHEME_PLACE, scheme.name))}"
 
 
 def kl_with_error(result: EvalResult) -> tuple[str, str]:
@@ -106,11 +101,9 @@ def _tile(label: str, value: str, detail: str, *, small: str = "", state: str = 
 
 
 def _size_tile(report: Report, scheme: ReportedScheme) -> dict[str, str]:
-    exported = scheme.weight_file_bytes is not None and bool(report.source_weight_file_bytes)
-    size, whole = scheme.weight_bytes, report.searched_source_bytes
+    what, size, whole = "searched weights", scheme.weight_bytes, report.searched_source_bytes
     if scheme.weight_file_bytes is not None and report.source_weight_file_bytes:
-        size, whole = scheme.weight_file_bytes, report.source_weight_file_bytes
-    what = "weight files" if exported else "searched weights"
+        what, size, whole = "weight files", scheme.weight_file_bytes, report.source_weight_file_bytes
     return _tile("Size", change_of(size, whole), f"{what}: {byte_size(size)} instead of {byte_size(whole)}")
 
 
@@ -119,7 +112,7 @@ def change_of(size: int, whole: int) -> str:
     return f"{100 * (size / whole - 1):+.0f}%".replace("-", "−") if whole else NONE
 
 
-def _kl_tile(report: Report, scheme: ReportedScheme) -> dict[str, str]:
+def _kl_tile(scheme: ReportedScheme) -> dict[str, str]:
     kls = [result for result in scheme.results or () if result.metric == KL]
     worst = max(kls, key=lambda result: result.value)
     value, error = kl_with_error(worst)
@@ -174,11 +167,11 @@ def _runtime_tile(report: Report, scheme: ReportedScheme) -> dict[str, str] | No
         return None
     order = list(STAGES_REACHED)
     best = max(probes, key=lambda p: (p.verdict == "ok", order.index(p.stage), p.runtime == "vllm"))
-    name = RUNTIME_NAMES.get(best.runtime, best.runtime)
     device = f" on {best.device}" if best.device else ""
-    refused = [RUNTIME_NAMES.get(p.runtime, p.runtime) for p in probes if p.verdict != "ok" and p is not best]
+    refused = [runtime_title(p) for p in probes if p.verdict != "ok" and p is not best]
     others = f"; not in {', '.join(dict.fromkeys(refused))}" if refused else ""
-    return _tile(name, probe_in_words(best), f"version {best.version}{device}{others}", state=_state(best))
+    detail = f"version {best.version}{device}{others}"
+    return _tile(runtime_title(best), probe_in_words(best), detail, state=_state(best))
 
 
 def probe_in_words(probe: ReportedProbe) -> str:
@@ -286,11 +279,11 @@ def runs_in_words(report: Report, name: str) -> tuple[str, str]:
     """Return how far the runtime came with a checkpoint that came furthest; and which ones don't take it."""
     probes = [probe for probe in last_stages(report.probes) if probe.scheme == name]
     fine = [probe for probe in probes if probe.verdict == "ok"]
-    failed = [f"{RUNTIME_NAMES.get(p.runtime, p.runtime)}: {p.verdict}" for p in probes if p.verdict != "ok"]
+    failed = [f"{runtime_title(p)}: {p.verdict}" for p in probes if p.verdict != "ok"]
     if not fine:
         return ("no" if failed else NOT_RUN), "; ".join(failed)
     best = max(fine, key=lambda probe: list(STAGES_REACHED).index(probe.stage))
-    by = "" if best.stage == "preflight" else f" by {RUNTIME_NAMES.get(best.runtime, best.runtime)}"
+    by = "" if best.stage == "preflight" else f" by {runtime_title(best)}"
     return probe_in_words(best) + by, "; ".join(dict.fromkeys(failed))
 
 
@@ -331,7 +324,7 @@ def chips_of(report: Report, scheme: ReportedScheme) -> list[dict[str, str]]:
     if scheme.verified is False:
         chips.append(("doesn’t match its scheme", "bad"))
     failed = [p for p in last_stages(report.probes) if p.scheme == name and p.verdict != "ok"]
-    chips += [(f"not in {RUNTIME_NAMES.get(p.runtime, p.runtime)}", "bad") for p in failed]
+    chips += [(f"not in {runtime_title(p)}", "bad") for p in failed]
     if any(name in (pair.first, pair.second) and pair.within_noise for pair in report.comparisons):
         chips.append(("within noise of its neighbour", "open"))
     if name in report.below_noise_floor:
@@ -389,9 +382,8 @@ def findings_of_runtimes(report: Report) -> list[str]:
 
 
 def _place(probe: ReportedProbe) -> str:
-    name = RUNTIME_NAMES.get(probe.runtime, probe.runtime)
     version = probe.version if len(probe.version) <= 12 else f"{probe.version[:12]}…"
-    return f"{name} {version}{f' on {probe.device}' if probe.device else ''}"
+    return f"{runtime_title(probe)} {version}{f' on {probe.device}' if probe.device else ''}"
 
 
 def device_matrix(report: Report) -> dict[str, Any]:
