@@ -12,6 +12,7 @@ from bitladder.records import BF16, KL, EvalResult, Throughput
 from bitladder.report.damage import NEARLY_LOSSLESS_KL, WORDS, damage_by_kl
 from bitladder.report.frontier import spec_of
 from bitladder.report.numbers import CONTROLS, FLIPS_OFTEN, KL_EXPONENT, power_of_ten
+from bitladder.report.quality import kl_of
 from bitladder.report.types import PlannedCurve, Report, ReportedGroup, ReportedProbe, ReportedScheme
 
 WORST = 3  # groups that the picture of the layers points out
@@ -22,6 +23,7 @@ _BITS_PER_BYTE = 8
 def plot_data(report: Report) -> dict[str, Any]:
     """Return what the plots are drawn from; KL in nats per token, sizes in bytes."""
     prediction = report.prediction
+    shades = {name: _ends(_scores(report, name).values()) for name in report.formats}
     return {
         "splits": list(report.splits),
         "formats": [BF16, *report.formats],
@@ -48,10 +50,11 @@ def plot_data(report: Report) -> dict[str, Any]:
             for arm in report.controls
         ],
         "worth": _worth(report),
-        "groups": [_group(group, report) for group in report.groups],
+        "groups": [_group(group, shades) for group in report.groups],
         "worst": {name: worst_groups(report, name) for name in report.formats},
-        "scores": {name: _ends(_scores(report, name).values()) for name in report.formats},
+        "scores": shades,
         "level": report.frontier.level if report.frontier else None,
+        "letters": report.frontier.letters if report.frontier else {},
         "curves": [_curve(report, curve) for curve in report.frontier.curves] if report.frontier else [],
         "points": [] if prediction is None else [point.model_dump(mode="json") for point in prediction.points],
     }
@@ -142,15 +145,14 @@ def _worth(report: Report) -> list[dict[str, Any]]:
     for scheme in report.schemes:
         kinds: dict[str, list[float]] = {}
         for arm in report.controls:
-            kl = next((r.value for r in arm.results if r.metric == KL), None)
+            kl = kl_of(arm.results)
             if arm.beside == scheme.name and kl is not None:
                 kinds.setdefault(arm.control, []).append(kl)
-        own = next((r.value for r in scheme.results or () if r.metric == KL), None)
         if kinds:
             found.append(
                 {
                     "scheme": scheme.name,
-                    "kl": own,
+                    "kl": kl_of(scheme.results or ()),
                     "kinds": [{"kind": kind, "title": CONTROLS[kind], "kls": kls} for kind, kls in kinds.items()],
                     "agrees": scheme.name in report.modelopt_agrees,
                     "enough": len(kinds.get("random", ())) >= RANDOM_FIRST,
@@ -159,8 +161,7 @@ def _worth(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def _group(group: ReportedGroup, report: Report) -> dict[str, Any]:
-    shades: Mapping[str, list[float] | None] = {name: _ends(_scores(report, name).values()) for name in report.formats}
+def _group(group: ReportedGroup, shades: Mapping[str, list[float] | None]) -> dict[str, Any]:
     return {
         "name": group.name,
         "kind": group.kind,
