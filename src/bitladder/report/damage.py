@@ -54,7 +54,7 @@ def bound_in_words(damage: Damage) -> str:
         return f"KL above {_BOUNDS[-1][1] * 1e3:g} × 10⁻³ nats a token"
     index = names.index(damage)
     upper = f"{_BOUNDS[index][1] * 1e3:g} × 10⁻³ nats a token"
-    accuracy = ", and no task's accuracy below the original's" if index < names.index("noticeable") else ""
+    accuracy = ", and no task's accuracy surely below the original's" if index < names.index("noticeable") else ""
     return f"KL at most {upper} on every held-out set, two standard errors included{accuracy}"
 
 

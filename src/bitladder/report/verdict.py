@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.planning.controls import RANDOM_FIRST
 from bitladder.records import BF16, KL
-from bitladder.report.damage import NEARLY_LOSSLESS_KL
+from bitladder.report.damage import NEARLY_LOSSLESS_KL, bound_in_words
 from bitladder.report.numbers import kl_in_words, runtime_name
 from bitladder.report.speeds import fastest
 from bitladder.report.types import WITHIN_NOISE_ERRORS, Decision
@@ -104,7 +104,7 @@ def _advice(report: Report, usable: Sequence[ReportedScheme]) -> Decision:
             advice=f"Take {chosen} to stay nearly lossless ({_BOUND}){_against_chance(report, best)}",
             alternative=other,
         )
-    none = f"No scheme is nearly lossless ({_BOUND})"
+    none = f"No scheme is nearly lossless ({bound_in_words('nearly_lossless')})"
     if best is smallest:
         advice = f"{none}; {chosen} for the smallest files does the least damage too"
         return Decision(take=best.name, aim="least_damage", advice=advice)
