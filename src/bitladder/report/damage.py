@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Literal
 
-from bitladder.records import KL, EvalResult
+from bitladder.records import KL, TASK_ACCURACY, EvalResult
 
 Damage = Literal["nearly_lossless", "small", "noticeable", "large"]
 
@@ -65,4 +65,4 @@ def _with_margin(result: EvalResult) -> float:
 def _is_worse(result: EvalResult) -> bool:
     if result.paired is not None:
         return result.paired.interval[1] < 0
-    return result.metric == "task_accuracy" and result.reference is not None and _with_margin(result) < result.reference
+    return result.metric == TASK_ACCURACY and result.reference is not None and _with_margin(result) < result.reference

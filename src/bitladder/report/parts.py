@@ -7,7 +7,7 @@ from typing import Any
 from bitladder.formats.targets import TARGETS
 from bitladder.recipe import SCHEME_PLACE
 from bitladder.recipe.sections import LayoutSpec
-from bitladder.records import BF16, BF16_BITS, KL, EvalResult
+from bitladder.records import BF16, BF16_BITS, KL, TASK_ACCURACY, EvalResult
 from bitladder.report.damage import WORDS, bound_in_words
 from bitladder.report.ladder import Ladder, verified
 from bitladder.report.numbers import (
@@ -138,7 +138,7 @@ def _top1_tile(report: Report, scheme: ReportedScheme) -> dict[str, str] | None:
 
 
 def _task_tile(scheme: ReportedScheme, ladder: Ladder) -> dict[str, str] | None:
-    found = scheme.result("task_accuracy", ladder.task_split) if ladder.task_split else None
+    found = scheme.result(TASK_ACCURACY, ladder.task_split) if ladder.task_split else None
     if found is None:
         return None
     error = "" if found.standard_error is None else f"± {percent(found.standard_error, 1)}"
@@ -203,7 +203,7 @@ def scheme_rows(report: Report, ladder: Ladder, lines: Sequence[str]) -> list[di
     source = byte_size(report.source_weight_file_bytes)
     has_kl = [split for split in ladder.kl_columns if report.first_result(KL, split)]
     floors = [report.first_result(KL, split) for split in ladder.kl_columns]
-    task = report.first_result("task_accuracy", ladder.task_split) if ladder.task_split else None
+    task = report.first_result(TASK_ACCURACY, ladder.task_split) if ladder.task_split else None
     scale = 10.0**-KL_EXPONENT
 
     def reference(name: str, first: list[str], kls: list[str], top1: str, accuracy: float | None) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _scheme_row(
     top1 = worst_top1(scheme)
     cells.append((percent(top1.value, 1) if top1 else NOT_RUN, ""))
     if ladder.has_task and ladder.task_split:
-        task = scheme.result("task_accuracy", ladder.task_split)
+        task = scheme.result(TASK_ACCURACY, ladder.task_split)
         error = task.standard_error if task else None
         cells.append((percent(task.value, 1) if task else NOT_RUN, "" if error is None else f"± {percent(error, 1)}"))
     cells.append(runs_in_words(report, scheme.name))

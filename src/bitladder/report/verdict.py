@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bitladder.planning.controls import RANDOM_FIRST
-from bitladder.records import BF16, KL
+from bitladder.records import BF16, KL, TASK_ACCURACY
 from bitladder.report.damage import NEARLY_LOSSLESS_KL, bound_in_words
 from bitladder.report.numbers import kl_in_words, runtime_name
 from bitladder.report.speeds import fastest
@@ -116,7 +116,7 @@ def _numbers(report: Report, scheme: ReportedScheme) -> str:
     """Return in brackets a scheme's KL, accuracy on a task, and share of the original's bytes."""
     worst = max((r for r in scheme.results or () if r.metric == KL), key=lambda result: result.value)
     said = [f"KL {kl_in_words(worst.value)}{f' on {worst.split}' if len(report.splits) > 1 else ''}"]
-    task = next((r for r in scheme.results or () if r.metric == "task_accuracy"), None)
+    task = next((r for r in scheme.results or () if r.metric == TASK_ACCURACY), None)
     if task is not None and task.reference is not None:
         said.append(f"task accuracy {task.value:.1%} against the original's {task.reference:.1%}")
     if scheme.weight_file_bytes is not None and report.source_weight_file_bytes:
