@@ -201,11 +201,6 @@ def test_nothing_of_a_report_becomes_markup():
     assert "</script><b>" not in render_html(report)
 
 
-def test_columns_can_be_left_out():
-    table = html_table("| a | b | c |\n| :--- | ---: | ---: |\n| 1 | 2 | 3 |", without=("b",))
-    assert re.findall(r"<t[hd][^>]*>(\w)", table) == ["a", "c", "1", "3"]
-
-
 def test_plots_have_the_reports_numbers():
     report = report_with()
     data = plot_data(report)

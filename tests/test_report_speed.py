@@ -64,6 +64,7 @@ def test_it_is_said_plainly(made):
     page = report.render_html(found)
     assert "slower than 16 bits at prefill" in page
     assert '<section id="speed">' in page
+    assert '<a href="#speed">' in page
 
 
 def test_points_of_the_frontier_are_the_least_damage_at_their_speed(made):

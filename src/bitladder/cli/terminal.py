@@ -278,7 +278,7 @@ def _print_probes(results: "Sequence[ProbeResult]") -> None:
             )
         for speed in result.throughput:
             source = speed.source_tokens_per_second
-            beside = f", {speed.tokens_per_second / source:.2f} times the original's {source:,.0f}" if source else ""
+            beside = "" if speed.ratio is None else f", {speed.ratio:.2f} times the original's {source:,.0f}"
             say(f"{result.checkpoint}: {speed.phase} {speed.tokens_per_second:,.0f} tokens/s{beside}")
         for item in result.log_probs:
             noise = item.source_mean_abs_difference

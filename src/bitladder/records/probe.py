@@ -92,6 +92,11 @@ class Throughput(Part):
     tokens_per_second: float
     source_tokens_per_second: float | None = None
 
+    @property
+    def ratio(self) -> float | None:
+        """Times the original's tokens per second, or None."""
+        return self.tokens_per_second / self.source_tokens_per_second if self.source_tokens_per_second else None
+
 
 class ServedMemory(Part):
     """What a served checkpoint takes; what the runtime doesn't tell is None."""

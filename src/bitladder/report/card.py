@@ -9,7 +9,7 @@ import yaml
 
 from bitladder.formats import COMPRESSED_TENSORS, FORMATS
 from bitladder.recipe import HUB_ID, MESSAGES
-from bitladder.records import BF16, KL
+from bitladder.records import BF16, KL, TASK_ACCURACY
 from bitladder.report.escaping import Markdown
 from bitladder.report.ladder import Ladder
 from bitladder.report.markdown import template
@@ -24,7 +24,7 @@ _METRICS = {  # metric -> a hub's type of it, and what it is here
     KL: ("kl_divergence", "KL to the original, nats per token"),
     "perplexity": ("perplexity", "perplexity"),
     "top1_agreement": ("accuracy", "top-1 agreement with the original, share of tokens"),
-    "task_accuracy": ("accuracy", "task accuracy, share of samples"),
+    TASK_ACCURACY: ("accuracy", "task accuracy, share of samples"),
 }
 _TAGS = ("mixed-precision", "{carrier}", "vllm", "bitladder")
 

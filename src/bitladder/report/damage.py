@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Literal
 
-from bitladder.records import KL, EvalResult
+from bitladder.records import KL, TASK_ACCURACY, EvalResult
 
 Damage = Literal["nearly_lossless", "small", "noticeable", "large"]
 
@@ -54,7 +54,7 @@ def bound_in_words(damage: Damage) -> str:
         return f"KL above {_BOUNDS[-1][1] * 1e3:g} × 10⁻³ nats a token"
     index = names.index(damage)
     upper = f"{_BOUNDS[index][1] * 1e3:g} × 10⁻³ nats a token"
-    accuracy = ", and no task's accuracy below the original's" if index < names.index("noticeable") else ""
+    accuracy = ", and no task's accuracy surely below the original's" if index < names.index("noticeable") else ""
     return f"KL at most {upper} on every held-out set, two standard errors included{accuracy}"
 
 
@@ -65,4 +65,4 @@ def _with_margin(result: EvalResult) -> float:
 def _is_worse(result: EvalResult) -> bool:
     if result.paired is not None:
         return result.paired.interval[1] < 0
-    return result.metric == "task_accuracy" and result.reference is not None and _with_margin(result) < result.reference
+    return result.metric == TASK_ACCURACY and result.reference is not None and _with_margin(result) < result.reference

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bitladder.records import KL, EvalResult
+from bitladder.records import KL, TASK_ACCURACY, EvalResult
 from bitladder.report.numbers import (
     KL_EXPONENT,
     NONE,
@@ -42,7 +42,7 @@ class Ladder:
         self.predicted_column = number_column(predicted, [s.predicted_standard_error for s in report.schemes], exponent)
         # The first set that has a task, or the first task.
         tasks = (*report.splits, *report.tasks)
-        self.task_split = next((s for s in tasks if report.first_result("task_accuracy", s)), None)
+        self.task_split = next((s for s in tasks if report.first_result(TASK_ACCURACY, s)), None)
         self.has_task = self.task_split is not None
 
     def _kl_column_of(self, split: str) -> Column:
@@ -69,14 +69,14 @@ class Ladder:
             kls,
             perplexity.value if perplexity else None,
             top1.value if top1 else None,
-            share_with_error(scheme.result("task_accuracy", self.task_split) if self.task_split else None),
+            share_with_error(scheme.result(TASK_ACCURACY, self.task_split) if self.task_split else None),
         )
 
     def original(self) -> list[str]:
         """Return the original's own values of these metrics."""
         if not self.evaluated:
             return self._not_run()
-        perplexity, task = self._first("perplexity"), self._first("task_accuracy")
+        perplexity, task = self._first("perplexity"), self._first(TASK_ACCURACY)
         return self._cells(
             ["0"] * len(self.kl_columns),
             perplexity.reference if perplexity else None,
@@ -94,13 +94,13 @@ class Ladder:
             kls.append(column.show(kl.noise_floor if kl else None))
         perplexity, top1, task = (
             result.noise_floor if (result := self._first(metric)) else None
-            for metric in ("perplexity", "top1_agreement", "task_accuracy")
+            for metric in ("perplexity", "top1_agreement", TASK_ACCURACY)
         )
         return self._cells(kls, perplexity, top1, percent(task, 1))
 
     def _first(self, metric: str) -> EvalResult | None:
         """Return a scheme's result of the metric, on the held-out set that the table shows it of."""
-        split = self.task_split if metric == "task_accuracy" else self.split
+        split = self.task_split if metric == TASK_ACCURACY else self.split
         return self.report.first_result(metric, split) if split is not None else None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from bitladder.records import KL, DataSummary, EvalResult
+from bitladder.records import KL, TASK_ACCURACY, DataSummary, EvalResult
 from bitladder.report.escaping import Markdown, prose
 from bitladder.report.types import ReportedProbe
 
@@ -17,12 +17,12 @@ ORIGINAL = "original"
 NOISE_FLOOR = "original in BF16 arithmetic (noise floor)"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MAX_DECIMALS = 5
-SHARES = ("top1_agreement", "task_accuracy")  # metrics shown in percent
+SHARES = ("top1_agreement", TASK_ACCURACY)  # metrics shown in percent
 METRIC_NAMES = {
     KL: "KL to the original",
     "perplexity": "perplexity",
     "top1_agreement": "top-1 agreement",
-    "task_accuracy": "task accuracy",
+    TASK_ACCURACY: "task accuracy",
 }
 FLIPS_OFTEN = 0.1  # share of the draws from which on a group is marked
 CONTROLS = {
@@ -180,9 +180,14 @@ def common_prefix(names: Sequence[str]) -> str:
     return "".join(f"{part}." for part in shared)
 
 
+def runtime_title(probe: ReportedProbe) -> str:
+    """Return a runtime's name as it writes itself."""
+    return RUNTIME_NAMES.get(probe.runtime, probe.runtime)
+
+
 def runtime_name(probe: ReportedProbe) -> str:
     """Return a runtime's name as it writes itself, with its version."""
-    return f"{RUNTIME_NAMES.get(probe.runtime, probe.runtime)} {probe.version}"
+    return f"{runtime_title(probe)} {probe.version}"
 
 
 def times(ratio: float | None) -> str:

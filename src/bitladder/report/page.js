@@ -64,7 +64,7 @@ function drawPlan() {
   const curve = data.curves[Number($("plan-formats").value)], slider = $("slider");
   slider.max = curve.points.length - 1;
   const point = curve.points[Math.min(Number(slider.value), curve.points.length - 1)];
-  const formats = data.groups.map((group, index) => data.formats[letters.indexOf(point.formats[index])]);
+  const formats = data.groups.map((group, index) => data.letters[point.formats[index]]);
   const kl = point.kl === null ? null : short(point.kl * 1000), range = point.low === null ? "" : `${Math.round(data.level * 100)}% interval ${short(point.low * 1000)} to ${short(point.high * 1000)}`;
   slider.setAttribute("aria-valuetext", `${point.effective_bits.toFixed(2)} effective bits`);
   $("plan-bits").textContent = point.effective_bits.toFixed(2);

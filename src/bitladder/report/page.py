@@ -78,18 +78,16 @@ def inline(text: object) -> Markup:
     return Markup("".join(f"<code>{html.escape(s, quote=False)}</code>" if i % 2 else s for i, s in enumerate(pieces)))
 
 
-def html_table(markdown: str, identifier: str = "", without: tuple[str, ...] = (), name: str = "") -> Markup:
+def html_table(markdown: str, name: str, identifier: str = "") -> Markup:
     """Return a table as `render.markdown_table` writes it, as an HTML table that scrolls inside itself.
 
     Args:
         markdown: the table.
-        identifier: its `id`.
-        without: titles of columns that are left out.
         name: what it is called by those who read the page aloud.
+        identifier: its `id`.
     """
     lines = [[Markdown(cell.strip()) for cell in line.split("|")[1:-1]] for line in markdown.strip().splitlines()]
-    kept = [index for index, title in enumerate(lines[0]) if title not in without]
-    head, rule, *body = [[line[index] for index in kept] for line in lines]
+    head, rule, *body = lines
     right = [cell.endswith(":") for cell in rule]
 
     def row(cells: list[Markdown], tag: str) -> str:
@@ -100,9 +98,8 @@ def html_table(markdown: str, identifier: str = "", without: tuple[str, ...] = (
         return f"<tr>{''.join(shown)}</tr>"
 
     rows = "\n".join(row(cells, "td") for cells in body)
-    region = f' role="region" aria-label="{html.escape(name)}"' if name else ""
     mark = f' id="{identifier}"' if identifier else ""
     return Markup(
-        f'<div class="scroll" tabindex="0"{region}><table{mark}>\n<thead>{row(head, "th")}</thead>\n<tbody>\n{rows}\n'
-        "</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(name)}"><table{mark}>\n'
+        f"<thead>{row(head, 'th')}</thead>\n<tbody>\n{rows}\n</tbody></table></div>"
     )

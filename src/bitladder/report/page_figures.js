@@ -2,7 +2,6 @@
 // The figures: damage against size, what the search is worth, layers, predicted against measured.
 const data = JSON.parse($("data").textContent);
 const byName = new Map(data.schemes.map((scheme) => [scheme.name, scheme]));
-const letters = "0123456789abcdefghijklmnopqrstuvwxyz";
 const toneOf = (format) => (format === "bf16" ? "kept" : `f${data.formats.indexOf(format)}`);
 const KINDS = { random: "circle", inverse: "cross", first_last: "square", largest: "triangle", lowest_score: "diamond", modelopt: "diamond" };
 

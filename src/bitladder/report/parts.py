@@ -1,28 +1,30 @@
 """What the page says in cards, rows and cells, as plain texts: the template only draws them."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from bitladder.formats.targets import TARGETS, served
+from bitladder.formats.targets import TARGETS
 from bitladder.recipe import SCHEME_PLACE
 from bitladder.recipe.sections import LayoutSpec
-from bitladder.records import BF16, BF16_BITS, KL, EvalResult
+from bitladder.records import BF16, BF16_BITS, KL, TASK_ACCURACY, EvalResult
 from bitladder.report.damage import WORDS, bound_in_words
 from bitladder.report.ladder import Ladder, verified
 from bitladder.report.numbers import (
     KL_EXPONENT,
     NONE,
     NOT_RUN,
-    RUNTIME_NAMES,
     byte_size,
     exact,
     percent,
     power_of_ten,
+    runtime_title,
     significant,
     times,
 )
-from bitladder.report.plots import requests_in_words
+from bitladder.report.plots import timing
 from bitladder.report.sentences import asked_of, last_stages
+from bitladder.report.tables import on_device, scored_so
 from bitladder.report.types import Report, ReportedProbe, ReportedScheme
 
 KL_UNIT = f"{power_of_ten(KL_EXPONENT)} nats a token"
@@ -45,7 +47,7 @@ def verdict_card(report: Report, ladder: Ladder) -> dict[str, Any]:
     scheme = next((scheme for scheme in report.schemes if scheme.name == decision.take), None)
     if scheme is None or decision.aim is None:
         return card
-    tiles = [_size_tile(report, scheme), _kl_tile(report, scheme), _top1_tile(report, scheme)]
+    tiles = [_size_tile(report, scheme), _kl_tile(scheme), _top1_tile(report, scheme)]
     tiles += [_task_tile(scheme, ladder), _speed_tile(report, scheme), _runtime_tile(report, scheme)]
     return card | {
         "scheme": scheme.name,
@@ -84,13 +86,7 @@ def serve_command(report: Report, scheme: ReportedScheme) -> str:
     """Return how vLLM serves a scheme's checkpoint, from the report's directory."""
     layout = report.settings.get("layout") or {}
     place = layout.get("checkpoints") or str(LayoutSpec.model_fields["checkpoints"].default)
-    return f"vllm serve {_quoted(str(place).replace(SCHEME_PLACE, scheme.name))}"
-
-
-def _quoted(path: str) -> str:
-    import shlex
-
-    return shlex.quote(path)
+    return f"vllm serve {shlex.quote(str(place).replace(SCHEME_PLACE, scheme.name))}"
 
 
 def kl_with_error(result: EvalResult) -> tuple[str, str]:
@@ -105,11 +101,9 @@ def _tile(label: str, value: str, detail: str, *, small: str = "", state: str = 
 
 
 def _size_tile(report: Report, scheme: ReportedScheme) -> dict[str, str]:
-    exported = scheme.weight_file_bytes is not None and bool(report.source_weight_file_bytes)
-    size, whole = scheme.weight_bytes, report.searched_source_bytes
+    what, size, whole = "searched weights", scheme.weight_bytes, report.searched_source_bytes
     if scheme.weight_file_bytes is not None and report.source_weight_file_bytes:
-        size, whole = scheme.weight_file_bytes, report.source_weight_file_bytes
-    what = "weight files" if exported else "searched weights"
+        what, size, whole = "weight files", scheme.weight_file_bytes, report.source_weight_file_bytes
     return _tile("Size", change_of(size, whole), f"{what}: {byte_size(size)} instead of {byte_size(whole)}")
 
 
@@ -118,7 +112,7 @@ def change_of(size: int, whole: int) -> str:
     return f"{100 * (size / whole - 1):+.0f}%".replace("-", "−") if whole else NONE
 
 
-def _kl_tile(report: Report, scheme: ReportedScheme) -> dict[str, str]:
+def _kl_tile(scheme: ReportedScheme) -> dict[str, str]:
     kls = [result for result in scheme.results or () if result.metric == KL]
     worst = max(kls, key=lambda result: result.value)
     value, error = kl_with_error(worst)
@@ -144,7 +138,7 @@ def _top1_tile(report: Report, scheme: ReportedScheme) -> dict[str, str] | None:
 
 
 def _task_tile(scheme: ReportedScheme, ladder: Ladder) -> dict[str, str] | None:
-    found = scheme.result("task_accuracy", ladder.task_split) if ladder.task_split else None
+    found = scheme.result(TASK_ACCURACY, ladder.task_split) if ladder.task_split else None
     if found is None:
         return None
     error = "" if found.standard_error is None else f"± {percent(found.standard_error, 1)}"
@@ -154,24 +148,17 @@ def _task_tile(scheme: ReportedScheme, ladder: Ladder) -> dict[str, str] | None:
 
 def _speed_tile(report: Report, scheme: ReportedScheme) -> dict[str, str] | None:
     timed = [
-        (speed, probe)
+        (speed.ratio, speed, probe)
         for probe in report.probes
         if probe.scheme == scheme.name
         for speed in probe.throughput
-        if speed.source_tokens_per_second
+        if speed.ratio is not None
     ]
     if not timed:
         return None
-    speed, probe = timed[-1]
-    assert speed.source_tokens_per_second  # as selected
-    ratio = speed.tokens_per_second / speed.source_tokens_per_second
-    rest = [
-        f"{one.phase} {times(one.tokens_per_second / one.source_tokens_per_second)}"
-        for one, _ in timed[:-1]
-        if one.source_tokens_per_second
-    ]
-    what = f"{speed.phase}, {requests_in_words(speed.requests)}{f', {probe.device}' if probe.device else ''}"
-    return _tile("Speed", times(ratio), "; ".join([what, *rest]), state="good" if ratio >= 1 else "")
+    ratio, speed, probe = timed[-1]
+    rest = [f"{one.phase} {times(other)}" for other, one, _ in timed[:-1]]
+    return _tile("Speed", times(ratio), "; ".join([timing(speed, probe), *rest]), state="good" if ratio >= 1 else "")
 
 
 def _runtime_tile(report: Report, scheme: ReportedScheme) -> dict[str, str] | None:
@@ -180,11 +167,11 @@ def _runtime_tile(report: Report, scheme: ReportedScheme) -> dict[str, str] | No
         return None
     order = list(STAGES_REACHED)
     best = max(probes, key=lambda p: (p.verdict == "ok", order.index(p.stage), p.runtime == "vllm"))
-    name = RUNTIME_NAMES.get(best.runtime, best.runtime)
     device = f" on {best.device}" if best.device else ""
-    refused = [RUNTIME_NAMES.get(p.runtime, p.runtime) for p in probes if p.verdict != "ok" and p is not best]
+    refused = [runtime_title(p) for p in probes if p.verdict != "ok" and p is not best]
     others = f"; not in {', '.join(dict.fromkeys(refused))}" if refused else ""
-    return _tile(name, probe_in_words(best), f"version {best.version}{device}{others}", state=_state(best))
+    detail = f"version {best.version}{device}{others}"
+    return _tile(runtime_title(best), probe_in_words(best), detail, state=_state(best))
 
 
 def probe_in_words(probe: ReportedProbe) -> str:
@@ -216,7 +203,7 @@ def scheme_rows(report: Report, ladder: Ladder, lines: Sequence[str]) -> list[di
     source = byte_size(report.source_weight_file_bytes)
     has_kl = [split for split in ladder.kl_columns if report.first_result(KL, split)]
     floors = [report.first_result(KL, split) for split in ladder.kl_columns]
-    task = report.first_result("task_accuracy", ladder.task_split) if ladder.task_split else None
+    task = report.first_result(TASK_ACCURACY, ladder.task_split) if ladder.task_split else None
     scale = 10.0**-KL_EXPONENT
 
     def reference(name: str, first: list[str], kls: list[str], top1: str, accuracy: float | None) -> dict[str, Any]:
@@ -267,7 +254,7 @@ def _scheme_row(
     top1 = worst_top1(scheme)
     cells.append((percent(top1.value, 1) if top1 else NOT_RUN, ""))
     if ladder.has_task and ladder.task_split:
-        task = scheme.result("task_accuracy", ladder.task_split)
+        task = scheme.result(TASK_ACCURACY, ladder.task_split)
         error = task.standard_error if task else None
         cells.append((percent(task.value, 1) if task else NOT_RUN, "" if error is None else f"± {percent(error, 1)}"))
     cells.append(runs_in_words(report, scheme.name))
@@ -292,11 +279,11 @@ def runs_in_words(report: Report, name: str) -> tuple[str, str]:
     """Return how far the runtime came with a checkpoint that came furthest; and which ones don't take it."""
     probes = [probe for probe in last_stages(report.probes) if probe.scheme == name]
     fine = [probe for probe in probes if probe.verdict == "ok"]
-    failed = [f"{RUNTIME_NAMES.get(p.runtime, p.runtime)}: {p.verdict}" for p in probes if p.verdict != "ok"]
+    failed = [f"{runtime_title(p)}: {p.verdict}" for p in probes if p.verdict != "ok"]
     if not fine:
         return ("no" if failed else NOT_RUN), "; ".join(failed)
     best = max(fine, key=lambda probe: list(STAGES_REACHED).index(probe.stage))
-    by = "" if best.stage == "preflight" else f" by {RUNTIME_NAMES.get(best.runtime, best.runtime)}"
+    by = "" if best.stage == "preflight" else f" by {runtime_title(best)}"
     return probe_in_words(best) + by, "; ".join(dict.fromkeys(failed))
 
 
@@ -337,7 +324,7 @@ def chips_of(report: Report, scheme: ReportedScheme) -> list[dict[str, str]]:
     if scheme.verified is False:
         chips.append(("doesn’t match its scheme", "bad"))
     failed = [p for p in last_stages(report.probes) if p.scheme == name and p.verdict != "ok"]
-    chips += [(f"not in {RUNTIME_NAMES.get(p.runtime, p.runtime)}", "bad") for p in failed]
+    chips += [(f"not in {runtime_title(p)}", "bad") for p in failed]
     if any(name in (pair.first, pair.second) and pair.within_noise for pair in report.comparisons):
         chips.append(("within noise of its neighbour", "open"))
     if name in report.below_noise_floor:
@@ -395,27 +382,19 @@ def findings_of_runtimes(report: Report) -> list[str]:
 
 
 def _place(probe: ReportedProbe) -> str:
-    name = RUNTIME_NAMES.get(probe.runtime, probe.runtime)
     version = probe.version if len(probe.version) <= 12 else f"{probe.version[:12]}…"
-    return f"{name} {version}{f' on {probe.device}' if probe.device else ''}"
+    return f"{runtime_title(probe)} {version}{f' on {probe.device}' if probe.device else ''}"
 
 
 def device_matrix(report: Report) -> dict[str, Any]:
     """Return how each kind of device computes each scheme in vLLM, by its rules: a row a scheme."""
-    columns, scored = [], []
-    for name, target in TARGETS.items():
-        columns.append(target.title.removeprefix("NVIDIA "))
-        scored.append(
-            served(report.formats, name) == report.arithmetic and not target.unsupported & set(report.formats)
-        )
+    columns = [target.title.removeprefix("NVIDIA ") for target in TARGETS.values()]
+    scored = [scored_so(report, name) for name in TARGETS]
     rows = []
     for scheme in report.schemes:
-        formats = [count.format for count in scheme.format_counts if count.groups]
         cells = []
-        for name, target in TARGETS.items():
-            able = [one for one in formats if one not in target.unsupported]
-            missing = [f"no {one.upper()}" for one in formats if one in target.unsupported]
-            unlike = [f"{one.upper()} {how}" for one, how in served(able, name).items()]
+        for name in TARGETS:
+            missing, unlike = on_device(scheme, name)
             text = ", ".join((*missing, *unlike)) or "as stored"
             cells.append({"text": text, "state": "bad" if missing else "" if unlike else "good", "small": ""})
         rows.append({"scheme": scheme.name, "cells": cells})

@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 
 from bitladder.planning.controls import RANDOM_FIRST
-from bitladder.records import BF16, KL, EvalResult
+from bitladder.records import BF16, KL, EvalResult, Throughput
 from bitladder.report.damage import NEARLY_LOSSLESS_KL, WORDS, damage_by_kl
 from bitladder.report.frontier import spec_of
 from bitladder.report.numbers import CONTROLS, FLIPS_OFTEN, KL_EXPONENT, power_of_ten
-from bitladder.report.types import PlannedCurve, Report, ReportedGroup, ReportedScheme
+from bitladder.report.quality import kl_of
+from bitladder.report.types import PlannedCurve, Report, ReportedGroup, ReportedProbe, ReportedScheme
 
 WORST = 3  # groups that the picture of the layers points out
 _LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a group's name
@@ -22,6 +23,7 @@ _BITS_PER_BYTE = 8
 def plot_data(report: Report) -> dict[str, Any]:
     """Return what the plots are drawn from; KL in nats per token, sizes in bytes."""
     prediction = report.prediction
+    shades = {name: _ends(_scores(report, name).values()) for name in report.formats}
     return {
         "splits": list(report.splits),
         "formats": [BF16, *report.formats],
@@ -48,10 +50,11 @@ def plot_data(report: Report) -> dict[str, Any]:
             for arm in report.controls
         ],
         "worth": _worth(report),
-        "groups": [_group(group, report) for group in report.groups],
+        "groups": [_group(group, shades) for group in report.groups],
         "worst": {name: worst_groups(report, name) for name in report.formats},
-        "scores": {name: _ends(_scores(report, name).values()) for name in report.formats},
+        "scores": shades,
         "level": report.frontier.level if report.frontier else None,
+        "letters": report.frontier.letters if report.frontier else {},
         "curves": [_curve(report, curve) for curve in report.frontier.curves] if report.frontier else [],
         "points": [] if prediction is None else [point.model_dump(mode="json") for point in prediction.points],
     }
@@ -122,19 +125,18 @@ def _scheme(report: Report, scheme: ReportedScheme) -> dict[str, Any]:
 def _speed(report: Report, scheme: ReportedScheme) -> dict[str, float]:
     """Return tokens per second over the original's, by what was timed and where."""
     return {
-        f"{speed.phase}, {requests_in_words(speed.requests)}{f', {probe.device}' if probe.device else ''}": (
-            speed.tokens_per_second / speed.source_tokens_per_second
-        )
+        timing(speed, probe): speed.ratio
         for probe in report.probes
         if probe.scheme == scheme.name
         for speed in probe.throughput
-        if speed.source_tokens_per_second
+        if speed.ratio is not None
     }
 
 
-def requests_in_words(count: int) -> str:
-    """Return a number of requests in words."""
-    return f"{count} request{'' if count == 1 else 's'}"
+def timing(speed: Throughput, probe: ReportedProbe) -> str:
+    """Return in words what was timed, and where."""
+    requests = f"{speed.requests} request{'' if speed.requests == 1 else 's'}"
+    return f"{speed.phase}, {requests}{f', {probe.device}' if probe.device else ''}"
 
 
 def _worth(report: Report) -> list[dict[str, Any]]:
@@ -143,15 +145,14 @@ def _worth(report: Report) -> list[dict[str, Any]]:
     for scheme in report.schemes:
         kinds: dict[str, list[float]] = {}
         for arm in report.controls:
-            kl = next((r.value for r in arm.results if r.metric == KL), None)
+            kl = kl_of(arm.results)
             if arm.beside == scheme.name and kl is not None:
                 kinds.setdefault(arm.control, []).append(kl)
-        own = next((r.value for r in scheme.results or () if r.metric == KL), None)
         if kinds:
             found.append(
                 {
                     "scheme": scheme.name,
-                    "kl": own,
+                    "kl": kl_of(scheme.results or ()),
                     "kinds": [{"kind": kind, "title": CONTROLS[kind], "kls": kls} for kind, kls in kinds.items()],
                     "agrees": scheme.name in report.modelopt_agrees,
                     "enough": len(kinds.get("random", ())) >= RANDOM_FIRST,
@@ -160,8 +161,7 @@ def _worth(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def _group(group: ReportedGroup, report: Report) -> dict[str, Any]:
-    shades: Mapping[str, list[float] | None] = {name: _ends(_scores(report, name).values()) for name in report.formats}
+def _group(group: ReportedGroup, shades: Mapping[str, list[float] | None]) -> dict[str, Any]:
     return {
         "name": group.name,
         "kind": group.kind,

@@ -249,11 +249,10 @@ def runtime_lines(report: Report) -> list[str]:
                 f"{first.problem}."
             )
         for speed in probe.throughput:
-            source = speed.source_tokens_per_second
-            if source and speed.tokens_per_second < source:
+            if speed.ratio is not None and speed.ratio < 1:
                 lines.append(
                     f"Slower than the original: `{probe.scheme}` in {name} at {speed.phase}, "
-                    f"{speed.tokens_per_second / source:.2f}× its tokens per second."
+                    f"{speed.ratio:.2f}× its tokens per second."
                 )
     return lines
 

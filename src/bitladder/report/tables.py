@@ -27,7 +27,7 @@ from bitladder.report.numbers import (
     times,
 )
 from bitladder.report.sentences import of_pair
-from bitladder.report.types import Report
+from bitladder.report.types import Report, ReportedScheme
 
 
 def sizes(report: Report) -> Markdown:
@@ -60,16 +60,27 @@ def on_devices(report: Report) -> Markdown:
     header = ["device", "scored and evaluated so", *(scheme.name for scheme in report.schemes)]
     rows = []
     for name, target in TARGETS.items():
-        scored = served(report.formats, name) == report.arithmetic and not target.unsupported & set(report.formats)
-        row = [target.title, "yes" if scored else "no"]
+        row = [target.title, "yes" if scored_so(report, name) else "no"]
         for scheme in report.schemes:
-            formats = [count.format for count in scheme.format_counts]
-            able = [one for one in formats if one not in target.unsupported]
-            missing = [f"no {one.upper()}" for one in formats if one in target.unsupported]
-            unlike = [f"{one.upper()} {how}" for one, how in served(able, name).items()]
+            missing, unlike = on_device(scheme, name)
             row.append(", ".join((*missing, *unlike)) or "as stored")
         rows.append(row)
     return markdown_table(header, rows, left=len(header))
+
+
+def scored_so(report: Report, device: str) -> bool:
+    """Return whether scores and evaluations are those of a kind of device."""
+    unsupported = TARGETS[device].unsupported & set(report.formats)
+    return served(report.formats, device) == report.arithmetic and not unsupported
+
+
+def on_device(scheme: ReportedScheme, device: str) -> tuple[list[str], list[str]]:
+    """Return which of a scheme's formats a kind of device doesn't have, and which it computes otherwise than stored."""
+    formats = [count.format for count in scheme.format_counts]
+    unsupported = TARGETS[device].unsupported
+    able = [one for one in formats if one not in unsupported]
+    missing = [f"no {one.upper()}" for one in formats if one in unsupported]
+    return missing, [f"{one.upper()} {how}" for one, how in served(able, device).items()]
 
 
 def groups_table(report: Report, prefix: str) -> Markdown:
@@ -262,10 +273,9 @@ def runtimes(report: Report) -> dict[str, Any]:
             text = f"{' '.join(where)}, {STAGES[probe.stage]}: {found.severity}, {found.error_class}: `{found.where}`: "
             findings.append(f"{text}{found.problem}; {found.remedy}")
         for speed in probe.throughput:
-            ratio = speed.tokens_per_second / speed.source_tokens_per_second if speed.source_tokens_per_second else None
-            numbers = [f"{speed.tokens_per_second:,.0f}"]
-            numbers += [NONE if ratio is None else f"{speed.source_tokens_per_second:,.0f}"]
-            speeds.append([*where, speed.phase, exact(speed.requests), *numbers, times(ratio)])
+            source = NONE if speed.ratio is None else f"{speed.source_tokens_per_second:,.0f}"
+            numbers = [f"{speed.tokens_per_second:,.0f}", source, times(speed.ratio)]
+            speeds.append([*where, speed.phase, exact(speed.requests), *numbers])
         for difference in probe.log_probs:
             column = number_column([difference.mean_abs_difference], [], 0)
             values = (difference.mean_abs_difference, difference.source_mean_abs_difference, difference.tolerance)

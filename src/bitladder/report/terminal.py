@@ -8,7 +8,7 @@ from rich.text import Text
 
 from bitladder.records import BF16_BITS
 from bitladder.report.ladder import Ladder, verified
-from bitladder.report.numbers import NONE, NOT_RUN, ORIGINAL, RUNTIME_NAMES, byte_size, percent
+from bitladder.report.numbers import NONE, NOT_RUN, ORIGINAL, byte_size, percent, runtime_title
 from bitladder.report.sentences import last_stages
 from bitladder.report.types import Report
 
@@ -26,7 +26,7 @@ def _runs(report: Report, scheme: str) -> str:
     `by rules` where only the pre-flight was done.
     """
     probes = [probe for probe in last_stages(report.probes) if probe.scheme == scheme]
-    failed = [f"{RUNTIME_NAMES.get(p.runtime, p.runtime)}: {p.verdict}" for p in probes if p.verdict != "ok"]
+    failed = [f"{runtime_title(p)}: {p.verdict}" for p in probes if p.verdict != "ok"]
     if not probes or failed:
         return failed[0] if failed else NOT_RUN
     return "by rules" if all(probe.stage == "preflight" for probe in probes) else "yes"

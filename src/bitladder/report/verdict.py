@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bitladder.planning.controls import RANDOM_FIRST
-from bitladder.records import BF16, KL, Throughput
-from bitladder.report.damage import NEARLY_LOSSLESS_KL
+from bitladder.records import BF16, KL, TASK_ACCURACY
+from bitladder.report.damage import NEARLY_LOSSLESS_KL, bound_in_words
 from bitladder.report.numbers import kl_in_words, runtime_name
 from bitladder.report.speeds import fastest
 from bitladder.report.types import WITHIN_NOISE_ERRORS, Decision
@@ -104,7 +104,7 @@ def _advice(report: Report, usable: Sequence[ReportedScheme]) -> Decision:
             advice=f"Take {chosen} to stay nearly lossless ({_BOUND}){_against_chance(report, best)}",
             alternative=other,
         )
-    none = f"No scheme is nearly lossless ({_BOUND})"
+    none = f"No scheme is nearly lossless ({bound_in_words('nearly_lossless')})"
     if best is smallest:
         advice = f"{none}; {chosen} for the smallest files does the least damage too"
         return Decision(take=best.name, aim="least_damage", advice=advice)
@@ -116,7 +116,7 @@ def _numbers(report: Report, scheme: ReportedScheme) -> str:
     """Return in brackets a scheme's KL, accuracy on a task, and share of the original's bytes."""
     worst = max((r for r in scheme.results or () if r.metric == KL), key=lambda result: result.value)
     said = [f"KL {kl_in_words(worst.value)}{f' on {worst.split}' if len(report.splits) > 1 else ''}"]
-    task = next((r for r in scheme.results or () if r.metric == "task_accuracy"), None)
+    task = next((r for r in scheme.results or () if r.metric == TASK_ACCURACY), None)
     if task is not None and task.reference is not None:
         said.append(f"task accuracy {task.value:.1%} against the original's {task.reference:.1%}")
     if scheme.weight_file_bytes is not None and report.source_weight_file_bytes:
@@ -183,16 +183,12 @@ def _speed(report: Report, usable: Sequence[ReportedScheme]) -> list[str]:
         known = [one for one in report.speeds.schemes if one.scheme in names] if report.speeds else []
         return [fastest(known, report.speeds.device)] if report.speeds and known else []
     best = max(timed, key=lambda probe: math.prod(_ratios(probe)) ** (1 / len(_ratios(probe))))
-    shown = " and ".join(f"{r:.2f} times at {s.phase}" for r, s in zip(_ratios(best), _rated(best), strict=True))
+    shown = " and ".join(f"{s.ratio:.2f} times at {s.phase}" for s in best.throughput if s.ratio is not None)
     device = f" on {best.device}" if best.device else ""
     if all(ratio < 1 for probe in timed for ratio in _ratios(probe)):
         return [f"none is faster than the original{device}: `{best.scheme}` comes nearest with {shown}"]
     return [f"served fastest{device} is `{best.scheme}`, {shown} the original's tokens per second"]
 
 
-def _rated(probe: ReportedProbe) -> list[Throughput]:
-    return [speed for speed in probe.throughput if speed.source_tokens_per_second]
-
-
 def _ratios(probe: ReportedProbe) -> list[float]:
-    return [speed.tokens_per_second / (speed.source_tokens_per_second or math.nan) for speed in _rated(probe)]
+    return [speed.ratio for speed in probe.throughput if speed.ratio is not None]
