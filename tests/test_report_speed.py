@@ -82,6 +82,14 @@ def test_points_of_the_frontier_are_the_least_damage_at_their_speed(made):
     assert ends == pytest.approx([plain[i] / min(t[i] for t, _ in choices) for i in (0, 1)], rel=1e-6)
 
 
+def test_a_frontier_that_is_too_large_does_not_stop_a_report(made, monkeypatch):
+    measurement, schemes, whole = made
+    monkeypatch.setattr("bitladder.planning.points.MAX_FRONTIER_CHOICES", 0)
+    found = report.build_report({}, measurement, schemes, {}, None, {}, [], speed=model_of(measurement))
+    assert set(found.speeds.frontier) < set(whole.speeds.frontier)
+    assert len(found.speeds.schemes) == len(schemes)
+
+
 def test_which_is_fastest_is_told_for_each_aim():
     def speed(name, prefill, decode):
         return PredictedSpeed(scheme=name, prefill=1, decode=1, prefill_ratio=prefill, decode_ratio=decode)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from bitladder import cli, formats, planning
+from bitladder import formats, planning
+from bitladder.cli import others
 from bitladder.planning import importing, points, solver
 from bitladder.planning.options import options_of
 from bitladder.planning.relaxation import Relaxation
@@ -236,12 +237,12 @@ def test_an_outline_lies_on_the_frontier(kind):
 def test_the_command_says_where_the_frontier_is_too_large(tmp_path, monkeypatch, capsys):
     measurement = draw(random.Random(0), "smooth", 12, 1, None)
     measurement.write(tmp_path / "m.json")
-    cli.frontier(tmp_path / "m.json", 5)
+    others.frontier(tmp_path / "m.json", 5)
     whole = capsys.readouterr()
     assert whole.err == ""
     monkeypatch.setattr(points, "MAX_FRONTIER_CHOICES", 100)
     for count, words in ((5, "these 5 are on it (evenly spaced in size)"), (0, "the corners of its convex hull")):
-        cli.frontier(tmp_path / "m.json", count)
+        others.frontier(tmp_path / "m.json", count)
         printed = capsys.readouterr()
         assert "12 groups with 1 formats has too many points to hold" in printed.err
         assert words in printed.err

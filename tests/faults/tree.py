@@ -12,10 +12,13 @@ Tree = dict[str, str]
 
 # The only things in which two equal runs may differ: when they ran, how long, how much memory, and of which time and
 # inode a file was. By the records' field names; in the report's pages by their form.
-TIMES_IN_RECORDS = frozenset(("run", "phases", "digests", "content_sha256"))  # the last is over the others too
-_TIMES_IN_PAGES = re.compile(  # rows of: step, seconds, memory, device's memory; and their total
+TIMES_IN_RECORDS = frozenset(
+    ("run", "phases", "started", "digests", "content_sha256")
+)  # the last is over the others too
+_TIMES_IN_PAGES = re.compile(  # rows of: step, seconds, memory, device's memory; and their total; the date
     r"^\| [^|]+ \| [\d.,]+ \| (?:[\d.,]+ [KMG]iB)? \| [^|]*\|\n"
-    r"|<tr>\s*<td>[^<]*</td>\s*<td class=n>[\d.,]+</td>\s*<td class=n>(?:[\d.,]+ [KMG]iB)?</td>.*?</tr>\s*",
+    r"|<tr>\s*<td>[^<]*</td>\s*<td class=n>[\d.,]+</td>\s*<td class=n>(?:[\d.,]+ [KMG]iB)?</td>.*?</tr>\s*"
+    r"|, \d{4}-\d{2}-\d{2}(?: to \d{4}-\d{2}-\d{2})?(?=</p>)",
     re.MULTILINE | re.DOTALL,
 )
 _PAGES = re.compile(

@@ -68,7 +68,10 @@ def _frontier(measurement: Measurement, speed: SpeedModel, phase: "Phase") -> li
     edge, table = Solver(known, cost=speed.cost_of(phase)), known.by_group()
     points: dict[tuple[str, ...], SpeedPoint] = {}
     for budget in np.linspace(edge.most_bits, edge.least_bits, _POINTS).round():
-        formats = edge.least_score(int(budget))
+        try:
+            formats = edge.least_score(int(budget))
+        except PlanError:  # too many choices to hold: a plan of that speed would be refused, too
+            continue
         assert formats is not None
         chosen = [table[group][name] for group, name in formats.items() if name != BF16]
         bits = sum(group_bits(group, formats[group.name]) for group in known.groups)

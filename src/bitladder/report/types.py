@@ -315,7 +315,9 @@ class Speeds(Part):
     original_decode: float = Field(description="tokens per second in 16 bits")
     schemes: tuple[PredictedSpeed, ...]
     unknown: dict[str, str] = Field(description="scheme -> why there is no prediction")
-    frontier: tuple[SpeedPoint, ...] = Field(description="from the least damage on, phase by phase")
+    frontier: tuple[SpeedPoint, ...] = Field(
+        description="from the least damage on, phase by phase; without what is too large to plan"
+    )
 
 
 class Environment(Part):
