@@ -1,6 +1,7 @@
 """How much processor time a command takes before its own work begins, beside an earlier commit.
 
-    python benchmarks/start.py                           # writes benchmarks/results/start.json; some minutes
+    pip install --target plotly plotly                   # the earlier tree drew its page with it
+    python benchmarks/start.py --packages plotly         # writes benchmarks/results/start.json; some minutes
 
 Both trees do the same commands in children that alternate, on a small finished run of their own of the embedded model.
 Three times of a child, user and system together: when it opens the first record that it works on (arguments are parsed
@@ -125,6 +126,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks/results/start.json")
     parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument(
+        "--packages", help="a directory with plotly, which the earlier tree needs: pip install --target DIRECTORY plotly"
+    )
     arguments = parser.parse_args()
 
     from bitladder.runinfo import hardware, versions
@@ -134,6 +138,8 @@ def main() -> None:
     try:
         trees = {"earlier": work / "earlier", "now": ROOT}
         env = {name: environment(tree, work / f"{name}_compiled") for name, tree in trees.items()}
+        if arguments.packages:
+            env["earlier"]["PYTHONPATH"] += os.pathsep + str(Path(arguments.packages).resolve())
         places = {name: work / f"{name}_runs" for name in trees}  # records have grown: each tree reads its own
         for name, place in places.items():
             place.mkdir()
