@@ -71,11 +71,12 @@ def served(formats, load):
     return prefill, decode + sum(layer_seconds(f, s, padded(load.requests)) for f, s in pairs)
 
 
-def timed_load(requests, prompt, output, host=0.0):
+def timed_load(requests, prompt, output, host=0.0, graphs="FULL_DECODE_ONLY"):
     """Return a load's seconds; answers of the first requests take room in steps of prefill, and may need one more."""
     prefill, decode = served([BF16] * 2 * LAYERS, Load(requests, prompt, output))
     smallest, _ = served([BF16] * 2 * LAYERS, Load(1, 16, 2))
-    one, steps = max(prefill, host), math.ceil(requests * prompt / STEP)
+    in_graph = "PIECEWISE" in graphs and requests * prompt <= GRAPHS[-1]
+    one, steps = prefill if in_graph else max(prefill, host), math.ceil(requests * prompt / STEP)
     more = math.ceil((requests * prompt + requests * (steps - 1) / 2) / STEP) - steps
     return TimedLoad(
         requests=requests,
@@ -86,7 +87,7 @@ def timed_load(requests, prompt, output, host=0.0):
     )
 
 
-def profile_of(formats=tuple(DEVICE), host=1e-4, **others):
+def profile_of(formats=tuple(DEVICE), host=1e-4, graphs="FULL_DECODE_ONLY", **others):
     layers = [
         TimedLayer(
             format=name,
@@ -111,11 +112,11 @@ def profile_of(formats=tuple(DEVICE), host=1e-4, **others):
         version="0.0",
         versions={},
         engine=EngineSettings(
-            compiled=False, graphs="FULL_DECODE_ONLY", graph_sizes=GRAPHS, tokens_a_step=STEP, requests_at_once=64
+            compiled=False, graphs=graphs, graph_sizes=GRAPHS, tokens_a_step=STEP, requests_at_once=64
         ),
         layers=tuple(layers),
         refused=others.pop("refused", {}),
-        loads=tuple(timed_load(*load, host=host) for load in loads),
+        loads=tuple(timed_load(*load, host=host, graphs=graphs) for load in loads),
         **others,
     )
 
@@ -158,6 +159,17 @@ def test_few_tokens_take_the_seconds_of_the_host():
     plain = dict.fromkeys((group.name for group in measurement.groups), BF16)
     assert model.seconds(plain, "prefill", Load(1, 64, 9)) == pytest.approx(0.006)
     # where many are prefilled the device's count, though the small loads said nothing of it
+    assert model.seconds(plain, "prefill", Load(64, 1024, 64)) == pytest.approx(
+        served([BF16] * 2 * LAYERS, Load(64, 1024, 64))[0], rel=1e-3
+    )
+
+
+def test_prefill_in_a_cuda_graph_says_nothing_of_the_host_and_is_not_held_by_it():
+    measurement = measured()
+    model = model_of(measurement, host=0.02, graphs="FULL_AND_PIECEWISE")
+    plain = dict.fromkeys((group.name for group in measurement.groups), BF16)
+    assert model.seconds(plain, "prefill", Load(1, 64, 9)) < 0.01
+    assert model.seconds(plain, "prefill", Load(1, 65, 9)) == pytest.approx(0.02)
     assert model.seconds(plain, "prefill", Load(64, 1024, 64)) == pytest.approx(
         served([BF16] * 2 * LAYERS, Load(64, 1024, 64))[0], rel=1e-3
     )

@@ -6,8 +6,6 @@ whatever the formats are:
 
     seconds = rest(load) + Σ over groups of layer(shape, format, tokens)
 
-Where the engine is compiled, inputs are rounded in the operation before a layer, and what that takes alone is left out.
-
 A layer's seconds are interpolated between the numbers of tokens that were timed, and go on as they rise at the end. A
 step of prefill has as many tokens as the engine puts into one; a step of decoding has one a request, padded to the next
 CUDA graph. The rest of a step is fitted to the loads that were timed:
@@ -17,7 +15,7 @@ CUDA graph. The rest of a step is fitted to the loads that were timed:
 
 with no factor below zero; what the fit of decoding leaves over is interpolated between numbers of requests. Where few
 tokens are prefilled the host takes longer to start the operations than the device to do them; then its seconds count,
-those of the smallest load, whatever the formats are.
+those of the smallest load outside CUDA graphs, whatever the formats are.
 
 `benchmarks/speed.py` compares what is predicted with what vLLM serves.
 """
@@ -101,7 +99,8 @@ class SpeedModel:
                 "`bitladder profile` on this model"
             )
         self._layers = {(one.format, one.out_features, one.in_features): one for one in profile.layers}
-        least = min(profile.loads, key=lambda one: one.requests * one.prompt_tokens)
+        started = self._started_by_host()
+        least = min(started, key=lambda one: one.requests * one.prompt_tokens)
         self._host = median(least.one_token) / self._steps(least)
         self._prefill = _fitted([self._rest_of_prefill(load) for load in self._device_bound()])
         steps = [self._rest_of_decode(load) for load in self._answered()]
@@ -199,12 +198,11 @@ class SpeedModel:
 
     def _time(self, layer: TimedLayer, phase: Phase, load: Load) -> float:
         """Return the seconds of a layer in all prefill, or in a step of decoding."""
-        engine = self.profile.engine
         if phase == "decode":
-            return _seconds(layer, self._padded(load.requests), engine.compiled)
-        whole, left = divmod(load.requests * load.prompt_tokens, engine.tokens_a_step)
-        seconds = whole * _seconds(layer, engine.tokens_a_step, engine.compiled)
-        return seconds + (_seconds(layer, left, engine.compiled) if left else 0.0)
+            return _seconds(layer, self._padded(load.requests))
+        most = self.profile.engine.tokens_a_step
+        whole, left = divmod(load.requests * load.prompt_tokens, most)
+        return whole * _seconds(layer, most) + (_seconds(layer, left) if left else 0.0)
 
     def _padded(self, requests: int) -> int:
         """Return the tokens of a step of decoding: those of the next CUDA graph, where there is one."""
@@ -215,15 +213,28 @@ class SpeedModel:
 
     def _host_seconds(self, phase: Phase, load: Load) -> float:
         """Return the seconds that the host takes at least to start all operations; those of a CUDA graph are one."""
-        if phase == "decode" and load.requests <= max(self.profile.engine.graph_sizes, default=0):
+        if self._in_graph(phase, load):
             return 0.0
         return self._host * (1 if phase == "decode" else self._steps(load))
 
+    def _in_graph(self, phase: Phase, load: Load | TimedLoad) -> bool:
+        """Return whether a phase's steps run as CUDA graphs; vLLM has them for prefill where it has pieces of a model."""
+        engine = self.profile.engine
+        most = max(engine.graph_sizes, default=0)
+        if phase == "decode":
+            return load.requests <= most
+        return "PIECEWISE" in engine.graphs and load.requests * load.prompt_tokens <= most
+
     def _device_bound(self) -> list[TimedLoad]:
         """Return the loads whose prefill the device takes its time for."""
-        least = min(median(one.one_token) / self._steps(one) for one in self.profile.loads)
-        found = [one for one in self.profile.loads if median(one.one_token) > _HOST_BOUND * least * self._steps(one)]
+        started = self._started_by_host()
+        least = min(median(one.one_token) / self._steps(one) for one in started)
+        found = [one for one in started if median(one.one_token) > _HOST_BOUND * least * self._steps(one)]
         return found or list(self.profile.loads)
+
+    def _started_by_host(self) -> Sequence[TimedLoad]:
+        """Return the loads whose prefill the host starts operation by operation; all, where there are none."""
+        return [one for one in self.profile.loads if not self._in_graph("prefill", one)] or self.profile.loads
 
     def _spilled(self, timed: TimedLoad) -> int:
         """Return how many steps of prefill more it takes where answers are longer than a token.
@@ -315,10 +326,10 @@ def _left_over(seen: Sequence[_Seen], factors: NDArray[np.float64]) -> dict[floa
     return {requests: math.fsum(rests) / len(rests) for requests, rests in found.items()}
 
 
-def _seconds(layer: TimedLayer, tokens: int, compiled: bool) -> float:
+def _seconds(layer: TimedLayer, tokens: int) -> float:
     """Return a layer's seconds for so many tokens: on the line between the timed numbers, beyond them on the last."""
     cells = layer.cells
-    times = [cell.seconds - (cell.input_seconds or 0.0 if compiled else 0.0) for cell in cells]
+    times = [cell.seconds for cell in cells]
     if tokens <= cells[0].tokens or len(cells) == 1:
         return times[0]
     place = next((index for index, one in enumerate(cells) if one.tokens >= tokens), len(cells) - 1)

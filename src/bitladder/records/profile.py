@@ -14,9 +14,6 @@ class TimedCell(Part):
     seconds: float = Field(description="median")
     low: float
     high: float
-    input_seconds: float | None = Field(
-        default=None, description="of it for rounding the input; None: that is no operation of its own"
-    )
 
 
 class TimedLayer(Part):

@@ -219,18 +219,6 @@ def quantisation_of(config: Facts | None) -> Any:
     return get_quantization_config(next(filter(None, taken), method)).from_config(config)
 
 
-def rounding_of(layer: Any) -> Any:
-    """Return what rounds a layer's input to FP8, where that is an operation of its own; None: there is none.
-
-    A compiled engine does it in the operation before.
-    """
-    kernel = serving._kernel(serving._running(layer))
-    rounding, scale = getattr(kernel, "quant_fp8", None), getattr(layer, "input_scale", None)
-    if rounding is None:
-        return None
-    return (lambda x: rounding(x)) if scale is None else (lambda x: rounding(x, scale))
-
-
 def profile_format(bench: Bench, format_: Facts, shapes: list[list[int]], tokens: list[int]) -> list[Facts]:
     """Return the seconds of every shape that the format is asked for."""
     import torch
@@ -243,13 +231,10 @@ def profile_format(bench: Bench, format_: Facts, shapes: list[list[int]], tokens
         cells = []
         with torch.inference_mode():
             rows = {c: torch.randn(c, shape[1], dtype=bench.dtype, device=bench.device) for c in tokens}
-            rounding = rounding_of(layers[0])
             for count, x in rows.items():
                 taken = bench.seconds(layers, x)
                 low, high = (taken[place] for place in _BOUNDS)
                 cells.append({"tokens": count, "seconds": median(taken), "low": low, "high": high})
-                if rounding is not None:
-                    cells[-1]["input_seconds"] = median(bench.seconds([rounding] * len(layers), x))
         method = serving._running(layers[0])
         found.append(
             {
