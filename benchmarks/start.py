@@ -126,9 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks/results/start.json")
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument(
-        "--packages", help="a directory with plotly, which the earlier tree needs: pip install --target DIRECTORY plotly"
-    )
+    parser.add_argument("--packages", help="a directory with plotly, which the earlier tree needs")
     arguments = parser.parse_args()
 
     from bitladder.runinfo import hardware, versions

@@ -218,7 +218,7 @@ class SpeedModel:
         return self._host * (1 if phase == "decode" else self._steps(load))
 
     def _in_graph(self, phase: Phase, load: Load | TimedLoad) -> bool:
-        """Return whether a phase's steps run as CUDA graphs; vLLM has them for prefill where it has pieces of a model."""
+        """Return whether a phase's steps run as CUDA graphs; for prefill these are those of a model's pieces."""
         engine = self.profile.engine
         most = max(engine.graph_sizes, default=0)
         if phase == "decode":
