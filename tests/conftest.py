@@ -273,5 +273,13 @@ def good(tmp_path_factory) -> dict[str, Path]:
     return broken_checkpoints.make_good(tmp_path_factory.mktemp("good"))
 
 
+def same_kl(names=("fp8",)):
+    """Return a map from scores to KL that says KL = score in every format, without spread."""
+    from bitladder.planning.prediction import KlMap
+
+    parts = [dict.fromkeys(names, 0.0) | {name: score} for name in names for score in (1e-4, 1e-3, 1e-2, 1e-1)]
+    return KlMap.fit(parts, [sum(part.values()) for part in parts])
+
+
 def spec(name: str, **target) -> SchemeSpec:
     return SchemeSpec(name=name, **target)

@@ -9,7 +9,6 @@ from bitladder.errors import InfeasibleTarget, PlanError, RecipeError
 from bitladder.formats import COMPRESSED_TENSORS, FORMATS, MODELOPT, get_format
 from bitladder.planning import controls, ranges
 from bitladder.planning.carrying import check_carrier, refuse_uncarried
-from bitladder.planning.prediction import KlMap
 from bitladder.planning.refinement import refine
 from bitladder.recipe import CONTROL_KINDS, SchemeSpec, parse_recipe, parse_schemes
 from bitladder.records import (
@@ -28,7 +27,7 @@ from bitladder.report.groups import edge_of
 from bitladder.steps.kl_points import kl_point_schemes
 from bitladder.steps.run import run
 from bitladder.steps.workspace import Workspace
-from conftest import spec
+from conftest import same_kl, spec
 
 MIXED = ("fp8", "fp8_block", "nvfp4", "int4_w4a16")
 HARM = {"fp8": 1.0, "fp8_block": 0.8, "nvfp4": 30.0, "int4_w4a16": 25.0, "int8": 0.5, "nvfp4_w4a16": 20.0}
@@ -100,7 +99,7 @@ WAYS = [
 def test_a_scheme_is_that_of_a_measurement_of_its_own_formats(way, formats):
     """What `formats` leaves out might as well not have been measured."""
     whole = measurement_of(image=True)
-    kl_map = KlMap.fit([1e-4, 1e-3, 1e-2, 1e-1], [1.1e-4, 1e-3, 0.9e-2, 1e-1])
+    kl_map = same_kl(whole.formats)
     narrow = whole.only(formats)
     assert narrow.formats == formats
     with_all = planning.plan(whole, spec("x", formats=formats, **way), kl_map=kl_map)

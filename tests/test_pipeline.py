@@ -342,8 +342,8 @@ def test_a_scheme_asked_for_by_its_kl(files, copied):
     kl = Evaluation.read(copied / "evaluations/half_kl.json").result("kl").value
     assert 0 < kl < full
     scheme = work.schemes()[0]
-    predicted = KlMap.fit([p.score for p in points.points], [p.kl for p in points.points])
-    assert predicted.predict(scheme.predicted_score).value <= full / 2
+    predicted = KlMap.fit([p.scores for p in points.points], [p.kl for p in points.points])
+    assert predicted.predict({"fp8": scheme.predicted_score}).value <= full / 2
     assert work_again_is_idle(files, copied, schemes)
     with pytest.raises(InfeasibleTarget, match=r"within a predicted KL of 1e-30; attainable .* nats per token"):
         run(work_of(files, copied, schemes=[{"name": "none", "max_kl": 1e-30}]))

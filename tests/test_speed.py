@@ -10,7 +10,6 @@ from bitladder import planning
 from bitladder.errors import InfeasibleTarget, PlanError, RecordError
 from bitladder.models.target import find_target
 from bitladder.planning import shipped
-from bitladder.planning.prediction import KlMap
 from bitladder.planning.speed import Load, SpeedModel, groups_of
 from bitladder.recipe import SpeedSpec, parse_recipe
 from bitladder.records import (
@@ -28,7 +27,7 @@ from bitladder.steps.plan import plan
 from bitladder.steps.report import make_report
 from bitladder.steps.run import run
 from bitladder.steps.workspace import Workspace
-from conftest import spec
+from conftest import same_kl, spec
 from test_asking import measurement_of
 
 SHAPES = ((256, 256), (256, 768))
@@ -228,7 +227,7 @@ def test_within_a_damage_the_fewest_seconds_are_preferred(prefer):
     assert scheme.predicted_score <= most
     assert served(list(scheme.formats.values()), ASKED)[place] == pytest.approx(best, rel=1e-9)
     # the same through a map from scores to KL that says KL = score
-    same = KlMap(1.0, 1.0, points=9, spread=0.1, center=0.0, width=1.0)
+    same = same_kl(names)
     by_kl = planning.plan(measurement, spec("least", max_kl=most, prefer=prefer), speed=model, kl_map=same)
     assert by_kl.formats == scheme.formats
 
@@ -303,7 +302,7 @@ def test_what_text_alone_changes_is_asked_at_the_same_speed():
     measurement = measurement_of(("fp8", "nvfp4"), layers=LAYERS, image=True)
     model = model_of(measurement)
     schemes = [planning.plan(measurement, spec("fast", speed=SpeedSpec(decode=1.2)), speed=model)]
-    same = KlMap(1.0, 1.0, points=9, spread=0.1, center=0.0, width=1.0)
+    same = same_kl(measurement.formats)
     schemes.append(planning.plan(measurement, spec("near", max_kl=2e-3, prefer="decode"), speed=model, kl_map=same))
     # image positions carry a quarter of every score: which groups are chosen doesn't hang on them
     assert [one.text_only_changes for one in planning.remarked(measurement, schemes, model)] == [0, 0]

@@ -21,7 +21,7 @@ Candidates are the formats that are measured, or of those a scheme's own `format
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 from itertools import accumulate
@@ -33,12 +33,12 @@ from bitladder.planning import ranges
 from bitladder.planning.options import check_usable
 from bitladder.planning.patterns import Searched, matching_groups
 from bitladder.planning.prediction import KlMap
-from bitladder.planning.pricing import cheapest_first, price
+from bitladder.planning.pricing import cheapest_first, price, scores_by_format
 from bitladder.planning.solver import Solver
 from bitladder.planning.speed import Load, SpeedModel
 from bitladder.planning.trade_off import TradeOff
 from bitladder.recipe import Phase, SchemeSpec
-from bitladder.records import BF16, BF16_BITS, KlPoints, Measurement, Scheme
+from bitladder.records import BF16, BF16_BITS, KlPoints, Measurement, QuantGroup, Scheme
 
 _PREDICTED = 1e-9  # by which rounding to whole picoseconds may change a ratio
 _Aim = tuple[Phase, Load]  # what is to be fast, and at what
@@ -110,7 +110,7 @@ def fitted(points: KlPoints, place: Path) -> KlMap:
     Raises:
         PlanError: they are too few, or too alike.
     """
-    found = KlMap.fit([point.score for point in points.points], [point.kl for point in points.points])
+    found = KlMap.fit([point.scores for point in points.points], [point.kl for point in points.points])
     if found is None:
         raise PlanError(
             f"max_kl: KL was measured on {len(points.points)} schemes, too few to say which KL a score means "
@@ -180,6 +180,8 @@ class _Planner:
                 f"formats ({ranges.listed(self._whole)}): leave it out, or give `formats: [{spec.format}]`"
             )
         aim = _aim_of(spec, self._speed, measurement.formats)
+        if spec.max_kl is not None:
+            return self._by_kl(measurement, spec, excluded, aim)
         edge = self._trade_off(measurement, spec, excluded, aim)
         if spec.effective_bits is not None:
             return _by_bits(spec, edge, self._whole.formats)
@@ -187,7 +189,32 @@ class _Planner:
             assert self._speed is not None
             assert aim is not None
             return _by_speed(spec, edge, self._speed, aim)
-        return _by_damage(spec, edge, self._kl_map)
+        assert spec.max_predicted_score is not None
+        formats = edge.fewest_bits(spec.max_predicted_score)
+        if formats is None:
+            raise ranges.beyond_the_score(spec, edge)
+        return formats
+
+    def _by_kl(
+        self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str], aim: _Aim | None
+    ) -> dict[str, str]:
+        """Return the fewest bits, or seconds, within `max_kl`."""
+        if self._kl_map is None:
+            raise PlanError(
+                f"scheme {spec.name}: max_kl needs KL measured on a few schemes, which planning from a recipe does; "
+                "here use coverage, effective_bits or max_predicted_score"
+            )
+        assert spec.max_kl is not None
+        edge = Solver(self._kl_map.weigh(measurement), excluded, self._cost(aim))
+        most = self._kl_map.score_of(spec.max_kl)
+        formats = None if most is None else edge.fewest_bits(most)
+        if formats is None:
+            raise ranges.beyond_the_kl(spec, edge, self._kl_map)
+        return formats
+
+    def _cost(self, aim: _Aim | None) -> Callable[[QuantGroup, str], int] | None:
+        """Return what a group costs in a format where it isn't bits: seconds."""
+        return None if self._speed is None or aim is None else self._speed.cost_of(*aim)
 
     def _trade_off(
         self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str], aim: _Aim | None
@@ -200,8 +227,7 @@ class _Planner:
             return given
         key = spec.image_weight, measurement.formats, excluded, aim
         if key not in self._solvers:
-            cost = None if self._speed is None or aim is None else self._speed.cost_of(*aim)
-            self._solvers[key] = Solver(measurement, excluded, cost)
+            self._solvers[key] = Solver(measurement, excluded, self._cost(aim))
         return self._solvers[key]
 
 
@@ -213,10 +239,15 @@ def _check(measurement: Measurement, spec: SchemeSpec, scheme: Scheme, kl_map: K
         spec.effective_bits is None or scheme.weight_bits <= Fraction(str(spec.effective_bits)) * total,
         spec.coverage is None or quantised <= Fraction(str(spec.coverage)) * total,
         spec.max_predicted_score is None or scheme.predicted_score <= spec.max_predicted_score,
-        spec.max_kl is None or kl_map is None or scheme.predicted_score <= (kl_map.score_of(spec.max_kl) or 0.0),
+        spec.max_kl is None or kl_map is None or _within_kl(measurement, scheme, spec.max_kl, kl_map),
     ]
     if not all(kept):
         raise PlanError(f"scheme {spec.name} exceeds its budget; this is a bug: please report it")
+
+
+def _within_kl(measurement: Measurement, scheme: Scheme, most: float, kl_map: KlMap) -> bool:
+    weighed = kl_map.weigh(measurement)
+    return math.fsum(scores_by_format(weighed, scheme.formats).values()) <= (kl_map.score_of(most) or 0.0)
 
 
 def related(schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:
@@ -335,26 +366,6 @@ def _by_speed(spec: SchemeSpec, edge: TradeOff, speed: SpeedModel, aim: _Aim) ->
         raise ranges.too_fast(spec, edge.measurement.formats, fastest, speed, phase, load)
     if set(formats.values()) == {BF16}:
         raise ranges.fast_enough(spec, phase)
-    return formats
-
-
-def _by_damage(spec: SchemeSpec, edge: TradeOff, kl_map: KlMap | None) -> dict[str, str]:
-    """Return the fewest bits within `max_predicted_score` or `max_kl`."""
-    if spec.max_kl is None:
-        assert spec.max_predicted_score is not None
-        formats = edge.fewest_bits(spec.max_predicted_score)
-        if formats is None:
-            raise ranges.beyond_the_score(spec, edge)
-        return formats
-    if kl_map is None:
-        raise PlanError(
-            f"scheme {spec.name}: max_kl needs KL measured on a few schemes, which planning from a recipe does; here "
-            "use coverage, effective_bits or max_predicted_score"
-        )
-    most = kl_map.score_of(spec.max_kl)
-    formats = None if most is None else edge.fewest_bits(most)
-    if formats is None:
-        raise ranges.beyond_the_kl(spec, edge, kl_map)
     return formats
 
 

@@ -67,6 +67,16 @@ def standard_error(measurement: Measurement, formats: Mapping[str, str]) -> floa
     return math.sqrt(count / (count - 1) * math.fsum((part - mean) ** 2 for part in parts))
 
 
+def scores_by_format(measurement: Measurement, formats: Mapping[str, str]) -> dict[str, float]:
+    """Return an assignment's predicted score by the format that groups have, of every measured format."""
+    table = measurement.by_group()
+    found: dict[str, list[float]] = {name: [] for name in measurement.formats}
+    for group, name in formats.items():
+        if name != BF16:
+            found[name].append(measurement.sensitivity(table[group][name]))
+    return {name: math.fsum(scores) for name, scores in found.items()}
+
+
 def price(
     measurement: Measurement,
     name: str,

@@ -88,9 +88,8 @@ def beyond_the_score(spec: SchemeSpec, edge: TradeOff) -> InfeasibleTarget:
 
 
 def beyond_the_kl(spec: SchemeSpec, edge: TradeOff, kl_map: KlMap) -> InfeasibleTarget:
-    """Return the refusal of a predicted KL within which nothing can be quantised."""
-    ends = [kl_map.predict(score) for score in edge.attainable_scores()]
-    low, high = ("0" if end is None else _rounded_up(end.value) for end in ends)
+    """Return the refusal of a predicted KL within which nothing can be quantised; `edge` is of weighed scores."""
+    low, high = ("0" if score <= 0 else _rounded_up(kl_map.kl_of(score)) for score in edge.attainable_scores())
     return InfeasibleTarget(
         f"scheme {spec.name}: no group can be quantised within a predicted KL of {spec.max_kl}; attainable "
         f"{low} to {high} nats per token: raise it"

@@ -90,7 +90,7 @@ class KlPoint(Part):
     """A scheme that was simulated to learn which KL its predicted score means."""
 
     name: str
-    score: float = Field(description="predicted, in the measurement's unit")
+    scores: dict[str, float] = Field(description="predicted, by format, in the measurement's unit")
     kl: float = Field(description="measured, in nats per token")
 
 

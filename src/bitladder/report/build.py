@@ -89,7 +89,7 @@ def build_report(
     comparable = len(contexts) <= 1
     nested_in = _nested_in(ladder)
     arms = evidence.arms if evidence and comparable else ()
-    prediction = prediction_of(ladder, evaluations, arms) if comparable else None
+    prediction, kl_map = (prediction_of(measurement, ladder, evaluations, arms) if comparable else None) or (None, None)
     report = Report(
         measurement_sha256=measurement.fingerprint(),
         model=measurement.model,
@@ -135,7 +135,7 @@ def build_report(
         controls_left_out=evidence.left_out if evidence else (),
         modelopt_agrees=tuple(s.name for s in ladder if arms and modelopt_agrees(measurement, s)),
         prediction=prediction,
-        frontier=frontier_of(measurement, prediction),
+        frontier=frontier_of(measurement, kl_map),
         speeds=None if speed is None else speeds_of(measurement, ladder, speed),
         not_searched=_not_searched(measurement),
         settings=_plain(recipe),

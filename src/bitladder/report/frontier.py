@@ -15,27 +15,24 @@ from bitladder.planning.pricing import stored
 from bitladder.planning.solver import Solver
 from bitladder.planning.trade_off import Frontier, TradeOff
 from bitladder.records import BF16, BF16_BITS, Measurement
-from bitladder.report.types import PlannedCurve, PlannedFrontier, PlannedPoint, Prediction
+from bitladder.report.types import PlannedCurve, PlannedFrontier, PlannedPoint
 
 MAX_TARGETS = 120  # of one curve: a slider's steps
 _STEPS = (1, 2, 5, 10, 20, 25, 50, 100)  # hundredths of a bit between two targets
 _LETTERS = string.digits + string.ascii_lowercase
 
 
-def frontier_of(measurement: Measurement, prediction: Prediction | None) -> PlannedFrontier:
+def frontier_of(measurement: Measurement, kl_map: KlMap | None) -> PlannedFrontier:
     """Return the frontier of all formats, and that of each.
 
     Args:
         measurement: what is planned from.
-        prediction: what predicted scores mean in KL; None: not known, but where they are a KL themselves.
+        kl_map: what predicted scores mean in KL; None: not known, but where they are a KL themselves.
 
     Raises:
         MeasurementError: a score is NaN or Inf.
     """
     letters = dict(zip((BF16, *measurement.formats), _LETTERS, strict=False))
-    kl_map = None
-    if prediction is not None:
-        kl_map = KlMap.fit([p.score for p in prediction.points], [p.measured for p in prediction.points])
     choices = [measurement.formats]
     choices += [(name,) for name in measurement.formats] if len(measurement.formats) > 1 else []
     return PlannedFrontier(
@@ -75,11 +72,13 @@ def _curve(
             continue
         assert chosen is not None  # no target is below the least bits
         code = "".join(letters[name] for name in chosen.values())
-        quantised = [scores[item] for item in chosen.items() if item[1] != BF16]
-        if code in points or not quantised:
+        if code in points or set(chosen.values()) == {BF16}:
             continue
-        score = math.fsum(quantised)
-        guess = kl_map.predict(score) if kl_map else None
+        parts = {
+            name: math.fsum(scores[item] for item in chosen.items() if item[1] == name) for name in measurement.formats
+        }
+        score = math.fsum(parts.values())
+        guess = kl_map.predict(parts) if kl_map else None
         own = score if measurement.score_unit == "nats per token" else None
         points[code] = PlannedPoint(
             target=float(target),

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out
-from bitladder.records import KL, Control, ControlArm, EvalResult, Evaluation, Scheme
+from bitladder.planning.pricing import scores_by_format
+from bitladder.records import KL, Control, ControlArm, EvalResult, Evaluation, Measurement, Scheme
 from bitladder.report.types import (
     WITHIN_NOISE_ERRORS,
     Comparison,
@@ -98,9 +99,12 @@ def control_comparisons_of(
 
 
 def prediction_of(
-    ladder: Sequence[Scheme], evaluations: Mapping[str, Evaluation], arms: Sequence[ControlArm]
-) -> Prediction | None:
-    """Return how well the predicted scores of schemes and arms with a 16-bit KV cache say their KL."""
+    measurement: Measurement,
+    ladder: Sequence[Scheme],
+    evaluations: Mapping[str, Evaluation],
+    arms: Sequence[ControlArm],
+) -> tuple[Prediction, KlMap] | None:
+    """Return how well the predicted scores of schemes and arms with a 16-bit KV cache say their KL, and the map."""
     evaluated = [(scheme, evaluations[scheme.name].results, False) for scheme in ladder if scheme.name in evaluations]
     evaluated += [(arm.scheme, arm.results, True) for arm in arms]
     known = [
@@ -108,7 +112,8 @@ def prediction_of(
         for scheme, results, is_control in evaluated
         if scheme.kv_cache_format is None and (kl := kl_of(results)) is not None  # scores know nothing of the cache
     ]
-    scores, kls = [scheme.predicted_score for scheme, _, _ in known], [kl for _, kl, _ in known]
+    scores = [scores_by_format(measurement, scheme.formats) for scheme, _, _ in known]
+    kls = [kl for _, kl, _ in known]
     fitted = KlMap.fit(scores, kls)
     if fitted is None:
         return None
@@ -126,11 +131,13 @@ def prediction_of(
     )
     guessed = [(p.measured, p.predicted, p.low, p.high) for p in points if p.predicted and p.low and p.high]
     errors = sorted(abs(predicted / measured - 1) for measured, predicted, _, _ in guessed)
-    return Prediction(
+    prediction = Prediction(
         factor=fitted.factor,
         exponent=fitted.exponent,
+        weights=dict(fitted.weights),
         level=LEVEL,
         points=points,
         median_error=statistics.median(errors) if errors else None,
         inside=sum(low <= measured <= high for measured, _, low, high in guessed) / len(guessed) if guessed else None,
     )
+    return prediction, fitted

@@ -1,5 +1,6 @@
 """A report's tables, one function each, as rows of text."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from bitladder.formats.targets import TARGETS, served
@@ -252,10 +253,16 @@ def prediction_table(report: Report, ladder: Ladder) -> dict[str, Any]:
         "table": markdown_table(header, rows, left=2),
         "factor": scientific(report.prediction.factor),
         "exponent": f"{report.prediction.exponent:.3f}",
+        "weights": _weights(report.prediction.weights),
         "median_error": percent(report.prediction.median_error, 1),
         "inside": percent(report.prediction.inside, 0),
         "points": len(points),
     }
+
+
+def _weights(weights: Mapping[str, float]) -> str:
+    """Return what a score counts for by format, where there are several."""
+    return ", ".join(f"{weight:.2f} in {name}" for name, weight in weights.items()) if len(weights) > 1 else ""
 
 
 def runtimes(report: Report) -> dict[str, Any]:

@@ -210,10 +210,14 @@ class PredictedPoint(Part):
 
 
 class Prediction(Part):
-    """How well predicted scores say the KL on the first held-out set: KL = factor · score^exponent, leaving one out."""
+    """How well predicted scores say the KL on the first held-out set, leaving one out.
+
+    KL = factor · (Σ over formats of weight · score)^exponent.
+    """
 
     factor: float
     exponent: float
+    weights: dict[str, float] = Field(description="by format")
     level: float = Field(description="of the intervals")
     points: tuple[PredictedPoint, ...]
     median_error: float | None = Field(description="of |predicted / measured - 1|; None: no point is predicted")

@@ -7,6 +7,7 @@ from bitladder.errors import InfeasibleTarget
 from bitladder.evaluation.evaluate import ARITHMETIC
 from bitladder.planning import controls
 from bitladder.planning.prediction import KlMap
+from bitladder.planning.pricing import scores_by_format
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16_BITS, KlPoint, KlPoints, Measurement, Scheme, digest_of
 from bitladder.steps.data import scored_calibration_data
@@ -38,7 +39,8 @@ def measure_kl_points(work: Workspace) -> KlPoints:
         with meter.phase(_STEP), kl_on(work, measurement, data) as kl:
             for index, scheme in enumerate(schemes):
                 work.progress(_STEP, index, len(schemes))
-                points.append(KlPoint(name=scheme.name, score=scheme.predicted_score, kl=kl(scheme)))
+                scores = scores_by_format(measurement, scheme.formats)
+                points.append(KlPoint(name=scheme.name, scores=scores, kl=kl(scheme)))
             work.progress(_STEP, len(schemes), len(schemes))
         result = KlPoints(
             measurement_sha256=measurement.fingerprint(),
