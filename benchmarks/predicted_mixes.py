@@ -103,7 +103,6 @@ def main() -> None:
 
     import transformers
 
-    from bitladder.recipe import read_recipe
     from bitladder.runinfo import hardware, versions
 
     transformers.logging.set_verbosity_error()
