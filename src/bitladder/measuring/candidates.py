@@ -35,9 +35,9 @@ VALUES: Kept = "values"
 class Form:
     """What a linear module is in a format.
 
-    kept: how its weight is: `multiplied`, codes that the device multiplies as they are; `stored`, as files have it, to be
+    kept: how its weight is: `multiplied`, codes that the device multiplies as they are; `stored`, as files have it,
         restored whenever it is multiplied; `values`, rounded through the format.
-    parts: of the weight, `{part: tensor}`: codes and scales; of values they alone, [out_features, in_features].
+    parts: of the weight, `{part: tensor}`: codes and scales, or values [out_features, in_features] alone.
     input_amax, input_scale: float32 scalars; modules of a group that share an amax share its tensors. None: the scale
         is made of the input itself.
     """
