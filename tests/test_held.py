@@ -1,4 +1,4 @@
-"""What scoring several formats in one pass holds beside one: copies of weights, and what layers keep for the backward pass.
+"""What several formats in one pass hold, over one: copies of weights, and what layers keep for the backward pass.
 
 A GPU's ways are taken on the CPU: codes of FP8 are multiplied as they are, all other weights kept as files store them.
 """
