@@ -398,7 +398,8 @@ def _bytes_of_scales(found):
 
 
 def _unpacked(found):
-    found[f"{LAYER}.o_proj.weight"] = grids.unpack(found[f"{LAYER}.o_proj.weight"])
+    codes = found[f"{LAYER}.o_proj.weight"]
+    found[f"{LAYER}.o_proj.weight"] = torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2)
 
 
 def _not_a_number(found):

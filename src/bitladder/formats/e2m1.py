@@ -108,5 +108,5 @@ class E2m1Blocks(Format):
         """Return code · (weight_scale · weight_scale_2)."""
         from bitladder.formats import grids
 
-        values = grids.restored_blocks(grids.unpack(parts[WEIGHT]), parts[WEIGHT_SCALE], parts[WEIGHT_SCALE_2])
+        values = grids.restored_blocks(parts[WEIGHT], parts[WEIGHT_SCALE], parts[WEIGHT_SCALE_2])
         return values if dtype is None else values.to(dtype)

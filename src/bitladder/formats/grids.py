@@ -24,6 +24,8 @@ E4M3_MIN_EXPONENT = -6  # of the smallest normal value; below it the step stays 
 E2M1_MAX = 6.0  # OCP Microscaling Formats Specification 1.0, table 5
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; 8 to 15 are their negatives
 _E2M1_MIDPOINTS = tuple((low + high) / 2 for low, high in pairwise(E2M1_VALUES))
+_E2M1_IN_E4M3 = 0b10011100 - 256  # the bits of an E4M3 number, as int8, that hold an E2M1 number
+_E2M1_OVER_E4M3 = 64.0  # that number over what they are read as: 2 to the power of the exponents' biases' difference
 BLOCK = 16  # elements of a row that share an E4M3 scale
 LEAST_BLOCK_SCALE = 2.0**-9  # the least positive E4M3 number
 _E2M1_STEPS = ((2.0, 0.5), (4.0, 1.0))  # below a magnitude, how far apart values are; above the last one 2
@@ -142,18 +144,16 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     return (codes[..., 1::2] << 4) | codes[..., 0::2]
 
 
-def unpack(packed: torch.Tensor) -> torch.Tensor:
-    """Return the codes [..., columns] of two a byte [..., columns / 2], uint8."""
-    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
-
-
-def restored_blocks(codes: torch.Tensor, scales: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
-    """Return code · (scale · above) in float32, [..., columns].
+def restored_blocks(packed: torch.Tensor, scales: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+    """Return code · (scale · above) in float32, [..., columns], of codes two a byte, [..., columns / 2].
 
     Source: NVFP4QTensor.dequantize; vLLM's dequantize_to_dtype.
     """
-    values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=codes.device)[codes.long()]
-    return (in_blocks(values) * (scales.float() * above.float()).unsqueeze(-1)).reshape(codes.shape)
+    # Sign, exponent and mantissa of E2M1, at their places among the bits of E4M3, are the value times 2^-6.
+    signed = torch.stack((packed << 4, packed), dim=-1).flatten(-2).view(torch.int8)
+    values = ((signed >> 2) & _E2M1_IN_E4M3).view(E4M3_DTYPE).float()
+    factors = scales.float() * above.float() * _E2M1_OVER_E4M3
+    return (in_blocks(values) * factors.unsqueeze(-1)).reshape(values.shape)
 
 
 def fake_quantise_blocks(values: torch.Tensor, above: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,53 +24,55 @@ from bitladder.models.anatomy import PLAIN, Layout, tokens_first
 from bitladder.records import QuantGroup
 
 _FP8_CAPABILITY = (8, 9)  # of the first NVIDIA GPUs that multiply FP8 numbers
-_PARTS = 4  # of a form that its product is made of: input, weight, the scale of either
 _FP8_MULTIPLE = 16  # torch._scaled_mm takes matrices whose sides are multiples of this
+Kept = Literal["multiplied", "stored", "values"]
+MULTIPLIED: Kept = "multiplied"
+STORED: Kept = "stored"
+VALUES: Kept = "values"
 
 
 @dataclass(frozen=True, eq=False)
 class Form:
     """What a linear module is in a format.
 
-    weight: [out_features, in_features], codes where the device multiplies them, else values rounded through the format.
-    weight_scale: float32 scalar of the codes; None: of values.
+    kept: how its weight is: `multiplied`, codes that the device multiplies as they are; `stored`, as files have it,
+        restored whenever it is multiplied; `values`, rounded through the format.
+    parts: of the weight, `{part: tensor}`: codes and scales, or values [out_features, in_features] alone.
     input_amax, input_scale: float32 scalars; modules of a group that share an amax share its tensors. None: the scale
         is made of the input itself.
     """
 
     format: Format
-    weight: torch.Tensor
-    weight_scale: torch.Tensor | None
+    kept: Kept
+    parts: dict[str, torch.Tensor]
     input_amax: torch.Tensor | None
     input_scale: torch.Tensor | None
 
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight [out_features, in_features] as it is multiplied: codes, or values of this dtype."""
+        return self.format.served_weight(self.parts, dtype) if self.kept == STORED else self.parts[WEIGHT]
+
     def input_of(self, x: torch.Tensor) -> torch.Tensor:
         """Return the module's input x [..., in_features] as it is multiplied: codes [rows, in_features], or like x."""
-        if self.weight.dtype == grids.E4M3_DTYPE:
+        if self.kept == MULTIPLIED:
             assert self.input_amax is not None
             return grids.quantise(x.reshape(-1, x.shape[-1]), self.input_amax)
         return self.format.served_input(x, self.input_scale)
 
+    def product(
+        self, seen: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the module's output [rows or ..., out_features] from what `input_of` and `weight` gave."""
+        if self.kept != MULTIPLIED:
+            return functional.linear(seen, weight, bias)
+        scale, weight_scale = self.input_scale, self.parts[WEIGHT_SCALE]
+        assert scale is not None
+        return torch._scaled_mm(seen, weight.t(), scale_a=scale, scale_b=weight_scale, bias=bias, out_dtype=dtype)
+
     def output_of(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return the module's output [..., out_features] from its input [..., in_features]."""
-        product = _product(self.input_of(x), self.weight, self.input_scale, self.weight_scale, bias, x.dtype)
-        return product.view(*x.shape[:-1], len(self.weight))
-
-
-def _product(
-    seen: torch.Tensor,
-    weight: torch.Tensor,
-    input_scale: torch.Tensor | None,
-    weight_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Return a module's output in its format from what `Form.input_of` gave: [rows or ..., out_features]."""
-    if weight.dtype != grids.E4M3_DTYPE:
-        return functional.linear(seen, weight, bias)
-    assert input_scale is not None
-    assert weight_scale is not None
-    return torch._scaled_mm(seen, weight.t(), scale_a=input_scale, scale_b=weight_scale, bias=bias, out_dtype=dtype)
+        product = self.product(self.input_of(x), self.weight(x.dtype), bias, x.dtype)
+        return product.view(*x.shape[:-1], product.shape[-1])
 
 
 def forms_in(
@@ -102,19 +104,29 @@ def forms_of(model: nn.Module, group: QuantGroup, format_: Format, amax: Amax, c
         weight: Any = model.get_parameter(f"{module.name}.weight")
         weight_amax = amax[format_.weight_key(module.name)].to(weight.device, non_blocking=True)
         parts = encoded(module.name, weight, weight_amax, format_, codes)
-        multiplied = _multiplies(format_, weight)
-        stored = parts[WEIGHT] if multiplied else format_.served_weight(parts, weight.dtype)
-        weight_scale = parts[WEIGHT_SCALE] if multiplied else None
+        kept = _kept(format_, weight)
+        if kept == VALUES:
+            parts = {WEIGHT: format_.served_weight(parts, weight.dtype)}
         if not format_.has_input_scale:
-            found[module.name] = Form(format_, stored, weight_scale, None, None)
+            found[module.name] = Form(format_, kept, parts, None, None)
             continue
         input_amax = amax[f"{module.name}.input_amax"]
         known = float(input_amax)  # from the CPU: reading it back from a GPU would wait for it
         if known not in inputs:
             moved = input_amax.to(weight.device, non_blocking=True)
             inputs[known] = moved, format_.input_scale(moved)
-        found[module.name] = Form(format_, stored, weight_scale, *inputs[known])
+        found[module.name] = Form(format_, kept, parts, *inputs[known])
     return found
+
+
+def _kept(format_: Format, weight: torch.Tensor) -> Kept:
+    """Return how a weight is kept in a format.
+
+    A GPU restores codes in a small part of the time of a product; on a CPU values spare it.
+    """
+    if _multiplies(format_, weight):
+        return MULTIPLIED
+    return STORED if weight.is_cuda else VALUES
 
 
 def _multiplies(format_: Format, weight: torch.Tensor) -> bool:
@@ -143,15 +155,15 @@ class LastInput:
 
     def __init__(self) -> None:
         self._input: weakref.ref[torch.Tensor] | None = None
-        # By format and type of weight: the amax of the form that saw the input, and what that made of it.
-        self._made: dict[tuple[str, torch.dtype], tuple[torch.Tensor | None, torch.Tensor]] = {}
+        # By format and how the weight is kept: the amax of the form that saw the input, and what that made of it.
+        self._made: dict[tuple[str, Kept], tuple[torch.Tensor | None, torch.Tensor]] = {}
 
     def of(self, form: Form, x: torch.Tensor) -> torch.Tensor:
         """Return `form.input_of(x)`."""
         if self._input is None or self._input() is not x:
             self._input = weakref.ref(x)
             self._made.clear()
-        key = form.format.name, form.weight.dtype
+        key = form.format.name, form.kept
         known = self._made.get(key)
         if known is None or known[0] is not form.input_amax:
             self._made[key] = known = form.input_amax, form.input_of(x)
@@ -182,46 +194,53 @@ class Tapped(nn.Linear):
         sink = self.sink
         if sink is None:
             raise EngineError(f"{self.name} runs outside its own layer; use engine: modelopt")
-        parts: list[torch.Tensor | None] = []
         with torch.no_grad():
-            for form in self.forms:
-                # Where torch compiles, it finds equal inputs itself.
-                seen = form.input_of(x) if torch.compiler.is_compiling() else self.last_input.of(form, x)
-                parts += [seen, form.weight, form.input_scale, form.weight_scale]
-        tapped: torch.Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
-            output, sink, self.bias, self.directional, self.layout, self.copied, *parts
-        )
+            codes = [self.seen(form, x) for form in self.forms if form.kept == MULTIPLIED]
+        kept = x if len(codes) < len(self.forms) else None
+        tapped: torch.Tensor = _Tap.apply(output, sink, self, self.bias, kept, *codes)  # type: ignore[no-untyped-call]
         return tapped
+
+    def seen(self, form: Form, x: torch.Tensor) -> torch.Tensor:
+        """Return `form.input_of(x)`; where torch compiles, it finds equal inputs itself."""
+        return form.input_of(x) if torch.compiler.is_compiling() else self.last_input.of(form, x)
 
 
 class _Tap(torch.autograd.Function):
-    """Lets a module's output through; the gradient of `sink` is what every token adds to the score."""
+    """Lets a module's output through; the gradient of `sink` is what every token adds to the score.
+
+    Of the input codes are kept, which are half as large, for forms that multiply them, and for all others the input
+    itself, which they round in the backward pass.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         output: torch.Tensor,
         sink: torch.Tensor,
+        tapped: Tapped,
         bias: torch.Tensor | None,
-        directional: bool,
-        layout: Layout,
-        copied: bool,
-        *parts: torch.Tensor | None,
+        x: torch.Tensor | None,
+        *codes: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(output, bias, *parts)
-        ctx.directional, ctx.layout, ctx.shape = directional, layout, sink.shape[1:]
-        return output.clone() if copied else output.view_as(output)
+        ctx.save_for_backward(output, bias, x, *codes)
+        ctx.tapped, ctx.shape = tapped, sink.shape[1:]
+        return output.clone() if tapped.copied else output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        output, bias, *parts = ctx.saved_tensors
-        by_token = token_directions if ctx.directional else token_scores
-        found = []
-        for seen, weight, input_scale, weight_scale in zip(*[iter(parts)] * _PARTS, strict=True):
-            quantised = _product(seen, weight, input_scale, weight_scale, bias, output.dtype).view_as(output)
-            scores = tokens_first(by_token(gradient, quantised - output), ctx.layout, ctx.shape)
+        output, bias, x, *codes = ctx.saved_tensors
+        tapped, dtype = ctx.tapped, output.dtype
+        by_token = token_directions if tapped.directional else token_scores
+        found, multiplied = [], iter(codes)
+        before = weight = None  # of the form before, which may have the same codes
+        for form in tapped.forms:
+            seen = next(multiplied) if form.kept == MULTIPLIED else tapped.seen(form, x)
+            if weight is None or form.parts[WEIGHT] is not before:
+                before, weight = form.parts[WEIGHT], form.weight(dtype)
+            quantised = form.product(seen, weight, bias, dtype).view_as(output)
+            scores = tokens_first(by_token(gradient, quantised - output), tapped.layout, ctx.shape)
             found.append(scores.flatten(len(ctx.shape)).sum(-1) if scores.dim() > len(ctx.shape) else scores)
-        return gradient, torch.stack(found), *(None,) * (4 + len(parts))
+        return gradient, torch.stack(found), *(None,) * (3 + len(codes))
 
 
 @contextlib.contextmanager

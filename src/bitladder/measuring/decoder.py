@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from bitladder.data.batches import Batch
 from bitladder.errors import EngineError
+from bitladder.formats import group_bits
 from bitladder.measuring.calls import LayerCall, LayerRecorder, by_layer, hidden_of
 from bitladder.measuring.job import BatchScores, Job, Variant
 from bitladder.measuring.layers import Layers, last_position
@@ -21,7 +22,7 @@ from bitladder.storage import sha256_of_bytes
 
 ROWS_AT_ONCE = 256  # of logits: 151,936 a row in float32 make 156 MB, and a loss or KL needs several of them
 _SAME_LOGITS = 0.02  # of the largest logit: BF16 rounds to 0.004, a softcap or a factor changes more
-_COPIES_LEFT = 3e9  # bytes of memory that FP8 copies of all searched weights must leave, to be kept
+_COPIES_LEFT = 3e9  # bytes of memory that copies of all searched weights must leave, to be kept
 GROWTH = 40  # times a layer's input: what its backward pass needs, before it was seen
 LAYERS_LEFT = 4  # of the memory that a kept layer takes: for the head, the backward pass, and the estimate's error
 
@@ -250,7 +251,7 @@ def copies_fit(layers: Layers, job: Job) -> bool:
     """Return whether all searched weights are kept in their formats too: making a layer's anew takes time."""
     size = next(layers.model.parameters()).element_size()
     copies = sum(
-        group.weight_elements * (1 if layers.memory.is_gpu and format_.multiplies_codes else size)
+        group_bits(group, format_.name) // 8 if layers.memory.is_gpu else group.weight_elements * size
         for group in job.target.groups
         for format_ in job.served(group)
         if format_.weight_like not in job.formats_of(group)
