@@ -3,6 +3,7 @@
     python benchmarks/mixes.py --scratch DIR             # writes benchmarks/results/mixes.json; needs an NVIDIA GPU
     python benchmarks/mixes.py --scratch DIR --serve-on hopper --recipe recipes/gemma3_270m.yaml
     python benchmarks/mixes.py --scratch DIR --compensated                          # adds to what is there
+    python benchmarks/mixes.py --scratch DIR --no-modelopt --recipe recipes/demo.yaml    # minutes on a CPU
 
 ModelOpt calibrates and scores {NVFP4, FP8} with its own `auto_quantize` by each of its methods, and its own solver
 chooses at 4.8 to 9 effective bits, modules that aren't searched left out of its count. Bitladder measures once by
@@ -10,11 +11,13 @@ chooses at 4.8 to 9 effective bits, modules that aren't searched left out of its
 choice, from the same formats and from others. All choices are simulated with the same scales and nearest codes, inputs
 rounded as each format says on the device that will serve; KL on held-out text, in nats per token. Beside it the
 frontier from 4.5 to 16 bits of each set of formats, by `kl_div`: predicted (the sum of single-group KL on calibration
-text) and measured on text that calibration left. What is finished is kept in the scratch directory.
+text) and measured on text that calibration left; and everything in each format. What is finished is kept in the scratch
+directory. A model with held-out sets of several kinds is measured on these, and not on text that calibration left.
 
 `--compensated` measures once more, by `gradient` with compensated codes, calibrated on half the recipe's rows and as
 many that the model writes itself, and adds to the rows of an earlier run our choices with these codes at no more bits,
-and everything in each format with these codes.
+the frontier and everything in each format with these codes. `--no-modelopt` leaves out ModelOpt's choices and ours at
+their bits: its NVFP4 needs a GPU.
 """
 
 import argparse
@@ -38,7 +41,12 @@ SETS = {
 FRONTIER = (4.5, 4.8, 5.4, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0, 14.0, 16.0)
 FRONTIER_SETS = {"fp8": ("fp8",), **SETS}
 METHODS = ("kl_div", "gradient")
-KL_SAMPLES = 16  # 4,096 tokens
+KL_TOKENS = 4096
+
+
+def kl_samples(recipe) -> int:
+    """Return how many of a recipe's calibration samples are scored by `kl_div`."""
+    return min(recipe.calibration[0].samples, KL_TOKENS // recipe.calibration[0].sequence_length)
 
 
 def measured(scratch: Path, recipe: Path, method: str, serve_on: str, *, compensated: bool = False) -> tuple:
@@ -50,11 +58,12 @@ def measured(scratch: Path, recipe: Path, method: str, serve_on: str, *, compens
     output = scratch / ("compensated" if compensated else method)
     spec = read_recipe(recipe)
     changed = {"method": method, "formats": SETS["all + integers"], "engine": "native", "dtype": "float32"}
-    changed |= {"score_samples": KL_SAMPLES} if method == "kl_div" else {}
+    changed |= {"score_samples": kl_samples(spec)} if method == "kl_div" else {}
     changed |= {"rounding": "compensated"} if compensated else {}
     asked = spec.measurement.model_copy(update=changed)
-    near = spec.held_out[0].model_copy(update={"name": "near", "data": None})  # what calibration leaves of its own text
-    held_out = (near, *spec.held_out)
+    held_out = spec.held_out
+    if len(held_out) == 1:  # and what calibration leaves of its own text
+        held_out = (held_out[0].model_copy(update={"name": "near", "data": None}), *held_out)
     carrier = spec.export.model_copy(update={"carrier": "compressed-tensors"})  # which alone holds integers
     recipe_now = {"measurement": asked, "held_out": held_out, "output": str(output), "serve_on": serve_on}
     if compensated:
@@ -113,7 +122,7 @@ def modelopt_choices(work, measurement, method: str) -> dict[str, dict[str, str]
             return loaded(**batch.inputs, labels=batch.labels)
         return loaded(**batch.inputs).logits[:, :-1][batch.predicted]
 
-    scored = KL_SAMPLES // len(data.batches[0].labels) if method == "kl_div" else len(data.batches)
+    scored = kl_samples(work.recipe) // len(data.batches[0].labels) if method == "kl_div" else len(data.batches)
     _, state = mtq.auto_quantize(
         model,
         constraints={"effective_bits": BITS[-1], **cost},
@@ -153,10 +162,43 @@ def frontier(measurement) -> dict[tuple[str, float], object]:
     return found
 
 
-def compare(recipe: Path, scratch: Path, serve_on: str) -> dict[str, list[dict]]:
+def frontier_rows(best: dict[tuple[str, float], object], kls: dict) -> list[dict]:
+    """Return the KL of what `frontier` gave."""
+    return [
+        {
+            "formats": label,
+            "bits": bits,
+            "effective_bits": scheme.effective_bits,
+            "predicted": scheme.predicted_score,  # in the unit of the scores
+            "kl": kls[scheme.fingerprint()],
+        }
+        for (label, bits), scheme in best.items()
+    ]
+
+
+def in_each_format(measurement) -> dict:
+    """Return a scheme of everything in one format for each that all groups can have."""
+    from bitladder import planning
+    from bitladder.recipe import SchemeSpec
+
+    return {
+        name: planning.plan(measurement, SchemeSpec(name=name, coverage=1.0, format=name))
+        for name in measurement.formats
+    }
+
+
+def uniform_rows(schemes: dict, kls: dict) -> dict:
+    """Return the KL of what `in_each_format` gave."""
+    return {
+        name: {"effective_bits": scheme.effective_bits, "kl": kls[scheme.fingerprint()]}
+        for name, scheme in schemes.items()
+    }
+
+
+def compare(recipe: Path, scratch: Path, serve_on: str, *, modelopt: bool) -> dict:
     """Return one row for each of ModelOpt's methods and bits: the held-out KL of its choice and of ours.
 
-    Beside them the frontier of each set of formats.
+    Beside them the frontier of each set of formats, and everything in each format.
     """
     from bitladder import planning
     from bitladder.recipe import SchemeSpec
@@ -164,7 +206,7 @@ def compare(recipe: Path, scratch: Path, serve_on: str) -> dict[str, list[dict]]
     found = {method: measured(scratch, recipe, method, serve_on) for method in METHODS}
     measurement, work = found["kl_div"]
     theirs = {}
-    for method in METHODS:
+    for method in METHODS if modelopt else ():
         path = scratch / f"modelopt-{method}.json"
         if not path.exists():
             path.write_text(json.dumps(modelopt_choices(work, measurement, method)))
@@ -184,8 +226,9 @@ def compare(recipe: Path, scratch: Path, serve_on: str) -> dict[str, list[dict]]
                         measurement, plan.name, plan.formats, plan.asked
                     )
             rows.append(row)
-    best = frontier(measurement)
-    kls = prediction.results_of(work, measurement, [*schemes.values(), *best.values()], scratch / "simulated.json")
+    best, uniform = frontier(measurement), in_each_format(measurement)
+    everything = [*schemes.values(), *best.values(), *uniform.values()]
+    kls = prediction.results_of(work, measurement, everything, scratch / "simulated.json")
     for row in rows:
         name = f"modelopt-{row['modelopt']}-{row['bits']:g}"
         row["kl"] = kls[schemes[name].fingerprint()]
@@ -196,44 +239,25 @@ def compare(recipe: Path, scratch: Path, serve_on: str) -> dict[str, list[dict]]
                 row[label] = {"effective_bits": scheme.effective_bits, "kl": result}
                 row[label]["ratio"] = {split: value[0] / row["kl"][split][0] for split, value in result.items()}
         print(json.dumps(row), flush=True)
-    steps = [
-        {
-            "formats": label,
-            "bits": bits,
-            "effective_bits": scheme.effective_bits,
-            "predicted": scheme.predicted_score,
-            "kl": kls[scheme.fingerprint()],
-        }
-        for (label, bits), scheme in best.items()
-    ]
-    return {"rows": rows, "frontier": steps}
+    return {"rows": rows, "frontier": frontier_rows(best, kls), "uniform_nearest": uniform_rows(uniform, kls)}
 
 
 def add_compensated(rows: list[dict], recipe: Path, scratch: Path, serve_on: str) -> dict:
-    """Add our choices with compensated codes to the rows; return everything in each format with these codes."""
-    from bitladder import planning
-    from bitladder.recipe import SchemeSpec
-
+    """Add our choices with compensated codes to the rows; return the frontier and each format with these codes."""
     measurement, work = measured(scratch, recipe, "gradient", serve_on, compensated=True)
     schemes = {
         (number, label): planned(measurement, chosen, f"plan{number}-{at}", row["effective_bits"])
         for number, row in enumerate(rows)
         for at, (label, chosen) in enumerate(SETS.items())
     }
-    uniform = {
-        name: planning.plan(measurement, SchemeSpec(name=name, coverage=1.0, format=name))
-        for name in measurement.formats
-    }
-    everything = [*schemes.values(), *uniform.values()]
+    best, uniform = frontier(measurement), in_each_format(measurement)
+    everything = [*schemes.values(), *best.values(), *uniform.values()]
     kls = prediction.results_of(work, measurement, everything, scratch / "simulated-compensated.json")
     for (number, label), scheme in schemes.items():
         result, row = kls[scheme.fingerprint()], rows[number]
         ratio = {split: value[0] / row["kl"][split][0] for split, value in result.items()}
         row[f"{label}, compensated"] = {"effective_bits": scheme.effective_bits, "kl": result, "ratio": ratio}
-    return {
-        name: {"effective_bits": scheme.effective_bits, "kl": kls[scheme.fingerprint()]}
-        for name, scheme in uniform.items()
-    }
+    return {"uniform": uniform_rows(uniform, kls), "compensated_frontier": frontier_rows(best, kls)}
 
 
 def main() -> None:
@@ -244,6 +268,7 @@ def main() -> None:
         "--serve-on", default="blackwell", help="whose arithmetic; blackwell: formats as they are stored"
     )
     parser.add_argument("--compensated", action="store_true", help="add compensated codes to what is known")
+    parser.add_argument("--no-modelopt", action="store_true", help="leave out what only it chooses")
     parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/mixes.json")
     arguments = parser.parse_args()
 
@@ -258,10 +283,10 @@ def main() -> None:
     scratch = arguments.scratch.resolve() / name.replace(", ", "-")
     if arguments.compensated:
         one = known["models"][name]
-        one["uniform"] = add_compensated(one["rows"], arguments.recipe, scratch, arguments.serve_on)
+        one |= add_compensated(one["rows"], arguments.recipe, scratch, arguments.serve_on)
         one["compensated_on"] = {"hardware": hardware(), "versions": versions()}
     else:
-        found = compare(arguments.recipe, scratch, arguments.serve_on)
+        found = compare(arguments.recipe, scratch, arguments.serve_on, modelopt=not arguments.no_modelopt)
         known["models"][name] = {"hardware": hardware(), "versions": versions(), **found}
     known["claim"] = "held-out KL of mixes at equal effective bits, ours and ModelOpt's"
     arguments.result.write_text(json.dumps(known, indent=1) + "\n")
