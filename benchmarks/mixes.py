@@ -56,21 +56,26 @@ def measured(scratch: Path, recipe: Path, method: str, serve_on: str, *, compens
     from bitladder.steps.workspace import Workspace
 
     output = scratch / ("compensated" if compensated else method)
-    spec = read_recipe(recipe)
+    spec = with_near_text(read_recipe(recipe))
     changed = {"method": method, "formats": SETS["all + integers"], "engine": "native", "dtype": "float32"}
     changed |= {"score_samples": kl_samples(spec)} if method == "kl_div" else {}
     changed |= {"rounding": "compensated"} if compensated else {}
     asked = spec.measurement.model_copy(update=changed)
-    held_out = spec.held_out
-    if len(held_out) == 1:  # and what calibration leaves of its own text
-        held_out = (held_out[0].model_copy(update={"name": "near", "data": None}), *held_out)
     carrier = spec.export.model_copy(update={"carrier": "compressed-tensors"})  # which alone holds integers
-    recipe_now = {"measurement": asked, "held_out": held_out, "output": str(output), "serve_on": serve_on}
+    recipe_now = {"measurement": asked, "output": str(output), "serve_on": serve_on}
     if compensated:
         recipe_now["calibration"] = with_written_rows(spec.calibration)
     work = Workspace(spec.model_copy(update={**recipe_now, "export": carrier}), output)
     output.mkdir(parents=True, exist_ok=True)
     return measure(work), work
+
+
+def with_near_text(recipe):
+    """Return a recipe with what calibration leaves of its own text as a held-out set beside its only one."""
+    if len(recipe.held_out) > 1:
+        return recipe
+    near = recipe.held_out[0].model_copy(update={"name": "near", "data": None})
+    return recipe.model_copy(update={"held_out": (near, *recipe.held_out)})
 
 
 def with_written_rows(calibration: tuple) -> tuple:
