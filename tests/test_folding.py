@@ -6,15 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bitladder
+from bitladder.checkpoints.folded import write_folded
 from bitladder.data.batches import Batch
-from bitladder.errors import EngineError, OutputError
+from bitladder.errors import EngineError, ModelError, OutputError
 from bitladder.formats import get_format
-from bitladder.measuring.folding import find
+from bitladder.measuring.folding import fold_norms
 from bitladder.models.loading import load_model
+from bitladder.models.weights import WeightFiles
 from bitladder.recipe import resolve_path
 from bitladder.runinfo import no_progress
 
@@ -55,6 +57,28 @@ def test_tensors_are_the_originals_times_powers_of_two_and_other_files_the_same(
     assert f"{len(folds)} norms were folded" in (directory / "PROVENANCE").read_text()
 
 
+def test_what_isnt_multiplied_is_copied_shard_by_shard(sharded_llama, tmp_path):
+    name = "model.norm.weight"
+    write_folded(sharded_llama, tmp_path / "out", {name: torch.full((64,), 0.5)}, "halved")
+    before, after = WeightFiles.open(sharded_llama), WeightFiles.open(tmp_path / "out")
+    assert before.files == after.files
+    assert torch.equal(after.load(name) * 2, before.load(name))
+    assert all(torch.equal(after.load(other), before.load(other)) for other in before.tensors if other != name)
+    for file in ("config.json", "model.safetensors.index.json", "tokenizer.json", "chat_template.jinja", "LICENSE"):
+        assert (tmp_path / "out" / file).read_bytes() == (sharded_llama / file).read_bytes()
+    assert (tmp_path / "out" / "PROVENANCE").read_text() == "halved\n"
+
+
+def test_a_product_that_a_dtype_rounds_is_refused(tmp_path):
+    """Half of FP16's least number."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text("{}")
+    save_file({"norm.weight": torch.full((4,), 2.0**-24, dtype=torch.float16)}, tmp_path / "in" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"norm\.weight times powers of two doesn't fit F16"):
+        write_folded(tmp_path / "in", tmp_path / "out", {"norm.weight": torch.full((4,), 0.5)}, "halved")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_replaced(tmp_path):
     run = bitladder.Run(resolve_path("package:demo/recipe.yaml", Path()), output=tmp_path / "run")
     (tmp_path / "there").mkdir()
@@ -89,7 +113,7 @@ def folds_of(model, searched=("left", "right")):
     torch.manual_seed(0)
     ids = torch.randint(0, 16, (2, 30))
     batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
-    return find(model, [batch], searched, dict(model.named_parameters()), no_progress)
+    return fold_norms(model, [batch], searched, dict(model.named_parameters()), no_progress)
 
 
 def test_a_channel_four_times_as_large_is_halved():

@@ -1,4 +1,4 @@
-"""Sizes of channels moved from a norm into the weights that read it: `find(...) -> tuple[Fold, ...]`.
+"""Sizes of channels moved from a norm into the weights that read it: `fold_norms(...) -> tuple[Fold, ...]`.
 
 With four bits for an input, a channel that is much larger than the others of its block leaves these few values. With S
 diagonal, W norm(x) = (W S) (norm(x) / S): the norm's own parameters are divided by S, the weights' columns multiplied
@@ -49,7 +49,7 @@ class _Seen:
     odd: bool = False  # it is called or read in a way that isn't understood
 
 
-def find(
+def fold_norms(
     model: Any, batches: Sequence[Batch], searched: Collection[str], stored: Collection[str], progress: Progress
 ) -> tuple[Fold, ...]:
     """Fold the norms of a loaded model, in place, and return what was done.
@@ -157,7 +157,7 @@ def _factors(magnitudes: torch.Tensor) -> torch.Tensor:
 
 def _applied(model: Any, fold: Fold) -> bool:
     """Fold a norm; return False, with all as it was, where it is even or its output isn't divided exactly by that."""
-    if len(fold.factors.unique()) == 1:
+    if bool((fold.factors == fold.factors[0]).all()):
         return False
     norm = model.get_submodule(fold.norm)
     like = next(norm.parameters())

@@ -5,7 +5,7 @@ from pathlib import Path
 from bitladder.checkpoints.folded import check_destination, write_folded
 from bitladder.device import resolve_device, resolve_dtype
 from bitladder.errors import EngineError
-from bitladder.measuring.folding import Fold, find, parameters_of
+from bitladder.measuring.folding import Fold, fold_norms, parameters_of
 from bitladder.models.loading import checkpoint_tensor_names, load_model
 from bitladder.models.weights import WeightFiles
 from bitladder.steps.data import calibration_data
@@ -17,7 +17,7 @@ def fold(work: Workspace, destination: Path) -> tuple[Fold, ...]:
     """Write the recipe's model to a new directory with its norms folded, and return what was done.
 
     Raises:
-        BitladderError: see `measuring.folding.find` and `checkpoints.folded.write_folded`.
+        BitladderError: see `measuring.folding.fold_norms` and `checkpoints.folded.write_folded`.
     """
     check_destination(destination)
     look(work)
@@ -28,7 +28,7 @@ def fold(work: Workspace, destination: Path) -> tuple[Fold, ...]:
     tensor_of = {made: name for name, made in checkpoint_tensor_names(model, WeightFiles.open(source).tensors).items()}
     batches = [batch.to(device) for batch in calibration_data(work).batches]
     searched = {module.name for group in work.target.groups for module in group.modules}
-    folds = find(model, batches, searched, tensor_of, work.progress)
+    folds = fold_norms(model, batches, searched, tensor_of, work.progress)
     factors = {}
     for one in folds:
         for name, by in parameters_of(model, one).items():
