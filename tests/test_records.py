@@ -30,7 +30,9 @@ from bitladder.records import (
     Finding,
     KlPoint,
     KlPoints,
+    KvDamage,
     KvScale,
+    LayerKl,
     LeftOut,
     LogProbDifference,
     Measurement,
@@ -122,6 +124,7 @@ SCHEME = Scheme(
     predicted_score=1e-5,
     score_unit="nats² per token",
     exclude_modules=("lm_head",),
+    kv_cache_skips=("model.layers.0.self_attn",),
     nested_in=("full",),
 )
 FINDING = Finding(file="f", tensor=None, problem="p", remedy="r")
@@ -149,6 +152,7 @@ SAMPLES: list[Record] = [
                 name="g", tensor="g.weight", format="fp8", dtype="F8_E4M3", weight_scale=0.1, input_scale=1 / 7
             ),
         ),
+        kv_cache_skips=("model.layers.0.self_attn",),
         kv_scales=(KvScale(tensor="k_proj.k_scale", scale=0.1),),
     ),
     Verification(
@@ -181,6 +185,13 @@ SAMPLES: list[Record] = [
         data=DATA,
         samples=2,
         points=(KlPoint(name="top50", scores={"fp8": 1e-5}, kl=1e-3),),
+        run=RUN,
+    ),
+    KvDamage(
+        measurement_sha256="m",
+        settings_sha256="s",
+        tokens=(7, 8),
+        layers=(LayerKl(layer="model.layers.0.self_attn", kl=(1e-3, 2e-3)),),
         run=RUN,
     ),
     Refinements(

@@ -46,7 +46,7 @@ _TOKENS_TOGETHER = 16384  # of states that go through a layer together: fewer la
 
 
 @dataclass
-class _States:
+class States:
     """Hidden states of a batch in each of these variants: [variants x rows, tokens, hidden]."""
 
     variants: list[tuple[str, str]]  # the group that is quantised, and in which format
@@ -54,15 +54,25 @@ class _States:
 
 
 class KlScorer(ExitStack):
-    """KL scores: nats, added up over the batch's counted tokens."""
+    """KL scores: nats, added up over the batch's counted tokens.
 
-    def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
+    Args:
+        layers: of the model.
+        job: what is scored.
+        amax: of its modules.
+        codes: compensated ones; None: the nearest.
+        plain: don't compile, nor keep weights in their formats.
+    """
+
+    def __init__(
+        self, layers: Layers, job: Job, amax: Amax, codes: Codes | None = None, *, plain: bool = False
+    ) -> None:
         super().__init__()
         self.layers, self.job, self.amax, self.codes = layers, job, amax, codes
-        self.decoder = Decoder(layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM))
+        self.decoder = Decoder(layers, job, not plain and is_worth_compiling(layers, job, _COMPILED_FROM))
         self.states = len(job.variants) + 1  # of each batch: the original's, and every variant's
         self.forms: dict[tuple[str, str], dict[str, Form]] = {}  # of every variant, where all of them fit
-        if copies_fit(layers, job):
+        if not plain and copies_fit(layers, job):
             for group in job.target.groups:
                 found = forms_in(layers.model, group, job.served(group), amax, codes)
                 self.forms |= {(group.name, name): forms for name, forms in found.items()}
@@ -91,12 +101,12 @@ class KlScorer(ExitStack):
             states = self._through(passes)
         return [self._batch_scores(current, known) for current, known in zip(passes, states, strict=True)]
 
-    def _through(self, passes: Sequence[Pass]) -> list[list[_States]]:
+    def _through(self, passes: Sequence[Pass]) -> list[list[States]]:
         """Bring the batches behind the last layer, and return each one's hidden states in every variant.
 
         What the variants of a layer give goes through the layers behind it together, as one larger batch.
         """
-        states: list[list[_States]] = [[] for _ in passes]
+        states: list[list[States]] = [[] for _ in passes]
         sizes = [self._together(current) for current in passes]
         for index in range(len(self.layers)):
             with self.layers.loaded(index) as layer:
@@ -115,7 +125,7 @@ class KlScorer(ExitStack):
                     names = list(found)
                     for start in range(0, len(names), size):
                         together = names[start : start + size]
-                        known.append(_States(together, torch.cat([found[name] for name in together])))
+                        known.append(States(together, torch.cat([found[name] for name in together])))
         return states
 
     def _together(self, current: Pass) -> int:
@@ -145,7 +155,7 @@ class KlScorer(ExitStack):
                 stack.enter_context(taken(self.layers.model.get_submodule(name), InForm, form=form))
             yield
 
-    def _batch_scores(self, current: Pass, states: list[_States]) -> Callable[[], BatchScores]:
+    def _batch_scores(self, current: Pass, states: list[States]) -> Callable[[], BatchScores]:
         original = counted(current.output, current)
         found = [variant for each in states for variant in each.variants]
         others = [counted(part, current) for each in states for part in each.hidden.chunk(len(each.variants))]

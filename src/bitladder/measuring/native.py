@@ -138,44 +138,55 @@ def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
     Raises:
         MeasurementError: NaN or Inf in activations, or out of memory. EngineError: a model that it can't score.
     """
-    model = layers.model
-    model.config.use_cache = False
-    for parameter in model.parameters():
+    with ready(layers, job):
+        amax = partial.amax()
+        if amax is None:
+            with meter.phase("calibrate"):
+                amax = calibrate(layers, job)
+                with_scales(job.target, amax, job.spec)  # NaN is found before anything is kept
+            partial.keep_amax(amax)
+        job = dataclasses.replace(job, target=with_scales(job.target, amax, job.spec))
+        codes = None
+        if job.spec.rounding == "compensated":
+            compensation.run(layers, job, partial, amax, meter)
+            codes = partial.codes()
+        with meter.phase("score"):
+            score(scorer(layers, job, amax, codes), layers, job, partial)
+
+
+@contextlib.contextmanager
+def ready(layers: Layers, job: Job) -> Iterator[None]:
+    """Let a model be scored: its weights need no gradient, and the job's GPU is the current one.
+
+    Raises:
+        MeasurementError: out of memory.
+    """
+    layers.model.config.use_cache = False
+    for parameter in layers.model.parameters():
         parameter.requires_grad_(False)
     # Streams, graphs and Triton's kernels go to the current GPU.
     current = torch.cuda.device(job.device) if job.device.startswith("cuda") else contextlib.nullcontext()
     try:
         with current, without_cudnn_attention():
-            amax = partial.amax()
-            if amax is None:
-                with meter.phase("calibrate"):
-                    amax = calibrate(layers, job)
-                    with_scales(job.target, amax, job.spec)  # NaN is found before anything is kept
-                partial.keep_amax(amax)
-            job = dataclasses.replace(job, target=with_scales(job.target, amax, job.spec))
-            codes = None
-            if job.spec.rounding == "compensated":
-                compensation.run(layers, job, partial, amax, meter)
-                codes = partial.codes()
-            with meter.phase("score"):
-                _score(layers, job, partial, amax, codes)
+            yield
     except torch.OutOfMemoryError as error:
         raise MeasurementError(OUT_OF_MEMORY) from error
 
 
-def scorer(
-    layers: Layers, job: Job, amax: Amax, codes: Codes | None
-) -> AbstractContextManager["GradientScorer | KlScorer"]:
+Scorer = AbstractContextManager[GradientScorer | KlScorer]
+
+
+def scorer(layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> Scorer:
     """Return what scores batches in all formats at once: a context, within which `.scores(batches)` takes some."""
     return (KlScorer if job.spec.method == "kl_div" else GradientScorer)(layers, job, amax, codes)
 
 
-def _score(layers: Layers, job: Job, partial: Partial, amax: Amax, codes: Codes | None) -> None:
+def score(by: Scorer, layers: Layers, job: Job, partial: Partial) -> None:
     """Score every batch that wasn't yet."""
     total = job.score_batches
     missing = partial.unscored(total, job.spec.formats)
     job.progress("score", total - len(missing), total)
-    with scorer(layers, job, amax, codes) as scoring:
+    with by as scoring:
         before: list[tuple[int, Callable[[], BatchScores]]] = []  # whose scores the GPU is still at
 
         def settle() -> None:

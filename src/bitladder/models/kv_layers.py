@@ -12,6 +12,7 @@ from bitladder.errors import UnsupportedModel
 from bitladder.records import QuantGroup, QuantModule
 
 KEY_MODULE, VALUE_MODULE = "k_proj", "v_proj"
+CACHE_KEYWORDS = ("cache", "past_key_values")  # transformers 5.24 renamed the second to the first
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class CachedLayer:
 
     key: QuantModule
     value: QuantModule
+
+    @property
+    def attention(self) -> str:
+        """The module that holds both."""
+        return self.key.name.rpartition(".")[0]
 
     @property
     def amax_names(self) -> tuple[str, str]:
@@ -81,12 +87,9 @@ def layer_index(model: nn.Module, module: str) -> int:
 
 
 def cache_inputs(model: nn.Module, cache: DynamicCache | None) -> dict[str, Any]:
-    """Return what a model is called with to use a cache; None, or a model that takes none of ours: none is used.
-
-    Source: transformers 5.24 renamed `past_key_values` to `cache`.
-    """
+    """Return what a model is called with to use a cache; None, or a model that takes none of ours: none is used."""
     taken = inspect.signature(model.forward).parameters
-    keyword = next((name for name in ("cache", "past_key_values") if name in taken), None)
+    keyword = next((name for name in CACHE_KEYWORDS if name in taken), None)
     if cache is None or keyword is None or not _may_be(taken[keyword].annotation, cache):
         return {"use_cache": False} if "use_cache" in taken else {}
     return {keyword: cache, "use_cache": True}

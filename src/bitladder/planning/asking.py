@@ -30,6 +30,7 @@ from pathlib import Path
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, PlanError
 from bitladder.formats import why_not
 from bitladder.planning import ranges
+from bitladder.planning.caching import cache_of, kl_left
 from bitladder.planning.options import check_usable
 from bitladder.planning.patterns import Searched, matching_groups
 from bitladder.planning.prediction import KlMap
@@ -38,7 +39,7 @@ from bitladder.planning.solver import Solver
 from bitladder.planning.speed import Load, SpeedModel
 from bitladder.planning.trade_off import TradeOff
 from bitladder.recipe import Phase, SchemeSpec
-from bitladder.records import BF16, BF16_BITS, KlPoints, Measurement, QuantGroup, Scheme
+from bitladder.records import BF16, BF16_BITS, CacheChoice, KlPoints, KvDamage, Measurement, QuantGroup, Scheme
 
 _PREDICTED = 1e-9  # by which rounding to whole picoseconds may change a ratio
 _Aim = tuple[Phase, Load]  # what is to be fast, and at what
@@ -51,6 +52,7 @@ def plan(
     frontier: TradeOff | None = None,
     kl_map: KlMap | None = None,
     speed: SpeedModel | None = None,
+    kv_damage: KvDamage | None = None,
 ) -> Scheme:
     """Return the scheme that `spec` asks for.
 
@@ -60,12 +62,13 @@ def plan(
         frontier: the measurement's trade-off where it is at hand, as a `Frontier` or a `Solver`: both answer the same.
         kl_map: from this measurement's scores to KL; `max_kl` needs it.
         speed: of this measurement's groups on the device that serves; `speed` and `prefer` need it.
+        kv_damage: of an FP8 KV cache in each layer; a share of the layers as `kv_cache` needs it.
 
     Raises:
         InfeasibleTarget: outside the attainable range, which the message names. PlanError: a pattern that matches
         nothing, or a format that isn't measured, or has no times. MeasurementError: a score is NaN or Inf.
     """
-    return _Planner(measurement, frontier, kl_map, speed).plan(spec)
+    return _Planner(measurement, frontier, kl_map, speed, kv_damage).plan(spec)
 
 
 def plan_all(
@@ -73,13 +76,14 @@ def plan_all(
     specs: Sequence[SchemeSpec],
     kl_map: KlMap | None = None,
     speed: SpeedModel | None = None,
+    kv_damage: KvDamage | None = None,
 ) -> tuple[Scheme, ...]:
     """Return the schemes of a ladder, with the relations between them.
 
     Raises:
         DuplicateSchemes: two schemes come out equal. See `plan` for the others.
     """
-    planner = _Planner(measurement, None, kl_map, speed)
+    planner = _Planner(measurement, None, kl_map, speed, kv_damage)
     return related([planner.plan(spec) for spec in specs])
 
 
@@ -123,7 +127,12 @@ class _Planner:
     """Plans schemes of one measurement, and keeps what they share."""
 
     def __init__(
-        self, measurement: Measurement, given: TradeOff | None, kl_map: KlMap | None, speed: SpeedModel | None
+        self,
+        measurement: Measurement,
+        given: TradeOff | None,
+        kl_map: KlMap | None,
+        speed: SpeedModel | None,
+        kv_damage: KvDamage | None,
     ) -> None:
         self._fingerprint = measurement.fingerprint()
         self._whole = measurement
@@ -131,6 +140,7 @@ class _Planner:
         self._given = given
         self._kl_map = kl_map
         self._speed = speed
+        self._kv_damage = kv_damage
         self._solvers: dict[tuple[float, tuple[str, ...], frozenset[str], _Aim | None], TradeOff] = {}
         check_usable(measurement)
 
@@ -148,18 +158,19 @@ class _Planner:
                 f"scheme {spec.name} would quantise nothing: no group that exclude {list(spec.exclude)} leaves can be "
                 f"in {ranges.listed(measurement)}; exclude less, or give it other formats"
             )
+        cache = cache_of(spec, self._fingerprint, self._kv_damage)
         if spec.coverage is not None:
             formats = _by_coverage(measurement, spec, excluded)
         elif spec.include is not None:
             formats = _by_name(measurement, spec, excluded)
         else:
-            formats = self._by_budget(measurement, spec, excluded)
+            formats = self._by_budget(measurement, spec, excluded, cache)
         scheme = price(
             measurement,
             spec.name,
             formats,
             spec,
-            kv_cache_format="fp8" if spec.kv_cache == "fp8" else None,
+            cache=cache,
             fingerprint=self._fingerprint,
         )
         _check(measurement, spec, scheme, self._kl_map)
@@ -172,7 +183,9 @@ class _Planner:
             self._weighed[image_weight] = weighed
         return self._weighed[image_weight]
 
-    def _by_budget(self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str]) -> dict[str, str]:
+    def _by_budget(
+        self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str], cache: CacheChoice
+    ) -> dict[str, str]:
         """Return the best choice among all formats within the budget on either side."""
         if spec.format is not None and self._whole.formats != (spec.format,):
             raise PlanError(
@@ -181,7 +194,7 @@ class _Planner:
             )
         aim = _aim_of(spec, self._speed, measurement.formats)
         if spec.max_kl is not None:
-            return self._by_kl(measurement, spec, excluded, aim)
+            return self._by_kl(measurement, spec, excluded, aim, cache)
         edge = self._trade_off(measurement, spec, excluded, aim)
         if spec.effective_bits is not None:
             return _by_bits(spec, edge, self._whole.formats)
@@ -196,17 +209,21 @@ class _Planner:
         return formats
 
     def _by_kl(
-        self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str], aim: _Aim | None
+        self,
+        measurement: Measurement,
+        spec: SchemeSpec,
+        excluded: frozenset[str],
+        aim: _Aim | None,
+        cache: CacheChoice,
     ) -> dict[str, str]:
-        """Return the fewest bits, or seconds, within `max_kl`."""
+        """Return the fewest bits, or seconds, within `max_kl`, of which the cache has its part."""
         if self._kl_map is None:
             raise PlanError(
                 f"scheme {spec.name}: max_kl needs KL measured on a few schemes, which planning from a recipe does; "
                 "here use coverage, effective_bits or max_predicted_score"
             )
-        assert spec.max_kl is not None
         edge = Solver(self._kl_map.weigh(measurement), excluded, self._cost(aim))
-        most = self._kl_map.score_of(spec.max_kl)
+        most = self._kl_map.score_of(kl_left(spec, cache))
         formats = None if most is None else edge.fewest_bits(most)
         if formats is None:
             raise ranges.beyond_the_kl(spec, edge, self._kl_map)
@@ -239,7 +256,9 @@ def _check(measurement: Measurement, spec: SchemeSpec, scheme: Scheme, kl_map: K
         spec.effective_bits is None or scheme.weight_bits <= Fraction(str(spec.effective_bits)) * total,
         spec.coverage is None or quantised <= Fraction(str(spec.coverage)) * total,
         spec.max_predicted_score is None or scheme.predicted_score <= spec.max_predicted_score,
-        spec.max_kl is None or kl_map is None or _within_kl(measurement, scheme, spec.max_kl, kl_map),
+        spec.max_kl is None
+        or kl_map is None
+        or _within_kl(measurement, scheme, kl_left(spec, scheme.kv_cache), kl_map),
     ]
     if not all(kept):
         raise PlanError(f"scheme {spec.name} exceeds its budget; this is a bug: please report it")
@@ -260,7 +279,7 @@ def related(schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:
         for other in schemes[index + 1 :]:
             if scheme.name == other.name:
                 raise PlanError(f"two schemes are named {scheme.name}; rename one")
-            if (scheme.formats, scheme.kv_cache_format) == (other.formats, other.kv_cache_format):
+            if (scheme.formats, scheme.kv_cache[:2]) == (other.formats, other.kv_cache[:2]):
                 first, second = (one.model_dump(mode="json")["asked"] for one in (scheme, other))
                 raise DuplicateSchemes(
                     f"schemes {scheme.name} ({first}) and {other.name} ({second}) assign the same formats "
@@ -275,10 +294,12 @@ def related(schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:
 def _is_nested(inner: Scheme, outer: Scheme) -> bool:
     """Return whether `outer` quantises all of `inner`, KV cache included, in the same formats, and more."""
     mine, theirs = inner.quantised_groups(), outer.quantised_groups()
-    same_cache = inner.kv_cache_format == outer.kv_cache_format
+    mine_cached, theirs_cached = inner.kv_cache, outer.kv_cache
+    same_cache = mine_cached[:2] == theirs_cached[:2]
+    more_cached = mine_cached.format == theirs_cached.format and set(theirs_cached.skips) <= set(mine_cached.skips)
     return (
         mine <= theirs
-        and (same_cache or inner.kv_cache_format is None)
+        and (inner.kv_cache_format is None or more_cached)
         and not (mine == theirs and same_cache)
         and all(inner.formats[group] == outer.formats[group] for group in mine)
     )

@@ -35,7 +35,7 @@ def refuse_uncarried(specs: Iterable[SchemeSpec], measured: Sequence[str], carri
     for spec in specs:
         candidates = spec.candidates or measured
         held = [name for name in candidates if carrier in carriers_of([name])]
-        problem = _problem(held or candidates, spec.kv_cache == "fp8", carrier)
+        problem = _problem(held or candidates, spec.caches_fp8, carrier)
         if problem is not None:
             raise PlanError(f"scheme {spec.name}: {problem}")
 

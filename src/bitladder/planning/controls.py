@@ -73,7 +73,7 @@ def arms(measurement: Measurement, scheme: Scheme, *, kinds: Sequence[ControlKin
                 f"{scheme.name}.{label}",
                 formats,
                 Control(control=kind, beside=scheme.name, seed=seed),
-                kv_cache_format=scheme.kv_cache_format,
+                cache=scheme.kv_cache,
                 fingerprint=scheme.measurement_sha256,
             )
         )

@@ -8,7 +8,9 @@ from bitladder.formats import get_format, group_bits
 from bitladder.models.fusing import Fusing
 from bitladder.planning.options import check_usable
 from bitladder.recipe import SchemeSpec
-from bitladder.records import BF16, Candidate, Control, Measurement, QuantGroup, Scheme
+from bitladder.records import BF16, CacheChoice, Candidate, Control, Measurement, QuantGroup, Scheme
+
+IN_16_BITS = CacheChoice()
 
 
 def density_order(measurement: Measurement, format_name: str) -> list[str]:
@@ -83,7 +85,7 @@ def price(
     formats: Mapping[str, str],
     asked: SchemeSpec | Control,
     *,
-    kv_cache_format: str | None = None,
+    cache: CacheChoice = IN_16_BITS,
     fingerprint: str | None = None,
 ) -> Scheme:
     """Return the record of any assignment: what it costs, and what it is predicted to do.
@@ -93,7 +95,7 @@ def price(
         name: of the scheme.
         formats: `{group: format}`, of every group.
         asked: what led to it.
-        kv_cache_format: None: 16 bits.
+        cache: what becomes of the KV cache.
         fingerprint: of the measurement as it was written, where it is weighed otherwise here.
 
     Raises:
@@ -128,7 +130,9 @@ def price(
         exclude_modules=_with_vllms_names(
             measurement.model.architecture, [*excluded, *(module.checkpoint_name for module in measurement.untouched)]
         ),
-        kv_cache_format=kv_cache_format,
+        kv_cache_format=cache.format,
+        kv_cache_skips=cache.skips,
+        kv_cache_kl=cache.kl,
     )
 
 

@@ -120,7 +120,7 @@ def with_formats(measurement: Measurement, scheme: Scheme, changes: Mapping[str,
         scheme.name,
         {**scheme.formats, **changes},
         scheme.asked,
-        kv_cache_format=scheme.kv_cache_format,
+        cache=scheme.kv_cache,
         fingerprint=scheme.measurement_sha256,
     )
 

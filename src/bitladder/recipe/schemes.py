@@ -4,6 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from bitladder.recipe.kv_cache import KvCache, KvShare
 from bitladder.recipe.section import Section, beside_sixteen_bits, check_name
 from bitladder.recipe.speed import SpeedSpec
 
@@ -31,7 +32,7 @@ class SchemeSpec(Section):
     image_weight: float = Field(
         default=1.0, ge=0, description="weight of image-token positions in the predicted score; text positions have 1"
     )
-    kv_cache: Literal["none", "fp8"] | None = Field(default=None, description="None: the recipe's")
+    kv_cache: KvCache | None = Field(default=None, description="None: the recipe's")
 
     @field_validator("coverage", mode="before")
     @classmethod
@@ -62,6 +63,16 @@ class SchemeSpec(Section):
     @classmethod
     def _each_once(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None if value is None else beside_sixteen_bits(value)
+
+    @property
+    def caches_fp8(self) -> bool:
+        """Whether some layers have an FP8 KV cache."""
+        return self.kv_cache not in (None, "none")
+
+    @property
+    def kv_share(self) -> float | None:
+        """The share of the attention layers that have it at most, where a measurement chooses which."""
+        return self.kv_cache.fp8 if isinstance(self.kv_cache, KvShare) else None
 
     @property
     def by_speed(self) -> bool:

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from bitladder.reading import twice
+from bitladder.recipe.kv_cache import KvCache
 from bitladder.recipe.schemes import SchemeSpec
 from bitladder.recipe.section import SIXTEEN_BITS, Section, beside_sixteen_bits, check_name, shortened
 from bitladder.recipe.speed import LoadSpec
@@ -45,6 +46,7 @@ _OURS = frozenset(
         "measurement.safetensors",
         "simulated.json",
         "kl_points.json",
+        "kv_damage.json",
         "refinements.json",
         "schemes",
         "verification.json",
@@ -57,6 +59,7 @@ _OURS = frozenset(
         "report.json",
         "figures",
         "measuring",
+        "measuring_kv",
         "codes",
         ".lock",
         "run.log",
@@ -350,7 +353,7 @@ class Recipe(Section):
     measurement: MeasureSpec = Field(default_factory=MeasureSpec)
     workers: WorkersSpec = Field(default_factory=WorkersSpec)
     schemes: tuple[SchemeSpec, ...] = Field(min_length=1)
-    kv_cache: Literal["none", "fp8"] = "none"
+    kv_cache: KvCache = "none"
     serve_on: ServedOn | None = Field(default=None, description="whose arithmetic is scored; None: that of the device")
     profile: str | None = Field(
         default=None, description="a profile.json of `bitladder profile`, or the name of one that comes with Bitladder"

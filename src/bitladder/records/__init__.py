@@ -68,7 +68,19 @@ if TYPE_CHECKING:
         Throughput,
     )
     from bitladder.records.profile import EngineSettings, Profile, SearchedShape, TimedCell, TimedLayer, TimedLoad
-    from bitladder.records.scheme import Control, KlPoint, KlPoints, Refinement, Refinements, Scheme, SimulatedKls
+    from bitladder.records.scheme import (
+        CacheChoice,
+        Control,
+        KlPoint,
+        KlPoints,
+        KvDamage,
+        LayerKl,
+        Refinement,
+        Refinements,
+        Scheme,
+        SimulatedKls,
+        layer_number,
+    )
 else:
     __getattr__ = given_by(
         __name__,
@@ -134,13 +146,17 @@ else:
             ),
             "profile": ("EngineSettings", "Profile", "SearchedShape", "TimedCell", "TimedLayer", "TimedLoad"),
             "scheme": (
+                "CacheChoice",
                 "Control",
                 "KlPoint",
                 "KlPoints",
+                "KvDamage",
+                "LayerKl",
                 "Refinement",
                 "Refinements",
                 "Scheme",
                 "SimulatedKls",
+                "layer_number",
             ),
         },
     )
@@ -154,6 +170,7 @@ __all__ = [
     "KL",
     "SCHEMA_VERSION",
     "TASK_ACCURACY",
+    "CacheChoice",
     "Candidate",
     "CheckpointManifest",
     "CheckpointVerification",
@@ -170,7 +187,9 @@ __all__ = [
     "Finding",
     "KlPoint",
     "KlPoints",
+    "KvDamage",
     "KvScale",
+    "LayerKl",
     "LeftOut",
     "LogProbDifference",
     "Measurement",
@@ -208,4 +227,5 @@ __all__ = [
     "UntouchedModule",
     "Verification",
     "digest_of",
+    "layer_number",
 ]

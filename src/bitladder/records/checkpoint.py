@@ -37,7 +37,7 @@ class CheckpointManifest(Grown, Record):
     written_by = "export"
     FILE_NAME: ClassVar[str] = "bitladder_manifest.json"
     CARD_NAME: ClassVar[str] = "README.md"  # the model card, which every report writes again; not among `files`
-    later = frozenset({"carrier"})
+    later = frozenset({"carrier", "kv_cache_skips"})
 
     scheme: str
     scheme_sha256: str
@@ -47,6 +47,9 @@ class CheckpointManifest(Grown, Record):
     modules: tuple[ModuleRecord, ...]
     carrier: Literal["modelopt", "compressed-tensors"] = Field(default="modelopt", description="whose layout it has")
     kv_cache_format: str | None = None
+    kv_cache_skips: tuple[str, ...] = Field(
+        default=(), description="attention modules whose cache stays in 16 bits, if the runtime is told so"
+    )
     kv_scales: tuple[KvScale, ...] = ()
 
     @property

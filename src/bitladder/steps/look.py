@@ -9,6 +9,7 @@ from bitladder.errors import EngineError, RecipeError
 from bitladder.formats import Arithmetic, get_format
 from bitladder.formats.targets import TARGETS, served, target_of
 from bitladder.measured import MEASUREMENT_FILE
+from bitladder.measuring.kv_damage import check_by_layer
 from bitladder.measuring.measure import check_engine
 from bitladder.recipe import GENERATED, Recipe
 from bitladder.runtimes.child import vllm_version
@@ -39,6 +40,8 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
     asked = tasks_of(work) if held_out else None
     if not (work.output / MEASUREMENT_FILE).exists():
         check_engine(recipe.measurement, work.target, device)
+    if any(scheme.kv_share is not None for scheme in recipe.scheme_specs()):
+        check_by_layer(work.target)
     for scheme in recipe.schemes:
         patterns = (*(scheme.include or ()), *scheme.exclude)
         if patterns:

@@ -39,7 +39,7 @@ def measure(work: Workspace) -> Measurement:
     if again is not None:
         work.tell(f"measuring again: {again}")
     target, data, arithmetic = work.target, calibration_data(work), served_arithmetic(work.recipe)
-    if any(spec.kv_cache == "fp8" for spec in work.recipe.scheme_specs()):
+    if any(spec.caches_fp8 for spec in work.recipe.scheme_specs()):
         check_layers(target.groups)
     recipe = work.recipe
     measurement = measure_now(

@@ -11,22 +11,27 @@ from bitladder.storage import discard
 def plan(work: Workspace) -> tuple[Scheme, ...]:
     """Plan every scheme of the recipe (it takes well under a second) and write those that changed.
 
-    Where one is asked for by KL, a few schemes are simulated first: `measure_kl_points`. Where the recipe wants schemes
-    refined, that follows: `refine_schemes`.
+    Where one is asked for by KL, a few schemes are simulated first: `measure_kl_points`; where a KV cache is chosen by
+    layer, its damage is measured: `measure_kv_damage`. Where the recipe wants schemes refined, that follows:
+    `refine_schemes`.
 
     Raises:
         PlanError: infeasible, two schemes are equal, or the recipe's carrier can't hold one. MeasurementError: keys and
             values of some layer have no scale, and an FP8 KV cache is asked for.
     """
-    kl_map, meter = None, Meter()
-    if any(spec.max_kl is not None for spec in work.recipe.schemes):
+    kl_map, kv_damage, meter, specs = None, None, Meter(), work.recipe.scheme_specs()
+    if any(spec.max_kl is not None for spec in specs):
         from bitladder.steps.kl_points import fitted_kl_map
 
         kl_map = fitted_kl_map(work)
+    if any(spec.kv_share is not None for spec in specs):
+        from bitladder.steps.kv_damage import measure_kv_damage
+
+        kv_damage = measure_kv_damage(work)
     with meter.phase("plan"):
         measurement = work.measurement()
         speed = work.speed_model(measurement.groups)
-        schemes = planning.plan_all(measurement, work.recipe.scheme_specs(), kl_map, speed)
+        schemes = planning.plan_all(measurement, specs, kl_map, speed, kv_damage)
         if any(scheme.kv_cache_format for scheme in schemes) and measurement.amax_sha256 is not None:
             from bitladder.measured import kv_amax, read_amax
 

@@ -5,6 +5,7 @@
     measurement.json            + measurement.safetensors
     simulated.json              until all is planned: the KLs of what was simulated for that
     kl_points.json              where a scheme is asked for by its KL
+    kv_damage.json              where some layers' KV cache is FP8
     refinements.json            where schemes are refined
     schemes/<name>.json
     checkpoints/<name>/

@@ -35,7 +35,8 @@ def kl_on(work: Workspace, measurement: Measurement, data: DataSet) -> Iterator[
         prepared: list[tuple[Reference, Simulation]] = []
 
         def kl(scheme: Scheme) -> float:
-            name = digest_of(f"{group} {format_}" for group, format_ in sorted(scheme.formats.items()))
+            cache = [f"KV cache {scheme.kv_cache_format}", *scheme.kv_cache_skips] if scheme.kv_cache_format else []
+            name = digest_of([*(f"{group} {one}" for group, one in sorted(scheme.formats.items())), *cache])
             if name not in kls:
                 if not prepared:
                     reference = Reference.compute(work.model_directory, data, split="calibration", device=device)
