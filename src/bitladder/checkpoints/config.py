@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bitladder.formats import get_format
-from bitladder.records import Scheme
+from bitladder.formats import KV_SKIPS, get_format
+from bitladder.records import Scheme, layer_number
 
 CONFIG_FILE = "config.json"
 QUANT_CONFIG_FILE = "hf_quant_config.json"
@@ -78,4 +78,6 @@ def config_with_quantisation(config: dict[str, Any], scheme: Scheme, layers: Map
         quantisation["quantized_layers"] = _quantized_layers(layers)
     if scheme.kv_cache_format is not None:
         quantisation["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    if scheme.kv_cache_skips:  # which no runtime reads: it has to be told when it is started
+        quantisation[KV_SKIPS] = [str(layer_number(module)) for module in scheme.kv_cache_skips]
     return {**config, "quantization_config": quantisation}

@@ -210,6 +210,7 @@ def export(
                 _module_records(quantised, amax, table, "nearest" if codes is None else "compensated", carrier)
             ),
             kv_cache_format=scheme.kv_cache_format,
+            kv_cache_skips=scheme.kv_cache_skips,
             kv_scales=tuple(KvScale(tensor=name, scale=float(value)) for name, value in kv_scales.items()),
         )
         manifest.write(temporary / CheckpointManifest.FILE_NAME)

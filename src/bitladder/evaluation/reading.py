@@ -18,6 +18,7 @@ from bitladder.formats import (
     FORMATS,
     INPUT_SCALE,
     KV_SCALE_NAMES,
+    KV_SKIPS,
     MODELOPT,
     SCALE_DTYPE,
     WEIGHT,
@@ -36,6 +37,7 @@ from bitladder.models.kv_layers import cache_inputs, layer_index
 from bitladder.models.loading import checkpoint_tensor_names, load_model
 from bitladder.models.weights import WeightFiles, all_finite, read_config
 from bitladder.reading import check_regular
+from bitladder.records import layer_number
 
 _INTEGERS = ("I8", "I32")
 
@@ -226,6 +228,7 @@ def load_checkpoint(
         used |= {one.codes} | {one.place(part).name for part in one.format.parts(state[name].shape)}
     kv_scales = [name for name in files.tensors if name.rpartition(".")[2] in KV_SCALE_NAMES]
     _check_kv_scales(files, section.get("kv_cache_scheme") is not None, kv_scales)
+    skipped = _kv_skips(files, section, kv_scales)
     used.update(kv_scales)
     for name, info in files.tensors.items():
         if name in used:
@@ -248,11 +251,14 @@ def load_checkpoint(
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, FakeQuantLinear(linear, stored[name].format, scale))
     layers: dict[int, dict[str, torch.Tensor]] = {}
+    model.kv_skips = set()
     for name in kv_scales:
         weight, _, kind = name.rpartition(".")
         layer = layer_index(model, modules[f"{weight}.weight"].removesuffix(".weight"))
         scale = _scale(files, f"{weight}.weight", Part(name, SCALE_DTYPE, ()))
         layers.setdefault(layer, {})[kind] = scale.reshape(()).to(device)
+        if layer_number(name) in skipped:
+            model.kv_skips.add(layer)
     model.kv_scales = {layer: (pair["k_scale"], pair["v_scale"]) for layer, pair in layers.items()}
     return model.to(device).eval()
 
@@ -306,10 +312,23 @@ def _check_kv_scales(files: WeightFiles, asked: bool, kv_scales: list[str]) -> N
             raise ModelError(f"{file}: {name} has no partner {partner}; {EXPORT_AGAIN}")
 
 
+def _kv_skips(files: WeightFiles, section: Mapping[str, Any], kv_scales: list[str]) -> set[int]:
+    """Return the numbers of the layers whose cache stays in 16 bits, each of which must have scales that others use."""
+    known = {str(layer_number(name)): layer_number(name) for name in kv_scales}
+    listed = section.get(KV_SKIPS) or []
+    odd = [one for one in listed if one not in known] if isinstance(listed, list) else [listed]
+    if odd:
+        raise ModelError(
+            f"{files.directory / 'config.json'}: {KV_SKIPS} names {odd[0]!r}, which is no layer whose keys and values "
+            f"have scales; {EXPORT_AGAIN}"
+        )
+    return {known[one] for one in listed}
+
+
 def cached(model: Any) -> dict[str, Any]:
     """Return what a loaded checkpoint is called with for its whole input to go through a new cache, as it asks for.
 
     That is an FP8 one, or none at all: what is in 16 bits isn't changed by being stored.
     """
     scales = getattr(model, "kv_scales", None)
-    return cache_inputs(model, Fp8Cache(model.config, scales) if scales else None)
+    return cache_inputs(model, Fp8Cache(model.config, scales, model.kv_skips) if scales else None)

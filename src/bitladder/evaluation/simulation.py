@@ -18,7 +18,7 @@ from bitladder.evaluation.reading import FakeQuantLinear
 from bitladder.evaluation.reference import Reference
 from bitladder.formats import INPUT_SCALE, MODELOPT, get_format, grids
 from bitladder.measured import Amax, Codes, check_codes, encoded, kv_amax
-from bitladder.models.kv_layers import cached_layers, layer_index
+from bitladder.models.kv_layers import KEY_MODULE, cached_layers, layer_index
 from bitladder.models.loading import load_model
 from bitladder.records import BF16, EvalResult, Measurement, QuantModule, Scheme
 from bitladder.runinfo import Progress, no_progress
@@ -80,6 +80,9 @@ class Simulation:
                     self._replace(module.name, self._fake_quantised(module, scheme.formats[group.name]))
             if scheme.kv_cache_format is not None:
                 self.model.kv_scales = self._kv_scales()
+                self.model.kv_skips = {
+                    layer_index(self.model, f"{attention}.{KEY_MODULE}") for attention in scheme.kv_cache_skips
+                }
             yield
         finally:
             self.model.kv_scales = {}

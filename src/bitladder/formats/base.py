@@ -19,6 +19,8 @@ WEIGHT_ZERO_POINT = "weight_zero_point"  # as compressed-tensors' files name it;
 # What files of any format may have beside a weight's codes; ours know all but `weight_scale_inv`.
 SCALE_NAMES = (WEIGHT_SCALE, WEIGHT_SCALE_2, "weight_scale_inv", INPUT_SCALE)
 KV_SCALE_NAMES = ("k_scale", "v_scale")  # of an attention that caches keys and values
+# In `quantization_config`: numbers of layers whose cache stays in 16 bits, as vLLM's argument of this name takes them.
+KV_SKIPS = "kv_cache_dtype_skip_layers"
 SCALE_DTYPE = "F32"  # as safetensors spells it
 Spread = Literal["tensor", "row", "block", "square"]
 # How a device multiplies what is stored: as the file says; weights restored, inputs in 16 bits; or with every scale of

@@ -9,7 +9,7 @@ In a measurement a layer's values lie beside those of its modules, as "<k_proj>.
 checkpoint its scales lie beside the weights, as "<k_proj>.k_scale" and "<v_proj>.v_scale" (ModelOpt's names).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -27,16 +27,27 @@ class Fp8Cache(DynamicCache):  # type: ignore[misc]
     Args:
         config: of the model.
         scales: `{layer index: (key scale, value scale)}`.
+        skips: indices of layers that store theirs in 16 bits all the same.
     """
 
-    def __init__(self, config: Any, scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        config: Any,
+        scales: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+        skips: Collection[int] = (),
+    ) -> None:
         super().__init__(config=config)
-        self.scales = scales
+        self.scales, self.skips = scales, skips
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all keys and values so far [batch, heads, tokens, head size], as they are read back."""
+        if layer_idx in self.skips:
+            as_they_are: tuple[torch.Tensor, torch.Tensor] = super().update(
+                key_states, value_states, layer_idx, *args, **kwargs
+            )
+            return as_they_are
         if layer_idx not in self.scales:
             raise ModelError(f"the KV cache is FP8, but layer {layer_idx} has no scales; export this scheme again")
         key_scale, value_scale = self.scales[layer_idx]

@@ -78,6 +78,7 @@ class Rules(ABC):
     other_method: ClassVar[str] = "UnquantizedLinearMethod"
     legacy_first: ClassVar[bool] = False  # whether hf_quant_config.json wins over config.json
     known_algorithms: ClassVar[frozenset[str]]  # besides FP8 with one scale a tensor
+    kv_skip_argument: ClassVar[str | None] = None  # names layers whose KV cache stays in 16 bits; None: there is none
 
     def __init__(
         self, need: Architecture, excludes: Sequence[str], algorithms: str | Mapping[str, str] = UNIFORM

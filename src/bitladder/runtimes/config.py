@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bitladder.formats import KV_SKIPS
 from bitladder.models.families import section_of
 
 CONFIG_FILE, LEGACY_FILE = "config.json", "hf_quant_config.json"
@@ -20,6 +21,7 @@ class Quantisation:
     method: str  # quant_method; hf_quant_config.json is always ModelOpt's
     well_formed: bool  # whether the exclusions are a list of names, as runtimes insist
     layers: Mapping[str, str] | None = None  # of a mix: module -> algorithm; None: it lists none, or not as it should
+    kv_skips: tuple[str, ...] = ()  # numbers of layers whose KV cache is to stay in 16 bits; runtimes don't read them
 
 
 def _layers(listed: Mapping[str, Any]) -> dict[str, str] | None:
@@ -44,7 +46,14 @@ def _quantisation(
         method=str(method),
         well_formed=well_formed,
         layers=_layers(section_of(section, "quantized_layers")),
+        kv_skips=skips_of(section),
     )
+
+
+def skips_of(section: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the numbers of the layers whose KV cache `quantization_config` wants in 16 bits; not a list: none."""
+    listed = section.get(KV_SKIPS)
+    return tuple(map(str, listed)) if isinstance(listed, list) else ()
 
 
 def inline(config: Mapping[str, Any]) -> Quantisation | None:

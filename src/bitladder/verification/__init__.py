@@ -93,10 +93,12 @@ def compare(
         if first.formats[group.name] != second.formats[group.name]
         for module in group.modules
     }
-    if first.kv_cache_format != second.kv_cache_format:
-        expected |= {f"{name} (KV cache)" for name in cached_modules(measurement)}
-    one, other = digests[first.name], digests[second.name]
-    differing = {name for name in set(one) | set(other) if one.get(name) != other.get(name)}
+    for name in cached_modules(measurement):
+        attention = name.rpartition(".")[0]
+        one, other = ((s.kv_cache_format, attention in s.kv_cache_skips) for s in (first, second))
+        expected |= {f"{name} (KV cache)"} if one != other else set()
+    mine, theirs = digests[first.name], digests[second.name]
+    differing = {name for name in set(mine) | set(theirs) if mine.get(name) != theirs.get(name)}
     findings = []
     if not differing:
         findings.append(

@@ -376,7 +376,8 @@ def _scales(
             number = None
             if stored is not None and stored.dtype == torch.float32 and stored.shape == ():
                 number = float(stored)
-            exam.digests[f"{scale.module} (KV cache)"] = str(number)
+            skipped = scale.module.rpartition(".")[0] in exam.scheme.kv_cache_skips
+            exam.digests[f"{scale.module} (KV cache)"] = f"{number}{', not used' if skipped else ''}"
     if exam.scheme.kv_cache_format is not None and not expected.kv_scales:
         exam.find(MANIFEST, None, "the KV cache is FP8, but no layer has keys and values")
     return wanted
@@ -405,6 +406,7 @@ def _manifest(
         if found != own:
             exam.find(MANIFEST, None, f"was written for another {what}")
     said = {name: getattr(manifest, name) for name in ("scheme", "carrier", "kv_cache_format")}
+    said["kv_cache_skips"] = list(manifest.kv_cache_skips)
     said["modules"] = {module["tensor"]: module for module in manifest.model_dump(mode="json")["modules"]}
     said["kv_scales"] = {entry.tensor: entry.scale for entry in manifest.kv_scales}
     modules = {}
@@ -431,6 +433,7 @@ def _manifest(
         "scheme": exam.scheme.name,
         "carrier": expected.carrier,
         "kv_cache_format": exam.scheme.kv_cache_format,
+        "kv_cache_skips": list(exam.scheme.kv_cache_skips),
         "modules": modules,
         "kv_scales": {name: wanted(scale) for name, scale in expected.kv_scales.items()},
     }

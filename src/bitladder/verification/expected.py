@@ -187,6 +187,10 @@ def _quantisation(
         section["config_groups"] = groups
     if scheme.kv_cache_format is not None:
         section["kv_cache_scheme"] = E4M3
+    if scheme.kv_cache_skips:
+        section["kv_cache_dtype_skip_layers"] = [
+            number for name in scheme.kv_cache_skips for number in name.split(".") if number.isdigit()
+        ]
     kv_cache = None if scheme.kv_cache_format is None else "FP8"
     legacy: dict[str, Any] = {"kv_cache_quant_algo": kv_cache, "exclude_modules": names}
     legacy |= {"quant_algo": algorithm} if len(used) > 1 else LAYOUTS[used[0]].entry

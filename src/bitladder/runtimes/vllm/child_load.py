@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+KV_SKIPS = "kv_cache_dtype_skip_layers"  # vLLM's argument, and the key of a checkpoint's quantization_config
 TEXT = "List the digits."  # that any tokenizer makes tokens of
 # Where a quant method keeps the kernel it chose: vLLM 0.32 `kernel`, earlier releases `fp8_linear[.kernel]`, and of
 # square blocks a name of its own.
@@ -191,6 +192,12 @@ def finish_layers(model: torch.nn.Module, layers: list[Facts]) -> None:
         facts["dtype"] = None if weight is None else watching.dtype_name(weight.dtype)
 
 
+def kv_skips(directory: str) -> list[str]:
+    """Return the numbers of the layers whose KV cache a checkpoint wants in 16 bits, which vLLM has to be told."""
+    content = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    return list((content.get("quantization_config") or {}).get(KV_SKIPS) or ())
+
+
 def attention_facts(model: torch.nn.Module) -> list[Facts]:
     """Return the KV cache's dtype and scales of each attention layer, as they will be used."""
     return [
@@ -281,7 +288,10 @@ class Probe:
     def _configure(self) -> Any:
         from vllm.engine.arg_utils import EngineArgs
 
-        config = EngineArgs(model=self.directory, enforce_eager=True).create_engine_config()
+        skips = kv_skips(self.directory)
+        # by name only where there are some: not every release has the argument
+        arguments: Facts = {KV_SKIPS: skips} if skips else {}
+        config = EngineArgs(model=self.directory, enforce_eager=True, **arguments).create_engine_config()
         model = config.model_config
         self.facts["config"] = {
             "quantization": model.quantization,
@@ -291,6 +301,7 @@ class Probe:
             "kv_cache_dtype": str(config.cache_config.cache_dtype),
             "tied": bool(getattr(model.hf_config, "tie_word_embeddings", False)),
             "kv_cache_promised": getattr(config.quant_config, "kv_cache_quant_method", None),
+            "kv_cache_skips": skips,
         }
         return config
 

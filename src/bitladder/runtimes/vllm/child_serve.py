@@ -134,6 +134,8 @@ def build(job: Facts, gpu: bool) -> Any:
         "enforce_eager": not gpu,  # on a GPU CUDA graphs, as in service; compiling for a CPU takes minutes
         "enable_prefix_caching": False,  # a prompt that is timed again would else be found in the cache
     }
+    if job["kv_cache_skips"]:  # not every release has the argument
+        arguments["kv_cache_dtype_skip_layers"] = job["kv_cache_skips"]
     kernels = _sibling("child_kernels")
     with kernels.emulating(), kernels.keeping_scales():
         return vllm.LLM(**{**arguments, **job.get("engine", {})})

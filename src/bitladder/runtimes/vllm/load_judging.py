@@ -19,7 +19,7 @@ from bitladder.formats import (
     WEIGHT_SCALE_2,
     WEIGHT_ZERO_POINT,
 )
-from bitladder.records import BF16, CheckpointManifest, ErrorClass, ProbedLayer, ProbeFinding
+from bitladder.records import BF16, CheckpointManifest, ErrorClass, ProbedLayer, ProbeFinding, layer_number
 from bitladder.runtimes.base import RECOMPUTED
 from bitladder.runtimes.child import Outcome
 from bitladder.runtimes.vllm.exceptions import advice, classify, classify_exit, exit_words, said
@@ -357,17 +357,22 @@ def format_findings(facts: Facts, layers: Iterable[ProbedLayer]) -> Iterator[Pro
             yield wrong_format(layer, f"{says} {expected[0]}")
 
 
-def _kv_wanted(facts: Facts, manifest: CheckpointManifest | None) -> bool:
-    """Return whether the checkpoint promises an FP8 KV cache."""
+def _kv_wanted(facts: Facts, manifest: CheckpointManifest | None, layer: str) -> bool:
+    """Return whether the checkpoint promises an FP8 KV cache in an attention layer."""
+    number = str(layer_number(layer))
     if manifest is not None:
-        return manifest.kv_cache_format is not None
-    return facts.config.get("kv_cache_promised") is not None
+        return manifest.kv_cache_format is not None and number not in _skips(manifest)
+    return facts.config.get("kv_cache_promised") is not None and number not in facts.config.get("kv_cache_skips", ())
+
+
+def _skips(manifest: CheckpointManifest) -> list[str]:
+    return [str(layer_number(one)) for one in manifest.kv_cache_skips]
 
 
 def kv_findings(facts: Facts, manifest: CheckpointManifest | None) -> Iterator[ProbeFinding]:
     """Yield attention layers whose KV cache has another dtype than promised, or scales that were never loaded."""
-    wanted = _kv_wanted(facts, manifest)
     for layer in facts.attention:
+        wanted = _kv_wanted(facts, manifest, layer.name)
         runs = layer.kv_cache_dtype.startswith(_KV_FP8)
         scales = {kind: facts.parameters.get(f"{layer.name}.{kind}") for kind in _KV_SCALES}
         loaded = {kind for kind, parameter in scales.items() if parameter is not None and parameter.copies}
@@ -379,7 +384,7 @@ def kv_findings(facts: Facts, manifest: CheckpointManifest | None) -> Iterator[P
                 f"{layer.kv_cache_dtype if runs else '16 bits'}",
                 "make kv_cache_scheme in config.json say what the checkpoint's scales are for",
             )
-        elif loaded and not runs:
+        elif loaded and not runs and not facts.config.get("kv_cache_skips"):
             yield _warning(
                 "unexpected_tensor",
                 layer.name,

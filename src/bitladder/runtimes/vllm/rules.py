@@ -63,6 +63,7 @@ class VllmRules(Rules):
         },
     }
     known_algorithms = frozenset({"FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", MIX})
+    kv_skip_argument = "--kv-cache-dtype-skip-layers"  # Source: vllm#33695, engine/arg_utils.py
     _NEVER = ("vision_tower", "vision_model", "vit_large_projector")
 
     @classmethod

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from bitladder.errors import ModelError, ProbeFailed
 from bitladder.formats import CODE_NAMES
+from bitladder.models.families import section_of
 from bitladder.models.headers import read_header
 from bitladder.reading import read_json
 from bitladder.records import (
@@ -35,6 +36,7 @@ from bitladder.records import (
 )
 from bitladder.runinfo import Meter
 from bitladder.runtimes.child import VLLM_ENVIRONMENT, installed_version, run_child
+from bitladder.runtimes.config import skips_of
 from bitladder.runtimes.files import read_manifest
 from bitladder.runtimes.findings import Findings
 from bitladder.runtimes.vllm.exceptions import advice, classify, classify_exit, exit_words, said
@@ -88,6 +90,15 @@ def most_tokens(directory: Path) -> int | None:
     return None if most is None else int(most)
 
 
+def _kv_skips(directory: Path) -> tuple[str, ...]:
+    """Return the numbers of the layers whose KV cache a checkpoint wants in 16 bits, which vLLM has to be told."""
+    try:
+        config = read_json(directory / "config.json")
+    except ValueError:
+        return ()  # vLLM says what is wrong with the file
+    return skips_of(section_of(config, "quantization_config"))
+
+
 def _context(directory: Path, needed: int) -> int:
     """Return the tokens that a prompt and its answer may have together.
 
@@ -137,6 +148,7 @@ def child_job(directory: Path, job: ServeJob) -> dict[str, Any]:
         "max_tokens": job.max_tokens,
         "chat": job.chat,
         "kv_cache_dtype": job.kv_cache_dtype,
+        "kv_cache_skips": _kv_skips(directory),
         "max_model_len": _context(directory, job.tokens_in_context),
         "max_num_seqs": min(job.requests, MAX_REQUESTS_AT_ONCE),
         "kv_cache_bytes": job.kv_cache_bytes,
