@@ -16,6 +16,7 @@ from bitladder.records import (
     DataSummary,
     Evaluation,
     Evidence,
+    KvDamage,
     Measurement,
     PhaseCost,
     ProbeResult,
@@ -27,6 +28,7 @@ from bitladder.records import (
 from bitladder.report.damage import damage_of
 from bitladder.report.frontier import frontier_of
 from bitladder.report.groups import edge_of, format_counts, positions_of, reported_groups
+from bitladder.report.kv_cache import cache_of
 from bitladder.report.quality import below_floor, comparisons_of, control_comparisons_of, prediction_of, reported_arm
 from bitladder.report.speeds import speeds_of
 from bitladder.report.types import (
@@ -41,7 +43,8 @@ from bitladder.report.types import (
 from bitladder.report.verdict import decide, verdict
 
 _BITS_PER_BYTE = 8
-_KV_CACHE = "KV cache"  # stands beside the groups where schemes are compared; no group's name has a blank
+# Stands, with a layer or without, beside the groups where schemes are compared; no group's name has a blank.
+_KV_CACHE = "KV cache"
 _WEIGHT_SUFFIX = ".safetensors"
 
 
@@ -57,6 +60,8 @@ def build_report(
     evidence: Evidence | None = None,
     refinements: Refinements | None = None,
     speed: SpeedModel | None = None,
+    config: Mapping[str, Any] | None = None,
+    kv_damage: KvDamage | None = None,
 ) -> Report:
     """Return the report of one run; steps that haven't run are left out of the arguments.
 
@@ -72,6 +77,8 @@ def build_report(
         evidence: the control arms of the schemes.
         refinements: of the schemes, where they were refined.
         speed: predicts speeds on the device that serves.
+        config: the original's, which says what a KV cache takes.
+        kv_damage: of an FP8 KV cache in each layer, where it was measured.
 
     Raises:
         StaleRecord: a record belongs to another measurement, scheme or checkpoint than the ones given.
@@ -137,6 +144,7 @@ def build_report(
         prediction=prediction,
         frontier=frontier_of(measurement, kl_map),
         speeds=None if speed is None else speeds_of(measurement, ladder, speed),
+        kv_cache=cache_of(config or {}, measurement, ladder, kv_damage, probes),
         not_searched=_not_searched(measurement),
         settings=_plain(recipe),
         environments=_environments(measurement, ladder, evaluations),
@@ -210,6 +218,8 @@ def _reported_scheme(
         carrier=manifest.carrier if manifest else "modelopt",
         checkpoint_bytes=manifest.total_bytes if manifest else None,
         kv_cache_format=scheme.kv_cache_format,
+        kv_cache_skips=scheme.kv_cache_skips,
+        kv_cache_kl=scheme.kv_cache_kl,
         predicted_score=scheme.predicted_score,
         predicted_standard_error=scheme.standard_error,
         results=evaluation.results if evaluation else None,
@@ -236,11 +246,18 @@ def _weight_file_bytes(manifest: CheckpointManifest) -> int:
 
 def _nested_in(ladder: Sequence[Scheme]) -> dict[str, tuple[str, ...]]:
     """Return for every scheme the others that quantise all of its groups (and KV cache) alike, and more."""
+    layers = tuple(dict.fromkeys(one for s in ladder for one in s.kv_cache_skips))
     quantised = {
-        s.name: {item for item in [*s.formats.items(), (_KV_CACHE, s.kv_cache_format or BF16)] if item[1] != BF16}
-        for s in ladder
+        s.name: {item for item in [*s.formats.items(), *_cached(s, layers)] if item[1] != BF16} for s in ladder
     }
     return {name: tuple(other for other in quantised if quantised[name] < quantised[other]) for name in quantised}
+
+
+def _cached(scheme: Scheme, layers: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the format of a scheme's KV cache, and that of each of these layers' caches."""
+    name = scheme.kv_cache_format or BF16
+    by_layer = [(f"{_KV_CACHE} {one}", BF16 if one in scheme.kv_cache_skips else name) for one in layers]
+    return [(_KV_CACHE, name), *by_layer]
 
 
 def _chains(nested_in: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:

@@ -11,6 +11,7 @@ from bitladder.formats import COMPRESSED_TENSORS, FORMATS
 from bitladder.recipe import HUB_ID, MESSAGES
 from bitladder.records import BF16, KL, TASK_ACCURACY
 from bitladder.report.escaping import Markdown
+from bitladder.report.kv_cache import skip_argument
 from bitladder.report.ladder import Ladder
 from bitladder.report.markdown import template
 from bitladder.report.numbers import data_names
@@ -53,6 +54,7 @@ def render_card(report: Report, name: str) -> str:
     return template("card.md.jinja").render(
         report=alone,
         scheme=scheme,
+        skip_argument=skip_argument(scheme.kv_cache_skips),
         metadata=Markdown(yaml.safe_dump(_on_lines(_metadata(report, scheme)), sort_keys=False, width=math.inf)),
         base=_base_name(report),
         sees=report.model.architecture.endswith(_SEEING),

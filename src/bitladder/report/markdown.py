@@ -10,6 +10,7 @@ import yaml
 from bitladder.report import escaping
 from bitladder.report.answers import answers
 from bitladder.report.escaping import Markdown, prose
+from bitladder.report.kv_cache import cache_lines, cache_tables
 from bitladder.report.ladder import Ladder
 from bitladder.report.numbers import FLIPS_OFTEN, NOT_RUN, byte_size, common_prefix, data_kind, exact, percent
 from bitladder.report.sentences import (
@@ -94,6 +95,8 @@ def page_context(report: Report) -> dict[str, Any]:
         "flips_often": percent(FLIPS_OFTEN, 0),
         "speed_tables": speed_tables(report),
         "speed_lines": speed_lines(report),
+        "cache_tables": cache_tables(report),
+        "cache_lines": cache_lines(report),
         "runtimes": runtimes(report),
         "runtime_lines": runtime_lines(report),
         "settings": Markdown(settings),

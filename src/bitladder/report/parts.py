@@ -306,7 +306,9 @@ def _details(report: Report, ladder: Ladder, scheme: ReportedScheme) -> list[tup
         original = "" if perplexity.reference is None else f"; the original’s: {perplexity.reference:,.2f}"
         found.append(("perplexity", f"{perplexity.value:,.2f}{original}"))
     if scheme.kv_cache_format:
-        found.append(("KV cache", scheme.kv_cache_format.upper()))
+        skipped = len(scheme.kv_cache_skips)
+        words = f", but of {skipped} layer{'' if skipped == 1 else 's'}" if skipped else ""
+        found.append(("KV cache", f"{scheme.kv_cache_format.upper()}{words}"))
     if scheme.checkpoint_bytes is not None:
         found.append(("all files", f"{exact(scheme.checkpoint_bytes)} bytes, {scheme.carrier}"))
     found.append(("files verified", verified(scheme.verified)))

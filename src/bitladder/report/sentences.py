@@ -26,7 +26,7 @@ from bitladder.report.numbers import (
     runtime_name,
     size_of,
 )
-from bitladder.report.types import WITHIN_NOISE_ERRORS, Report, ReportedProbe
+from bitladder.report.types import WITHIN_NOISE_ERRORS, Report, ReportedProbe, ReportedScheme
 
 
 def rounding(report: Report) -> str:
@@ -63,12 +63,25 @@ def asked_of(asked: dict[str, Any]) -> str:
         elif key == "image_weight":
             words.append(f"image weight {value:g}")
         elif key == "kv_cache":
-            words.append(f"KV cache {value.upper() if value != 'none' else 'in 16 bits'}")
+            words.append(f"KV cache {_cache_asked(value)}")
         elif isinstance(value, list | tuple):
             words.append(f"{key} {', '.join(f'`{item}`' for item in value)}")
         else:
             words.append(f"{key} {value}")
     return "; ".join(words) or NONE
+
+
+def _cache_asked(value: Any) -> str:
+    """Return in words which KV cache a recipe asks for."""
+    if isinstance(value, dict):
+        return f"FP8 in ≤ {percent(value['fp8'])} of the layers"
+    return "in 16 bits" if value == "none" else str(value).upper()
+
+
+def _cache_held(scheme: ReportedScheme) -> str:
+    """Return the format of a scheme's KV cache in a word or two."""
+    skipped = len(scheme.kv_cache_skips)
+    return f"{(scheme.kv_cache_format or BF16).upper()}{f', {skipped} in {BF16.upper()}' if skipped else ''}"
 
 
 def task_of(ladder: Ladder) -> str:
@@ -97,7 +110,7 @@ def summary_line(report: Report, ladder: Ladder) -> Markdown:
         costs = [
             percent(scheme.coverage),
             f"{scheme.effective_bits:.2f}",
-            *([(scheme.kv_cache_format or BF16).upper()] if has_cache else []),
+            *([_cache_held(scheme)] if has_cache else []),
             size_of(scheme.weight_bytes, searched),
             size_of(scheme.weight_file_bytes, source),
             ladder.predicted_column.show(scheme.predicted_score, scheme.predicted_standard_error),

@@ -61,6 +61,10 @@ class ReportedScheme(Part):
     )
     checkpoint_bytes: int | None = Field(description="all files of the checkpoint; None: not exported")
     kv_cache_format: str | None = Field(description="None: 16 bits")
+    kv_cache_skips: tuple[str, ...] = Field(default=(), description="attention modules whose cache stays in 16 bits")
+    kv_cache_kl: float | None = Field(
+        default=None, description="of the cache alone, as predicted, nats per token; None: not measured by layer"
+    )
     predicted_score: float
     predicted_standard_error: float | None
     results: tuple[EvalResult, ...] | None = Field(description="None: not evaluated")
@@ -324,6 +328,41 @@ class Speeds(Part):
     )
 
 
+class CachedLayer(Part):
+    """What one attention layer caches, and what FP8 does to it."""
+
+    layer: str = Field(description="the attention module")
+    numbers: int = Field(description="that it caches of a token: keys and values, or latents of both")
+    window: int | None = Field(description="tokens of a sequence that it keeps at most; None: all")
+    kl: float | None = Field(description="of an FP8 cache in this layer alone, nats per token; None: not measured")
+    median: float | None = Field(description="of the samples' KL, by which layers are chosen; None: not measured")
+    standard_error: float | None
+
+
+class CacheOfScheme(Part):
+    """What a scheme's KV cache takes."""
+
+    scheme: str = Field(description="empty: the original")
+    fp8_layers: int
+    bytes_a_token: int = Field(description="of the layers that keep every token")
+    window_bytes: int = Field(description="of a sequence in the layers that keep a window, once that is full")
+    served_tokens: int | None = Field(default=None, description="that vLLM held when it served it; None: it didn't")
+    served_bytes: int | None = Field(default=None, description="in which it held them")
+    served_on: str | None = None
+
+
+class ReportedCache(Part):
+    """The KV cache of the original and of every scheme."""
+
+    layers: tuple[CachedLayer, ...] = Field(description="in network order")
+    unknown_window: int | None = Field(
+        description="tokens that some layers may keep at most, all being counted with every token; None: it is known"
+    )
+    damage_tokens: int | None = Field(description="on which the layers' KL was taken; None: it wasn't")
+    original: CacheOfScheme
+    schemes: tuple[CacheOfScheme, ...]
+
+
 class Environment(Part):
     """Where some of the steps ran."""
 
@@ -380,6 +419,7 @@ class Report(Record):
     prediction: Prediction | None = Field(description="None: too few measured points")
     frontier: PlannedFrontier | None = Field(default=None, description="None: made by an earlier version")
     speeds: Speeds | None = Field(default=None, description="None: the recipe names no profile")
+    kv_cache: ReportedCache | None = Field(default=None, description="None: what a layer caches isn't known")
     not_searched: tuple[NotSearched, ...]
     settings: dict[str, Any] = Field(description="the recipe with every default")
     environments: tuple[Environment, ...]

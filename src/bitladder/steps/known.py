@@ -10,6 +10,7 @@ from bitladder.records import (
     CheckpointManifest,
     Evaluation,
     Evidence,
+    KvDamage,
     Measurement,
     ProbeResult,
     Refinements,
@@ -64,6 +65,13 @@ def evidence_of(work: Workspace, measurement: Measurement, schemes: Sequence[Sch
     known = read_valid(Evidence, work.output / EVIDENCE_FILE)
     wanted = {arm.fingerprint() for arm in control_arms(measurement, schemes, work.recipe.controls)}
     return known if known is not None and {arm.scheme.fingerprint() for arm in known.arms} <= wanted else None
+
+
+def kv_damage(work: Workspace, measurement: Measurement) -> KvDamage | None:
+    """Return what an FP8 KV cache does in each layer, where that was measured and some scheme is chosen by it."""
+    if all(spec.kv_share is None for spec in work.recipe.scheme_specs()):
+        return None
+    return read_valid(KvDamage, work.output / KvDamage.FILE_NAME, measurement_sha256=measurement.fingerprint())
 
 
 def probe_path(work: Workspace, result: ProbeResult) -> Path:

@@ -1,7 +1,7 @@
 """Write the report and each checkpoint's card from the records that are there."""
 
 from bitladder import report
-from bitladder.models.weights import licence_of
+from bitladder.models.weights import licence_of, read_config
 from bitladder.recipe import HUB_ID
 from bitladder.records import CheckpointManifest
 from bitladder.steps import known
@@ -36,6 +36,8 @@ def make_report(work: Workspace) -> report.Report:
         evidence=known.evidence_of(work, measurement, schemes),
         refinements=known.refined(work),
         speed=work.speed_model(measurement.groups),
+        config=read_config(work.model_directory),
+        kv_damage=known.kv_damage(work, measurement),
     )
     report.write_report(result, work.output)
     work.place_report()
