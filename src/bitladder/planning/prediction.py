@@ -134,7 +134,7 @@ class KlMap:
 
     def kl_of(self, score: float) -> float:
         """Return what a weighted sum of scores (> 0) means."""
-        return self.factor * score**self.exponent
+        return self.factor * math.exp(self.exponent * math.log(score))
 
     def score_of(self, kl: float) -> float | None:
         """Return the greatest weighted sum whose KL is at most `kl` (> 0); None where KL doesn't grow with it."""
@@ -195,7 +195,7 @@ class _Fit:
             if np.abs(step).max() <= 1e-12:
                 break
         residuals, slopes = left(found)
-        covariance = np.linalg.inv(slopes.T @ slopes + np.diag(pulls))
+        covariance: NDArray[np.float64] = np.linalg.inv(slopes.T @ slopes + np.diag(pulls)).astype(np.float64)
         return cls(
             level=float(found[0]),
             exponent=float(found[1]),
