@@ -17,7 +17,8 @@ from bitladder.evaluation.reference import Reference
 from bitladder.evaluation.simulation import Simulation
 from bitladder.formats import get_format, grids
 from bitladder.measured import read_amax, read_codes
-from bitladder.measuring import layers, rounding
+from bitladder.measuring import compensation, layers, rounding
+from bitladder.measuring.job import damping_of
 from bitladder.models.loading import load_model
 from bitladder.recipe import HeldOutSpec, MeasureSpec
 from bitladder.records import CheckpointManifest, Measurement
@@ -73,20 +74,13 @@ def test_codes_are_those_of_modelopts_gptq(layer):
 
 def test_the_outputs_error_falls(layer):
     weight, products, amax = layer
-    scale = grids.scale_of(amax)
-    nearest = grids.quantise(weight, amax)
-    codes = codes_of(weight, products, amax, 0.01)
+    codes = codes_of(weight, products, amax, 0.01), grids.quantise(weight, amax)
+    restored = [grids.dequantise(some, grids.scale_of(amax)) for some in codes]
     x = correlated(1000, 160)
-
-    def direct(some):
-        exact = x @ weight.t()
-        return float((x @ grids.dequantise(some, scale).t() - exact).norm() / exact.norm())
-
-    for some in (nearest, codes):
-        assert rounding.output_error(weight, grids.dequantise(some, scale), products) == pytest.approx(
-            direct(some), rel=1e-3
-        )
-    assert direct(codes) < 0.5 * direct(nearest)
+    exact = x @ weight.t()
+    direct = [float((x @ some.t() - exact).norm() / exact.norm()) for some in restored]
+    assert rounding.output_errors(weight, restored, x) == pytest.approx(direct, rel=1e-3)
+    assert direct[0] < 0.5 * direct[1]
 
 
 def test_without_correlation_the_nearest_codes_are_the_best(layer):
@@ -118,22 +112,24 @@ def test_every_module_has_its_codes_and_a_smaller_error(compensated):
     assert rounding_.scored
     assert rounding_.samples == 6
     for module in rounding_.modules:
-        assert 0 < module.output_error < module.nearest_output_error
+        assert 0 < module.output_error <= module.nearest_output_error
+        assert (module.output_error < module.nearest_output_error) != module.nearest_taken
         assert module.largest_shift > 0
+    assert sum(module.nearest_taken for module in rounding_.modules) < len(names) / 2
     stored = {name: codes for path in sorted((output / "codes").iterdir()) for name, codes in load_file(path).items()}
     assert set(stored) == {f"{name}.fp8.weight" for name in names}
     assert Measurement.read(output / "measurement.json") == measurement
     assert not (output / "measuring").exists()
 
 
-def test_products_are_those_of_the_inputs_that_count(llama, text_file, compensated):
-    """The recorded errors again, from transformers' own forward pass and nothing of ours but the numbers' grid."""
+def test_codes_are_made_from_some_rows_and_checked_on_others(llama, text_file, compensated):
+    """Codes and recorded errors again, from transformers' own forward pass: of six rows the last one checks."""
     measurement, output = compensated
     amax, codes = read_amax(measurement, output), read_codes(measurement, output)
     model = load_model(llama, torch.float32)
     seen = {}
     for module in measurement.rounding.modules:
-        hook = lambda _, inputs, name=module.name: seen.setdefault(name, []).append(inputs[0].flatten(0, 1))  # noqa: E731
+        hook = lambda _, inputs, name=module.name: seen.setdefault(name, []).append(inputs[0])  # noqa: E731
         model.get_submodule(module.name).register_forward_pre_hook(hook)
     with torch.no_grad():
         for batch in load_text(llama, text_file).batches:
@@ -141,13 +137,82 @@ def test_products_are_those_of_the_inputs_that_count(llama, text_file, compensat
     for module in measurement.rounding.modules:
         scale = grids.scale_of(amax[f"{module.name}.input_amax"])
         x = grids.fake_quantise(torch.cat(seen[module.name]), scale)
-        x = x / x.norm(dim=1, keepdim=True)
-        weight = model.get_parameter(f"{module.name}.weight").detach()
-        restored = grids.dequantise(
-            codes.read(module.name, FP8, "weight"), grids.scale_of(amax[f"{module.name}.weight_amax"])
-        )
-        error = float((x @ (weight - restored).t()).norm() / (x @ weight.t()).norm())
-        assert module.output_error == pytest.approx(error, rel=1e-3)
+        x = x / x.norm(dim=2, keepdim=True)
+        made_from, checked = x[:5].flatten(0, 1), x[5]
+        weight, weight_amax = model.get_parameter(f"{module.name}.weight").detach(), amax[f"{module.name}.weight_amax"]
+        ours, scale = codes.read(module.name, FP8, "weight"), grids.scale_of(weight_amax)
+        error = (checked @ (weight - grids.dequantise(ours, scale)).t()).norm() / (checked @ weight.t()).norm()
+        assert module.output_error == pytest.approx(float(error), rel=1e-3)
+        wanted = codes_of(weight, made_from.t() @ made_from, weight_amax, 0.1)
+        if module.nearest_taken:
+            wanted = grids.quantise(weight, weight_amax)
+        assert (ours.float() == wanted.float()).float().mean() > 0.99  # sums in another order
+
+
+def of_rows(ids, part=0, batch=2):
+    """Batches of rows of tokens, which are of one set."""
+    return [Batch({"input_ids": some, "attention_mask": torch.ones_like(some)}, some, part) for some in ids.split(batch)]
+
+
+def strange(llama, text_file, where):
+    """A data set whose rows repeat one of two tokens each, but for those that check the codes of one set or of none.
+
+    Of the first set's eight rows the fourth and the eighth check, of the second one's two the last.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = (5 + torch.arange(10) % 2)[:, None].repeat(1, 24)
+    for row in {"nowhere": (), "first": (3, 7), "second": (9,)}[where]:
+        ids[row] = torch.randint(20, 380, (24,), generator=generator)
+    batches = of_rows(ids[:8]) + of_rows(ids[8:], part=1, batch=1)
+    return dataclasses.replace(load_text(llama, text_file, samples=10), batches=tuple(batches))
+
+
+@pytest.mark.parametrize(("where", "least", "most"), [("nowhere", 0.0, 0.3), ("first", 0.9, 1.0), ("second", 0.9, 1.0)])
+def test_what_loses_on_rows_of_any_set_has_the_nearest_codes(llama, text_file, tmp_path, where, least, most):
+    formats = ("fp8", "nvfp4")
+    data = strange(llama, text_file, where)
+    settings = {**COMPENSATED, "formats": formats, "damping": 1e-4, "method": "gradient"}
+    measurement = measured_by("native", llama, data, tmp_path, **settings)
+    amax, codes = read_amax(measurement, tmp_path), read_codes(measurement, tmp_path)
+    model, modules = load_model(llama, torch.float32), measurement.rounding.modules
+    for module in modules:
+        format_ = get_format(module.format)
+        parts = codes.parts(module.name, format_)
+        encoded = format_.encode(model.get_parameter(f"{module.name}.weight"), amax[format_.weight_key(module.name)])
+        restored, nearest = (format_.decode(encoded | some) for some in (parts, {}))
+        assert torch.equal(restored, nearest) == module.nearest_taken, module.name
+        assert (module.output_error == module.nearest_output_error) == module.nearest_taken
+    assert least <= sum(module.nearest_taken for module in modules) / len(modules) <= most
+    schemes = [planning.plan(measurement, spec(name, coverage=1.0, format=name)) for name in formats]
+    directories = {scheme.name: tmp_path / scheme.name for scheme in schemes}
+    export_all(schemes, measurement, amax, llama, directories, codes=codes)
+    assert verify(schemes, measurement, amax, llama, directories).ok
+
+
+def test_rows_that_check_lie_evenly_in_every_set():
+    ids = torch.arange(40)[:, None].repeat(1, 3)
+    batches = [one for pair in zip(of_rows(ids[:20], 0), of_rows(ids[20:], 1), strict=True) for one in pair]
+    batches += of_rows(ids[:1], 2)
+    batches[1].inputs["attention_mask"][1, 2] = 0  # padding
+    uses = compensation._uses(batches, "cpu")
+    checks = {part: [] for part in range(3)}
+    for batch, use in zip(batches, uses, strict=True):
+        assert use.part == batch.part
+        checks[use.part] += batch.inputs["input_ids"][use.checked.any(1), 0].tolist()
+        counted = batch.inputs["attention_mask"].bool()
+        both = use.made_from.int() + use.checked.int()
+        assert torch.equal(both, counted.int() * (2 if use.part == 2 else 1))  # a set's only row does both
+    assert checks == {0: [3, 7, 11, 15, 19], 1: [23, 27, 31, 35, 39], 2: [0]}
+    many = compensation._uses(of_rows(torch.zeros(64, 600)), "cpu")
+    assert sum(int(use.checked.sum()) for use in many) == 8 * 512  # enough to compare two roundings
+    assert sum(int(use.made_from.sum()) for use in many) == 56 * 600
+
+
+def test_several_kinds_of_text_are_damped_less():
+    one, two = of_rows(torch.ones(4, 2)), of_rows(torch.ones(2, 2)) + of_rows(torch.ones(2, 2), part=1)
+    assert damping_of(MeasureSpec(**COMPENSATED), one) == 0.1
+    assert damping_of(MeasureSpec(**COMPENSATED), two) == 0.03
+    assert damping_of(MeasureSpec(**COMPENSATED, damping=0.5), two) == 0.5
 
 
 def test_both_engines_make_the_same_codes(llama, text_file, tmp_path, compensated):

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -20,10 +20,12 @@ class Batch:
 
     inputs: `input_ids` [rows, tokens], `attention_mask` [rows, tokens], and what the processor adds for images.
     labels: [rows, tokens], -100 where a token doesn't count.
+    part: which of several sets it is of.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
+    part: int = 0
 
     @property
     def predicted(self) -> torch.Tensor:
@@ -37,7 +39,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with all tensors on `device`."""
-        return Batch({key: value.to(device) for key, value in self.inputs.items()}, self.labels.to(device))
+        inputs = {key: value.to(device) for key, value in self.inputs.items()}
+        return Batch(inputs, self.labels.to(device), self.part)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def interleaved(sets: Sequence[DataSet]) -> DataSet:
         before = 0
         for batch in one.batches:
             rows = len(batch.labels)
-            places.append((Fraction(2 * before + rows, 2 * one.summary.samples), index, batch))
+            place = Fraction(2 * before + rows, 2 * one.summary.samples)
+            places.append((place, index, replace(batch, part=index)))
             before += rows
     batches = tuple(place[2] for place in sorted(places, key=lambda place: place[:2]))
     parts = [one.summary for one in sets]

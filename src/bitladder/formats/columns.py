@@ -39,6 +39,12 @@ class Columns(ABC):
         """Return the same for some groups of columns, counted from the weight's first one."""
         return self
 
+    def of_largest(self) -> Self:
+        """Return the same without candidates: scales are those that the largest values give."""
+        other = copy.copy(self)
+        other.factors = (1.0,)
+        return other
+
     def knowing(self, known: torch.Tensor) -> Self:
         """Return the same with another tensor in the place of what is known."""
         other = copy.copy(self)

@@ -10,12 +10,17 @@ measured has its codes. Every token counts alike: its input is divided by its ow
 of a sequence, above all) are a hundred times as long as the others and would settle the codes alone. Padding doesn't
 count.
 
+Some rows of every calibration set stay out of the products. A module whose output is farther off on those of any set
+with the codes so made than with the nearest ones has the nearest.
+
     measuring/codes/layer-00007.safetensors   one per decoder layer; what its codes do is in the file's metadata
 """
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,15 +31,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, tf32_products, without_cudnn_attention
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import WEIGHT, WEIGHT_ONLY, Format
 from bitladder.measured import Amax, codes_key
 from bitladder.measuring.calls import by_layer, hidden_of
-from bitladder.measuring.job import Job
+from bitladder.measuring.job import Job, damping_of
 from bitladder.measuring.layers import Layers
 from bitladder.measuring.partial import Partial
-from bitladder.measuring.rounding import compensated, output_error
+from bitladder.measuring.rounding import compensated, nearest, output_errors
 from bitladder.models.anatomy import PLAIN, Layout, tokens_first
 from bitladder.reading import open_safetensors
 from bitladder.records import QuantGroup, RoundedModule
@@ -42,6 +48,8 @@ from bitladder.runinfo import Meter
 from bitladder.storage import atomic_path, seal, sha256_of_bytes
 
 _NEAREST = "rounding: nearest"
+_MOST_CHECKED = 8  # rows of a calibration set that check the codes; a quarter of it where that is less
+_CHECKED_TOKENS = 512  # the first ones of each of these, which are kept while their layer is at hand
 REMEDY = f"rounding: compensated goes layer by layer and needs one list, use {_NEAREST}"
 
 
@@ -78,6 +86,37 @@ class _Made:
     figures: dict[str, float]
 
 
+@dataclass(frozen=True, eq=False)
+class _Use:
+    """What a batch's tokens are for, masks [rows, tokens]: padding is in neither.
+
+    part: the set that they are of. made_from: by the codes. checked: kept to look what the codes do.
+    """
+
+    part: int
+    made_from: torch.Tensor
+    checked: torch.Tensor
+
+
+def _uses(batches: Sequence[Batch], device: str) -> list[_Use]:
+    """Return what each batch's tokens are for; the rows that check codes lie evenly in their set."""
+    sizes: Counter[int] = Counter()
+    for batch in batches:
+        sizes[batch.part] += len(batch.labels)
+    before: Counter[int] = Counter()
+    uses = []
+    for batch in batches:
+        size = sizes[batch.part]
+        share = max(1, min(_MOST_CHECKED, size // 4))
+        row = before[batch.part] + torch.arange(len(batch.labels), device=device)
+        before[batch.part] += len(batch.labels)
+        checks = ((row + 1) * share // size > row * share // size)[:, None]
+        counted = batch.inputs["attention_mask"].bool().to(device)
+        made_from = counted & ~checks if size > 1 else counted  # a single row has to do for both
+        uses.append(_Use(batch.part, made_from, counted & checks & (counted.cumsum(1) <= _CHECKED_TOKENS)))
+    return uses
+
+
 def _round_layers(
     layers: Layers,
     groups: dict[int, list[QuantGroup]],
@@ -87,7 +126,7 @@ def _round_layers(
     amax: Amax,
 ) -> None:
     last = missing[-1]
-    counted = [batch.inputs["attention_mask"].bool().to(job.device) for batch in job.batches]
+    uses = _uses(job.batches, job.device)
     try:
         calls = [layers.calls(batch.to(job.device))[0] for batch in job.batches]
     except EngineError as error:
@@ -99,53 +138,56 @@ def _round_layers(
             job.progress("round", index, last + 1)
             layer_groups = groups[index] if index in missing else []
             with layers.loaded(index) as layer:
-                with _Products(layers, layer_groups, job, amax) as inputs:
-                    for number, (found, mask) in enumerate(zip(calls, counted, strict=True)):
-                        inputs.counted = mask
+                with _Inputs(layers, layer_groups, job, amax) as inputs:
+                    for number, (found, use) in enumerate(zip(calls, uses, strict=True)):
+                        inputs.use = use
                         x = hidden[number].to(job.device)
                         output = hidden_of(layer(x, *found[index].args, **found[index].kwargs))
                         hidden[number] = output.to(layers.home)
                 if layer_groups:
-                    made = _made(layers.model, layer_groups, inputs.products, job, amax)
+                    made = _made(layers.model, layer_groups, inputs, job, amax)
                     written.result()
                     written = writer.submit(_write, partial.codes_file(index), made)
         written.result()
     job.progress("round", last + 1, last + 1)
 
 
-class _Products(ExitStack):
-    """Adds up the products of inputs, group by group; a context manager, within which a layer runs on all batches."""
+class _Inputs(ExitStack):
+    """Adds up the products of inputs, group by group; a context manager, within which a layer runs on all batches.
+
+    products: group -> how its input is rounded -> [in_features, in_features] float32.
+    checked: group -> set -> inputs that check its codes, as the model has them, some [tokens, in_features] a batch.
+    """
 
     def __init__(self, layers: Layers, groups: list[QuantGroup], job: Job, amax: Amax) -> None:
         super().__init__()
-        # group -> how its input is rounded -> [in_features, in_features] float32
         self.products: dict[str, dict[str, torch.Tensor]] = {}
-        self.counted = torch.empty(0)  # mask [rows, tokens] of the batch at hand: all but padding
+        self.checked: dict[str, dict[int, list[torch.Tensor]]] = {}
+        self.use = _Use(0, torch.empty(0), torch.empty(0))  # of the batch at hand
         for group in groups:
             name = group.modules[0].name  # all of a group have the same input, and its scale
             linear: Any = layers.model.get_submodule(name)
             layout = layers.anatomy.positions.get(name, PLAIN)
-            rounded: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-            for format_ in _made_for(job, group):
-                scale = None
-                if format_.has_input_scale:
-                    scale = format_.input_scale(amax[f"{name}.input_amax"].to(linear.weight.device))
-                rounded[_input_of(format_)] = functools.partial(format_.served_input, scale=scale)
-            self.callback(linear.register_forward_pre_hook(self._hook(group.name, name, rounded, layout)).remove)
+            device = linear.weight.device
+            served = {_input_of(format_): _served(format_, name, amax, device) for format_ in _made_for(job, group)}
+            self.callback(linear.register_forward_pre_hook(self._hook(group.name, name, served, layout)).remove)
 
     def _hook(
-        self, group: str, module: str, rounded: dict[str, Callable[[torch.Tensor], torch.Tensor]], layout: Layout | None
+        self, group: str, module: str, served: dict[str, Callable[[torch.Tensor], torch.Tensor]], layout: Layout | None
     ) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
         def add(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            x = inputs[0] if layout is None else tokens_first(inputs[0], layout, self.counted.shape)
-            if layout is None or x.shape[:2] != self.counted.shape:
+            use, shape = self.use, self.use.made_from.shape
+            x = inputs[0] if layout is None else tokens_first(inputs[0], layout, shape)
+            if layout is None or x.shape[:2] != shape:
                 raise EngineError(
                     f"{module}: its input has shape {list(x.shape)}, [rows, tokens, features] was expected; "
                     "use rounding: nearest"
                 )
-            tokens, sums = x[self.counted].flatten(0, -2).float(), self.products.setdefault(group, {})
-            for how, served in rounded.items():
-                rows = nn.functional.normalize(served(tokens), dim=-1)
+            checked = self.checked.setdefault(group, {}).setdefault(use.part, [])
+            checked.append(x[use.checked].flatten(0, -2))
+            tokens, sums = x[use.made_from].flatten(0, -2).float(), self.products.setdefault(group, {})
+            for how, seen in served.items() if len(tokens) else ():
+                rows = nn.functional.normalize(seen(tokens), dim=-1)
                 if how not in sums:
                     sums[how] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
                 with tf32_products():
@@ -166,27 +208,52 @@ def _input_of(format_: Format) -> str:
     return "unrounded" if format_.arithmetic == WEIGHT_ONLY or format_.input == "unrounded" else format_.name
 
 
-def _made(
-    model: nn.Module, groups: list[QuantGroup], products: dict[str, dict[str, torch.Tensor]], job: Job, amax: Amax
-) -> list[_Made]:
+def _served(format_: Format, module: str, amax: Amax, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what rounds a module's input as the device that will serve does."""
+    scale = None
+    if format_.has_input_scale:
+        scale = format_.input_scale(amax[f"{module}.input_amax"].to(device))
+    return functools.partial(format_.served_input, scale=scale)
+
+
+def _made(model: nn.Module, groups: list[QuantGroup], inputs: _Inputs, job: Job, amax: Amax) -> list[_Made]:
     """Return the codes of one layer's modules."""
     made: list[_Made] = []
+    damping = damping_of(job.spec, job.batches)
     for group in groups:
-        sums = products.pop(group.name, None)
+        sums, checked = inputs.products.pop(group.name, None), inputs.checked.pop(group.name, {})
         if sums is None:
             raise EngineError(f"{group.name} doesn't run inside its layer; use {_NEAREST}")
         for format_ in _made_for(job, group):
-            made += _of_group(model, group, format_, sums[_input_of(format_)], job.spec.damping, amax)
+            product = sums[_input_of(format_)]
+            seen = _served(format_, group.modules[0].name, amax, product.device)
+            checks = [nn.functional.normalize(seen(torch.cat(some).float()), dim=-1) for some in checked.values()]
+            made += _of_group(model, group, format_, product, checks, damping, amax)
     return made
 
 
 def _of_group(
-    model: nn.Module, group: QuantGroup, format_: Format, product: torch.Tensor, damping: float, amax: Amax
+    model: nn.Module,
+    group: QuantGroup,
+    format_: Format,
+    product: torch.Tensor,
+    checks: Sequence[torch.Tensor],
+    damping: float,
+    amax: Amax,
 ) -> Iterator[_Made]:
     """Yield the codes of a group's modules in a format.
 
     All of its weights are rounded one above the other: they share their input and, where it is one for all of a weight,
     the scale.
+
+    Args:
+        model: whose weights.
+        group: whose modules.
+        format_: as the device that will serve computes it.
+        product: Xᵀ X of its inputs.
+        checks: of each calibration set, inputs that aren't in the product, [tokens, in_features] of unit length.
+        damping: see `rounding`.
+        amax: of all modules.
     """
     weights: list[torch.Tensor] = [model.get_parameter(f"{module.name}.weight") for module in group.modules]
     each = [amax[format_.weight_key(module.name)].to(product.device) for module in group.modules]
@@ -196,19 +263,26 @@ def _of_group(
         found = compensated(stacked, product, columns, damping)
     except MeasurementError as error:
         raise MeasurementError(f"{group.name}: {error}") from error
-    first = 0
+    first, plain = 0, None
     for module, weight, weight_amax in zip(group.modules, weights, each, strict=True):
-        own = found.rows(slice(first, first + len(weight)))
-        first += len(weight)
-        nearest = format_.decode(format_.encode(weight, weight_amax))
+        rows = slice(first, first + len(weight))
+        first, own = rows.stop, found.rows(rows)
+        both = own.values, format_.decode(format_.encode(weight, weight_amax))
+        errors = [output_errors(weight, both, x) for x in checks]
+        is_worse = any(ours > theirs for ours, theirs in errors)
+        if is_worse:
+            plain = plain or nearest(stacked, columns)
+            own = plain.rows(rows)
+        ours, theirs = (statistics.fmean(of_sets) for of_sets in zip(*errors, strict=True))
         yield _Made(
             module=module.name,
             format=format_.name,
             parts={name: part.cpu().contiguous() for name, part in columns.parts(own.values, own.scales).items()},
             figures={
                 "largest_shift": float(own.largest_shift(weight).amax()),
-                "output_error": output_error(weight, own.values, product),
-                "nearest_output_error": output_error(weight, nearest, product),
+                "output_error": theirs if is_worse else ours,
+                "nearest_output_error": theirs,
+                "nearest_taken": is_worse,
             },
         )
 

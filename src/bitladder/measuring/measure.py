@@ -28,7 +28,7 @@ from bitladder.device import measuring_device, resolve_dtype
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import Arithmetic, group_bits, in_order
 from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, codes_files
-from bitladder.measuring.job import Job, score_batch_count, score_weights
+from bitladder.measuring.job import Job, damping_of, score_batch_count, score_weights
 from bitladder.measuring.partial import PARTIAL, Partial
 from bitladder.models.target import Target
 from bitladder.recipe import MeasureSpec, WorkersSpec
@@ -36,16 +36,16 @@ from bitladder.records import Candidate, FileDigest, LeftOut, Measurement, Model
 from bitladder.runinfo import Meter, Progress, no_progress, told
 from bitladder.storage import atomic_path, discard, sha256_of_file, unseal
 
-_COLUMNS = "codes of every format"  # since when a file of compensated codes has them
+_CHECKED = "codes are checked"  # since when compensated ones are, on rows that they weren't made from
 
 
 def settings_sha256(
     source: ModelSource, data: DataSet, spec: MeasureSpec, arithmetic: Mapping[str, Arithmetic] = MappingProxyType({})
 ) -> str:
     """Return the digest of everything that decides a measurement: model, data, settings, what isn't as stored."""
-    spec = _ordered(spec)
+    spec = _ordered(spec).model_copy(update={"damping": damping_of(spec, data.batches)})
     computed = [f"{name}: {arithmetic[name]}" for name in sorted(arithmetic)]
-    computed += [_COLUMNS] if spec.rounding == "compensated" else []
+    computed += [_CHECKED] if spec.rounding == "compensated" else []
     return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"}), *computed])
 
 
@@ -210,7 +210,7 @@ def _keep_codes(partial: Partial, output: Path, data: DataSet, spec: MeasureSpec
     paths = codes_files(kept)
     return Rounding(
         method="compensated",
-        damping=spec.damping,
+        damping=damping_of(spec, data.batches),
         samples=data.summary.samples,
         scored=spec.engine == "native",
         files=tuple(

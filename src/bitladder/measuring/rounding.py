@@ -14,7 +14,7 @@ Source: Frantar et al., GPTQ (2022), arXiv:2210.17323. Its Cholesky factor of th
 with J the reversal of rows, J H J = L Lᵀ gives inverse(H) = Uᵀ U with U = J inverse(L) J, upper triangular.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +68,23 @@ def compensated(weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, d
     Raises:
         MeasurementError: the hessian is not positive definite.
     """
-    diagonal, size = hessian.diagonal(), columns.size
-    order, groups = _order(diagonal, size)
-    factor = _inverse_factor(hessian, order, float(diagonal.mean()) * damping)
+    diagonal = hessian.diagonal()
+    order, groups = _order(diagonal, columns.size)
+    return _rounded(weight, columns, order, groups, _inverse_factor(hessian, order, float(diagonal.mean()) * damping))
+
+
+def nearest(weight: torch.Tensor, columns: Columns) -> Rounded:
+    """Return a weight rounded as if no error were made up for: with the scales that its largest values give."""
+    width = weight.shape[1]
+    order, groups = torch.arange(width, device=weight.device), list(range(width // columns.size))
+    return _rounded(weight, columns.of_largest(), order, groups, torch.eye(width, device=weight.device))
+
+
+def _rounded(
+    weight: torch.Tensor, columns: Columns, order: torch.Tensor, groups: list[int], factor: torch.Tensor
+) -> Rounded:
+    """Walk a weight's columns in an order, and its groups in theirs."""
+    size = columns.size
     rest = weight.detach().float().t()[order]  # [in_features, out_features]: a column is a row here, in one piece
     values = torch.empty_like(rest)
     factors = torch.tensor(columns.factors, device=weight.device)
@@ -160,11 +174,13 @@ def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) 
     return inverse.flip(0, 1)
 
 
-def output_error(weight: torch.Tensor, restored: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Return |X (W - Q)| / |X W| over the tokens of the hessian, Q being what the codes restore."""
+def output_errors(weight: torch.Tensor, restored: Sequence[torch.Tensor], inputs: torch.Tensor) -> list[float]:
+    """Return |X (W - Q)| / |X W| over inputs X [tokens, in_features], for every Q that codes restore of a weight."""
     exact = weight.detach().float()
     # By a power of two, which changes no digit: squares of what is large or small wouldn't be numbers.
     unit = torch.ldexp(exact.new_ones(()), -torch.frexp(exact.abs().amax()).exponent)
-    difference, exact = (exact - restored) * unit, exact * unit
-    squares = [float(((rows @ hessian) * rows).sum(dtype=torch.float64)) for rows in (difference, exact)]
-    return (max(squares[0], 0.0) / squares[1]) ** 0.5 if squares[1] > 0 else 0.0
+    lengths = [
+        float((inputs @ (rows * unit).t()).square().sum(dtype=torch.float64)) ** 0.5
+        for rows in (exact, *(exact - one for one in restored))
+    ]
+    return [length / lengths[0] if lengths[0] > 0 else 0.0 for length in lengths[1:]]

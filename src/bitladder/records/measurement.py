@@ -106,9 +106,13 @@ class LeftOut(Part):
 
 
 class RoundedModule(Grown):
-    """What one module's compensated codes in a format do, on the calibration tokens that they were made from."""
+    """What one module's compensated codes in a format do, on calibration rows that they weren't made from.
 
-    later = frozenset({"format", "scales_sha256"})
+    Errors are means over the calibration sets. In measurements of an earlier version they are those of the rows that
+    the codes were made from.
+    """
+
+    later = frozenset({"format", "scales_sha256", "nearest_taken"})
 
     name: str
     format: str = Field(default="", description="empty: the only one of a measurement that an earlier version made")
@@ -117,6 +121,9 @@ class RoundedModule(Grown):
     largest_shift: float = Field(description="largest |code · scale - weight|, in units of the scale")
     output_error: float = Field(description="|X (W - Q)| / |X W|, every token's input at unit length")
     nearest_output_error: float = Field(description="the same with the nearest codes")
+    nearest_taken: bool = Field(
+        default=False, description="the codes are the nearest ones: on a calibration set the others did worse"
+    )
 
 
 class Rounding(Part):
