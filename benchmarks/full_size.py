@@ -249,7 +249,7 @@ def compensate(model: Path, output: Path, sizes: dict, score_samples: int, forma
     modules = {name: [m for m in measurement.rounding.modules if m.format == name] for name in formats}
     return {
         "formats": list(formats),
-        "damping": spec.damping,
+        "damping": measurement.rounding.damping,
         "verified": verified,
         "median_output_error": {
             name: [statistics.median(getattr(m, f"{which}output_error") for m in own) for which in ("", "nearest_")]

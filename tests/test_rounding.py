@@ -151,7 +151,8 @@ def test_codes_are_made_from_some_rows_and_checked_on_others(llama, text_file, c
 
 def of_rows(ids, part=0, batch=2):
     """Batches of rows of tokens, which are of one set."""
-    return [Batch({"input_ids": some, "attention_mask": torch.ones_like(some)}, some, part) for some in ids.split(batch)]
+    split = ids.split(batch)
+    return [Batch({"input_ids": some, "attention_mask": torch.ones_like(some)}, some, part) for some in split]
 
 
 def strange(llama, text_file, where):
@@ -410,9 +411,15 @@ def test_a_run_keeps_its_codes_or_measures_again(llama, text_file, tmp_path):
         return work
 
     first = run("first", measurement=COMPENSATED)
+    first.tell = (told := []).append
     run_step(first)
     assert first.done[0] == "measure"
-    assert "Codes: compensated (GPTQ), damping 0.1" in (tmp_path / "first/report.md").read_text()
+    assert [line for line in told if "a second calibration set, data: {kind: generated}" in line]
+    report = (tmp_path / "first/report.md").read_text()
+    assert "Codes: compensated (GPTQ), damping 0.1" in report
+    modules = Measurement.read(tmp_path / "first/measurement.json").rounding.modules
+    taken = sum(module.nearest_taken for module in modules)
+    assert (f"; {taken} of {len(modules)} did worse on rows that check and stay the nearest;" in report) == bool(taken)
     again = run("first", measurement=COMPENSATED)
     run_step(again)
     assert again.done == []

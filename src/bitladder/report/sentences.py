@@ -44,10 +44,13 @@ def rounding(report: Report) -> str:
         )
         where = f"in {name} " if len(by_format) > 1 else ""
         errors.append(f"{where}{percent(own)} at the median, with the nearest codes {percent(nearest)}")
+    taken = sum(module.nearest_taken for module in chosen.modules)
+    kept = f"; {exact(taken)} of {exact(len(chosen.modules))} did worse on rows that check and stay the nearest"
     scored = "these" if chosen.scored else "the nearest"
     return (
         f"compensated (GPTQ), damping {chosen.damping:g}, from {exact(chosen.samples)} calibration samples; the error "
-        f"of a module's output by its weights is {'; '.join(errors)}; the scores are those of {scored} codes"
+        f"of a module's output by its weights is {'; '.join(errors)}{kept if taken else ''}; the scores are those of "
+        f"{scored} codes"
     )
 
 

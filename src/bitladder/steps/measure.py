@@ -15,13 +15,18 @@ from bitladder.measuring.measure import settings_sha256
 from bitladder.measuring.partial import forget_partial
 from bitladder.models.kv_layers import check_layers
 from bitladder.reading import read_bytes
-from bitladder.recipe import Recipe
+from bitladder.recipe import GENERATED, Recipe
 from bitladder.records import Measurement, ModelSource
 from bitladder.steps.data import calibration_data
 from bitladder.steps.look import look, served_arithmetic
 from bitladder.steps.step import read_valid
 from bitladder.steps.workspace import Workspace
 from bitladder.storage import atomic_write
+
+_ONE_KIND = (
+    "compensated codes fit what they are calibrated on; a second calibration set, data: {kind: generated}, makes them "
+    "better on other text"
+)
 
 
 def measure(work: Workspace) -> Measurement:
@@ -38,6 +43,9 @@ def measure(work: Workspace) -> Measurement:
         return known
     if again is not None:
         work.tell(f"measuring again: {again}")
+    asked = work.recipe.calibration
+    if work.recipe.measurement.rounding == "compensated" and len(asked) == 1 and asked[0].data.kind != GENERATED:
+        work.tell(_ONE_KIND)
     target, data, arithmetic = work.target, calibration_data(work), served_arithmetic(work.recipe)
     if any(spec.caches_fp8 for spec in work.recipe.scheme_specs()):
         check_layers(target.groups)
