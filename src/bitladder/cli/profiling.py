@@ -65,7 +65,7 @@ def _arguments(engine: str | None) -> dict[str, Any]:
     """Return what a JSON object holds.
 
     Raises:
-        RecipeError: it is none.
+        RecipeError: it is none, or says what an option is for.
     """
     try:
         content = json.loads(engine or "{}")
@@ -73,6 +73,8 @@ def _arguments(engine: str | None) -> dict[str, Any]:
         raise RecipeError(f"--engine {engine!r} is no JSON ({error}); give an object of vllm.LLM's arguments") from None
     if not isinstance(content, dict):
         raise RecipeError(f"--engine {engine!r} is no JSON object; give one of vllm.LLM's arguments")
+    if "tensor_parallel_size" in content:
+        raise RecipeError("--engine names tensor_parallel_size, by which layers' shapes change; use --tensor-parallel")
     return content
 
 

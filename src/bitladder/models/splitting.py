@@ -33,7 +33,7 @@ class Split:
     Attributes:
         ranks: that share it; 1: it isn't split.
         heads: of queries; None: the configuration doesn't say.
-        key_heads: of keys and values.
+        key_heads: of keys and values; None as `heads` are.
     """
 
     ranks: int
@@ -56,46 +56,54 @@ class Split:
         if self.heads % self.ranks:
             return f"{self.heads} attention heads can't be split among {self.ranks} ranks"
         if self.key_heads % self.ranks and self.ranks % self.key_heads:
-            return f"{self.key_heads} heads of keys and values can be neither split among nor repeated on {self.ranks} ranks"
+            return f"{self.key_heads} heads of keys and values can't be split among {self.ranks} ranks, nor repeated"
         return None
 
-    def part(self, module: str, shape: tuple[int, int]) -> tuple[int, int]:
-        """Return the shape of what one rank holds of a module's weight.
+    def rule(self, module: str) -> frozenset[str] | None:
+        """Return which of the lists above a module is in; None: in none, or it has heads of unknown number."""
+        leaf = module.rpartition(".")[2]
+        known = (BY_COLUMNS, BY_ROWS, *(() if self.heads is None else (BY_KEY_HEADS, BY_ALL_HEADS)))
+        return next((names for names in known if leaf in names), None)
+
+    def part(self, module: str, shape: tuple[int, int]) -> tuple[int, int] | None:
+        """Return the shape of what one rank holds of a module's weight; None: it isn't known how that is split.
 
         Raises:
-            UnsupportedModel: the weight can't be split so, or nothing is known of how.
+            UnsupportedModel: the weight can't be split so.
         """
-        if self.ranks == 1:
-            return shape
-        rows, columns = shape
-        leaf = module.rpartition(".")[2]
         if self.why_not is not None:
             raise UnsupportedModel(self.why_not)
-        if leaf in BY_COLUMNS:
-            return rows, self._share(columns, module)
-        if leaf in BY_ROWS:
-            return self._share(rows, module), columns
-        if leaf in BY_KEY_HEADS | BY_ALL_HEADS and self.heads is not None and self.key_heads is not None:
-            keys = self.key_heads
-            if leaf in BY_KEY_HEADS:
-                return rows // min(keys, self.ranks), columns
-            own = self.heads // self.ranks + 2 * max(1, keys // self.ranks)
-            return rows // (self.heads + 2 * keys) * own, columns
-        raise UnsupportedModel(f"how {module} is split among ranks isn't known")
+        (rows, columns), leaf, rule = shape, module.rpartition(".")[2], self.rule(module)
+        if self.ranks == 1 or rule is None:
+            return shape if self.ranks == 1 else None
+        if rule is BY_COLUMNS:
+            return rows, self._share(columns, leaf)
+        if rule is BY_ROWS:
+            return self._share(rows, leaf), columns
+        assert self.heads is not None
+        assert self.key_heads is not None
+        if rule is BY_KEY_HEADS:
+            return rows // min(self.key_heads, self.ranks), columns
+        own = self.heads // self.ranks + 2 * max(1, self.key_heads // self.ranks)
+        return rows // (self.heads + 2 * self.key_heads) * own, columns
 
-    def _share(self, size: int, module: str) -> int:
+    def _share(self, size: int, leaf: str) -> int:
         if size % self.ranks:
-            raise UnsupportedModel(f"{size} features of {module} can't be split among {self.ranks} ranks")
+            raise UnsupportedModel(f"{size} features of {leaf} can't be split among {self.ranks} ranks")
         return size // self.ranks
 
     def group(self, group: QuantGroup) -> QuantGroup:
         """Return a group as one rank holds it.
 
         Raises:
-            UnsupportedModel: it can't be split so, or nothing is known of how.
+            UnsupportedModel: it can't be split so, or it isn't known how.
         """
         if self.ranks == 1:
             return group
-        shapes = [None if one.shape is None else self.part(one.name, one.shape) for one in group.modules]
-        modules = tuple(one.model_copy(update={"shape": shape}) for one, shape in zip(group.modules, shapes, strict=True))
-        return group.model_copy(update={"modules": modules})
+        modules = []
+        for module in group.modules:
+            part = None if module.shape is None else self.part(module.name, module.shape)
+            if part is None:
+                raise UnsupportedModel(f"how {module.name} is split among ranks isn't known; use tensor_parallel 1")
+            modules.append(module.model_copy(update={"shape": part}))
+        return group.model_copy(update={"modules": tuple(modules)})

@@ -61,9 +61,13 @@ def rules_of(version: str) -> type[VllmRules]:
 
 
 def servable(version: str) -> tuple[str, ...]:
-    """Return the formats that this release of vLLM runs, by its rules; those of compressed-tensors' layout as well."""
+    """Return the formats that this release of vLLM runs, by its rules; those of compressed-tensors' layout as well.
+
+    Where a release's rules of that layout weren't read, those of the newest one are asked: what doesn't run is told.
+    """
     rules = rules_of(version)
-    return tuple(name for name in dict.fromkeys((*rules.SUPPORT, *rules.CARRIED)) if rules.why_not(name) is None)
+    carried = rules.CARRIED or VllmRules.CARRIED
+    return tuple(name for name in dict.fromkeys((*rules.SUPPORT, *carried)) if rules.why_not(name) is None)
 
 
 def layer_config(name: str, rules: type[VllmRules]) -> dict[str, Any]:
