@@ -149,8 +149,17 @@ def profiled(flags: argparse.Namespace, results: Results, model: Path, groups: S
     formats = flags.formats.split(",")
     loads = [SpeedJob(*one) for one in TINY_LOADS] if flags.tiny else profiling.LOADS
     tokens = (1, 8, 64) if flags.tiny else profiling.TOKENS
-    rules = profiling.rules_of(vllm_version(python))
-    job = profiling.profile_job(model, groups, formats, rules=rules, engine=flags.engine, loads=loads, tokens=tokens)
+    rules, ranks = profiling.rules_of(vllm_version(python)), flags.tensor_parallel
+    job = profiling.profile_job(
+        model,
+        groups,
+        formats,
+        rules=rules,
+        engine=flags.engine,
+        loads=loads,
+        tokens=tokens,
+        tensor_parallel=ranks,
+    )
     job |= {"kv_cache_bytes": PROFILE_KV_CACHE_BYTES, "gpu_memory_utilization": serve.SHARED_GPU_UTILIZATION}
     outcome = run_child(python, profiling.SCRIPT, job, timeout=results.left - 60, environment=serve.ENVIRONMENT)
     results.content["profile"] = outcome.result
@@ -168,8 +177,9 @@ def start(flags: argparse.Namespace, results: Results, places: dict[str, Path], 
     longest = max(prompt + output for _, prompt, output in loads)
     speed = SpeedJob(max(requests for requests, _, _ in loads), longest - 1, 1)
     job = ServeJob(speed=speed, kv_cache_bytes=KV_CACHE_BYTES)
+    engine = {**flags.engine, "tensor_parallel_size": flags.tensor_parallel}
     return {
-        name: Engine(python, place, job, flags.engine, scratch / f"engine-{index}", CHILD)
+        name: Engine(python, place, job, engine, scratch / f"engine-{index}", CHILD)
         for index, (name, place) in enumerate(places.items())
     }
 
@@ -198,7 +208,7 @@ def build(results: Results, engines: dict[str, Engine], seconds: float) -> None:
             continue
         served = engines[name].served()
         kernels: dict[str, int] = {}
-        for layer in served.layers.values():
+        for layer in served.layers.values():  # none where ranks are processes of their own
             key = f"{layer.method}: {layer.kernel}"
             kernels[key] = kernels.get(key, 0) + 1
         results.content["arms"][name] |= {"kernels": kernels, "weight_bytes": served.weight_bytes}
@@ -229,6 +239,7 @@ def rounds(flags: argparse.Namespace, results: Results, engines: dict[str, Engin
 
 def serve_arms(flags: argparse.Namespace) -> None:
     """Take the profile and serve the arms."""
+    from bitladder.models.splitting import Split
     from bitladder.runinfo import hardware, versions
 
     arms = [name for name in flags.arms.split(",") if name]
@@ -237,6 +248,7 @@ def serve_arms(flags: argparse.Namespace) -> None:
         "hardware": hardware(),
         "versions": versions(),
         "engine": flags.engine,
+        "tensor_parallel": flags.tensor_parallel,
         "loads": TINY_LOADS if flags.tiny else LOADS,
         "done": {},
         "profile": {},
@@ -259,7 +271,8 @@ def serve_arms(flags: argparse.Namespace) -> None:
         results.say("started")
         try:
             if not flags.no_profile:
-                profiled(flags, results, model, groups, python)
+                split = Split.of(config, flags.tensor_parallel)
+                profiled(flags, results, model, [split.group(group) for group in groups], python)
             build(results, engines, flags.start_seconds)
             rounds(flags, results, engines)
         finally:
@@ -269,7 +282,7 @@ def serve_arms(flags: argparse.Namespace) -> None:
 
 
 def profile_in(content: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the profile that a served file holds, and the groups."""
+    """Return the profile that a served file holds, and the groups, as one rank holds them."""
     from bitladder.records import QuantGroup, QuantModule
     from bitladder.runinfo import Meter
     from bitladder.runtimes.vllm.profiling import profile_of
@@ -282,7 +295,8 @@ def profile_in(content: dict[str, Any]) -> tuple[Any, Any]:
     for layers in taken["linears"].values():
         for layer in layers:
             layer.pop("host_seconds", None)  # which an earlier script took, and nothing was predicted better with
-    found = profile_of(taken, groups, "Qwen2_5_VLForConditionalGeneration", Meter())
+    ranks = content.get("tensor_parallel", 1)
+    found = profile_of(taken, groups, "Qwen2_5_VLForConditionalGeneration", Meter(), ranks)
     return found.model_copy(update={"run": None}), groups  # where it ran is in the file
 
 
@@ -343,6 +357,7 @@ def compare(flags: argparse.Namespace) -> None:
     kept = {
         "claim": "speeds predicted from a profile beside those that vLLM serves in the same run",
         **{key: content[key] for key in ("model", "hardware", "versions", "engine", "loads")},
+        "tensor_parallel": content.get("tensor_parallel", 1),
         "profile": {key: content["profile"][key] for key in ("runtime", "gpu", "engine", "phases")},
         "errors": {
             load: {what: {"median": round(median(e), 4), "worst": round(max(e), 4)} for what, e in both.items()}
@@ -378,6 +393,7 @@ def parse() -> argparse.Namespace:
     serving.add_argument("--python", type=Path, default=Path(sys.executable), help="of vLLM's environment")
     serving.add_argument("--seconds", type=float, default=450.0, help="for everything")
     serving.add_argument("--start-seconds", type=float, default=200.0, help="until the engines are up")
+    serving.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each engine's model")
     serving.add_argument("--rounds", type=int, default=3)
     serving.add_argument("--no-profile", action="store_true")
     serving.add_argument("--compiled", action="store_true", help="engines with torch.compile, as vLLM's default is")

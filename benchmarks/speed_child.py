@@ -14,6 +14,9 @@ from typing import Any
 
 from served_mixes_child import load, main
 
+if __name__ == "__mp_main__":  # a rank that was spawned imports this script again: it needs the loader as well
+    load(Path(sys.argv[3]).with_name("child_random.py")).register()
+
 
 def work(job: dict[str, Any], serving: Any, report: Any, replies: Any) -> None:
     """Import, wait, build, then answer until the input ends."""
@@ -25,8 +28,9 @@ def work(job: dict[str, Any], serving: Any, report: Any, replies: Any) -> None:
     with report.step("built") as facts:
         load_format = load(Path(sys.argv[3]).with_name("child_random.py")).register()
         llm = serving.build({**job, "engine": {**(job["engine"] if gpu else {}), "load_format": load_format}}, gpu)
-        facts.update(llm.apply_model(lambda model: serving.layer_facts(model, []))[0])
-        facts.update(serving.memory_facts(llm, gpu))
+        if job["engine"].get("tensor_parallel_size", 1) == 1:  # else the model is in other processes
+            facts.update(llm.apply_model(lambda model: serving.layer_facts(model, []))[0])
+            facts.update(serving.memory_facts(llm, gpu))
     print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
         print(json.dumps([serving.timings(llm, one) for one in json.loads(line)]), file=replies, flush=True)

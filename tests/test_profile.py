@@ -1,14 +1,18 @@
 """What profiling takes with vLLM on this machine: the layers that vLLM makes, their kernels, and what is refused."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 import bitladder
 from bitladder import cli
 from bitladder.errors import ProbeFailed, RecipeError
+from bitladder.models.splitting import Split
 from bitladder.models.target import find_target
 from bitladder.planning.speed import Load, SpeedModel
 from bitladder.records import BF16, Profile
@@ -17,6 +21,7 @@ from bitladder.runtimes.vllm import kernels, profiling
 from bitladder.runtimes.vllm.job import SpeedJob
 from bitladder.runtimes.vllm.rules import VllmRules, VllmRules0251
 from bitladder.steps.profile import profile
+from conftest import llama_config, save_model
 
 MODEL = Path(bitladder.__file__).parent / "demo" / "qwen2_5_vl_digits"
 FORMATS = ("fp8", "nvfp4", "int8", "fp8_block")
@@ -99,8 +104,10 @@ def test_a_format_is_asked_for_as_a_checkpoint_of_it_says():
     packed = profiling.layer_config("int4_w4a16", VllmRules)
     assert packed["quant_method"] == "compressed-tensors"
     assert packed["config_groups"]["group_0"]["weights"]["num_bits"] == 4
-    assert "int8" in profiling.servable("0.32.0")
-    assert profiling.servable("0.25.1") == tuple(VllmRules0251.SUPPORT)
+    for version in ("0.32.0", "0.25.1"):  # of 0.25.1 the rules of ModelOpt's layout alone are known
+        assert {"int8", "int4_w4a16", "fp8"} <= {*profiling.servable(version)}
+    assert profiling.layer_config("int4_w4a16", VllmRules0251) == packed
+    assert profiling.layer_config("fp8", VllmRules0251)["quant_method"] == "modelopt"
 
 
 def test_layers_that_vllm_fuses_otherwise_are_refused():
@@ -129,6 +136,7 @@ def test_what_cannot_be_profiled_is_refused_before_anything_runs(tmp_path, capsy
         profile(MODEL, python, formats=["nvfp8"])
     for arguments, told in (
         (["--engine", "[1]"], "--engine '[1]' is no JSON object"),
+        (["--engine", '{"tensor_parallel_size": 2}'], "--engine names tensor_parallel_size"),
         (["--engine", "{"], "--engine '{' is no JSON ("),
         (["--formats", "bf16"], "names no format to quantise to"),
         (["--python", str(python)], f"no Python interpreter at {python}"),
@@ -138,3 +146,50 @@ def test_what_cannot_be_profiled_is_refused_before_anything_runs(tmp_path, capsy
             cli.main()
         assert ended.value.code == 2
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_layers_are_timed_as_one_of_two_ranks_holds_them(vllm_python, tmp_path, monkeypatch):
+    """With a real engine of two ranks: its layers have the shapes that are timed, or the profile would be refused."""
+    config = llama_config(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_hidden_layers=1)
+    source = save_model(transformers.LlamaForCausalLM, config, tmp_path / "model")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or else vLLM wants a part of the machine for each
+    found = profiling.profile(
+        source,
+        find_target(source).groups,
+        vllm_python,
+        model="Llama",
+        formats=("fp8",),
+        loads=LOADS[:1],
+        tokens=(1, 8),
+        tensor_parallel=2,
+        timeout=400,
+    )
+    own = {(128, 128), (128, 64), (256, 128), (128, 128)}  # qkv: two heads of 32, and one of keys and of values: 2 x 32
+    assert {(one.out_features, one.in_features) for one in found.searched} == own
+    for name in (BF16, "fp8"):
+        assert {(one.out_features, one.in_features) for one in found.layers if one.format == name} == own
+    assert found.tensor_parallel == 2
+    assert found.place == "2 x cpu"
+
+
+def test_a_format_is_timed_where_each_rank_has_whole_blocks_of_it(tmp_path):
+    config = llama_config(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_hidden_layers=1)
+    source = save_model(transformers.LlamaForCausalLM, config, tmp_path / "model")
+    split = Split.of(config.to_dict(), 2)
+    groups = [split.group(group) for group in find_target(source).groups]
+    job = profiling.profile_job(source, groups, ("fp8_block", "nvfp4"), rules=VllmRules, loads=LOADS, tensor_parallel=2)
+    assert job["tensor_parallel"] == 2
+    assert job["formats"]["fp8_block"]["shapes"] == [(256, 128), (128, 128)]  # of q, k and o no rank has whole squares
+    assert job["formats"]["nvfp4"]["shapes"] == job["formats"][BF16]["shapes"] == [(128, 128), (128, 64), (256, 128)]
+
+
+def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch):
+    """What the child asks of the machine, in its own words."""
+    spec = importlib.util.spec_from_file_location("child_profile", profiling.SCRIPT)
+    child = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(child)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RuntimeError, match="the engine of tensor_parallel 2 runs on 2 GPUs, and 1 are here; profile"):
+        child.check_ranks(2, gpu=True)
+    child.check_ranks(1, gpu=True)

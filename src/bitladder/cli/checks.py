@@ -22,6 +22,9 @@ def preflight(
     read_weights: Annotated[
         bool, typer.Option("--read-weights", help="Also look for NaN in the weights: reads every byte.")
     ] = False,
+    tensor_parallel: Annotated[
+        int | None, typer.Option("--tensor-parallel", min=1, help="GPUs that will share the language model; 1.")
+    ] = None,
 ) -> None:
     """Say from the files alone what vLLM, SGLang and TensorRT-LLM would do with a checkpoint; no runtime is needed.
 
@@ -36,9 +39,18 @@ def preflight(
     recipe = _recipe_among(targets)
     if recipe is None:
         wanted = tuple(runtime or rules.RUNTIMES)
-        found = [result for path in targets for result in rules.preflight(path, wanted, read_weights=read_weights)]
-        close_probes(found)
+        close_probes(
+            [
+                result
+                for path in targets
+                for result in rules.preflight(
+                    path, wanted, read_weights=read_weights, tensor_parallel=tensor_parallel or 1
+                )
+            ]
+        )
         return
+    if tensor_parallel is not None:
+        raise RecipeError("--tensor-parallel goes with checkpoint directories; a recipe has its own tensor_parallel")
     if runtime or read_weights:
         raise RecipeError("--runtime and --read-weights go with checkpoint directories, not with a recipe")
     with started(recipe, output) as work:

@@ -29,6 +29,9 @@ def profile(
     engine: Annotated[
         str | None, typer.Option("--engine", metavar="JSON", help="More arguments of vllm.LLM, as in service.")
     ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel", min=1, help="Ranks that share the model, a GPU each.")
+    ] = 1,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for all of it.")] = 1800.0,
     revision: Annotated[str | None, typer.Option("--revision", help="Of a Hub id.")] = None,
 ) -> None:
@@ -48,6 +51,7 @@ def profile(
             Path(os.path.abspath(python)),
             formats=None if formats is None else names_in(formats),
             engine=_arguments(engine),
+            tensor_parallel=tensor_parallel,
             timeout=timeout,
         )
     found.write(output)
@@ -61,7 +65,7 @@ def _arguments(engine: str | None) -> dict[str, Any]:
     """Return what a JSON object holds.
 
     Raises:
-        RecipeError: it is none.
+        RecipeError: it is none, or says what an option is for.
     """
     try:
         content = json.loads(engine or "{}")
@@ -69,6 +73,8 @@ def _arguments(engine: str | None) -> dict[str, Any]:
         raise RecipeError(f"--engine {engine!r} is no JSON ({error}); give an object of vllm.LLM's arguments") from None
     if not isinstance(content, dict):
         raise RecipeError(f"--engine {engine!r} is no JSON object; give one of vllm.LLM's arguments")
+    if "tensor_parallel_size" in content:
+        raise RecipeError("--engine names tensor_parallel_size, by which layers' shapes change; use --tensor-parallel")
     return content
 
 
@@ -79,7 +85,7 @@ def _print(found: "Profile") -> None:
     most = max(found.loads, key=lambda one: one.requests * one.prompt_tokens)
     load = Load(most.requests, most.prompt_tokens, most.output_tokens)
     model = SpeedModel(found, groups_of(found), load)
-    say(f"{found.device}, vLLM {found.version}: times 16 bits at {load}, as predicted")
+    say(f"{found.place}, vLLM {found.version}: times 16 bits at {load}, as predicted")
     for name in found.formats:
         speed = model.predict(model.uniform(name), load)
         kernels = sorted({layer.kernel or layer.method for layer in found.layers if layer.format == name})

@@ -162,13 +162,13 @@ def why_no_shapes(shapes: Mapping[str, Sequence[int]], name: str) -> str | None:
     for module, shape in shapes.items():
         reason = get_format(name).why_not(shape)
         if reason is not None:
-            other = _fitting(shapes.values(), get_format(name))
+            other = most_like(shapes.values(), get_format(name))
             return f"shape {list(shape)} of {module} {reason}{'' if other is None else f' ({other.name} fits)'}"
     return None
 
 
-def _fitting(shapes: Collection[Sequence[int]], wanted: Format) -> Format | None:
-    """Return the format most like `wanted` that takes all of these shapes, or None.
+def most_like(shapes: Collection[Sequence[int]], wanted: Format) -> Format | None:
+    """Return the format most like one that takes all of these shapes, or None.
 
     It has as many bits a code, and rounds inputs or leaves them in 16 bits as that does.
     """

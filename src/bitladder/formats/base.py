@@ -144,6 +144,14 @@ class Format(ABC):
         The message goes on after the weight's name and shape.
         """
 
+    def why_no_part(self, shape: Sequence[int]) -> str | None:
+        """Return why no rank of a runtime can hold a part of this shape of a weight in the format; None: it can.
+
+        Scales of rows, or of all of a weight, go with any part of it; blocks that are cut have none. Kernels that take
+        multiples only are the runtime's care.
+        """
+        return self.why_not(shape) if self.spread in ("block", "square") else None
+
     @abstractmethod
     def stored(self, shape: Sequence[int]) -> tuple[Part, ...]:
         """Return all that is stored of a weight [out_features, in_features], the codes first."""

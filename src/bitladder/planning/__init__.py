@@ -10,6 +10,7 @@ patterns    what patterns name
 ranges      refusals that name the attainable range
 asking      every way to ask for a scheme
 speed       how fast a scheme is served, from a profile of the device
+sharing     whether the ranks that share a model can hold a scheme
 shipped     profiles that come with Bitladder
 remarks     what is said of a scheme beside its costs
 

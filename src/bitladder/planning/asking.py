@@ -341,7 +341,7 @@ def _aim_of(spec: SchemeSpec, speed: SpeedModel | None, formats: Sequence[str]) 
         timed = [name for name in formats if name not in missing]
         remedy = f"give the scheme `formats: [{', '.join(timed)}]`, or profile" if timed else "profile"
         raise PlanError(
-            f"scheme {spec.name}: the profile of {speed.profile.device} has no times of {name} ({why}), and speeds "
+            f"scheme {spec.name}: the profile of {speed.profile.place} has no times of {name} ({why}), and speeds "
             f"aren't guessed; {remedy} that format on that device"
         )
     if spec.speed is None:

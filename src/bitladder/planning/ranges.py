@@ -115,7 +115,7 @@ def too_fast(
     remedy = f"ask for at most {math.floor(found * 1000) / 1000:g}" if found > 1 else "ask for fewer bits instead"
     return InfeasibleTarget(
         f"scheme {spec.name}: {spec.speed.target[1]:g} times 16 bits at {phase} is more than these formats reach on "
-        f"{speed.profile.device} with {load}: {', '.join(formats)}, {BF16}: attainable up to {found:.3f} "
+        f"{speed.profile.place} with {load}: {', '.join(formats)}, {BF16}: attainable up to {found:.3f} "
         f"({', '.join(names) or 'all in 16 bits'}); {remedy}"
     )
 

@@ -81,7 +81,7 @@ class SpeedModel:
 
         Args:
             profile: of the device that serves.
-            groups: of the model that is planned.
+            groups: of the model that is planned, as one rank holds them.
             load: what speeds are predicted for where nothing else is said.
         """
         self.profile = profile
@@ -98,6 +98,7 @@ class SpeedModel:
                 f"the profile is of {profile.model}, whose layers are {_listed(known)}; these are {_listed(own)}: run "
                 "`bitladder profile` on this model"
             )
+        self._shapes = {group.name: group.fused_shape for group in groups}
         self._layers = {(one.format, one.out_features, one.in_features): one for one in profile.layers}
         started = self._started_by_host()
         least = min(started, key=lambda one: one.requests * one.prompt_tokens)
@@ -136,7 +137,7 @@ class SpeedModel:
         longest = max(one.prompt_tokens + one.output_tokens for one in self.profile.loads)
         if load.requests > most or load.prompt_tokens + load.output_tokens > longest:
             raise PlanError(
-                f"speed at {load} isn't known: the profile of {self.profile.device} has times of at most {most} "
+                f"speed at {load} isn't known: the profile of {self.profile.place} has times of at most {most} "
                 f"requests, and of {longest} tokens each; ask for no more"
             )
 
@@ -169,7 +170,7 @@ class SpeedModel:
         known: dict[tuple[str, tuple[int, int] | None], int] = {}
 
         def cost(group: QuantGroup, format_name: str) -> int:
-            key = format_name, group.fused_shape
+            key = format_name, self._shapes[group.name]
             if key not in known:
                 known[key] = round(self._time(self._layer(group, format_name), phase, asked) * PICOSECONDS)
             return known[key]
@@ -186,12 +187,13 @@ class SpeedModel:
         return {name: self.profile.refused.get(name, "wasn't profiled") for name in gone}
 
     def _layer(self, group: QuantGroup, format_name: str) -> TimedLayer:
-        assert group.fused_shape is not None
-        found = self._layers.get((format_name, *group.fused_shape))
+        shape = self._shapes[group.name]
+        assert shape is not None
+        found = self._layers.get((format_name, *shape))
         if found is None:
             why = self.profile.refused.get(format_name, "wasn't profiled")
             raise PlanError(
-                f"the profile of {self.profile.device} has no times of {format_name} for {group.name} ({why}); leave "
+                f"the profile of {self.profile.place} has no times of {format_name} for {group.name} ({why}); leave "
                 "the format out, or run `bitladder profile`"
             )
         return found

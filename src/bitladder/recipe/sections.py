@@ -362,6 +362,9 @@ class Recipe(Section):
     profile: str | None = Field(
         default=None, description="a profile.json of `bitladder profile`, or the name of one that comes with Bitladder"
     )
+    tensor_parallel: int = Field(
+        default=1, gt=0, description="GPUs that share the language model where it is served; the profile is of as many"
+    )
     load: LoadSpec = Field(default_factory=LoadSpec, description="what speeds are predicted for")
     refine: RefineSpec = Field(default_factory=RefineSpec)
     controls: ControlSpec = Field(default_factory=ControlSpec)

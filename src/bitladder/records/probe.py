@@ -111,7 +111,7 @@ class ServedMemory(Part):
 class ProbeResult(Grown, Record):
     """What one runtime, in one version, does with one checkpoint, as far as `stage`."""
 
-    later = frozenset({"tasks"})
+    later = frozenset({"tasks", "tensor_parallel"})
     written_by = "probe"
     volatile = frozenset({"run", "traceback"})
 
@@ -121,6 +121,7 @@ class ProbeResult(Grown, Record):
     runtime: str = Field(description="vllm, sglang, tensorrt_llm")
     version: str = Field(description="of the runtime; at preflight that of the rules that are reproduced")
     stage: Stage = Field(description="what was asked")
+    tensor_parallel: int = Field(default=1, gt=0, description="ranks that share the model")
     reached: str = Field(description="the last step that was finished, in the runtime's words")
     device: str | None = Field(description="None: no device was needed")
     layers: tuple[ProbedLayer, ...] = ()

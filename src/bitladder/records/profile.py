@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from bitladder.records.base import Part, Record, RunInfo
+from bitladder.records.base import Grown, Part, Record, RunInfo
 
 
 class TimedCell(Part):
@@ -56,11 +56,12 @@ class SearchedShape(Part):
     groups: int
 
 
-class Profile(Record):
+class Profile(Grown, Record):
     """Times of one model's layers in every format that a runtime runs on one device, and of its engine in 16 bits."""
 
     FILE_NAME: ClassVar[str] = "profile.json"
     volatile: ClassVar[frozenset[str]] = frozenset({"run"})
+    later = frozenset({"tensor_parallel"})
 
     model: str = Field(description="what it is called; its architecture")
     searched: tuple[SearchedShape, ...]
@@ -70,11 +71,17 @@ class Profile(Record):
     runtime: str
     version: str
     versions: dict[str, str]
+    tensor_parallel: int = Field(default=1, gt=0, description="ranks that share the model; shapes are one rank's part")
     engine: EngineSettings
     layers: tuple[TimedLayer, ...]
     refused: dict[str, str] = Field(description="format -> why the runtime has no times of it, in one line")
     loads: tuple[TimedLoad, ...] = Field(min_length=1)
     run: RunInfo | None = None
+
+    @property
+    def place(self) -> str:
+        """The device, and how many of them share the model."""
+        return self.device if self.tensor_parallel == 1 else f"{self.tensor_parallel} x {self.device}"
 
     @property
     def formats(self) -> tuple[str, ...]:

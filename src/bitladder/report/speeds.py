@@ -44,10 +44,11 @@ def speeds_of(measurement: Measurement, ladder: Sequence[Scheme], speed: SpeedMo
             )
         )
     return Speeds(
-        device=speed.profile.device,
+        device=speed.profile.place,
         runtime=speed.profile.runtime,
         version=speed.profile.version,
         compiled=speed.profile.engine.compiled,
+        tensor_parallel=speed.profile.tensor_parallel,
         requests=load.requests,
         prompt_tokens=load.prompt_tokens,
         output_tokens=load.output_tokens,

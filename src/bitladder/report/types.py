@@ -312,10 +312,11 @@ class SpeedPoint(Part):
 class Speeds(Part):
     """Speeds of all schemes on the device that serves, as its profile predicts them."""
 
-    device: str
+    device: str = Field(description="and how many of them, where they share the model")
     runtime: str
     version: str
     compiled: bool = Field(description="with torch.compile")
+    tensor_parallel: int = Field(default=1, description="devices that share the model")
     requests: int = Field(description="given at once")
     prompt_tokens: int
     output_tokens: int

@@ -77,6 +77,7 @@ class Rules(ABC):
     CARRIED: ClassVar[Mapping[str, Support]] = {}  # the same of compressed-tensors' layout; empty: not known here
     other_method: ClassVar[str] = "UnquantizedLinearMethod"
     legacy_first: ClassVar[bool] = False  # whether hf_quant_config.json wins over config.json
+    splits: ClassVar[bool] = False  # whether it splits layers among ranks as `models/splitting.py` says
     known_algorithms: ClassVar[frozenset[str]]  # besides FP8 with one scale a tensor
     kv_skip_argument: ClassVar[str | None] = None  # names layers whose KV cache stays in 16 bits; None: there is none
 

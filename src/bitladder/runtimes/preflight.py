@@ -11,7 +11,8 @@ and one list of what the files hold:
   mix's list) against the one that is stored;
 - scales that are missing, of another shape than their format has, not finite and positive, or unequal within a fused
   group where they must be shared;
-- the FP8 KV cache that is asked for against its scales; the manifest's promises.
+- the FP8 KV cache that is asked for against its scales; the manifest's promises;
+- what each of several ranks would hold of a layer, where the language model is to be shared (`checks/ranks.py`).
 
 Tensor names are read as vLLM's mapper does, for every runtime. How the runtimes differ beyond that is in each one's
 rules, what an architecture needs in `architectures.py`, each with its sources; `files.py` reads what the directory
@@ -24,6 +25,7 @@ from pathlib import Path
 from bitladder.errors import BitladderError, ModelError
 from bitladder.formats import COMPRESSED_TENSORS
 from bitladder.models.families import Architecture, architecture
+from bitladder.models.splitting import Split
 from bitladder.records import BF16, ProbedLayer, ProbeResult
 from bitladder.runtimes.base import Rules
 from bitladder.runtimes.checks.config_groups import GroupsCheck, canonical
@@ -31,6 +33,7 @@ from bitladder.runtimes.checks.configuration import ConfigurationCheck
 from bitladder.runtimes.checks.formats import FormatsCheck
 from bitladder.runtimes.checks.kv_cache import KvCacheCheck
 from bitladder.runtimes.checks.names import NamesCheck
+from bitladder.runtimes.checks.ranks import Ranks
 from bitladder.runtimes.config import inline
 from bitladder.runtimes.files import Files, read_files
 from bitladder.runtimes.findings import EXPORT_AGAIN, Findings
@@ -71,7 +74,7 @@ class _Check(ConfigurationCheck, NamesCheck, FormatsCheck, KvCacheCheck):
         promised = self._promised()
         return tuple(
             ProbedLayer(
-                name=self._spelt(module),
+                name=self.spelt(module),
                 runtime_name=layer.name,
                 promised=None if self.files.manifest is None else promised.get(module, BF16),
                 format=self._runs(layer),
@@ -83,7 +86,7 @@ class _Check(ConfigurationCheck, NamesCheck, FormatsCheck, KvCacheCheck):
 
 
 def preflight(
-    directory: Path, runtimes: Sequence[str] = RUNTIMES, *, read_weights: bool = False
+    directory: Path, runtimes: Sequence[str] = RUNTIMES, *, read_weights: bool = False, tensor_parallel: int = 1
 ) -> tuple[ProbeResult, ...]:
     """Return what each runtime would make of the checkpoint in `directory`, one result a runtime.
 
@@ -92,6 +95,7 @@ def preflight(
         runtimes: of `RUNTIMES`, or a version of one that is known too, such as `vllm==0.25.1`.
         read_weights: also look for NaN and infinity in the weights, which reads all of them. Without it only JSON
             files, headers and scales are read: milliseconds whatever the size.
+        tensor_parallel: ranks that will share the language model.
 
     Raises:
         ModelError: there is no such directory. BitladderError: an unknown runtime.
@@ -104,7 +108,10 @@ def preflight(
     findings = Findings()
     files = read_files(directory, findings)
     need = None if files is None else architecture(files.config, canonical(files.tensors))
-    return tuple(_result(directory, VERSIONS[name], files, need, findings.copy(), read_weights) for name in runtimes)
+    return tuple(
+        _result(directory, VERSIONS[name], files, need, findings.copy(), read_weights, tensor_parallel)
+        for name in runtimes
+    )
 
 
 def _result(
@@ -114,6 +121,7 @@ def _result(
     need: Architecture | None,
     findings: Findings,
     read_weights: bool,
+    tensor_parallel: int,
 ) -> ProbeResult:
     """Return one runtime's result; `findings` holds what was found whatever the runtime."""
     manifest = None if files is None else files.manifest
@@ -126,6 +134,10 @@ def _result(
         check = GroupsCheck(files, need, rules, findings) if own else _Check(files, need, rules, findings)
         reached = check.run(read_weights)
         layers = check.layers() if reached != "configuration" else ()
+        if tensor_parallel > 1 and layers:
+            runs = {need.rename(f"{layer.name}.").removesuffix("."): layer.format for layer in layers}
+            ranks = Ranks(need, check.rules, runs, bool(own), check.spelt)
+            ranks.check(Split.of(files.config, tensor_parallel), findings)
     return ProbeResult(
         checkpoint=directory.name,
         scheme=None if manifest is None else manifest.scheme,
@@ -133,6 +145,7 @@ def _result(
         runtime=rules.runtime,
         version=rules.version,
         stage="preflight",
+        tensor_parallel=tensor_parallel,
         reached=reached,
         device=None,
         layers=layers,

@@ -46,6 +46,8 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
         patterns = (*(scheme.include or ()), *scheme.exclude)
         if patterns:
             planning.matching_groups(work.target, scheme.name, patterns)
+    for group in work.target.groups:
+        work.split.group(group)
     if recipe.profile is not None:
         speed = work.speed_model(work.target.groups)
         assert speed is not None

@@ -2,6 +2,7 @@
 
 from bitladder import planning
 from bitladder.planning.carrying import check_carrier
+from bitladder.planning.sharing import check_parts
 from bitladder.records import Scheme
 from bitladder.runinfo import Meter
 from bitladder.steps.workspace import SIMULATED_FILE, Workspace
@@ -16,7 +17,8 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
     `refine_schemes`.
 
     Raises:
-        PlanError: infeasible, two schemes are equal, or the recipe's carrier can't hold one. MeasurementError: keys and
+        PlanError: infeasible, two schemes are equal, or the recipe's carrier, or the ranks that are to share the model,
+            can't hold one. MeasurementError: keys and
             values of some layer have no scale, and an FP8 KV cache is asked for.
     """
     kl_map, kv_damage, meter, specs = None, None, Meter(), work.recipe.scheme_specs()
@@ -43,6 +45,8 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
     schemes = planning.remarked(measurement, schemes, speed)
     for scheme in schemes:
         check_carrier(scheme, work.recipe.export.carrier)
+        if work.recipe.tensor_parallel > 1:
+            check_parts(scheme, measurement.groups, work.split)
     changed = []
     for scheme in schemes:
         path = work.scheme_file(scheme.name)

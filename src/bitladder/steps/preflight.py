@@ -17,7 +17,7 @@ def preflight(work: Workspace) -> tuple[ProbeResult, ...]:
     results: list[ProbeResult] = []
     with meter.phase("preflight"):
         for name in manifests:
-            results += rules.preflight(work.checkpoint_directory(name))
+            results += rules.preflight(work.checkpoint_directory(name), tensor_parallel=work.recipe.tensor_parallel)
     forget_earlier(work, manifests)
     known = {result.fingerprint() for result in probed(work, manifests)}
     changed = [result for result in results if result.fingerprint() not in known]

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bitladder.errors import ModelError, OutputError, RecordError, StaleRecord, reason_of
+from bitladder.errors import ModelError, OutputError, PlanError, RecipeError, RecordError, StaleRecord, reason_of
 from bitladder.formats import in_order
 from bitladder.measured import MEASUREMENT_FILE
 from bitladder.models.weights import DigestCache, commit_of, model_source
@@ -35,6 +35,7 @@ from bitladder.storage import TEMPORARY_PREFIX, atomic_write, explain_os_errors,
 
 if TYPE_CHECKING:
     from bitladder.data.batches import DataSet
+    from bitladder.models.splitting import Split
     from bitladder.models.target import Target
     from bitladder.planning.speed import SpeedModel
 
@@ -211,6 +212,21 @@ class Workspace:
         return find_target(self.model_directory, in_order(self.recipe.measurement.formats))
 
     @cached_property
+    def split(self) -> "Split":
+        """How the model is shared among the GPUs that serve it.
+
+        Raises:
+            RecipeError: its heads can't be.
+        """
+        from bitladder.models.splitting import Split
+        from bitladder.models.weights import read_config
+
+        found = Split.of(read_config(self.model_directory), self.recipe.tensor_parallel)
+        if found.why_not is not None:
+            raise RecipeError(f"tensor_parallel: {found.why_not}; name another number")
+        return found
+
+    @cached_property
     def processor(self) -> Any:
         """The model's processor, or its tokenizer."""
         from bitladder.data.processors import load_processor
@@ -299,15 +315,21 @@ class Workspace:
         """Return what predicts speeds of schemes of these groups; None: the recipe names no profile.
 
         Raises:
-            RecordError: there is no such profile. PlanError: it is of another model.
+            RecordError: there is no such profile. PlanError: it is of another model, or of another number of ranks.
         """
         if self.recipe.profile is None:
             return None
         from bitladder.planning.shipped import profile_named
         from bitladder.planning.speed import Load, SpeedModel
 
+        profile, ranks = profile_named(self.recipe.profile), self.recipe.tensor_parallel
+        if profile.tensor_parallel != ranks:
+            raise PlanError(
+                f"the recipe's tensor_parallel is {ranks}, its profile is of {profile.tensor_parallel}: run `bitladder "
+                f"profile --tensor-parallel {ranks}`, or set tensor_parallel: {profile.tensor_parallel}"
+            )
         load = Load(**self.recipe.load.model_dump())
-        return SpeedModel(profile_named(self.recipe.profile), groups, load)
+        return SpeedModel(profile, [self.split.group(group) for group in groups], load)
 
     def schemes(self) -> tuple[Scheme, ...]:
         """Return the recipe's schemes as planned.

@@ -129,7 +129,7 @@ class GroupsCheck:
                 support = self.rules.CARRIED.get(runs)
                 rows.append(
                     ProbedLayer(
-                        name=self._spelt(module),
+                        name=self.spelt(module),
                         runtime_name=layer.name,
                         promised=None if self.files.manifest is None else promised.get(module, BF16),
                         format=runs,
@@ -147,7 +147,7 @@ class GroupsCheck:
     def _ends(self) -> set[str]:
         return {name[name.index("layers.") :] for name in self.runs if "layers." in name}
 
-    def _spelt(self, module: str) -> str:
+    def spelt(self, module: str) -> str:
         """Return the checkpoint's name of a module."""
         held = next((self.tensors[f"{module}.{leaf}"] for leaf in _CODES if f"{module}.{leaf}" in self.tensors), None)
         return module if held is None else held.name.rpartition(".")[0]
@@ -202,7 +202,7 @@ class GroupsCheck:
             if not all(ignored):
                 self.findings.error(
                     "mixed_group",
-                    self._spelt(layer.modules[0]),
+                    self.spelt(layer.modules[0]),
                     f"{runtime} fuses {_leaves(layer.modules)}, but only some are ignored, at which it stops",
                     "ignore all of them or none, by their exact names",
                 )
@@ -215,7 +215,7 @@ class GroupsCheck:
             if target is not None and len({one.name for one in groups if one is not None}) > 1:
                 self.findings.error(
                     "mixed_group",
-                    self._spelt(layer.modules[0]),
+                    self.spelt(layer.modules[0]),
                     f"{runtime} fuses {_leaves(layer.modules)}, but they are in different config groups: it takes the "
                     "first one's for all, and doesn't say so",
                     "name all of them in one group",
@@ -239,11 +239,11 @@ class GroupsCheck:
                     f"is stored as codes, but no config group names it: {runtime} would take them for 16-bit numbers"
                 )
                 remedy = f"name it in the group of its format in {CONFIG_FILE}"
-                self.findings.error("wrong_format", self._spelt(module), problem, remedy)
+                self.findings.error("wrong_format", self.spelt(module), problem, remedy)
             elif runs != BF16 and stored == BF16:
                 problem = f"is stored in 16 bits, but a config group makes it {runs}: {runtime} finds no codes for it"
                 remedy = f"take it off that group, or ignore it, in {CONFIG_FILE}"
-                self.findings.error("wrong_format", self._spelt(module), problem, remedy)
+                self.findings.error("wrong_format", self.spelt(module), problem, remedy)
             elif runs != stored:
                 self._wrong_parts(module, runs, stored)
         if runs != BF16:
@@ -258,7 +258,7 @@ class GroupsCheck:
             return
         if odd is None or stored != _UNKNOWN:
             problem = f"is stored as {stored}, but its config group makes it {runs}"
-            self.findings.error("wrong_format", self._spelt(module), problem, f"name it in the group of {stored}")
+            self.findings.error("wrong_format", self.spelt(module), problem, f"name it in the group of {stored}")
             return
         wanted, held = odd
         if held is None:
@@ -273,7 +273,7 @@ class GroupsCheck:
         self.findings.error(kind, held.name, problem, EXPORT_AGAIN)
 
     def _missing(self, name: str) -> None:
-        spelt = f"{self._spelt(name.rpartition('.')[0])}.{name.rpartition('.')[2]}"
+        spelt = f"{self.spelt(name.rpartition('.')[0])}.{name.rpartition('.')[2]}"
         self.findings.error(
             "missing_tensor",
             spelt,
@@ -378,7 +378,7 @@ class GroupsCheck:
             if stored not in (None, _UNKNOWN, meant):
                 self.findings.error(
                     "wrong_format",
-                    self._spelt(module),
+                    self.spelt(module),
                     f"is stored in {stored}, but the manifest promises {meant}",
                     EXPORT_AGAIN,
                 )

@@ -49,7 +49,7 @@ class FormatsCheck(Subject):
         """Check one layer of the runtime."""
         runtime, decision = self.rules.runtime, self.decisions[layer]
         stored = {module: held for module in layer.modules if (held := self._stored(module)) is not None}
-        where = self._spelt(layer.modules[0])
+        where = self.spelt(layer.modules[0])
         quantised = {module: held != BF16 for module, held in stored.items()}
         if len(set(quantised.values())) > 1:
             self.wrong.update(stored)
@@ -70,7 +70,7 @@ class FormatsCheck(Subject):
             self.wrong.update(others)
             self.findings.error(
                 "wrong_format",
-                self._spelt(others[0]),
+                self.spelt(others[0]),
                 f"is stored in {stored[others[0]]}, but {runtime} would run it in {decision.format}",
                 "make quant_algo say how it is stored, or export again",
             )
@@ -208,7 +208,7 @@ class FormatsCheck(Subject):
             if stored is not None and module not in self.wrong and stored != promised.get(module, BF16):
                 self.findings.error(
                     "wrong_format",
-                    self._spelt(module),
+                    self.spelt(module),
                     f"is stored in {stored}, but the manifest promises {promised.get(module, BF16)}",
                     EXPORT_AGAIN,
                 )

@@ -28,7 +28,7 @@ class KvCacheCheck(ScalesCheck):
                 if f"{name}.{leaf}" not in held:
                     self.findings.error(
                         "missing_tensor",
-                        self._spelt(f"{name}.{leaf[0]}_proj.{leaf}"),
+                        self.spelt(f"{name}.{leaf[0]}_proj.{leaf}"),
                         f"isn't there, though the KV cache is {asked}: {self.rules.runtime} would use another",
                         EXPORT_AGAIN,
                     )

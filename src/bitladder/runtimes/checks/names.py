@@ -32,7 +32,7 @@ class NamesCheck(Subject):
             if name not in self.tensors.weights:
                 self.findings.error(
                     "missing_tensor",
-                    self._spelt(name),
+                    self.spelt(name),
                     f"isn't there: {runtime} would use whatever its memory holds",
                     EXPORT_AGAIN,
                 )

@@ -95,7 +95,7 @@ class Subject:
             if any(tensor.name.startswith(old) for tensor in self.files.tensors)
         ]
 
-    def _spelt(self, name: str) -> str:
+    def spelt(self, name: str) -> str:
         """Return the checkpoint's name of a module or tensor."""
         for new, old in self._prefixes:
             if name.startswith(new):

@@ -4,14 +4,15 @@ In steps, each written to RESULT as soon as it is finished:
 
 1. `imported`: vLLM's version, the device, its driver, the versions that matter;
 2. `built`: the engine of the 16-bit model, with random weights, as its files aren't read; its settings as they came
-   out, and the shape of each of its linear layers;
+   out, and the shape of each of its linear layers, of one rank's part where several ranks share them;
 3. `timed`: seconds of batches of requests, with one token of output and with many, as `child_serve.py` takes them;
 4. one step a format: for every shape and number of tokens, the seconds of a layer that vLLM makes for that format
    (weights in the kernel's form), with the rounding of its input and, where that is an operation, of it alone.
 
 A layer's seconds are those on the device. In service other layers' weights pass through the GPU's cache between two
 calls of one layer, so a chain of layers of one shape is timed whose weights are some times larger than that cache, as
-one CUDA graph, from which gaps of the host are absent. On a CPU the chain is timed by the clock.
+one CUDA graph, from which gaps of the host are absent. On a CPU the chain is timed by the clock. A layer that ranks
+share is timed as the part that one of them holds, without what they tell one another, which the engine's seconds have.
 
 Nothing is judged here; `profiling.py` does that, and says what JOB holds. Runs under vLLM's environment: the standard
 library, torch and vllm only. Written for vLLM 0.25.1 and 0.32.0.
@@ -21,6 +22,7 @@ import contextlib
 import copy
 import gc
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -45,6 +47,9 @@ _WARM = 2
 _spec: Any = importlib.util.spec_from_file_location("child_serve", Path(__file__).with_name("child_serve.py"))
 serving = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(serving)
+
+if __name__ == "__mp_main__":  # a rank that was spawned imports this script again: it needs the loader as well
+    serving._sibling("child_random").register()
 
 
 def device_facts(gpu: bool) -> Facts:
@@ -82,11 +87,15 @@ def engine_facts(llm: Any) -> Facts:
 
 
 def linear_layers(model: Any) -> list[Facts]:
-    """Return every linear layer: its name and shape as vLLM has it, fused."""
+    """Return every linear layer: its name and shape as vLLM has it, fused; of a split one this rank's part."""
     from vllm.model_executor.layers.linear import LinearBase
 
     return [
-        {"name": name, "out_features": module.output_size, "in_features": module.input_size}
+        {
+            "name": name,
+            "out_features": getattr(module, "output_size_per_partition", module.output_size),
+            "in_features": getattr(module, "input_size_per_partition", module.input_size),
+        }
         for name, module in model.named_modules()
         if isinstance(module, LinearBase)
     ]
@@ -251,16 +260,51 @@ def profile_format(bench: Bench, format_: Facts, shapes: list[list[int]], tokens
     return found
 
 
+def check_ranks(ranks: int, gpu: bool) -> None:
+    """See that a device is there for each rank.
+
+    Raises:
+        RuntimeError: there are fewer.
+    """
+    import torch
+
+    if gpu and torch.cuda.device_count() < ranks:
+        raise RuntimeError(
+            f"the engine of tensor_parallel {ranks} runs on {ranks} GPUs, and {torch.cuda.device_count()} are here; "
+            "profile on the machine that will serve"
+        )
+    if not gpu:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # of the ranks' processes: see `runtime_facts`
+
+
+def alone(config: Any) -> Any:
+    """Let layers be made in this process, where the ranks are others; return the engine's settings for one rank."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.utils.network_utils import get_distributed_init_method, get_open_port
+
+    own = copy.copy(config)
+    own.parallel_config = copy.copy(config.parallel_config)
+    own.parallel_config.tensor_parallel_size = own.parallel_config.world_size = 1
+    with set_current_vllm_config(own):
+        place = get_distributed_init_method("127.0.0.1", get_open_port())
+        parallel_state.init_distributed_environment(1, 0, place, 0, "gloo")
+        parallel_state.initialize_model_parallel(1, 1)
+    return own
+
+
 def profile(job: Facts, report: Any) -> None:
     """Do the job, step by step."""
+    ranks = job["tensor_parallel"]
     with report.step("imported") as facts:
         facts["runtime"] = serving.runtime_facts()
         gpu = facts["runtime"]["gpu"]
         facts["gpu"] = device_facts(gpu)
+    check_ranks(ranks, gpu)
     with report.step("built") as facts:
         load_format = serving._sibling("child_random").register()
         # a CPU's engine runs eagerly, whatever is asked of a GPU's
-        engine = {**(job["engine"] if gpu else {}), "load_format": load_format}
+        engine = {**(job["engine"] if gpu else {}), "load_format": load_format, "tensor_parallel_size": ranks}
         llm = serving.build({**job, "engine": engine}, gpu)
         facts["engine"] = engine_facts(llm)
         facts["layers"] = llm.apply_model(linear_layers)[0]
@@ -269,7 +313,8 @@ def profile(job: Facts, report: Any) -> None:
         for load in job["loads"]:
             shown = {key: load[key] for key in ("requests", "prompt_tokens", "output_tokens")}
             facts["loads"].append({**shown, **serving.timings(llm, load)})
-    bench = Bench(llm.llm_engine.vllm_config, gpu, report.content["gpu"].get("cache_bytes", 0))
+    config = llm.llm_engine.vllm_config
+    bench = Bench(config if ranks == 1 else alone(config), gpu, report.content["gpu"].get("cache_bytes", 0))
     report.content.update(linears={}, refused={})
     for name, one in job["formats"].items():
         with report.step(name) as facts:

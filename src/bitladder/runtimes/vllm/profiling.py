@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from bitladder.errors import ProbeFailed, UnsupportedModel
 from bitladder.formats import COMPRESSED_TENSORS, get_format, why_not
+from bitladder.models.splitting import Split
+from bitladder.models.weights import read_config
 from bitladder.records import (
     BF16,
     EngineSettings,
@@ -59,9 +61,13 @@ def rules_of(version: str) -> type[VllmRules]:
 
 
 def servable(version: str) -> tuple[str, ...]:
-    """Return the formats that this release of vLLM runs, by its rules; those of compressed-tensors' layout as well."""
+    """Return the formats that this release of vLLM runs, by its rules; those of compressed-tensors' layout as well.
+
+    Where a release's rules of that layout weren't read, those of the newest one are asked: what doesn't run is told.
+    """
     rules = rules_of(version)
-    return tuple(name for name in dict.fromkeys((*rules.SUPPORT, *rules.CARRIED)) if rules.why_not(name) is None)
+    carried = rules.CARRIED or VllmRules.CARRIED
+    return tuple(name for name in dict.fromkeys((*rules.SUPPORT, *carried)) if rules.why_not(name) is None)
 
 
 def layer_config(name: str, rules: type[VllmRules]) -> dict[str, Any]:
@@ -94,8 +100,9 @@ def profile_job(
     engine: Mapping[str, Any] | None = None,
     loads: Sequence[SpeedJob] = LOADS,
     tokens: Sequence[int] = TOKENS,
+    tensor_parallel: int = 1,
 ) -> dict[str, Any]:
-    """Return the job as the child reads it; see `profile`."""
+    """Return the job as the child reads it; see `profile`, but that `groups` are as one rank holds them."""
     most = max(load.requests for load in loads)
     longest = max(load.prompt_tokens + load.output_tokens for load in loads)
     shapes: dict[str, dict[tuple[int, int], None]] = {name: {} for name in (BF16, *formats)}
@@ -108,6 +115,7 @@ def profile_job(
     return {
         **child_job(directory, ServeJob(speed=SpeedJob(most, longest - 1, 1))),
         "engine": dict(engine or {}),
+        "tensor_parallel": tensor_parallel,
         "loads": [asdict(load) for load in loads],
         "tokens": list(tokens),
         "formats": {
@@ -128,9 +136,12 @@ def profile(
     engine: Mapping[str, Any] | None = None,
     loads: Sequence[SpeedJob] = LOADS,
     tokens: Sequence[int] = TOKENS,
+    tensor_parallel: int = 1,
     timeout: float = 1800.0,
 ) -> Profile:
     """Have vLLM time a model's layers and its engine in 16 bits, and return what it took.
+
+    Where several ranks share the model, the layers are the parts that one of them holds.
 
     Args:
         directory: of the model in 16 bits; of its files the configuration and the tokenizer are read, no weights.
@@ -141,16 +152,29 @@ def profile(
         engine: more arguments of `vllm.LLM`, used on a GPU.
         loads: what the engine is given, as far as the model holds so many tokens.
         tokens: of a layer's input.
+        tensor_parallel: ranks that share the model, a GPU each.
         timeout: seconds.
 
     Raises:
         ProbeFailed: the engine doesn't serve the model, or 16 bits can't be timed. BitladderError: no vLLM there.
+        UnsupportedModel: the model can't be split among so many ranks.
     """
+    split = Split.of(read_config(directory), tensor_parallel)
+    groups = [split.group(group) for group in groups]
     version, meter = vllm_version(python), Meter()
     wanted = servable(version) if formats is None else formats
     rules, most = rules_of(version), most_tokens(directory)
     loads = [one for one in loads if most is None or one.prompt_tokens + one.output_tokens <= most]
-    job = profile_job(directory, groups, wanted, rules=rules, engine=engine, loads=loads, tokens=tokens)
+    job = profile_job(
+        directory,
+        groups,
+        wanted,
+        rules=rules,
+        engine=engine,
+        loads=loads,
+        tokens=tokens,
+        tensor_parallel=tensor_parallel,
+    )
     outcome = run_child(python, SCRIPT, job, timeout=timeout, environment=ENVIRONMENT)
     if "linears" not in outcome.result:
         error = outcome.result.get("error", {"type": "exit status", "message": str(outcome.returncode)})
@@ -165,11 +189,13 @@ def profile(
         name: {"type": "shape", "message": _NO_SHAPE, "line": ""} for name in wanted if name not in job["formats"]
     }
     found = {**outcome.result, "refused": {**untimed, **outcome.result["refused"]}}
-    return profile_of(found, groups, model, meter)
+    return profile_of(found, groups, model, meter, tensor_parallel)
 
 
-def profile_of(result: Mapping[str, Any], groups: Sequence[QuantGroup], model: str, meter: Meter) -> Profile:
-    """Return the record of what the child found.
+def profile_of(
+    result: Mapping[str, Any], groups: Sequence[QuantGroup], model: str, meter: Meter, tensor_parallel: int = 1
+) -> Profile:
+    """Return the record of what the child found; `groups` are as one rank holds them.
 
     Raises:
         ProbeFailed: 16 bits weren't timed, or vLLM makes other layers of the model than its groups are.
@@ -197,6 +223,7 @@ def profile_of(result: Mapping[str, Any], groups: Sequence[QuantGroup], model: s
         runtime="vllm",
         version=runtime["version"],
         versions=runtime["versions"],
+        tensor_parallel=tensor_parallel,
         engine=EngineSettings.model_validate(result["engine"]),
         layers=tuple(
             TimedLayer(

@@ -27,6 +27,7 @@ class VllmRules(Rules):
 
     runtime = "vllm"
     version = "0.32.0"
+    splits = True
     SUPPORT: ClassVar = {
         "fp8": Support("ModelOptLinearMethod", 80, None, _MODELOPT.format(version)),
         "fp8_pc_pt": Support(
