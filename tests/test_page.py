@@ -36,6 +36,7 @@ from test_report import (
 )
 from test_report_evidence import make_evidence, report_with
 from test_report_runtimes import MISSING, make_probe
+from test_report_speed import report_with_speeds
 from test_report_verdict import two_formats
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -139,6 +140,7 @@ def two_formats_report():
 
 
 REPORTS["two formats"] = two_formats_report
+REPORTS["speeds"] = lambda: report_with_speeds()[2]
 
 
 def two_sets_report():
@@ -261,10 +263,12 @@ def test_the_pages_numbers_are_those_of_report_json(tmp_path):
     assert [g["scores"]["fp8"]["score"] for g in data["groups"]] == [
         g["sensitivities"][0]["score"] for g in record["groups"]
     ]
-    kept = ("target", "effective_bits", "weight_bytes", "predicted_score", "kl", "low", "high", "formats")
-    assert [[p[key] for key in kept] for p in data["curves"][0]["points"]] == [
-        [p[key] for key in kept] for p in record["frontier"]["curves"][0]["points"]
-    ]
+    planned = json.loads(report_with_speeds()[2].model_dump_json())["frontier"]["curves"]
+    for drawn, curves in ((data, record["frontier"]["curves"]), (plot_data(report_with_speeds()[2]), planned)):
+        for curve, own in zip(drawn["curves"], curves, strict=True):
+            assert [{key: p[key] for key in q} for p, q in zip(curve["points"], own["points"], strict=True)] == own[
+                "points"
+            ]
 
 
 def test_the_card_has_its_tiles_and_how_to_serve_it():
@@ -411,7 +415,7 @@ def test_every_report_opens_and_fits(opened, name, size):
     page.wait_for_selector("#pictures svg")
     wide, seen = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert wide <= seen
-    assert page.locator("h1").inner_text() == ("m" if name.startswith("40") else "tiny-lm")
+    assert page.locator("h1").inner_text() == ("m" if name.startswith(("40", "speeds")) else "tiny-lm")
     assert page.locator("#pictures figure:not([hidden]) svg").count() == min(len(report.schemes), FIRST_PICTURES)
     inside = "e => e.scrollWidth <= e.clientWidth + 1"
     assert page.locator("table.schemes").evaluate(inside)  # the table of schemes needs no scrolling
@@ -501,6 +505,33 @@ def test_the_planners_line_makes_the_plan_that_is_shown(opened, curve):
     assert len(seen) >= 4
     page.keyboard.press("End")
     assert "groups differ from" in page.locator("#plan-near").inner_text()
+
+
+@pytest.mark.parametrize("curve", [0, 1, 3, 4])  # all formats, FP8 alone; along the speed of prefill, of decoding
+def test_the_planner_shows_the_reports_speeds(opened, curve):
+    report = report_with_speeds()[2]
+    page, drawn = opened(report), report.frontier.curves[curve]
+    page.select_option("#plan-formats", str(curve))
+    ends = ("Fewer bits", "more bits") if drawn.along == "bits" else ("Slower", "faster")
+    assert (page.locator("#plan-less").inner_text(), page.locator("#plan-more").inner_text()) == ends
+    page.locator("#slider").focus()
+    page.keyboard.press("Home")
+    for point in drawn.points[:5]:
+        ratios = f"{point.prefill_ratio:.2f}×", f"{point.decode_ratio:.2f}×"
+        assert page.locator("#plan-speed").inner_text() == " / ".join(ratios)
+        said = page.locator("#slider").get_attribute("aria-valuetext")
+        bits = f"{point.effective_bits:.2f} effective bits"
+        assert said == f"{bits}, {ratios[0]} at prefill, {ratios[1]} at decoding"
+        (entry,) = yaml.safe_load(page.locator("#plan-recipe").inner_text())
+        assert entry.get("speed", {}).get(drawn.along, entry.get("effective_bits")) == point.target
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#plan-speed-of").inner_text() == "prefill / decoding, of 16 bits on Invented GPU"
+
+
+def test_without_a_profile_the_planner_shows_no_speed(opened):
+    page = opened(two_formats_report())
+    assert page.locator("#plan-speed").count() == 0
+    assert page.locator("#plan-formats option").count() == 3
 
 
 def test_figures_can_be_saved_and_commands_copied(opened):
