@@ -15,14 +15,16 @@ import yaml
 from bitladder.errors import OutputError
 from bitladder.planning import plan, plan_all
 from bitladder.recipe import SchemeSpec
-from bitladder.records import Throughput
+from bitladder.records import TaskSummary, Throughput
 from bitladder.report import build_report, render_html, render_markdown, write_figures, write_report
+from bitladder.report.damage import damage_of
 from bitladder.report.ladder import Ladder
-from bitladder.report.numbers import markdown_table
+from bitladder.report.numbers import markdown_table, narrow
 from bitladder.report.page import FIRST_PICTURES, html_table, inline
 from bitladder.report.parts import chips_of, findings_of_runtimes, runs_in_words, runtime_matrix, verdict_card
 from bitladder.report.plots import plot_data
 from bitladder.report.public import shorten
+from bitladder.report.verdict import decide, verdict
 from test_planning import measurement_of
 from test_report import (
     HELD_OUT,
@@ -140,6 +142,29 @@ def two_formats_report():
 
 
 REPORTS["two formats"] = two_formats_report
+
+
+def tasks_report():
+    """Two tasks: on one the smaller scheme, which has the least KL, is surely worse than the original."""
+    report = make_report(task=True)
+    asked = TaskSummary(source="package:questions.jsonl", sha256="0" * 64, samples=500, harness="lm-eval 0.4.13")
+    told_of = dict.fromkeys(("novel_endings", "novel_words"), asked)
+    schemes = []
+    for scheme in report.schemes:
+        *others, task = scheme.results
+        lost = 12 if scheme.name == "top50" else 1
+        told = [
+            task.model_copy(update={"split": name, "value": right / 500, "reference": 0.8})
+            for name, right in (("novel_endings", 401), ("novel_words", 400 - 4 * lost))
+        ]
+        results = (*others, *told)
+        schemes.append(scheme.model_copy(update={"results": results, "damage": damage_of(results)}))
+    report = report.model_copy(update={"schemes": tuple(schemes), "tasks": told_of})
+    report = report.model_copy(update={"decision": decide(report)})
+    return report.model_copy(update={"verdict": verdict(report)})
+
+
+REPORTS["tasks"] = tasks_report
 REPORTS["speeds"] = lambda: report_with_speeds()[2]
 
 
@@ -181,11 +206,37 @@ def test_the_page_says_the_numbers_of_the_markdown():
     report = report_with()
     page = words_of(re.sub(r"<[^>]+>", " ", re.sub(r"<script.*?</script>", "", render_html(report), flags=re.DOTALL)))
     assert words_of(f" {report.verdict} ".replace("`", " ")).strip() in page
-    rows = tables(render_markdown(report))[0][2:]
-    assert len(rows) == 5
-    for scheme, _, coverage, bits, _, _, predicted, kl, perplexity, *_ in rows[2:]:
-        for shown in (scheme, coverage, bits, predicted, kl, perplexity):
-            assert shown in page
+    summary, asked = (table[2:] for table in tables(render_markdown(report))[:2])
+    assert (len(summary), len(asked)) == (5, 4)
+    for scheme, bits, _, kl, perplexity, *_ in summary[2:]:
+        assert all(shown in page for shown in (scheme, bits, kl, perplexity))
+    for scheme, _, coverage, _, predicted, *_ in asked[1:]:
+        assert all(shown in page for shown in (scheme, coverage, predicted))
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_no_table_of_the_markdown_has_eight_columns(name):
+    found = tables(render_markdown(REPORTS[name]()))
+    assert len(found) > 5
+    assert all(len({len(row) for row in table}) == 1 and len(table[0]) < 8 for table in found)
+
+
+@pytest.mark.parametrize(
+    ("columns", "blocks", "shapes"),
+    [
+        (7, (), [7]),
+        (8, (), [5, 5]),  # both have the two columns that are kept
+        (19, (4, 4), [6, 6, 6, 7]),
+    ],
+)
+def test_a_wide_table_is_several_that_have_all_of_its_cells(columns, blocks, shapes):
+    header, rows = [f"c{i}" for i in range(columns)], [[f"{r}{i}" for i in range(columns)] for r in "ab"]
+    found = tables(narrow(markdown_table(header, rows, left=3), 2, blocks))
+    assert [len(table[0]) for table in found] == shapes
+    for place, own in enumerate([header, *rows]):
+        lines = [[table[0], *table[2:]][place] for table in found]
+        assert all(line[:2] == own[:2] for line in lines)
+        assert own == [*own[:2], *(cell for line in lines for cell in line[2:])]
 
 
 def test_nothing_of_a_report_becomes_markup():
@@ -303,6 +354,26 @@ def report_of_a_loaded_scheme():
     ]
     settings = {"layout": {"checkpoints": "out dir/{scheme}"}}
     return build_report(settings, measurement, schemes, manifests, None, evaluations, [], probes=probes)
+
+
+def test_of_several_tasks_the_worst_is_named_everywhere():
+    report = tasks_report()
+    lost = next(scheme for scheme in report.schemes if scheme.name == "top50")
+    assert lost.damage == "noticeable"
+    assert report.decision.take == "top25"  # top50 was nearly lossless by its KL
+    said = "accuracy on novel_words, the worst of 2 tasks, 79.2% against the original's 80.0%"
+    assert said in report.decision.advice
+    assert "surely worse than the original on novel_words: `top50` (70.4% against 80.0%)" in report.decision.notes
+    tiles = {tile["label"]: tile for tile in verdict_card(report, Ladder(report))["tiles"]}
+    assert tiles["Worst of 2 tasks"]["value"] == "79.2%"
+    assert tiles["Worst of 2 tasks"]["detail"] == "novel_words; the original’s: 80.0%; 500 questions"
+    assert {"text": "worse on novel_words", "tone": "bad"} in chips_of(report, lost)
+    page = render_html(report)
+    assert page_rows(page)["top50"]["worst task"] == "−9.6 points novel_words: 70.4%"
+    for words in ("accuracy on novel_endings</dt>", "80.2% ± 1.0%; the original’s: 80.0%, +0.2 points"):
+        assert words in page
+    row = next(row for row in tables(render_markdown(report))[0] if row[0] == "top50")
+    assert row[-1] == "novel_words −9.6"
 
 
 def test_the_matrix_of_runtimes_says_how_far_each_came():

@@ -1,8 +1,8 @@
 """What else could be planned: the exact frontier, at round targets of effective bits and of predicted speed.
 
 Each point is what a recipe's `effective_bits: target` or `speed: {decode: target}` would plan, so that the page can
-show it and name the line that makes it. With several formats, each one beside bf16 has its own frontier as well: what it is
-worth to mix them.
+show it and name the line that makes it. With several formats, each one beside bf16 has its own frontier as well: what
+it is worth to mix them.
 """
 
 import math
