@@ -588,11 +588,11 @@ def test_the_planner_shows_the_reports_speeds(opened, curve):
     page.locator("#slider").focus()
     page.keyboard.press("Home")
     for point in drawn.points[:5]:
-        ratios = f"{point.prefill_ratio:.2f}×", f"{point.decode_ratio:.2f}×"
-        assert page.locator("#plan-speed").inner_text() == " / ".join(ratios)
+        ratios = f"{point.prefill_ratio:.2f}", f"{point.decode_ratio:.2f}"
+        assert page.locator("#plan-speed").inner_text() == f"{ratios[0]} / {ratios[1]}×"
         said = page.locator("#slider").get_attribute("aria-valuetext")
         bits = f"{point.effective_bits:.2f} effective bits"
-        assert said == f"{bits}, {ratios[0]} at prefill, {ratios[1]} at decoding"
+        assert said == f"{bits}, {ratios[0]}× at prefill, {ratios[1]}× at decoding"
         (entry,) = yaml.safe_load(page.locator("#plan-recipe").inner_text())
         assert entry.get("speed", {}).get(drawn.along, entry.get("effective_bits")) == point.target
         page.keyboard.press("ArrowRight")
