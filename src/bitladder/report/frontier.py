@@ -120,11 +120,12 @@ class _Curves:
         return PlannedCurve(formats=formats, along=along, points=tuple(points.values()), left_out=tuple(left_out))
 
     def _point(self, target: float, chosen: Mapping[str, str]) -> PlannedPoint:
+        scores = {item: self._scores[item] for item in chosen.items() if item[1] != BF16}
         parts = {
-            name: math.fsum(self._scores[item] for item in chosen.items() if item[1] == name)
+            name: math.fsum(score for item, score in scores.items() if item[1] == name)
             for name in self._measurement.formats
         }
-        score = math.fsum(parts.values())
+        score = math.fsum(scores.values())
         guess = self._kl_map.predict(parts) if self._kl_map else None
         own = score if self._measurement.score_unit == "nats per token" else None
         return PlannedPoint(
