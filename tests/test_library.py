@@ -31,6 +31,7 @@ from bitladder.records import (
 )
 from bitladder.steps.workspace import Workspace
 from conftest import llama_config, make_text, save_model
+from test_report import tables
 
 MANIFEST = Path(__file__).parent / "data" / "qwen2_5_vl_3b_instruct_fp8_autoquant_manifest.json"
 HEAVY = ("torch", "transformers", "modelopt", "scipy")
@@ -307,9 +308,11 @@ def test_what_computes_nothing_imports_no_numpy(finished, recipe, tmp_path):
 
 def _check_devices(page, formats):
     """Check that the table of devices says of each uniform scheme what they make of its own format, and of no other."""
-    lines = [line.strip("| ").split(" | ") for line in page.splitlines()]
-    header = next(line for line in lines if line[:2] == ["device", "scored and evaluated so"])
-    rows = {line[0]: dict(zip(header, line, strict=True)) for line in lines if len(line) == len(header)}
+    rows = {generation.title: {} for generation in TARGETS.values()}
+    for header, _, *lines in tables(page):
+        if header[:2] == ["device", "scored and evaluated so"]:
+            for line in lines:
+                rows[line[0]] |= dict(zip(header, line, strict=True))
     for generation in TARGETS.values():
         for name in formats:
             how, says = generation.arithmetic.get(name), "as stored"

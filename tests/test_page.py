@@ -15,14 +15,16 @@ import yaml
 from bitladder.errors import OutputError
 from bitladder.planning import plan, plan_all
 from bitladder.recipe import SchemeSpec
-from bitladder.records import Throughput
+from bitladder.records import TaskSummary, Throughput
 from bitladder.report import build_report, render_html, render_markdown, write_figures, write_report
+from bitladder.report.damage import damage_of
 from bitladder.report.ladder import Ladder
-from bitladder.report.numbers import markdown_table
+from bitladder.report.numbers import markdown_table, narrow
 from bitladder.report.page import FIRST_PICTURES, html_table, inline
 from bitladder.report.parts import chips_of, findings_of_runtimes, runs_in_words, runtime_matrix, verdict_card
 from bitladder.report.plots import plot_data
 from bitladder.report.public import shorten
+from bitladder.report.verdict import decide, verdict
 from test_planning import measurement_of
 from test_report import (
     HELD_OUT,
@@ -36,6 +38,7 @@ from test_report import (
 )
 from test_report_evidence import make_evidence, report_with
 from test_report_runtimes import MISSING, make_probe
+from test_report_speed import report_with_speeds
 from test_report_verdict import two_formats
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -141,6 +144,30 @@ def two_formats_report():
 REPORTS["two formats"] = two_formats_report
 
 
+def tasks_report():
+    """Two tasks: on one the smaller scheme, which has the least KL, is surely worse than the original."""
+    report = make_report(task=True)
+    asked = TaskSummary(source="package:questions.jsonl", sha256="0" * 64, samples=500, harness="lm-eval 0.4.13")
+    told_of = dict.fromkeys(("novel_endings", "novel_words"), asked)
+    schemes = []
+    for scheme in report.schemes:
+        *others, task = scheme.results
+        lost = 12 if scheme.name == "top50" else 1
+        told = [
+            task.model_copy(update={"split": name, "value": right / 500, "reference": 0.8})
+            for name, right in (("novel_endings", 401), ("novel_words", 400 - 4 * lost))
+        ]
+        results = (*others, *told)
+        schemes.append(scheme.model_copy(update={"results": results, "damage": damage_of(results)}))
+    report = report.model_copy(update={"schemes": tuple(schemes), "tasks": told_of})
+    report = report.model_copy(update={"decision": decide(report)})
+    return report.model_copy(update={"verdict": verdict(report)})
+
+
+REPORTS["tasks"] = tasks_report
+REPORTS["speeds"] = lambda: report_with_speeds()[2]
+
+
 def two_sets_report():
     """Two held-out sets, a task, and a runtime that doesn't take a checkpoint: as many columns as there are."""
     report = make_report(task=True)
@@ -179,11 +206,37 @@ def test_the_page_says_the_numbers_of_the_markdown():
     report = report_with()
     page = words_of(re.sub(r"<[^>]+>", " ", re.sub(r"<script.*?</script>", "", render_html(report), flags=re.DOTALL)))
     assert words_of(f" {report.verdict} ".replace("`", " ")).strip() in page
-    rows = tables(render_markdown(report))[0][2:]
-    assert len(rows) == 5
-    for scheme, _, coverage, bits, _, _, predicted, kl, perplexity, *_ in rows[2:]:
-        for shown in (scheme, coverage, bits, predicted, kl, perplexity):
-            assert shown in page
+    summary, asked = (table[2:] for table in tables(render_markdown(report))[:2])
+    assert (len(summary), len(asked)) == (5, 4)
+    for scheme, bits, _, kl, perplexity, *_ in summary[2:]:
+        assert all(shown in page for shown in (scheme, bits, kl, perplexity))
+    for scheme, _, coverage, _, predicted, *_ in asked[1:]:
+        assert all(shown in page for shown in (scheme, coverage, predicted))
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_no_table_of_the_markdown_has_eight_columns(name):
+    found = tables(render_markdown(REPORTS[name]()))
+    assert len(found) > 5
+    assert all(len({len(row) for row in table}) == 1 and len(table[0]) < 8 for table in found)
+
+
+@pytest.mark.parametrize(
+    ("columns", "blocks", "shapes"),
+    [
+        (7, (), [7]),
+        (8, (), [5, 5]),  # both have the two columns that are kept
+        (19, (4, 4), [6, 6, 6, 7]),
+    ],
+)
+def test_a_wide_table_is_several_that_have_all_of_its_cells(columns, blocks, shapes):
+    header, rows = [f"c{i}" for i in range(columns)], [[f"{r}{i}" for i in range(columns)] for r in "ab"]
+    found = tables(narrow(markdown_table(header, rows, left=3), 2, blocks))
+    assert [len(table[0]) for table in found] == shapes
+    for place, own in enumerate([header, *rows]):
+        lines = [[table[0], *table[2:]][place] for table in found]
+        assert all(line[:2] == own[:2] for line in lines)
+        assert own == [*own[:2], *(cell for line in lines for cell in line[2:])]
 
 
 def test_nothing_of_a_report_becomes_markup():
@@ -261,10 +314,12 @@ def test_the_pages_numbers_are_those_of_report_json(tmp_path):
     assert [g["scores"]["fp8"]["score"] for g in data["groups"]] == [
         g["sensitivities"][0]["score"] for g in record["groups"]
     ]
-    kept = ("target", "effective_bits", "weight_bytes", "predicted_score", "kl", "low", "high", "formats")
-    assert [[p[key] for key in kept] for p in data["curves"][0]["points"]] == [
-        [p[key] for key in kept] for p in record["frontier"]["curves"][0]["points"]
-    ]
+    planned = json.loads(report_with_speeds()[2].model_dump_json())["frontier"]["curves"]
+    for drawn, curves in ((data, record["frontier"]["curves"]), (plot_data(report_with_speeds()[2]), planned)):
+        for curve, own in zip(drawn["curves"], curves, strict=True):
+            assert [{key: p[key] for key in q} for p, q in zip(curve["points"], own["points"], strict=True)] == own[
+                "points"
+            ]
 
 
 def test_the_card_has_its_tiles_and_how_to_serve_it():
@@ -299,6 +354,26 @@ def report_of_a_loaded_scheme():
     ]
     settings = {"layout": {"checkpoints": "out dir/{scheme}"}}
     return build_report(settings, measurement, schemes, manifests, None, evaluations, [], probes=probes)
+
+
+def test_of_several_tasks_the_worst_is_named_everywhere():
+    report = tasks_report()
+    lost = next(scheme for scheme in report.schemes if scheme.name == "top50")
+    assert lost.damage == "noticeable"
+    assert report.decision.take == "top25"  # top50 was nearly lossless by its KL
+    said = "accuracy on novel_words, the worst of 2 tasks, 79.2% against the original's 80.0%"
+    assert said in report.decision.advice
+    assert "surely worse than the original on novel_words: `top50` (70.4% against 80.0%)" in report.decision.notes
+    tiles = {tile["label"]: tile for tile in verdict_card(report, Ladder(report))["tiles"]}
+    assert tiles["Worst of 2 tasks"]["value"] == "79.2%"
+    assert tiles["Worst of 2 tasks"]["detail"] == "novel_words; the original’s: 80.0%; 500 questions"
+    assert {"text": "worse on novel_words", "tone": "bad"} in chips_of(report, lost)
+    page = render_html(report)
+    assert page_rows(page)["top50"]["worst task"] == "−9.6 points novel_words: 70.4%"
+    for words in ("accuracy on novel_endings</dt>", "80.2% ± 1.0%; the original’s: 80.0%, +0.2 points"):
+        assert words in page
+    row = next(row for row in tables(render_markdown(report))[0] if row[0] == "top50")
+    assert row[-1] == "novel_words −9.6"
 
 
 def test_the_matrix_of_runtimes_says_how_far_each_came():
@@ -411,7 +486,7 @@ def test_every_report_opens_and_fits(opened, name, size):
     page.wait_for_selector("#pictures svg")
     wide, seen = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert wide <= seen
-    assert page.locator("h1").inner_text() == ("m" if name.startswith("40") else "tiny-lm")
+    assert page.locator("h1").inner_text() == ("m" if name.startswith(("40", "speeds")) else "tiny-lm")
     assert page.locator("#pictures figure:not([hidden]) svg").count() == min(len(report.schemes), FIRST_PICTURES)
     inside = "e => e.scrollWidth <= e.clientWidth + 1"
     assert page.locator("table.schemes").evaluate(inside)  # the table of schemes needs no scrolling
@@ -501,6 +576,33 @@ def test_the_planners_line_makes_the_plan_that_is_shown(opened, curve):
     assert len(seen) >= 4
     page.keyboard.press("End")
     assert "groups differ from" in page.locator("#plan-near").inner_text()
+
+
+@pytest.mark.parametrize("curve", [0, 1, 3, 4])  # all formats, FP8 alone; along the speed of prefill, of decoding
+def test_the_planner_shows_the_reports_speeds(opened, curve):
+    report = report_with_speeds()[2]
+    page, drawn = opened(report), report.frontier.curves[curve]
+    page.select_option("#plan-formats", str(curve))
+    ends = ("Fewer bits", "more bits") if drawn.along == "bits" else ("Slower", "faster")
+    assert (page.locator("#plan-less").inner_text(), page.locator("#plan-more").inner_text()) == ends
+    page.locator("#slider").focus()
+    page.keyboard.press("Home")
+    for point in drawn.points[:5]:
+        ratios = f"{point.prefill_ratio:.2f}", f"{point.decode_ratio:.2f}"
+        assert page.locator("#plan-speed").inner_text() == f"{ratios[0]} / {ratios[1]}×"
+        said = page.locator("#slider").get_attribute("aria-valuetext")
+        bits = f"{point.effective_bits:.2f} effective bits"
+        assert said == f"{bits}, {ratios[0]}× at prefill, {ratios[1]}× at decoding"
+        (entry,) = yaml.safe_load(page.locator("#plan-recipe").inner_text())
+        assert entry.get("speed", {}).get(drawn.along, entry.get("effective_bits")) == point.target
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#plan-speed-of").inner_text() == "prefill / decoding, of 16 bits on Invented GPU"
+
+
+def test_without_a_profile_the_planner_shows_no_speed(opened):
+    page = opened(two_formats_report())
+    assert page.locator("#plan-speed").count() == 0
+    assert page.locator("#plan-formats option").count() == 3
 
 
 def test_figures_can_be_saved_and_commands_copied(opened):

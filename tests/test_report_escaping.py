@@ -68,7 +68,19 @@ class Tags(html.parser.HTMLParser):
 
 def hostile(part, mark, keep=()):
     """A copy of a record with `mark` at the end of every foreign text in it, keys included."""
-    fixed = {"metric", "unit", "control", "stage", "severity", "sha256", "format", "engine", "method", "carrier"}
+    fixed = {
+        "metric",
+        "unit",
+        "control",
+        "stage",
+        "severity",
+        "sha256",
+        "format",
+        "engine",
+        "method",
+        "carrier",
+        "along",
+    }
     fixed |= {"damage", "aim", *keep}
     if isinstance(part, BaseModel):
         fields = {

@@ -3,8 +3,9 @@
 import pytest
 
 from bitladder import planning, report
-from bitladder.recipe import SpeedSpec
+from bitladder.recipe import SchemeSpec, SpeedSpec
 from bitladder.records import BF16
+from bitladder.report.frontier import frontier_of, spec_of
 from bitladder.report.speeds import fastest
 from bitladder.report.types import PredictedSpeed
 from conftest import spec
@@ -14,8 +15,8 @@ from test_speed import ASKED, LAYERS, every_choice, model_of, served
 NAMES = ("fp8", "nvfp4")
 
 
-@pytest.fixture(scope="module")
-def made():
+def report_with_speeds():
+    """A measurement, schemes of it, and their report with a profile."""
     measurement = measurement_of(NAMES, layers=LAYERS, seed=4)
     model = model_of(measurement)
     asked = [
@@ -25,6 +26,11 @@ def made():
     ]
     schemes = planning.plan_all(measurement, asked, speed=model)
     return measurement, schemes, report.build_report({}, measurement, schemes, {}, None, {}, [], speed=model)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return report_with_speeds()
 
 
 def row_of(markdown, name):
@@ -122,3 +128,37 @@ def test_without_a_profile_nothing_is_said_of_speed():
     found = report.build_report({}, measurement, schemes, {}, None, {}, [])
     assert found.speeds is None
     assert "Speed, as predicted" not in report.render_markdown(found) + report.render_html(found)
+
+
+def test_the_planner_has_the_speed_of_every_plan_and_goes_along_it(made):
+    measurement, _, found = made
+    model, letters = model_of(measurement), found.frontier.letters
+    plain = served([BF16] * 2 * LAYERS, ASKED)
+    curves = {(curve.formats, curve.along): curve for curve in found.frontier.curves}
+    along = [(NAMES, phase) for phase in ("prefill", "decode")]
+    assert list(curves) == [(NAMES, "bits"), (("fp8",), "bits"), (("nvfp4",), "bits"), *along]
+    for curve in curves.values():
+        for point in curve.points:
+            times = served([letters[letter] for letter in point.formats], ASKED)
+            ratios = [before / now for before, now in zip(plain, times, strict=True)]
+            assert [point.prefill_ratio, point.decode_ratio] == pytest.approx(ratios, rel=1e-6)
+    for key in along:
+        points = curves[key].points
+        assert len(points) > 4
+        assert [point.target for point in points] == sorted({point.target for point in points})
+        for point in points:
+            asked = SchemeSpec.model_validate(spec_of(curves[key], point.target, NAMES))
+            scheme = planning.plan(measurement, asked, speed=model)
+            assert list(scheme.formats.values()) == [letters[letter] for letter in point.formats]
+            assert getattr(point, f"{key[1]}_ratio") >= point.target
+
+
+def test_the_planner_knows_no_speed_of_what_was_not_timed():
+    measurement = measurement_of(NAMES, layers=LAYERS)
+    model = model_of(measurement, formats=(BF16, "fp8"), refused={"nvfp4": "no kernel"})
+    frontier = frontier_of(measurement, None, model)
+    nvfp4 = next(letter for letter, name in frontier.letters.items() if name == "nvfp4")
+    points = [point for curve in frontier.curves for point in curve.points]
+    assert {(point.decode_ratio is None, nvfp4 in point.formats) for point in points} == {(True, True), (False, False)}
+    assert {curve.formats for curve in frontier.curves if curve.along != "bits"} == {("fp8",)}
+    assert all(curve.along == "bits" for curve in frontier_of(measurement, None).curves)

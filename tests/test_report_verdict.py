@@ -67,6 +67,15 @@ def test_a_task_suffers_where_questions_are_lost_that_chance_would_not_lose():
     assert damage_of([*others, result.model_copy(update={"paired": pairs[3]})]) == "nearly_lossless"
 
 
+def test_the_least_damage_is_that_of_a_scheme_that_loses_no_task():
+    kls = {"top25": 90e-3, "top50": 30e-3, "full": 60e-3}  # none is nearly lossless
+    assert "take `top50`" in verdict_of(kls, tasks=dict.fromkeys(CHOSEN, 0.94))
+    said = verdict_of(kls, tasks={"top25": 0.94, "top50": 0.80, "full": 0.80})
+    assert "take `top25` (KL 90 × 10⁻³ nats a token, " in said
+    assert "surely worse than the original on held_out: `top50` (80.0% against 94.8%), `full` (80.0%" in said
+    assert "take `top50`" in verdict_of(kls, tasks=dict.fromkeys(CHOSEN, 0.80))  # all lose it: by KL again
+
+
 def test_a_task_that_suffers_is_damage_whatever_the_kl():
     kls = {"top25": 1e-3, "top50": 1e-3, "full": 1e-3}  # the original's accuracy is 94.8%, its error 1.01%
     assert "Uniform" in verdict_of(kls, tasks={"full": 0.93})

@@ -254,10 +254,11 @@ def test_a_run_asks_the_tasks_once_and_reports_them(recipe, llama):
         assert evaluation.tasks[name].sha256 == questions.fingerprint(name, SAMPLES)
         assert evaluation.tasks[name].harness.startswith("lm-eval 0.4.")
     text = (work.output / "report.md").read_text()
-    (line,) = re.findall(r"^\| full \| novel_words \| evaluation \|.*$", text, re.M)
-    cells = [cell.strip() for cell in line.split("|")[4:-1]]
-    assert cells[:2] == [str(SAMPLES), f"{100 * result.value:.1f}% ± {100 * result.standard_error:.1f}%"]
-    assert "task accuracy on novel_endings" in text
+    line, _ = re.findall(r"^\| full \| novel_words \| evaluation \|.*$", text, re.M)
+    accuracy, original, _, asked = [cell.strip() for cell in line.split("|")[4:-1]]
+    assert (accuracy, asked) == (f"{100 * result.value:.1f}% ± {100 * result.standard_error:.1f}%", str(SAMPLES))
+    assert original == f"{100 * result.reference:.1f}%"
+    assert "worst task, points beside the original" in text
     assert report.splits == ("held_out",)
     again = work_of(with_tasks)
     run(again)

@@ -8,7 +8,7 @@ when it is called; planning and reporting need no torch.
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Verification,
     )
     from bitladder.report import Report
+    from bitladder.steps.card import Upload
     from bitladder.steps.preview import Ahead
 
 Tell = Callable[[str], None]
@@ -119,10 +120,13 @@ class Run:
         Raises:
             RecipeError: the recipe has no such scheme.
         """
+        self._check_scheme(scheme)
+        return Workspace(self.recipe, self.output).checkpoint_directory(scheme)
+
+    def _check_scheme(self, scheme: str) -> None:
         names = [spec.name for spec in self.recipe.schemes]
         if scheme not in names:
             raise RecipeError(f"the recipe has no scheme {scheme!r}; it has {', '.join(names)}")
-        return Workspace(self.recipe, self.output).checkpoint_directory(scheme)
 
     def run(self, measurement: str | os.PathLike[str] | None = None) -> "Report":
         """Do every step that isn't done yet, and return the report.
@@ -191,6 +195,35 @@ class Run:
             from bitladder.steps.export import export
 
             return export(work)
+
+    def export_to(self, directory: str | os.PathLike[str], scheme: str | None = None) -> "CheckpointManifest":
+        """Write one scheme's checkpoint to a directory outside the run, verify it, and return its manifest.
+
+        Args:
+            directory: it isn't there yet, or is empty; relative to the current directory.
+            scheme: which; None: the recipe has one only.
+
+        Raises:
+            OutputError: there is something in `directory`. VerificationFailed: what was written isn't the scheme's.
+        """
+        from bitladder.steps.glance import check_planned
+
+        names, place = [spec.name for spec in self.recipe.schemes], Path(os.path.abspath(directory))
+        if scheme is None and len(names) > 1:
+            raise RecipeError(f"one checkpoint goes there, and the recipe has {', '.join(names)}; name the scheme")
+        name = names[0] if scheme is None else scheme
+        self._check_scheme(name)
+
+        def look(work: Workspace) -> None:
+            from bitladder.steps.elsewhere import check_elsewhere
+
+            check_elsewhere(work, place)
+            check_planned(work)
+
+        with self._working(look) as work:
+            from bitladder.steps.elsewhere import export_elsewhere
+
+            return export_elsewhere(work, name, place)
 
     def verify(self) -> "Verification":
         """Read every byte of the checkpoints against their schemes, the source and each other.
@@ -261,6 +294,29 @@ class Run:
             from bitladder.steps.controls import evaluate_controls
 
             return evaluate_controls(work)
+
+    def cards(
+        self, schemes: Sequence[str] = (), *, base_model: str | None = None, license: str | None = None
+    ) -> "dict[str, Upload]":
+        """Write model cards again from the records that are there; return scheme -> what an upload to a hub needs.
+
+        Args:
+            schemes: whose checkpoints; empty: all that the recipe has.
+            base_model: id of the original on the Hub; None: the recipe's, or the one it came from.
+            license: id of its licence; None: the recipe's, or what the original's card says.
+
+        Raises:
+            RecordError: a scheme has no checkpoint yet.
+        """
+        from bitladder.steps.card import write_again
+
+        for scheme in schemes:
+            self._check_scheme(scheme)
+        given = {key: value for key, value in (("base_model", base_model), ("license", license)) if value is not None}
+        card = {**self.recipe.card.model_dump(), **given}
+        recipe = parse_recipe({**self.recipe.model_dump(), "card": card}, "card") if given else self.recipe
+        with self._working(loading=False, recipe=recipe) as work:
+            return write_again(work, schemes or [spec.name for spec in recipe.schemes])
 
     def report(self, *, figures: bool = False) -> "Report":
         """Write the report and the model cards from the records that are there.

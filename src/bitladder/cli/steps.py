@@ -13,7 +13,7 @@ from bitladder.errors import RecipeError
 
 if TYPE_CHECKING:
     from bitladder.library import Run
-    from bitladder.records import Measurement, Scheme
+    from bitladder.records import CheckpointManifest, Measurement, Scheme
     from bitladder.report import Report
 
 DEMO = "package:demo/recipe.yaml"
@@ -205,29 +205,54 @@ def _show_plan(measurement: "Measurement", schemes: "tuple[Scheme, ...]", place:
 
 
 @app.command()
-def export(recipe: RecipePath, output: Output = None) -> None:
+def export(
+    recipe: RecipePath,
+    output: Output = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="DIR", help="Write one checkpoint there, verified: a new or empty directory."),
+    ] = None,
+    scheme: Annotated[str | None, typer.Option("--scheme", help="Which goes there, of several.")] = None,
+) -> None:
     """Write one checkpoint per scheme; those that are there and intact are kept.
 
     Example: bitladder export recipes/demo.yaml
+
+    Example: bitladder export recipes/demo.yaml --scheme bits_8 --to /srv/models/digits-bits-8
     """
+    if to is None and scheme is not None:
+        raise RecipeError("--scheme goes with --to; without both, every scheme of the recipe is exported")
     with started(recipe, output) as work:
+        if to is not None:
+            _export_to(work, to, scheme)
+            return
         manifests = work.export()
     if answered(
         output=work.output,
         done=work.done,
-        checkpoints={
-            name: {
-                "directory": work.checkpoint(name),
-                "total_bytes": manifest.total_bytes,
-                "quantised_modules": len(manifest.modules),
-            }
-            for name, manifest in manifests.items()
-        },
+        checkpoints={name: _answer(work.checkpoint(name), manifest) for name, manifest in manifests.items()},
     ):
         return
     for name, manifest in manifests.items():
         console().print(f"{name}: {manifest.total_bytes:,} bytes, {len(manifest.modules)} quantised modules")
-    say(f"Checkpoints: {work.output / 'checkpoints'}")
+    for place in dict.fromkeys(work.checkpoint(name).parent for name in manifests):
+        say(f"Checkpoints: {place}")
+
+
+def _export_to(work: "Run", directory: Path, scheme: str | None) -> None:
+    """Export one scheme's checkpoint to a directory outside the run, and say what is there."""
+    manifest = work.export_to(directory, scheme)
+    if not answered(checkpoints={manifest.scheme: _answer(directory.absolute(), manifest)}):
+        say(f"{manifest.scheme}: {manifest.total_bytes:,} bytes, {len(manifest.modules)} quantised modules, verified")
+        say(f"Checkpoint: {directory.absolute()}")
+
+
+def _answer(directory: Path, manifest: "CheckpointManifest") -> dict[str, object]:
+    return {
+        "directory": directory,
+        "total_bytes": manifest.total_bytes,
+        "quantised_modules": len(manifest.modules),
+    }
 
 
 @app.command()
@@ -313,3 +338,30 @@ def report(
         return
     print_table(reports.closing_table(result))
     say(f"Report: {work.output / reports.HTML_FILE}")
+
+
+@app.command()
+def card(
+    recipe: RecipePath,
+    schemes: Annotated[list[str] | None, typer.Argument(metavar="[SCHEME]...", help="Which; all by default.")] = None,
+    output: Output = None,
+    base_model: Annotated[str | None, typer.Option("--base-model", help="The original's id on the Hub.")] = None,
+    license: Annotated[str | None, typer.Option("--license", help="The id of its licence, e.g. apache-2.0.")] = None,
+) -> None:
+    """Write checkpoints' model cards (README.md) again, and say how each is uploaded to the Hub and what it lacks.
+
+    The two options count for this time; what stands under `card` in the recipe counts for every report.
+
+    Example: bitladder card recipes/demo.yaml
+
+    Example: bitladder card recipes/demo.yaml bits_8 --base-model Qwen/Qwen2.5-VL-3B-Instruct --license apache-2.0
+    """
+    with started(recipe, output) as work:
+        uploads = work.cards(schemes or (), base_model=base_model, license=license)
+    if answered(output=work.output, uploads=uploads):
+        return
+    for name, upload in uploads.items():
+        say(f"{name}: {upload.card}")
+        say(f"  {upload.command}")
+        for missing in upload.lacks:
+            say(f"  {missing}")

@@ -100,6 +100,7 @@ class SpeedModel:
             )
         self._shapes = {group.name: group.fused_shape for group in groups}
         self._layers = {(one.format, one.out_features, one.in_features): one for one in profile.layers}
+        self._taken: dict[tuple[str, tuple[int, int] | None, Phase, Load], float] = {}
         started = self._started_by_host()
         least = min(started, key=lambda one: one.requests * one.prompt_tokens)
         self._host = median(least.one_token) / self._steps(least)
@@ -150,8 +151,8 @@ class SpeedModel:
 
     def seconds(self, formats: Mapping[str, str], phase: Phase, load: Load) -> float:
         """Return the seconds of all prefill, or of a step of decoding."""
-        layers = [self._layer(group, formats[group.name]) for group in self.groups]
-        device = self.rest(phase, load) + math.fsum(self._time(one, phase, load) for one in layers)
+        layers = math.fsum(self._seconds_of(group, formats[group.name], phase, load) for group in self.groups)
+        device = self.rest(phase, load) + layers
         return max(device, self._host_seconds(phase, load))
 
     def rest(self, phase: Phase, load: Load) -> float:
@@ -167,15 +168,7 @@ class SpeedModel:
         It raises `PlanError` where the profile has no times of the format.
         """
         asked = self.load if load is None else load
-        known: dict[tuple[str, tuple[int, int] | None], int] = {}
-
-        def cost(group: QuantGroup, format_name: str) -> int:
-            key = format_name, self._shapes[group.name]
-            if key not in known:
-                known[key] = round(self._time(self._layer(group, format_name), phase, asked) * PICOSECONDS)
-            return known[key]
-
-        return cost
+        return lambda group, name: round(self._seconds_of(group, name, phase, asked) * PICOSECONDS)
 
     def budget(self, ratio: float, phase: Phase, load: Load) -> int:
         """Return the most picoseconds that all groups may take together where a phase is `ratio` times as fast."""
@@ -185,6 +178,13 @@ class SpeedModel:
         """Return those of the formats that the profile has no times of, and why."""
         gone = [name for name in formats if name not in self.profile.formats]
         return {name: self.profile.refused.get(name, "wasn't profiled") for name in gone}
+
+    def _seconds_of(self, group: QuantGroup, format_name: str, phase: Phase, load: Load) -> float:
+        """Return a group's seconds in a format; groups of one shape take the same."""
+        key = format_name, self._shapes[group.name], phase, load
+        if key not in self._taken:
+            self._taken[key] = self._time(self._layer(group, format_name), phase, load)
+        return self._taken[key]
 
     def _layer(self, group: QuantGroup, format_name: str) -> TimedLayer:
         shape = self._shapes[group.name]
@@ -258,14 +258,14 @@ class SpeedModel:
 
     def _rest_of_prefill(self, timed: TimedLoad) -> "_Seen":
         load, whole = _load_of(timed), median(timed.one_token)
-        own = math.fsum(self._time(self._layer(group, BF16), "prefill", load) for group in self.groups)
+        own = math.fsum(self._seconds_of(group, BF16, "prefill", load) for group in self.groups)
         return _Seen(self._prefill_terms(load), whole - own, whole)
 
     def _rest_of_decode(self, timed: TimedLoad) -> "_Seen":
         load, spilled = _load_of(timed), self._spilled(timed)
         taken = median(timed.all_tokens) - median(timed.one_token) - spilled * self._host
         whole = taken / (timed.output_tokens - 1 - spilled)
-        own = math.fsum(self._time(self._layer(group, BF16), "decode", load) for group in self.groups)
+        own = math.fsum(self._seconds_of(group, BF16, "decode", load) for group in self.groups)
         return _Seen(_decode_terms(load), whole - own, whole)
 
 

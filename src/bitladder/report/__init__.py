@@ -12,7 +12,7 @@ from bitladder.lazily import given_by
 
 if TYPE_CHECKING:
     from bitladder.report.build import build_report
-    from bitladder.report.card import render_card
+    from bitladder.report.card import name_on_a_hub, render_card
     from bitladder.report.compare import compare_runs
     from bitladder.report.figures import check_figures, write_figures
     from bitladder.report.groups import batch_standard_error
@@ -27,7 +27,7 @@ else:
         __name__,
         {
             "build": ("build_report",),
-            "card": ("render_card",),
+            "card": ("name_on_a_hub", "render_card"),
             "compare": ("compare_runs",),
             "figures": ("check_figures", "write_figures"),
             "groups": ("batch_standard_error",),
@@ -55,6 +55,7 @@ __all__ = [
     "check_figures",
     "closing_table",
     "compare_runs",
+    "name_on_a_hub",
     "render_card",
     "render_html",
     "render_markdown",

@@ -15,7 +15,7 @@ def answers(report: Report) -> dict[str, Any]:
     rows = [row for scheme in report.schemes for row in _rows(report, scheme)]
     if not rows:
         return {}
-    header = ["scheme", "task", "asked in", "questions", "accuracy ± SE", "original", "difference", "95% interval"]
+    header = ["scheme", "task", "asked in", "accuracy ± SE", "original", "difference (95% interval)", "questions"]
     sources = [
         f"{name}: `{task.source}`, {exact(task.samples)} questions, SHA-256 {task.sha256}; asked by {task.harness}"
         for name, task in report.tasks.items()
@@ -36,11 +36,10 @@ def _rows(report: Report, scheme: ReportedScheme) -> Iterator[list[str]]:
 def _cells(paired: Paired) -> list[str]:
     low, high = paired.interval
     return [
-        exact(len(paired.right)),
         f"{percent(paired.accuracy, 1)} ± {percent(paired.standard_error, 1)}",
         percent(paired.original, 1),
-        f"{100 * paired.difference:+.1f}",
-        f"{100 * low:+.1f} to {100 * high:+.1f}",
+        f"{100 * paired.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+        exact(len(paired.right)),
         exact(paired.lost),
         exact(paired.gained),
         f"{paired.p_value:.2g}",

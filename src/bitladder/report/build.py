@@ -142,7 +142,7 @@ def build_report(
         controls_left_out=evidence.left_out if evidence else (),
         modelopt_agrees=tuple(s.name for s in ladder if arms and modelopt_agrees(measurement, s)),
         prediction=prediction,
-        frontier=frontier_of(measurement, kl_map),
+        frontier=frontier_of(measurement, kl_map, speed),
         speeds=None if speed is None else speeds_of(measurement, ladder, speed),
         kv_cache=cache_of(config or {}, measurement, ladder, kv_damage, probes),
         not_searched=_not_searched(measurement),

@@ -135,8 +135,12 @@ def _model_index(report: Report, scheme: ReportedScheme, task: str) -> list[dict
         }
         for split, kind in kinds.items()
     ]
-    name = _NO_NAME.sub("-", f"{_base_name(report)}-{scheme.name}")
-    return [{"name": name, "results": results}] if results else []
+    return [{"name": name_on_a_hub(report, scheme.name), "results": results}] if results else []
+
+
+def name_on_a_hub(report: Report, scheme: str) -> str:
+    """Return what a hub may call a scheme's checkpoint."""
+    return _NO_NAME.sub("-", f"{_base_name(report)}-{scheme}")
 
 
 def _base_name(report: Report) -> str:

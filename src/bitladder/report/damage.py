@@ -39,7 +39,23 @@ def damage_of(results: Iterable[EvalResult]) -> Damage | None:
     if worst is None:
         return None
     by_kl = damage_by_kl(worst)
-    return "noticeable" if by_kl in ("nearly_lossless", "small") and any(map(_is_worse, results)) else by_kl
+    return "noticeable" if by_kl in ("nearly_lossless", "small") and lost_tasks(results) else by_kl
+
+
+def lost_tasks(results: Iterable[EvalResult]) -> list[EvalResult]:
+    """Return the results of tasks whose accuracy is surely below the original's; see `damage_of`."""
+    return [result for result in results if _is_worse(result)]
+
+
+def worst_task(results: Iterable[EvalResult]) -> EvalResult | None:
+    """Return the result of the task that loses most beside the original; None: there is none."""
+    found = [result for result in results if result.metric == TASK_ACCURACY]
+    return min(found, key=beside_the_original, default=None)
+
+
+def beside_the_original(result: EvalResult) -> float:
+    """Return a share less the original's; 0 where that isn't known."""
+    return 0.0 if result.reference is None else result.value - result.reference
 
 
 def damage_by_kl(kl: float) -> Damage:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitladder.records import KL, TASK_ACCURACY, EvalResult
+from bitladder.report.damage import beside_the_original, worst_task
 from bitladder.report.numbers import (
     KL_EXPONENT,
     NONE,
@@ -40,10 +41,14 @@ class Ladder:
         exponent = exponent_for(predicted, report.score_unit)
         self.predicted_unit = with_unit(exponent, report.score_unit)
         self.predicted_column = number_column(predicted, [s.predicted_standard_error for s in report.schemes], exponent)
-        # The first set that has a task, or the first task.
-        tasks = (*report.splits, *report.tasks)
-        self.task_split = next((s for s in tasks if report.first_result(TASK_ACCURACY, s)), None)
-        self.has_task = self.task_split is not None
+        asked = (*report.splits, *report.tasks)
+        self.tasks = tuple(
+            name for name in asked if report.first_result(TASK_ACCURACY, name)
+        )  # sets with one, and tasks
+        self.task_split = self.tasks[0] if len(self.tasks) == 1 else None
+        self.has_task = bool(self.tasks)
+        elsewhere = f" on {self.task_split}" if self.task_split != self.split else ""
+        self.task_title = "worst task" if len(self.tasks) > 1 else f"task accuracy{elsewhere}"
 
     def _kl_column_of(self, split: str) -> Column:
         kls = [result for scheme in self.report.schemes if (result := scheme.result(KL, split))]
@@ -52,6 +57,13 @@ class Ladder:
     def _cells(self, kls: Sequence[str], perplexity: float | None, top1: float | None, task: str) -> list[str]:
         cells = [*kls, NONE if perplexity is None else f"{perplexity:,.2f}", percent(top1)]
         return [*cells, task] if self.has_task else cells
+
+    def task(self, scheme: ReportedScheme) -> str:
+        """Return the accuracy on the only task, or on the worst of several how it stands beside the original's."""
+        worst = worst_task(scheme.results or ())
+        if worst is None or self.task_split is not None:
+            return share_with_error(worst)
+        return f"{worst.split} {points(worst)}"
 
     def _not_run(self) -> list[str]:
         return [NOT_RUN] * (len(self.kl_columns) + 2 + self.has_task)
@@ -69,7 +81,7 @@ class Ladder:
             kls,
             perplexity.value if perplexity else None,
             top1.value if top1 else None,
-            share_with_error(scheme.result(TASK_ACCURACY, self.task_split) if self.task_split else None),
+            self.task(scheme),
         )
 
     def original(self) -> list[str]:
@@ -81,7 +93,7 @@ class Ladder:
             ["0"] * len(self.kl_columns),
             perplexity.reference if perplexity else None,
             1.0,
-            percent(task.reference if task else None, 1),
+            percent(task.reference, 1) if task else "0",
         )
 
     def noise_floor(self) -> list[str]:
@@ -102,6 +114,11 @@ class Ladder:
         """Return a scheme's result of the metric, on the held-out set that the table shows it of."""
         split = self.task_split if metric == TASK_ACCURACY else self.split
         return self.report.first_result(metric, split) if split is not None else None
+
+
+def points(result: EvalResult) -> str:
+    """Return a task's accuracy less the original's, in percentage points."""
+    return f"{100 * beside_the_original(result):+.1f}".replace("-", "−")
 
 
 def of_all(split: str, ladder: Ladder) -> str:

@@ -12,8 +12,9 @@ from bitladder.report.answers import answers
 from bitladder.report.escaping import Markdown, prose
 from bitladder.report.kv_cache import cache_lines, cache_tables
 from bitladder.report.ladder import Ladder
-from bitladder.report.numbers import FLIPS_OFTEN, NOT_RUN, byte_size, common_prefix, data_kind, exact, percent
+from bitladder.report.numbers import FLIPS_OFTEN, NOT_RUN, byte_size, common_prefix, data_kind, exact, narrow, percent
 from bitladder.report.sentences import (
+    asked_table,
     edge_lines,
     floor_lines,
     nesting_lines,
@@ -58,7 +59,8 @@ def template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
         autoescape=is_html,
         finalize=None if is_html else prose,
     )
-    own = {one.__name__: one for one in (exact, percent, byte_size, rounding, data_kind, escaping.code, escaping.text)}
+    ours = (exact, percent, byte_size, rounding, data_kind, narrow, escaping.code, escaping.text)
+    own = {one.__name__: one for one in ours}
     environment.filters.update(own, **filters)
     return environment.get_template(name)
 
@@ -72,6 +74,8 @@ def page_context(report: Report) -> dict[str, Any]:
         "report": report,
         "title": PurePath(report.model.path).name or report.model.path,
         "summary": summary_line(report, ladder),
+        "asked": asked_table(report, ladder),
+        "groups_blocks": [1 + 4, *[4] * (len(report.formats) - 1)],  # weights, and four columns a format
         "noise_lines": noise_lines(report, ladder),
         "edge_lines": edge_lines(report, prefix),
         "nesting_lines": [*floor_lines(report), *nesting_lines(report)],

@@ -1,5 +1,6 @@
 """How numbers and names read, in a page and in a terminal."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ ORIGINAL = "original"
 NOISE_FLOOR = "original in BF16 arithmetic (noise floor)"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MAX_DECIMALS = 5
+MOST_COLUMNS = 7  # of a table that GitHub shows without scrolling
 SHARES = ("top1_agreement", TASK_ACCURACY)  # metrics shown in percent
 METRIC_NAMES = {
     KL: "KL to the original",
@@ -150,6 +152,34 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], left
         *([cell(value) for value in row] for row in rows),
     ]
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+def narrow(table: Markdown, keep: int = 1, blocks: Sequence[int] = ()) -> Markdown:
+    """Return a Markdown table as several of at most `MOST_COLUMNS` columns, one below the other.
+
+    Args:
+        table: as `markdown_table` writes it.
+        keep: how many of the first columns each of them has.
+        blocks: how many of the further columns belong together, from the left; the rest is one more block.
+    """
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    further = range(keep, len(lines[0]))
+    if keep + len(further) <= MOST_COLUMNS:
+        return table
+    tables, start = [], keep
+    for size in (*blocks, len(further) - sum(blocks)):
+        for own in _in_even_parts(range(start, start + size), MOST_COLUMNS - keep):
+            chosen = [[line[place] for place in (*range(keep), *own)] for line in lines]
+            tables.append("\n".join("| " + " | ".join(line) + " |" for line in chosen))
+        start += size
+    return Markdown("\n\n".join(tables))
+
+
+def _in_even_parts(whole: range, most: int) -> list[range]:
+    """Return a range in as few parts as there must be for each to have at most so many."""
+    count = math.ceil(len(whole) / most)
+    ends = [round(len(whole) * part / count) for part in range(count + 1)] if count else []
+    return [whole[first:last] for first, last in itertools.pairwise(ends)]
 
 
 def exponent_for(values: Iterable[float], unit: str) -> int:

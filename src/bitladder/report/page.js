@@ -66,7 +66,14 @@ function drawPlan() {
   const point = curve.points[Math.min(Number(slider.value), curve.points.length - 1)];
   const formats = data.groups.map((group, index) => data.letters[point.formats[index]]);
   const kl = point.kl === null ? null : short(point.kl * 1000), range = point.low === null ? "" : `${Math.round(data.level * 100)}% interval ${short(point.low * 1000)} to ${short(point.high * 1000)}`;
-  slider.setAttribute("aria-valuetext", `${point.effective_bits.toFixed(2)} effective bits`);
+  const speed = data.phases.map(([phase, words]) => [words, point[`${phase}_ratio`] ?? null]).filter(([, ratio]) => ratio !== null).map(([words, ratio]) => [ratio.toFixed(2), words]);
+  slider.setAttribute("aria-valuetext", [`${point.effective_bits.toFixed(2)} effective bits`, ...speed.map(([ratio, words]) => `${ratio}× at ${words}`)].join(", "));
+  $("plan-less").textContent = curve.along === "bits" ? "Fewer bits" : "Slower";
+  $("plan-more").textContent = curve.along === "bits" ? "more bits" : "faster";
+  if ($("plan-speed")) {
+    $("plan-speed").textContent = speed.length ? `${speed.map(([ratio]) => ratio).join(" / ")}×` : "–";
+    $("plan-speed-of").textContent = speed.length ? `${speed.map(([, words]) => words).join(" / ")}, of 16 bits on ${data.speedDevice}` : "the profile has no times of its formats";
+  }
   $("plan-bits").textContent = point.effective_bits.toFixed(2);
   $("plan-size").textContent = size(point.fileBytes ?? point.weight_bytes);
   $("plan-kl").textContent = kl ?? short(point.predicted_score * data.scoreScale);
@@ -112,7 +119,7 @@ fill("across", [["bits", "effective bits"], ["bytes", "MiB of searched weights"]
 fill("reference", data.formats.slice(1).map((format) => [format, format.toUpperCase()]));
 fill("first", names, names[0][0]);
 fill("second", names, names.at(-1)[0]);
-fill("plan-formats", data.curves.map((curve, index) => [String(index), `${curve.formats.map((format) => format.toUpperCase()).join(" + ")} + BF16`]));
+fill("plan-formats", data.curves.map((curve, index) => [String(index), curve.title]));
 for (const id of ["split", "scale", "across"]) $(id)?.addEventListener("change", drawFrontier);
 $("reference").addEventListener("change", () => { drawLayers(); drawPlan(); });
 for (const id of ["first", "second"]) $(id).addEventListener("change", drawDifference);

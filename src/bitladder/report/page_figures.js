@@ -16,16 +16,17 @@ const AXES = {
 };
 
 function speedAxis(what) {
-  return { title: `times the original's tokens per second: ${what}`, of: (item) => item.speed?.[what] ?? null, show: (tick) => `${tick}×` };
+  const planned = `${data.predictedSpeeds[what]}_ratio`;
+  return { title: `times the original's tokens per second: ${what}`, of: (item) => item.speed?.[what] ?? item[planned] ?? null, show: (tick) => `${tick}×` };
 }
 
 function drawFrontier() {
   if (!$("plot-frontier")) return;
   const split = $("split").value, choice = $("across").value, log = $("scale").value === "log", floor = data.floors[split];
-  const axis = AXES[choice] ?? speedAxis(choice);
+  const axis = AXES[choice] ?? speedAxis(choice), along = AXES[choice] ? "bits" : data.predictedSpeeds[choice];
   const first = split === data.splits[0], usable = (item) => axis.of(item) !== null && item.kl[split];
   const schemes = data.schemes.filter(usable), arms = data.arms.filter(usable);
-  const curves = first && AXES[choice] ? data.curves.map((curve) => ({ ...curve, points: curve.points.filter((point) => point.kl > 0) })).filter((curve) => curve.points.length > 1) : [];
+  const curves = first ? data.curves.filter((curve) => curve.along === along).map((curve) => ({ ...curve, points: curve.points.filter((point) => point.kl > 0) })).filter((curve) => curve.points.length > 1) : [];
   const measured = [...schemes, ...arms].map((item) => item.kl[split][0]);
   const seen = [...measured, ...(floor ? [floor] : [])];
   const [least, most] = spread(seen.length ? seen : curves.flatMap((curve) => curve.points.map((point) => point.kl)));

@@ -8,8 +8,8 @@ from bitladder.formats.targets import TARGETS
 from bitladder.recipe import SCHEME_PLACE
 from bitladder.recipe.sections import LayoutSpec
 from bitladder.records import BF16, BF16_BITS, KL, TASK_ACCURACY, EvalResult
-from bitladder.report.damage import WORDS, bound_in_words
-from bitladder.report.ladder import Ladder, verified
+from bitladder.report.damage import WORDS, bound_in_words, lost_tasks, worst_task
+from bitladder.report.ladder import Ladder, points, verified
 from bitladder.report.numbers import (
     KL_EXPONENT,
     NONE,
@@ -19,6 +19,7 @@ from bitladder.report.numbers import (
     percent,
     power_of_ten,
     runtime_title,
+    share_with_error,
     significant,
     times,
 )
@@ -138,12 +139,13 @@ def _top1_tile(report: Report, scheme: ReportedScheme) -> dict[str, str] | None:
 
 
 def _task_tile(scheme: ReportedScheme, ladder: Ladder) -> dict[str, str] | None:
-    found = scheme.result(TASK_ACCURACY, ladder.task_split) if ladder.task_split else None
+    found = worst_task(scheme.results or ())
     if found is None:
         return None
     error = "" if found.standard_error is None else f"± {percent(found.standard_error, 1)}"
-    detail = f"the original’s: {percent(found.reference, 1)}; {exact(found.samples)} questions"
-    return _tile("Task accuracy", percent(found.value, 1), detail, small=error)
+    label = "Task accuracy" if ladder.task_split is not None else f"Worst of {len(ladder.tasks)} tasks"
+    detail = f"{found.split}; the original’s: {percent(found.reference, 1)}; {exact(found.samples)} questions"
+    return _tile(label, percent(found.value, 1), detail, small=error, state="bad" if lost_tasks([found]) else "")
 
 
 def _speed_tile(report: Report, scheme: ReportedScheme) -> dict[str, str] | None:
@@ -186,7 +188,7 @@ def _state(probe: ReportedProbe) -> str:
 def scheme_columns(report: Report, ladder: Ladder) -> list[str]:
     """Return the titles of the scheme table, beside the name."""
     kls = [f"KL on {split}" if ladder.further else "held-out KL" for split in ladder.kl_columns]
-    task = ["task accuracy"] if ladder.has_task else []
+    task = [ladder.task_title] if ladder.has_task else []
     top1 = "least top-1" if ladder.further else "top-1"
     return ["effective bits", "weight files", *kls, "damage", top1, *task, "runs"]
 
@@ -253,10 +255,8 @@ def _scheme_row(
     cells.append((word["word"], ""))
     top1 = worst_top1(scheme)
     cells.append((percent(top1.value, 1) if top1 else NOT_RUN, ""))
-    if ladder.has_task and ladder.task_split:
-        task = scheme.result(TASK_ACCURACY, ladder.task_split)
-        error = task.standard_error if task else None
-        cells.append((percent(task.value, 1) if task else NOT_RUN, "" if error is None else f"± {percent(error, 1)}"))
+    if ladder.has_task:
+        cells.append(_task_cell(ladder, worst_task(scheme.results or ())))
     cells.append(runs_in_words(report, scheme.name))
     shown = [
         {"label": title, "value": value, "small": small} for title, (value, small) in zip(titles, cells, strict=True)
@@ -273,6 +273,16 @@ def _scheme_row(
         "details": _details(report, ladder, scheme),
         "lines": [line for line in lines if f"`{scheme.name}`" in line],
     }
+
+
+def _task_cell(ladder: Ladder, worst: EvalResult | None) -> tuple[str, str]:
+    """Return the accuracy on the only task, or how the worst of several stands beside the original's."""
+    if worst is None:
+        return NOT_RUN, ""
+    if ladder.task_split is None:
+        return f"{points(worst)} points", f"{worst.split}: {percent(worst.value, 1)}"
+    error = worst.standard_error
+    return percent(worst.value, 1), "" if error is None else f"± {percent(error, 1)}"
 
 
 def runs_in_words(report: Report, name: str) -> tuple[str, str]:
@@ -302,6 +312,11 @@ def _details(report: Report, ladder: Ladder, scheme: ReportedScheme) -> list[tup
         if kl is not None:
             name = f"KL on {split}" if ladder.further else "held-out KL"
             found.append((name, f"{ladder.kl_columns[split].show(kl.value, kl.standard_error)} {KL_UNIT}"))
+    for name in ladder.tasks:
+        task = scheme.result(TASK_ACCURACY, name)
+        if task is not None:
+            beside = f"; the original’s: {percent(task.reference, 1)}, {points(task)} points" if task.reference else ""
+            found.append((f"accuracy on {name}", f"{share_with_error(task)}{beside}"))
     if perplexity is not None:
         original = "" if perplexity.reference is None else f"; the original’s: {perplexity.reference:,.2f}"
         found.append(("perplexity", f"{perplexity.value:,.2f}{original}"))
@@ -325,6 +340,7 @@ def chips_of(report: Report, scheme: ReportedScheme) -> list[dict[str, str]]:
         chips.append(("smallest", ""))
     if scheme.verified is False:
         chips.append(("doesn’t match its scheme", "bad"))
+    chips += [(f"worse on {task.split}", "bad") for task in lost_tasks(scheme.results or ())]
     failed = [p for p in last_stages(report.probes) if p.scheme == name and p.verdict != "ok"]
     chips += [(f"not in {runtime_title(p)}", "bad") for p in failed]
     if any(name in (pair.first, pair.second) and pair.within_noise for pair in report.comparisons):

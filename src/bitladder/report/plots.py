@@ -8,11 +8,13 @@ from typing import Any
 import yaml
 
 from bitladder.planning.controls import RANDOM_FIRST
+from bitladder.recipe import Phase
 from bitladder.records import BF16, KL, EvalResult, Throughput
 from bitladder.report.damage import NEARLY_LOSSLESS_KL, WORDS, damage_by_kl
 from bitladder.report.frontier import spec_of
 from bitladder.report.numbers import CONTROLS, FLIPS_OFTEN, KL_EXPONENT, power_of_ten
 from bitladder.report.quality import kl_of
+from bitladder.report.speeds import PHASE_WORDS
 from bitladder.report.types import PlannedCurve, Report, ReportedGroup, ReportedProbe, ReportedScheme
 
 WORST = 3  # groups that the picture of the layers points out
@@ -56,6 +58,9 @@ def plot_data(report: Report) -> dict[str, Any]:
         "level": report.frontier.level if report.frontier else None,
         "letters": report.frontier.letters if report.frontier else {},
         "curves": [_curve(report, curve) for curve in report.frontier.curves] if report.frontier else [],
+        "phases": list(PHASE_WORDS.items()),
+        "predictedSpeeds": {_as_predicted(phase): phase for phase in PHASE_WORDS},
+        "speedDevice": report.speeds.device if report.speeds else None,
         "points": [] if prediction is None else [point.model_dump(mode="json") for point in prediction.points],
     }
 
@@ -122,9 +127,14 @@ def _scheme(report: Report, scheme: ReportedScheme) -> dict[str, Any]:
     }
 
 
+def _as_predicted(phase: Phase) -> str:
+    return f"{PHASE_WORDS[phase]}, as predicted"
+
+
 def _speed(report: Report, scheme: ReportedScheme) -> dict[str, float]:
-    """Return tokens per second over the original's, by what was timed and where."""
-    return {
+    """Return tokens per second over the original's, by what was timed and where, and as predicted."""
+    predicted = [one for one in report.speeds.schemes if one.scheme == scheme.name] if report.speeds else []
+    return {_as_predicted(phase): ratio for one in predicted for phase, ratio in one.ratios.items()} | {
         timing(speed, probe): speed.ratio
         for probe in report.probes
         if probe.scheme == scheme.name
@@ -197,4 +207,7 @@ def _curve(report: Report, curve: PlannedCurve) -> dict[str, Any]:
         }
         for point in curve.points
     ]
-    return {"formats": list(curve.formats), "points": points}
+    title = " + ".join(name.upper() for name in (*curve.formats, BF16))
+    if curve.along != "bits":
+        title += f", by speed of {PHASE_WORDS[curve.along]}"
+    return {"formats": list(curve.formats), "along": curve.along, "title": title, "points": points}

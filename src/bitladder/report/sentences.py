@@ -87,38 +87,44 @@ def _cache_held(scheme: ReportedScheme) -> str:
     return f"{(scheme.kv_cache_format or BF16).upper()}{f', {skipped} in {BF16.upper()}' if skipped else ''}"
 
 
-def task_of(ladder: Ladder) -> str:
-    """Return how the task's column names its held-out set, where it isn't that of the columns beside it."""
-    return f" on {ladder.task_split}" if ladder.task_split != ladder.split else ""
-
-
 def summary_line(report: Report, ladder: Ladder) -> Markdown:
-    """Return the table of schemes, one a row."""
+    """Return the table of schemes, one a row: what each costs and does."""
+    task = f"{ladder.task_title}{' ± SE' if ladder.task_split else ', points beside the original'}"
     quality = [f"held-out KL{of_all(ladder.split, ladder)} ± SE, {ladder.kl_unit}"]
     quality += [f"KL{of_all(split, ladder)} ± SE, {ladder.kl_unit}" for split in ladder.further]
-    quality += ["perplexity", "top-1 agreement"]
-    quality += [f"task accuracy{task_of(ladder)} ± SE"] if ladder.has_task else []
-    has_cache = any(scheme.kv_cache_format for scheme in report.schemes)
-    header = ["scheme", "asked", "coverage", "effective bits", *(["KV cache"] if has_cache else [])]
-    header += ["searched weights", "weight files", f"predicted score ± SE, {ladder.predicted_unit}"]
-    header += [*quality, "verified"]
-    searched, source = report.searched_source_bytes, report.source_weight_file_bytes
-    cache = [BF16.upper()] if has_cache else []
-    costs = ["0.00%", f"{BF16_BITS:.2f}", *cache, byte_size(searched), byte_size(source), "0"]
+    quality += ["perplexity", "top-1 agreement", *([task] if ladder.has_task else [])]
+    header = ["scheme", "effective bits", "weight files", *quality]
+    source = report.source_weight_file_bytes
     rows = [
-        [ORIGINAL, NONE, *costs, *ladder.original(), NONE],
-        [NOISE_FLOOR, NONE, *[NONE] * len(costs), *ladder.noise_floor(), NONE],
+        [ORIGINAL, f"{BF16_BITS:.2f}", byte_size(source), *ladder.original()],
+        [NOISE_FLOOR, NONE, NONE, *ladder.noise_floor()],
     ]
     for scheme in report.schemes:
-        costs = [
-            percent(scheme.coverage),
-            f"{scheme.effective_bits:.2f}",
-            *([_cache_held(scheme)] if has_cache else []),
-            size_of(scheme.weight_bytes, searched),
-            size_of(scheme.weight_file_bytes, source),
-            ladder.predicted_column.show(scheme.predicted_score, scheme.predicted_standard_error),
-        ]
-        rows.append([scheme.name, asked_of(scheme.asked), *costs, *ladder.scheme(scheme), verified(scheme.verified)])
+        costs = [f"{scheme.effective_bits:.2f}", size_of(scheme.weight_file_bytes, source)]
+        rows.append([scheme.name, *costs, *ladder.scheme(scheme)])
+    return markdown_table(header, rows)
+
+
+def asked_table(report: Report, ladder: Ladder) -> Markdown:
+    """Return the table of what each scheme was asked for, and what planning said of it."""
+    has_cache = any(scheme.kv_cache_format for scheme in report.schemes)
+    header = ["scheme", "asked", "coverage", "searched weights", f"predicted score ± SE, {ladder.predicted_unit}"]
+    header += [*(["KV cache"] if has_cache else []), "verified"]
+    searched = report.searched_source_bytes
+    cache = [BF16.upper()] if has_cache else []
+    rows = [[ORIGINAL, NONE, "0.00%", byte_size(searched), "0", *cache, NONE]]
+    for scheme in report.schemes:
+        rows.append(
+            [
+                scheme.name,
+                asked_of(scheme.asked),
+                percent(scheme.coverage),
+                size_of(scheme.weight_bytes, searched),
+                ladder.predicted_column.show(scheme.predicted_score, scheme.predicted_standard_error),
+                *([_cache_held(scheme)] if has_cache else []),
+                verified(scheme.verified),
+            ]
+        )
     return markdown_table(header, rows, left=2)
 
 

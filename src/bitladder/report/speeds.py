@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bitladder.report.types import Report
 
 _POINTS = 8  # of the frontier in each phase
-_WORDS: "dict[Phase, str]" = {"prefill": "prefill", "decode": "decoding"}
+PHASE_WORDS: "dict[Phase, str]" = {"prefill": "prefill", "decode": "decoding"}
 _ALIKE = 0.005  # ratios that differ by less are shown as equal
 
 
@@ -121,7 +121,7 @@ def speed_tables(report: "Report") -> dict[str, Markdown]:
         "× 16 bits",
     ]
     points = [
-        [_WORDS[one.phase], f"{one.ratio:.2f}", scientific(one.predicted_score), f"{one.effective_bits:.2f}"]
+        [PHASE_WORDS[one.phase], f"{one.ratio:.2f}", scientific(one.predicted_score), f"{one.effective_bits:.2f}"]
         for one in speeds.frontier
     ]
     frontier = markdown_table(["phase", "× 16 bits", "least predicted score", "effective bits"], points)
@@ -137,7 +137,7 @@ def speed_lines(report: "Report") -> list[str]:
     lines = []
     for one in speeds.schemes:
         smaller = 1 - schemes[one.scheme].weight_bytes / report.searched_source_bytes
-        beside = " and ".join(f"{_beside(ratio)} at {_WORDS[phase]}" for phase, ratio in one.ratios.items())
+        beside = " and ".join(f"{_beside(ratio)} at {PHASE_WORDS[phase]}" for phase, ratio in one.ratios.items())
         lines.append(f"On {speeds.device}, as predicted, `{one.scheme}` is {beside}, and {smaller:.0%} smaller.")
     if len(speeds.schemes) > 1:
         words = fastest(speeds.schemes, speeds.device)
@@ -152,10 +152,12 @@ def fastest(speeds: Sequence[PredictedSpeed], device: str) -> str:
         return f"none is predicted to be faster than 16 bits on {device}"
     if len({one.scheme for one in best.values()}) == 1:
         (one, _) = best.values()
-        words = " and ".join(f"{ratio:.2f} times 16 bits at {_WORDS[phase]}" for phase, ratio in one.ratios.items())
+        words = " and ".join(
+            f"{ratio:.2f} times 16 bits at {PHASE_WORDS[phase]}" for phase, ratio in one.ratios.items()
+        )
         return f"predicted to be fastest in everything on {device} is `{one.scheme}`, {words}"
     words = " and ".join(
-        f"at {_WORDS[phase]} `{one.scheme}`, {one.ratios[phase]:.2f} times 16 bits" for phase, one in best.items()
+        f"at {PHASE_WORDS[phase]} `{one.scheme}`, {one.ratios[phase]:.2f} times 16 bits" for phase, one in best.items()
     )
     return f"predicted to be fastest on {device} is {words}"
 

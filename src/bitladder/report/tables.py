@@ -142,21 +142,20 @@ def evaluation_table(report: Report, ladder: Ladder) -> Markdown:
     """Return the table of every metric of every scheme, with its error, noise floor and the original's value."""
     several = bool(ladder.further or report.tasks)
     header = ["scheme", *(["set"] if several else []), "metric"]
-    header += ["value", "SE", "noise floor", "original", "samples", "unit"]
+    header += ["value", "SE", "noise floor", "original", "samples"]
     rows = []
     for scheme in report.schemes:
         if scheme.results is None:
             rows.append([scheme.name, *[NOT_RUN] * (len(header) - 1)])
         for result in scheme.results or ():
-            show, unit = metric_format(result, ladder)
+            (show, unit), named = metric_format(result, ladder), METRIC_NAMES.get(result.metric, result.metric)
             rows.append(
                 [
                     scheme.name,
                     *([result.split] if several else []),
-                    METRIC_NAMES.get(result.metric, result.metric),
+                    named if unit == named else f"{named}, {unit}",
                     *(show(v) for v in (result.value, result.standard_error, result.noise_floor, result.reference)),
                     exact(result.samples),
-                    unit,
                 ]
             )
     return markdown_table(header, rows, left=3 if several else 2)

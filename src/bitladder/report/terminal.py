@@ -48,7 +48,8 @@ def closing_table(report: Report) -> Table:
     quality = [*(quality or [f"held-out KL ± SE\n{unit}"]), "per-\nplexity"]
     quality += ["top-1\nagr." if several else "top-1\nagreement"]
     if ladder.has_task:
-        quality += ["task accuracy\n± SE" if ladder.task_split == ladder.split else _narrow("task", ladder.task_split)]
+        named = _narrow("task", ladder.task_split) if ladder.task_split else "worst task,\npoints"
+        quality += ["task accuracy\n± SE" if ladder.task_split == ladder.split else named]
     for name in ("coverage", "eff.\nbits" if several else "effective\nbits", "weight\nfiles", *quality):
         table.add_column(Text(name), justify="right", no_wrap=True)
     last = ["verified", "loads"] if report.probes else ["verified"]

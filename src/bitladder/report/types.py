@@ -229,15 +229,17 @@ class Prediction(Part):
 
 
 class PlannedPoint(Part):
-    """What the least damage within so many bits is: a point of the exact frontier."""
+    """What the least damage within so many bits, or at so much speed, is: a point of the exact frontier."""
 
-    target: float = Field(description="effective bits, as a recipe asks for them")
+    target: float = Field(description="effective bits or times the speed of 16 bits, as a recipe asks for them")
     effective_bits: float
     weight_bytes: int = Field(description="searched weights and their scales")
     predicted_score: float
     kl: float | None = Field(description="predicted, on the first held-out set; None: too little was measured")
     low: float | None = Field(description="of its interval; None: there is none")
     high: float | None
+    prefill_ratio: float | None = Field(default=None, description="times 16 bits, as predicted; None: not known")
+    decode_ratio: float | None = Field(default=None, description="times 16 bits, as predicted; None: not known")
     formats: str = Field(description="a letter a group, in network order: see `PlannedFrontier.letters`")
 
 
@@ -245,7 +247,8 @@ class PlannedCurve(Part):
     """The frontier of some formats."""
 
     formats: tuple[str, ...] = Field(description="beside bf16")
-    points: tuple[PlannedPoint, ...] = Field(description="from the fewest bits up, each another plan")
+    along: Literal["bits", "prefill", "decode"] = Field(default="bits", description="what its targets are")
+    points: tuple[PlannedPoint, ...] = Field(description="from the least target up, each another plan")
     left_out: tuple[float, ...] = Field(description="targets for which too many plans are as good as each other")
 
 
@@ -254,7 +257,9 @@ class PlannedFrontier(Part):
 
     letters: dict[str, str] = Field(description="letter -> format")
     level: float | None = Field(description="of the intervals of predicted KL; None: there are none")
-    curves: tuple[PlannedCurve, ...] = Field(description="of all formats; then, of several, each alone")
+    curves: tuple[PlannedCurve, ...] = Field(
+        description="of all formats; then, of several, each alone; then, with a profile, all that it times, by speed"
+    )
 
 
 class Decision(Part):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bitladder.planning.controls import RANDOM_FIRST
 from bitladder.records import BF16, KL, TASK_ACCURACY
-from bitladder.report.damage import NEARLY_LOSSLESS_KL, bound_in_words
+from bitladder.report.damage import NEARLY_LOSSLESS_KL, bound_in_words, lost_tasks, worst_task
 from bitladder.report.numbers import kl_in_words, runtime_name
 from bitladder.report.speeds import fastest
 from bitladder.report.types import WITHIN_NOISE_ERRORS, Decision
@@ -47,7 +47,7 @@ def decide(report: Report) -> Decision:
     if not usable:
         return Decision(advice=f"No scheme can be advised: {'; '.join(left_out)}")
     found = _advice(report, usable)
-    notes = (*_against_uniform(usable), *_speed(report, usable), *_caveats(report, usable), *left_out)
+    notes = (*_lost(usable), *_against_uniform(usable), *_speed(report, usable), *_caveats(report, usable), *left_out)
     return found.model_copy(update={"notes": notes})
 
 
@@ -94,7 +94,7 @@ def _advice(report: Report, usable: Sequence[ReportedScheme]) -> Decision:
             )
         return Decision(take=smallest.name, aim="nearly_lossless", advice=advice)
     other = f"`{smallest.name}` {numbers} for the smallest files"
-    best = min(gentle or usable, key=lambda scheme: scheme.weight_bytes if gentle else _worst_kl(scheme) or 0.0)
+    best = min(gentle, key=lambda scheme: scheme.weight_bytes) if gentle else min(usable, key=_harm)
     chosen = f"`{best.name}` {_numbers(report, best)}"
     if gentle:
         return Decision(
@@ -112,13 +112,31 @@ def _advice(report: Report, usable: Sequence[ReportedScheme]) -> Decision:
     return Decision(take=best.name, aim="least_damage", smallest=smallest.name, advice=advice, alternative=other)
 
 
+def _harm(scheme: ReportedScheme) -> tuple[bool, float]:
+    """Return what a scheme does to the model, to order by: a task that is surely lost weighs more than any KL."""
+    return bool(lost_tasks(scheme.results or ())), _worst_kl(scheme) or 0.0
+
+
+def _lost(usable: Sequence[ReportedScheme]) -> list[str]:
+    """Return which schemes are surely worse than the original on a task, task by task."""
+    found: dict[str, list[str]] = {}
+    for scheme in usable:
+        for task in lost_tasks(scheme.results or ()):
+            beside = f" against {task.reference:.1%}" if task.reference is not None else ""
+            found.setdefault(task.split, []).append(f"`{scheme.name}` ({task.value:.1%}{beside})")
+    return [f"surely worse than the original on {task}: {', '.join(schemes)}" for task, schemes in found.items()]
+
+
 def _numbers(report: Report, scheme: ReportedScheme) -> str:
     """Return in brackets a scheme's KL, accuracy on a task, and share of the original's bytes."""
     worst = max((r for r in scheme.results or () if r.metric == KL), key=lambda result: result.value)
     said = [f"KL {kl_in_words(worst.value)}{f' on {worst.split}' if len(report.splits) > 1 else ''}"]
-    task = next((r for r in scheme.results or () if r.metric == TASK_ACCURACY), None)
+    task = worst_task(scheme.results or ())
     if task is not None and task.reference is not None:
-        said.append(f"task accuracy {task.value:.1%} against the original's {task.reference:.1%}")
+        tasks = [result.split for result in scheme.results or () if result.metric == TASK_ACCURACY]
+        of = f"{task.split}, the worst of {len(tasks)} tasks, " if len(tasks) > 1 else ""
+        named = f"accuracy on {of or task.split + ' '}" if of or task.split in report.tasks else "task accuracy "
+        said.append(f"{named}{task.value:.1%} against the original's {task.reference:.1%}")
     if scheme.weight_file_bytes is not None and report.source_weight_file_bytes:
         said.append(f"{scheme.weight_file_bytes / report.source_weight_file_bytes:.0%} of the original's bytes")
     return f"({', '.join(said)})"

@@ -1,9 +1,11 @@
 """Write the report and each checkpoint's card from the records that are there."""
 
+from collections.abc import Iterable, Mapping
+
 from bitladder import report
 from bitladder.models.weights import licence_of, read_config
 from bitladder.recipe import HUB_ID
-from bitladder.records import CheckpointManifest
+from bitladder.records import CheckpointManifest, Verification
 from bitladder.steps import known
 from bitladder.steps.workspace import Workspace
 from bitladder.storage import atomic_write
@@ -16,20 +18,30 @@ def _said_of_the_original(work: Workspace) -> dict[str, str | None]:
     return {"base_model": base, "license": asked.license or licence_of(work.model_directory)}
 
 
-def make_report(work: Workspace) -> report.Report:
-    """Write `report.html`, `report.md`, `report.json` and each checkpoint's model card from the records that are there.
+def report_of(
+    work: Workspace,
+    manifests: Mapping[str, CheckpointManifest] | None = None,
+    verification: Verification | None = None,
+) -> report.Report:
+    """Return the report of the records that are there; nothing is written.
+
+    Args:
+        work: the recipe and its output directory.
+        manifests: of checkpoints elsewhere, by scheme; None: those of the run.
+        verification: of these; None: the run's.
 
     Raises:
         RecordError: there is no measurement or no plan yet, or a record is damaged.
     """
     measurement, schemes = work.measurement(), work.schemes()
-    manifests = known.exported(work, schemes)
-    result = report.build_report(
+    if manifests is None:
+        manifests = known.exported(work, schemes)
+    return report.build_report(
         recipe={**work.state.recipe, "card": _said_of_the_original(work)},
         measurement=measurement,
         schemes=schemes,
         manifests=manifests,
-        verification=known.verified(work, manifests),
+        verification=verification or known.verified(work, manifests),
         evaluations=known.evaluated(work, manifests),
         phases=[phase for step in work.state.phases.values() for phase in step],
         probes=known.probed(work, manifests),
@@ -39,9 +51,23 @@ def make_report(work: Workspace) -> report.Report:
         config=read_config(work.model_directory),
         kv_damage=known.kv_damage(work, measurement),
     )
+
+
+def make_report(work: Workspace) -> report.Report:
+    """Write `report.html`, `report.md`, `report.json` and each checkpoint's model card from the records that are there.
+
+    Raises:
+        RecordError: there is no measurement or no plan yet, or a record is damaged.
+    """
+    result = report_of(work)
     report.write_report(result, work.output)
     work.place_report()
-    for name in manifests:
+    write_cards(work, result, [scheme.name for scheme in result.schemes if scheme.checkpoint_bytes is not None])
+    return result
+
+
+def write_cards(work: Workspace, result: report.Report, names: Iterable[str]) -> None:
+    """Write the model card of each of these schemes into its checkpoint."""
+    for name in names:
         card = work.checkpoint_directory(name) / CheckpointManifest.CARD_NAME
         atomic_write(card, report.render_card(result, name))
-    return result

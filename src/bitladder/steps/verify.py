@@ -45,6 +45,12 @@ def verify(work: Workspace, *, trust_times: bool = False) -> Verification:
                 )
             result = found.model_copy(update={"times_trusted": trust_times})
             result.write(path)
+    refuse_findings(result, f"all in {path}")
+    return result
+
+
+def refuse_findings(result: Verification, more: str) -> None:
+    """Raise VerificationFailed where something is wrong; `more` says where all of it is told."""
     findings = [(c.scheme, f) for c in result.checkpoints for f in c.findings]
     findings += [(f"{p.first} and {p.second}", f) for p in result.pairs for f in p.findings]
     if findings:
@@ -52,6 +58,5 @@ def verify(work: Workspace, *, trust_times: bool = False) -> Verification:
         tensor = f", {first.tensor}" if first.tensor else ""
         raise VerificationFailed(
             f"verification found {len(findings)} problem(s); the first: {where}: {first.file}{tensor}: "
-            f"{first.problem}; {first.remedy} (all in {path})"
+            f"{first.problem}; {first.remedy} ({more})"
         )
-    return result
