@@ -219,6 +219,7 @@ def test_a_drafted_recipe_runs(llama, tmp_path):
     assert asked.model.path == str(llama)
     assert asked.serve_on == "cpu"
     assert [spec.data.kind for spec in (*asked.calibration, *asked.held_out)] == ["generated"] * 2
+    assert (asked.measurement.formats, asked.measurement.rounding) == (("nvfp4", "fp8"), "compensated")
     result = bitladder("run", path)
     assert result.returncode == 0, result.stderr
     assert "by rules" in result.stdout
@@ -234,7 +235,9 @@ def test_a_drafted_recipe_takes_the_data_and_the_device_that_are_given(llama, tm
     for name, kind in kinds.items():
         made = bitladder("init", llama, "--data", tmp_path / name, "--serve-on", "blackwell_rtx")
         content = yaml.safe_load(made.stdout)
-        assert content["calibration"]["data"] == {"kind": kind, "path": str(tmp_path / name)}
+        own = {"kind": kind, "path": str(tmp_path / name)}
+        assert [one["data"] for one in content["calibration"]] == [own, {"kind": "generated"}]
+        assert content["held_out"]["data"] == own
         assert content["serve_on"] == "blackwell_rtx"
     (tmp_path / "odd.jsonl").write_text('{"body": "a"}\n')
     refused(bitladder("init", llama, "--data", tmp_path / "odd.jsonl"), "its first row has body", "data.text_field")

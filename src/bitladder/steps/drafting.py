@@ -19,8 +19,10 @@ from bitladder.recipe import resolve_model
 from bitladder.records import BF16
 from bitladder.steps.workspace import fetch_model
 
+_FOUR_BITS = "nvfp4"
 # From the fewest bits up: two floats that one checkpoint can hold together, and what takes shapes that these don't.
-_FORMATS = ("nvfp4", "fp8")
+_FORMATS = (_FOUR_BITS, "fp8")
+_GENERATED = "{kind: generated}"  # also beside other data: codes that are made from both do well on other texts too
 _SIZES = {"cpu": (16, 128, 4), "cuda": (128, 512, 4)}  # device -> calibration samples, tokens of each, a batch
 _STEPS = (0.5, 1.5, 3.5)  # bits of the schemes above the fewest, which are rounded up to halves
 _NAMES = ("small", "balanced", "gentle")
@@ -42,7 +44,7 @@ def draft(model: str, *, data: Path | None = None, serve_on: str | None = None) 
     if serve_on is not None and serve_on not in TARGETS:
         raise RecipeError(f"--serve-on {serve_on!r} is unknown; use {', '.join(TARGETS)}")
     path = resolve_model(model, Path.cwd())
-    calibration = _data(data)
+    own = _data(data)
     directory = fetch_model(path, None)
     target, device = find_target(directory, _FORMATS), resolve_device("auto")
     served = serve_on or target_of(capability(device))
@@ -50,15 +52,19 @@ def draft(model: str, *, data: Path | None = None, serve_on: str | None = None) 
     samples, length, batch = _SIZES[device]
     length = min(length, most_positions(load_config(directory)) or length)
     sizes = f"  samples: {samples}\n  sequence_length: {length}\n  batch_size: {batch}\n"
+    compensated = _FOUR_BITS in formats
+    sets = list(dict.fromkeys((own, _GENERATED))) if compensated else [own]
     name = Path(path).name
     lines = [
         f"# {name}: {sum(group.weight_elements for group in target.groups):,} weights in {len(target.groups)} groups "
         f"are searched, on this machine's {device}, for {TARGETS[served].title}.",
         f"model:\n  path: {json.dumps(path)}",
         "# Data like what the model will be asked is better: see docs/guide.md, kinds jsonl, messages, image_text.",
-        f"calibration:\n  data: {calibration}\n{sizes}".rstrip(),
-        f"held_out:\n  data: {calibration}\n  seed: 1\n{sizes}".rstrip(),
+        "calibration:",
+        *(f"  - {{data: {one}, samples: {samples}, sequence_length: {length}, batch_size: {batch}}}" for one in sets),
+        f"held_out:\n  data: {own}\n  seed: 1\n{sizes}".rstrip(),
         f"measurement:\n  formats: [{', '.join(formats)}]",
+        *(["  rounding: compensated  # better codes in the same files, for some minutes more"] if compensated else []),
         f"serve_on: {served}",
         "schemes:",
         *_schemes(target, formats),
@@ -94,7 +100,7 @@ def _data(path: Path | None) -> str:
         DataError: it isn't there, or of no kind that is known by that.
     """
     if path is None:
-        return "{kind: generated}"
+        return _GENERATED
     where = json.dumps(str(path.resolve()))
     if path.is_dir():
         if not (path / "annotations").is_dir():
