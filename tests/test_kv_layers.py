@@ -298,6 +298,17 @@ def test_what_isnt_measured_is_refused_in_a_line(ran):
         planning.plan(measurement, asked, kv_damage=DAMAGE)
 
 
+@pytest.mark.parametrize("ask", [{"coverage": 0.6}, {"max_predicted_score": 1.0}, {"max_kl": 1.0}])
+def test_what_image_positions_make_of_a_scheme_needs_no_damage_of_the_cache(ran, ask):
+    measurement = ran[0].measurement()
+    candidates = tuple(one.model_copy(update={"image_scores": one.scores}) for one in measurement.candidates)
+    seen = measurement.model_copy(update={"candidates": candidates})
+    scheme = planning.plan(measurement, spec("x", coverage=0.6))
+    asked = scheme.model_copy(update={"asked": spec("x", kv_cache={"fp8": 0.5}, **ask)})
+    (found,) = planning.remarked(seen, [asked])
+    assert found.text_only_changes is not None
+
+
 def test_the_caches_kl_comes_off_what_the_weights_may_do():
     asked = spec("x", max_kl=0.1, kv_cache={"fp8": 0.5})
     assert kl_left(asked, CacheChoice("fp8", (), 0.03)) == pytest.approx(0.07)
