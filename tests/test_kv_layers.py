@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import transformers
 from transformers import DynamicCache
 
 from bitladder import planning
+from bitladder.cli import steps
 from bitladder.errors import InfeasibleTarget, ModelError, PlanError, StaleRecord, UnsupportedModel
 from bitladder.evaluation.reading import cached, load_checkpoint
 from bitladder.evaluation.reference import Reference
@@ -26,6 +28,8 @@ from bitladder.planning.caching import kl_left
 from bitladder.recipe import parse_recipe
 from bitladder.records import CacheChoice, CheckpointManifest, KvDamage, LayerKl
 from bitladder.report import render_card
+from bitladder.report.ladder import Ladder
+from bitladder.report.parts import verdict_card
 from bitladder.runtimes.preflight import preflight
 from bitladder.runtimes.vllm.job import ServeJob
 from bitladder.runtimes.vllm.load import load_all
@@ -257,6 +261,20 @@ def test_the_card_and_the_report_print_the_argument(ran):
     assert "skip-layers" not in render_card(report, "all")
     assert f"`vllm serve … {argument}`" in (work.output / "report.md").read_text()
     assert argument in (work.output / "report.html").read_text()
+
+
+def test_how_to_serve_what_the_verdict_takes_has_the_argument(ran, monkeypatch):
+    work, report = ran
+    skips = next(scheme.kv_cache_skips for scheme in work.schemes() if scheme.name == "half")
+    argument = f"--kv-cache-dtype-skip-layers {' '.join(one.split('.')[2] for one in skips)}"
+    ended = SimpleNamespace(recipe=work.recipe, checkpoint="a run/{}".format)
+    for name, command in (("half", f" {argument}"), ("all", "")):
+        taken = report.model_copy(update={"decision": report.decision.model_copy(update={"take": name})})
+        assert verdict_card(taken, Ladder(taken))["serve"] == f"vllm serve checkpoints/{name}{command}"
+        said = []
+        monkeypatch.setattr(steps, "say", said.append)
+        steps._say_next(ended, taken)
+        assert said[-1] == f"Serve it: vllm serve 'a run/{name}'{command}"
 
 
 DAMAGE = KvDamage(
