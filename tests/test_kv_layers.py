@@ -35,6 +35,7 @@ from bitladder.runtimes.vllm.job import ServeJob
 from bitladder.runtimes.vllm.load import load_all
 from bitladder.runtimes.vllm.serve import serve
 from bitladder.steps import data
+from bitladder.steps.look import look
 from bitladder.steps.run import run
 from bitladder.steps.workspace import Workspace
 from bitladder.verification import verify
@@ -304,6 +305,13 @@ def test_shares_are_whole_layers_and_equal_ones_go_by_their_place():
         InfeasibleTarget, match="less than one of 3 attention layers; the smallest attainable is 0.3334"
     ):
         chosen(0.33)
+
+
+def test_a_share_of_no_whole_layer_is_refused_before_anything_is_measured(ran, tmp_path):
+    scheme = spec("x", coverage=1.0, kv_cache={"fp8": 0.2})
+    work = Workspace(ran[0].recipe.model_copy(update={"schemes": (scheme,)}), tmp_path)
+    with pytest.raises(InfeasibleTarget, match="less than one of 4 attention layers; the smallest attainable is 0.25"):
+        look(work)
 
 
 def test_what_isnt_measured_is_refused_in_a_line(ran):
