@@ -1,11 +1,13 @@
 """Folded models compute what the original does, to the bit; channels become even; what can't be folded is refused."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -84,6 +86,15 @@ def test_nothing_is_replaced(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(OutputError, match="there exists already"):
         run.fold(tmp_path / "there")
+
+
+def test_nothing_is_written_into_the_original(tmp_path):
+    model = shutil.copytree(DEMO, tmp_path / "model")
+    content = yaml.safe_load((DEMO.parent / "recipe.yaml").read_text())
+    run = bitladder.Run({**content, "model": {"path": str(model)}}, output=tmp_path / "run")
+    with pytest.raises(OutputError, match=r"in_it lies in .*; name a place elsewhere"):
+        run.fold(model / "in_it")
+    assert not (model / "in_it").exists()
 
 
 class Small(nn.Module):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import transformers
 from transformers import DynamicCache
 
 from bitladder import planning
+from bitladder.cli import steps
 from bitladder.errors import InfeasibleTarget, ModelError, PlanError, StaleRecord, UnsupportedModel
 from bitladder.evaluation.reading import cached, load_checkpoint
 from bitladder.evaluation.reference import Reference
@@ -26,11 +28,14 @@ from bitladder.planning.caching import kl_left
 from bitladder.recipe import parse_recipe
 from bitladder.records import CacheChoice, CheckpointManifest, KvDamage, LayerKl
 from bitladder.report import render_card
+from bitladder.report.ladder import Ladder
+from bitladder.report.parts import verdict_card
 from bitladder.runtimes.preflight import preflight
 from bitladder.runtimes.vllm.job import ServeJob
 from bitladder.runtimes.vllm.load import load_all
 from bitladder.runtimes.vllm.serve import serve
 from bitladder.steps import data
+from bitladder.steps.look import look
 from bitladder.steps.run import run
 from bitladder.steps.workspace import Workspace
 from bitladder.verification import verify
@@ -259,6 +264,20 @@ def test_the_card_and_the_report_print_the_argument(ran):
     assert argument in (work.output / "report.html").read_text()
 
 
+def test_how_to_serve_what_the_verdict_takes_has_the_argument(ran, monkeypatch):
+    work, report = ran
+    skips = next(scheme.kv_cache_skips for scheme in work.schemes() if scheme.name == "half")
+    argument = f"--kv-cache-dtype-skip-layers {' '.join(one.split('.')[2] for one in skips)}"
+    ended = SimpleNamespace(recipe=work.recipe, checkpoint="a run/{}".format)
+    for name, command in (("half", f" {argument}"), ("all", "")):
+        taken = report.model_copy(update={"decision": report.decision.model_copy(update={"take": name})})
+        assert verdict_card(taken, Ladder(taken))["serve"] == f"vllm serve checkpoints/{name}{command}"
+        said = []
+        monkeypatch.setattr(steps, "say", said.append)
+        steps._say_next(ended, taken)
+        assert said[-1] == f"Serve it: vllm serve 'a run/{name}'{command}"
+
+
 DAMAGE = KvDamage(
     measurement_sha256="m",
     settings_sha256="s",
@@ -288,6 +307,13 @@ def test_shares_are_whole_layers_and_equal_ones_go_by_their_place():
         chosen(0.33)
 
 
+def test_a_share_of_no_whole_layer_is_refused_before_anything_is_measured(ran, tmp_path):
+    scheme = spec("x", coverage=1.0, kv_cache={"fp8": 0.2})
+    work = Workspace(ran[0].recipe.model_copy(update={"schemes": (scheme,)}), tmp_path)
+    with pytest.raises(InfeasibleTarget, match="less than one of 4 attention layers; the smallest attainable is 0.25"):
+        look(work)
+
+
 def test_what_isnt_measured_is_refused_in_a_line(ran):
     work, _ = ran
     measurement = work.measurement()
@@ -296,6 +322,17 @@ def test_what_isnt_measured_is_refused_in_a_line(ran):
         planning.plan(measurement, asked)
     with pytest.raises(StaleRecord, match="of another measurement"):
         planning.plan(measurement, asked, kv_damage=DAMAGE)
+
+
+@pytest.mark.parametrize("ask", [{"coverage": 0.6}, {"max_predicted_score": 1.0}, {"max_kl": 1.0}])
+def test_what_image_positions_make_of_a_scheme_needs_no_damage_of_the_cache(ran, ask):
+    measurement = ran[0].measurement()
+    candidates = tuple(one.model_copy(update={"image_scores": one.scores}) for one in measurement.candidates)
+    seen = measurement.model_copy(update={"candidates": candidates})
+    scheme = planning.plan(measurement, spec("x", coverage=0.6))
+    asked = scheme.model_copy(update={"asked": spec("x", kv_cache={"fp8": 0.5}, **ask)})
+    (found,) = planning.remarked(seen, [asked])
+    assert found.text_only_changes is not None
 
 
 def test_the_caches_kl_comes_off_what_the_weights_may_do():

@@ -176,6 +176,9 @@ def test_what_cannot_be_split_is_told():
     )
     with pytest.raises(UnsupportedModel, match="351 features of down_proj can't be split among 2 ranks"):
         Split.of(CONFIG, 2).part("down_proj", (64, 351))
+    odd = QuantGroup(name="g", modules=(QuantModule(name="a.down_proj", shape=(64, 351)),), weight_elements=64 * 351)
+    with pytest.raises(UnsupportedModel, match="tensor_parallel: 351 features .* 2 ranks; name another number"):
+        Split.of(CONFIG, 2).group(odd)
     assert Split.of(CONFIG, 2).part("kv_b_proj", (64, 64)) is None
     group = QuantGroup(name="g", modules=(QuantModule(name="a.kv_b_proj", shape=(64, 64)),), weight_elements=4096)
     with pytest.raises(UnsupportedModel, match=r"how a\.kv_b_proj is split among ranks isn't known; use"):

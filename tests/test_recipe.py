@@ -146,6 +146,7 @@ def test_a_key_that_is_not_text(tmp_path: Path) -> None:
         ("schemes.0.coverage", float("nan"), "(got nan)"),
         ("schemes.0.exclude", "*.0.*", "(got '*.0.*')"),
         ("kv_cache", "int8", "give none, fp8, or the share of the layers that have it, as {fp8: 0.75}, not 'int8'"),
+        ("kv_cache", None, "as {fp8: 0.75}, not nothing"),
         ("kv_cache", {"fp8": 0.5, "skip": 2}, "as {fp8: 0.75}, not {'fp8': 0.5, 'skip': 2}"),
         ("kv_cache", {"fp8": True}, "as {fp8: 0.75}, not {'fp8': True}"),
         ("kv_cache", {"fp8": 1}, "between 0 and 1, not 1; for all of them write kv_cache: fp8"),

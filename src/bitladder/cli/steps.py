@@ -1,5 +1,6 @@
 """The steps of a recipe as commands."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,12 +77,15 @@ def _run_all(recipe: Path, output: Path | None) -> None:
 
 def _say_next(work: "Run", result: "Report") -> None:
     """Say what to do with the scheme that the verdict advises."""
+    from bitladder.report import skip_argument
+
     if result.decision.take is None:
         return
-    directory = work.checkpoint(result.decision.take)
+    directory = shlex.quote(str(work.checkpoint(result.decision.take)))
+    skips = next(scheme.kv_cache_skips for scheme in result.schemes if scheme.name == result.decision.take)
     if work.recipe.runtimes.vllm is None:
         say(f"Next, whether vLLM takes it: bitladder probe {directory} --python .venv-vllm/bin/python --stage generate")
-    say(f"Serve it: vllm serve {directory}")
+    say(f"Serve it: vllm serve {directory}{skip_argument(skips)}")
 
 
 @app.command()

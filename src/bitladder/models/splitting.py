@@ -102,7 +102,10 @@ class Split:
             return group
         modules = []
         for module in group.modules:
-            part = None if module.shape is None else self.part(module.name, module.shape)
+            try:
+                part = None if module.shape is None else self.part(module.name, module.shape)
+            except UnsupportedModel as error:
+                raise UnsupportedModel(f"tensor_parallel: {error}; name another number") from error
             if part is None:
                 raise UnsupportedModel(f"how {module.name} is split among ranks isn't known; use tensor_parallel 1")
             modules.append(module.model_copy(update={"shape": part}))

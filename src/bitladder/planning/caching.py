@@ -35,15 +35,26 @@ def cache_of(spec: SchemeSpec, measurement_sha256: str, damage: KvDamage | None)
             f"scheme {spec.name}: kv_cache {{fp8: {spec.kv_share:g}}} needs the damage of an FP8 KV cache in each "
             "layer, which planning from a recipe measures; here use kv_cache: fp8 or none"
         )
-    count = math.floor(Fraction(str(spec.kv_share)) * len(kl))
-    if not count:
-        raise InfeasibleTarget(
-            f"scheme {spec.name}: kv_cache {{fp8: {spec.kv_share:g}}} is less than one of {len(kl)} attention layers; "
-            f"the smallest attainable is {math.ceil(10**4 / len(kl)) / 10**4:g}"
-        )
+    count = cached_in_fp8(spec, len(kl))
     medians = damage.medians() if damage is not None else {}
     chosen = sorted(kl, key=lambda layer: medians[layer])[:count]  # equal ones in network order
     return CacheChoice("fp8", tuple(one for one in kl if one not in chosen), math.fsum(kl[one] for one in chosen))
+
+
+def cached_in_fp8(spec: SchemeSpec, layers: int) -> int:
+    """Return in how many of so many attention layers the share that a scheme asks for is.
+
+    Raises:
+        InfeasibleTarget: in none.
+    """
+    assert spec.kv_share is not None
+    count = math.floor(Fraction(str(spec.kv_share)) * layers)
+    if not count:
+        raise InfeasibleTarget(
+            f"scheme {spec.name}: kv_cache {{fp8: {spec.kv_share:g}}} is less than one of {layers} attention layers; "
+            f"the smallest attainable is {math.ceil(10**4 / layers) / 10**4:g}"
+        )
+    return count
 
 
 def kl_left(spec: SchemeSpec, cache: CacheChoice) -> float:

@@ -16,13 +16,12 @@ class KvShare(Section):
 
 def _as_asked(value: Any) -> Any:
     """Return the value; raises ValueError where it is none of the three."""
-    if value in (None, "none", "fp8") or isinstance(value, KvShare):
+    if value in ("none", "fp8") or isinstance(value, KvShare):
         return value
     share = value.get("fp8") if isinstance(value, Mapping) and set(value) == {"fp8"} else None
     if isinstance(share, bool) or not isinstance(share, int | float):
-        raise ValueError(
-            f"give none, fp8, or the share of the layers that have it, as {{fp8: 0.75}}, not {shortened(value)}"
-        )
+        given = "nothing" if value is None else shortened(value)
+        raise ValueError(f"give none, fp8, or the share of the layers that have it, as {{fp8: 0.75}}, not {given}")
     if not 0 < share < 1:
         raise ValueError(
             f"fp8 is a share of the attention layers, between 0 and 1, not {share}; for all of them write kv_cache: fp8"

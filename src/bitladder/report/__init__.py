@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bitladder.report.compare import compare_runs
     from bitladder.report.figures import check_figures, write_figures
     from bitladder.report.groups import batch_standard_error
+    from bitladder.report.kv_cache import skip_argument
     from bitladder.report.markdown import render_markdown
     from bitladder.report.numbers import STAGES
     from bitladder.report.page import render_html
@@ -31,6 +32,7 @@ else:
             "compare": ("compare_runs",),
             "figures": ("check_figures", "write_figures"),
             "groups": ("batch_standard_error",),
+            "kv_cache": ("skip_argument",),
             "markdown": ("render_markdown",),
             "numbers": ("STAGES",),
             "page": ("render_html",),
@@ -59,6 +61,7 @@ __all__ = [
     "render_card",
     "render_html",
     "render_markdown",
+    "skip_argument",
     "write_figures",
     "write_report",
 ]

@@ -9,6 +9,7 @@ from bitladder.recipe import SCHEME_PLACE
 from bitladder.recipe.sections import LayoutSpec
 from bitladder.records import BF16, BF16_BITS, KL, TASK_ACCURACY, EvalResult
 from bitladder.report.damage import WORDS, bound_in_words, lost_tasks, worst_task
+from bitladder.report.kv_cache import skip_argument
 from bitladder.report.ladder import Ladder, points, verified
 from bitladder.report.numbers import (
     KL_EXPONENT,
@@ -87,7 +88,8 @@ def serve_command(report: Report, scheme: ReportedScheme) -> str:
     """Return how vLLM serves a scheme's checkpoint, from the report's directory."""
     layout = report.settings.get("layout") or {}
     place = layout.get("checkpoints") or str(LayoutSpec.model_fields["checkpoints"].default)
-    return f"vllm serve {shlex.quote(str(place).replace(SCHEME_PLACE, scheme.name))}"
+    directory = shlex.quote(str(place).replace(SCHEME_PLACE, scheme.name))
+    return f"vllm serve {directory}{skip_argument(scheme.kv_cache_skips)}"
 
 
 def kl_with_error(result: EvalResult) -> tuple[str, str]:

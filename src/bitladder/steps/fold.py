@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bitladder.checkpoints.folded import check_destination, write_folded
 from bitladder.device import resolve_device, resolve_dtype
-from bitladder.errors import EngineError
+from bitladder.errors import EngineError, OutputError
 from bitladder.measuring.folding import Fold, fold_norms, parameters_of
 from bitladder.models.loading import checkpoint_tensor_names, load_model
 from bitladder.models.weights import WeightFiles
@@ -22,6 +22,8 @@ def fold(work: Workspace, destination: Path) -> tuple[Fold, ...]:
     check_destination(destination)
     look(work)
     spec, source = work.recipe.measurement, work.model_directory
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise OutputError(f"{destination} lies in {source}, which would not be what it was; name a place elsewhere")
     device = resolve_device(spec.device)
     model = load_model(source, resolve_dtype(spec.dtype, device), device)
     model.config.use_cache = False

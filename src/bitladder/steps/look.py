@@ -11,6 +11,8 @@ from bitladder.formats.targets import TARGETS, served, target_of
 from bitladder.measured import MEASUREMENT_FILE
 from bitladder.measuring.kv_damage import check_by_layer
 from bitladder.measuring.measure import check_engine
+from bitladder.models.kv_layers import cached_layers
+from bitladder.planning.caching import cached_in_fp8
 from bitladder.recipe import GENERATED, Recipe
 from bitladder.runtimes.child import vllm_version
 from bitladder.steps.data import calibration_sets, check_asked_length, load_set
@@ -40,8 +42,11 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
     asked = tasks_of(work) if held_out else None
     if not (work.output / MEASUREMENT_FILE).exists():
         check_engine(recipe.measurement, work.target, device)
-    if any(scheme.kv_share is not None for scheme in recipe.scheme_specs()):
+    shares = [scheme for scheme in recipe.scheme_specs() if scheme.kv_share is not None]
+    if shares:
         check_by_layer(work.target)
+    for scheme in shares:
+        cached_in_fp8(scheme, len(cached_layers(work.target.groups)))
     for scheme in recipe.schemes:
         patterns = (*(scheme.include or ()), *scheme.exclude)
         if patterns:
