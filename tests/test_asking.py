@@ -13,6 +13,7 @@ from bitladder.planning.refinement import refine
 from bitladder.recipe import CONTROL_KINDS, SchemeSpec, parse_recipe, parse_schemes
 from bitladder.records import (
     BF16,
+    CacheChoice,
     Candidate,
     Control,
     DataSummary,
@@ -362,7 +363,7 @@ def test_a_scheme_of_one_of_several_formats_has_an_edge():
 def scheme_in(*names, kv_cache=None):
     measurement = measurement_of(tuple(names))
     formats = {group.name: names[i % len(names)] for i, group in enumerate(measurement.groups)}
-    return planning.price(measurement, "x", formats, spec("x", coverage=1.0), kv_cache_format=kv_cache)
+    return planning.price(measurement, "x", formats, spec("x", coverage=1.0), cache=CacheChoice(kv_cache))
 
 
 @pytest.mark.parametrize("cached", [None, "fp8"])

@@ -28,7 +28,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
 }
 _EARLIER = {
-    "schemes": [{"name": "half", "coverage": 0.9}, {"name": "full", "coverage": 1.0}, {"name": "old", "coverage": 0.2}],
+    "schemes": [{"name": "half", "coverage": 0.9}, {"name": "full", "coverage": 1.0}, {"name": "old", "coverage": 0.3}],
     "measurement": {"rounding": "compensated"},
 }
 

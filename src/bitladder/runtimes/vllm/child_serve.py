@@ -134,7 +134,7 @@ def build(job: Facts, gpu: bool) -> Any:
         "enforce_eager": not gpu,  # on a GPU CUDA graphs, as in service; compiling for a CPU takes minutes
         "enable_prefix_caching": False,  # a prompt that is timed again would else be found in the cache
     }
-    if job["kv_cache_skips"]:  # not every release has the argument
+    if job.get("kv_cache_skips"):  # not every release has the argument
         arguments["kv_cache_dtype_skip_layers"] = job["kv_cache_skips"]
     kernels = _sibling("child_kernels")
     with kernels.emulating(), kernels.keeping_scales():
