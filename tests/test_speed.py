@@ -232,6 +232,19 @@ def test_within_a_damage_the_fewest_seconds_are_preferred(prefer):
     assert by_kl.formats == scheme.formats
 
 
+@pytest.mark.parametrize("asked", [{"max_predicted_score": 1.0}, {"max_kl": 1.0}])
+def test_seconds_that_no_format_saves_are_refused(asked):
+    measurement = measured()
+    profile = profile_of()
+    plain = {(one.out_features, one.in_features): one.cells for one in profile.layers if one.format == BF16}
+    layers = tuple(one.model_copy(update={"cells": plain[one.out_features, one.in_features]}) for one in profile.layers)
+    model = SpeedModel(profile.model_copy(update={"layers": layers}), measurement.groups, ASKED)
+    with pytest.raises(InfeasibleTarget, match=r"a: prefer: decode .* is faster there than 16 bits; leave prefer out"):
+        planning.plan(
+            measurement, spec("a", prefer="decode", **asked), speed=model, kl_map=same_kl(measurement.formats)
+        )
+
+
 def test_a_load_of_its_own_counts_for_a_scheme():
     measurement = measured()
     usual = planning.plan(measurement, spec("a", speed=SpeedSpec(decode=1.2)), speed=model_of(measurement))

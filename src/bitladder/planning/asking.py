@@ -203,6 +203,7 @@ class _Planner:
             assert aim is not None
             return _by_speed(spec, edge, self._speed, aim)
         assert spec.max_predicted_score is not None
+        ranges.refuse_no_faster(spec, edge)
         formats = edge.fewest_bits(spec.max_predicted_score)
         if formats is None:
             raise ranges.beyond_the_score(spec, edge)
@@ -223,6 +224,7 @@ class _Planner:
                 "here use coverage, effective_bits or max_predicted_score"
             )
         edge = Solver(self._kl_map.weigh(measurement), excluded, self._cost(aim))
+        ranges.refuse_no_faster(spec, edge)
         most = self._kl_map.score_of(kl_left(spec, cache))
         formats = None if most is None else edge.fewest_bits(most)
         if formats is None:

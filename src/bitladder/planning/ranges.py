@@ -78,6 +78,19 @@ def below_the_minimum(spec: SchemeSpec, edge: TradeOff, measured: Sequence[str])
     )
 
 
+def refuse_no_faster(spec: SchemeSpec, edge: TradeOff) -> None:
+    """Refuse to take the fewest seconds where no format takes fewer than 16 bits.
+
+    Raises:
+        InfeasibleTarget: says so.
+    """
+    if spec.prefer != "bytes" and all(set(one.names) == {BF16} for one in edge.options):
+        raise InfeasibleTarget(
+            f"scheme {spec.name}: prefer: {spec.prefer} would quantise nothing: no format of these "
+            f"({listed(edge.measurement)}) is faster there than 16 bits; leave prefer out, or name other formats"
+        )
+
+
 def beyond_the_score(spec: SchemeSpec, edge: TradeOff) -> InfeasibleTarget:
     """Return the refusal of a predicted score within which nothing can be quantised."""
     low, high = (_rounded_up(score) for score in edge.attainable_scores())
