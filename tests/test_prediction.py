@@ -149,3 +149,18 @@ def test_what_is_planned_within_a_kl_is_the_smallest_by_brute_force():
 def test_students_t_is_scipys(level):
     for freedom in (*range(1, 40), 99, 100, 1001):
         assert students_t(level, freedom) == pytest.approx(t_of_scipy.ppf((1 + level) / 2, freedom), rel=1e-12)
+
+
+def test_where_kl_does_not_grow_with_the_score_none_is_bounded():
+    fitted = KlMap.fit(alone(SCORES), [1e-3 / score for score in SCORES])
+    assert fitted.exponent == pytest.approx(-1)
+    assert fitted.score_of(1e-3) is None
+    fitted = KlMap.fit(alone(SCORES), [2 * score**2 for score in SCORES])
+    assert fitted.score_of(fitted.kl_of(3e-3)) == pytest.approx(3e-3)
+
+
+def test_a_negative_part_counts_for_nothing_beside_others():
+    parts = [{"fp8": score, "nvfp4": 0.0} for score in SCORES]
+    fitted = KlMap.fit(parts, [2 * score for score in SCORES])
+    assert fitted.predict({"fp8": 1e-3, "nvfp4": -2e-4}).value == pytest.approx(2e-3)
+    assert fitted.predict({"fp8": 1e-3, "nvfp4": -2e-3}) is None
