@@ -34,7 +34,7 @@ from bitladder.planning.caching import cache_of, kl_left
 from bitladder.planning.options import check_usable
 from bitladder.planning.patterns import Searched, matching_groups
 from bitladder.planning.prediction import KlMap
-from bitladder.planning.pricing import cheapest_first, price, scores_by_format
+from bitladder.planning.pricing import cheapest_first, predicted_score, price
 from bitladder.planning.solver import Solver
 from bitladder.planning.speed import Load, SpeedModel
 from bitladder.planning.trade_off import TradeOff
@@ -267,8 +267,7 @@ def _check(measurement: Measurement, spec: SchemeSpec, scheme: Scheme, kl_map: K
 
 
 def _within_kl(measurement: Measurement, scheme: Scheme, most: float, kl_map: KlMap) -> bool:
-    weighed = kl_map.weigh(measurement)
-    return math.fsum(scores_by_format(weighed, scheme.formats).values()) <= (kl_map.score_of(most) or 0.0)
+    return predicted_score(kl_map.weigh(measurement), scheme.formats) <= (kl_map.score_of(most) or 0.0)
 
 
 def related(schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:

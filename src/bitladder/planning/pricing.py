@@ -125,7 +125,7 @@ def price(
         searched_weights=measurement.searched_weights,
         weight_bits=weight_bits,
         weight_bytes=weight_bytes,
-        predicted_score=_predicted(measurement, formats),
+        predicted_score=predicted_score(measurement, formats),
         score_unit=measurement.score_unit,
         exclude_modules=_with_vllms_names(
             measurement.model.architecture, [*excluded, *(module.checkpoint_name for module in measurement.untouched)]
@@ -154,7 +154,8 @@ def check_able(measurement: Measurement, scheme: str, formats: Mapping[str, str]
             raise PlanError(f"scheme {scheme}: {one.group} can't be in {one.format}: {one.reason}; name another format")
 
 
-def _predicted(measurement: Measurement, formats: Mapping[str, str]) -> float:
+def predicted_score(measurement: Measurement, formats: Mapping[str, str]) -> float:
+    """Return an assignment's predicted score, in the measurement's unit."""
     table = measurement.by_group()
     return math.fsum(measurement.sensitivity(table[g][name]) for g, name in formats.items() if name != BF16)
 
