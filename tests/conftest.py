@@ -1,5 +1,6 @@
 """Tiny models, data and measurements that many tests share. Everything is made here, from seeds."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -271,6 +272,25 @@ def vllm_warm(vllm_python, tmp_path_factory):
 def good(tmp_path_factory) -> dict[str, Path]:
     """Good checkpoints of the embedded model by name; to be copied, not changed."""
     return broken_checkpoints.make_good(tmp_path_factory.mktemp("good"))
+
+
+@contextlib.contextmanager
+def compiling_with(monkeypatch, backend):
+    """Have layers compiled on this CPU by one of torch's backends; gives what counts the compiled functions."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from bitladder.measuring import decoder
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    monkeypatch.setattr(
+        decoder,
+        "fused",
+        lambda function, compiled: torch.compile(function, backend=counter, dynamic=False) if compiled else function,
+    )
+    monkeypatch.setattr(decoder, "can_compile", lambda _: True)
+    yield counter
+    torch._dynamo.reset()
 
 
 def same_kl(names=("fp8",)):

@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from bitladder.data.batches import IGNORED_LABEL, Batch
 from bitladder.errors import EngineError
@@ -21,7 +20,7 @@ from bitladder.measuring.layers import DeviceMemory, Layers
 from bitladder.models.loading import load_model
 from bitladder.models.target import find_target
 from bitladder.recipe import MeasureSpec
-from conftest import llama_config, qwen2_5_vl_config, save_model
+from conftest import compiling_with, llama_config, qwen2_5_vl_config, save_model
 
 MODELS = {
     "llama": (transformers.LlamaForCausalLM, llama_config),
@@ -40,16 +39,8 @@ def model(request, tmp_path_factory):
 @pytest.fixture
 def compiling(monkeypatch):
     """Compile for this CPU as for a GPU, but leave making kernels out; returns what counts the compiled functions."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(
-        decoder,
-        "fused",
-        lambda function, compiled: torch.compile(function, backend=counter, dynamic=False) if compiled else function,
-    )
-    monkeypatch.setattr(decoder, "can_compile", lambda _: True)
-    yield counter
-    torch._dynamo.reset()
+    with compiling_with(monkeypatch, "aot_eager") as counter:
+        yield counter
 
 
 def batch_of(seed, padding):

@@ -8,18 +8,17 @@ import contextlib
 import pytest
 import torch
 import transformers
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from bitladder.data.batches import Batch
 from bitladder.device import deterministic
 from bitladder.formats import FORMATS
-from bitladder.measuring import candidates, decoder, gradient, kl, native
+from bitladder.measuring import candidates, gradient, kl, native
 from bitladder.measuring.job import Job
 from bitladder.measuring.layers import DeviceMemory, Layers
 from bitladder.models.loading import load_model
 from bitladder.models.target import find_target
 from bitladder.recipe import MeasureSpec
-from conftest import llama_config, save_model
+from conftest import compiling_with, llama_config, save_model
 
 THREE = ("fp8", "nvfp4", "nvfp4_w4a16")
 GOAL = 1.3  # issue 20: what three formats may take, over one
@@ -51,16 +50,8 @@ def like_a_gpu(monkeypatch):
 @pytest.fixture
 def counter(monkeypatch):
     """Compile as for a GPU, where torch chooses what is kept and what is made again, but make no kernels."""
-    torch._dynamo.reset()
-    found = CompileCounterWithBackend("aot_eager_decomp_partition")
-    monkeypatch.setattr(
-        decoder,
-        "fused",
-        lambda function, compiled: torch.compile(function, backend=found, dynamic=False) if compiled else function,
-    )
-    monkeypatch.setattr(decoder, "can_compile", lambda _: True)
-    yield found
-    torch._dynamo.reset()
+    with compiling_with(monkeypatch, "aot_eager_decomp_partition") as found:
+        yield found
 
 
 def held_bytes(scorer, batch):
