@@ -64,10 +64,10 @@ def result_of(name: str, scratch: Path) -> dict:
             spec = one.measurement.model_copy(update={"rounding": rounding})
             output = scratch / f"{arm.replace(' ', '-')}-{rounding}"
             output.mkdir(parents=True, exist_ok=True)
+            work = Workspace(one.model_copy(update={"measurement": spec}), output)
             for other in written[arm]:  # the same model's, which needn't be written again
                 generation.copy_rows(other, output)
             written[arm].append(output)
-            work = Workspace(one.model_copy(update={"measurement": spec}), output)
             measurement = measure(work)
             seen.append(measurement.calibration.sample_ids)
             schemes = mixes.in_each_format(measurement)

@@ -3,6 +3,7 @@
     python benchmarks/mixes.py --scratch DIR             # writes benchmarks/results/mixes.json; needs an NVIDIA GPU
     python benchmarks/mixes.py --scratch DIR --serve-on hopper --recipe recipes/gemma3_270m.yaml
     python benchmarks/mixes.py --scratch DIR --compensated                          # adds to what is there
+    python benchmarks/mixes.py --scratch DIR --compensated --folded                 # the same on the folded model
     python benchmarks/mixes.py --scratch DIR --no-modelopt --recipe recipes/demo.yaml    # minutes on a CPU
 
 ModelOpt calibrates and scores {NVFP4, FP8} with its own `auto_quantize` by each of its methods, and its own solver
@@ -16,8 +17,9 @@ directory. A model with held-out sets of several kinds is measured on these, and
 
 `--compensated` measures once more, by `gradient` with compensated codes, calibrated on half the recipe's rows and as
 many that the model writes itself, and adds to the rows of an earlier run our choices with these codes at no more bits,
-the frontier and everything in each format with these codes. `--no-modelopt` leaves out ModelOpt's choices and ours at
-their bits: its NVFP4 needs a GPU.
+the frontier and everything in each format with these codes. `--folded` does that with the model that `bitladder fold`
+writes, which computes the same. `--no-modelopt` leaves out ModelOpt's choices and ours at their bits: its NVFP4 needs a
+GPU.
 """
 
 import argparse
@@ -49,14 +51,18 @@ def kl_samples(recipe) -> int:
     return min(recipe.calibration[0].samples, KL_TOKENS // recipe.calibration[0].sequence_length)
 
 
-def measured(scratch: Path, recipe: Path, method: str, serve_on: str, *, compensated: bool = False) -> tuple:
+def measured(
+    scratch: Path, recipe: Path, method: str, serve_on: str, *, compensated: bool = False, folded: bool = False
+) -> tuple:
     """Return (measurement in all formats, its workspace)."""
     from bitladder.recipe import read_recipe
     from bitladder.steps.measure import measure
     from bitladder.steps.workspace import Workspace
 
-    output = scratch / ("compensated" if compensated else method)
+    output = scratch / ("-".join(["compensated"] + ["folded"] * folded) if compensated else method)
     spec = with_near_text(read_recipe(recipe))
+    if folded:
+        spec = with_folded_model(spec, scratch)
     changed = {"method": method, "formats": SETS["all + integers"], "engine": "native", "dtype": "float32"}
     changed |= {"score_samples": kl_samples(spec)} if method == "kl_div" else {}
     changed |= {"rounding": "compensated"} if compensated else {}
@@ -85,6 +91,18 @@ def with_written_rows(calibration: tuple) -> tuple:
     (one,) = calibration
     half = one.model_copy(update={"samples": one.samples // 2})
     return half, half.model_copy(update={"data": DataSpec(kind="generated")})
+
+
+def with_folded_model(recipe, scratch: Path):
+    """Return the recipe for the model that `bitladder fold` writes, which is made once."""
+    from bitladder.steps.fold import fold
+    from bitladder.steps.workspace import Workspace
+
+    directory = scratch / "model"
+    if not directory.exists():
+        written = recipe.model_copy(update={"calibration": with_written_rows(recipe.calibration)})
+        fold(Workspace(written, scratch / "fold"), directory)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(directory)})})
 
 
 def limited(measurement, formats: tuple[str, ...]):
@@ -247,9 +265,9 @@ def compare(recipe: Path, scratch: Path, serve_on: str, *, modelopt: bool) -> di
     return {"rows": rows, "frontier": frontier_rows(best, kls), "uniform_nearest": uniform_rows(uniform, kls)}
 
 
-def add_compensated(rows: list[dict], recipe: Path, scratch: Path, serve_on: str) -> dict:
+def add_compensated(rows: list[dict], recipe: Path, scratch: Path, serve_on: str, *, folded: bool) -> dict:
     """Add our choices with compensated codes to the rows; return the frontier and each format with these codes."""
-    measurement, work = measured(scratch, recipe, "gradient", serve_on, compensated=True)
+    measurement, work = measured(scratch, recipe, "gradient", serve_on, compensated=True, folded=folded)
     schemes = {
         (number, label): planned(measurement, chosen, f"plan{number}-{at}", row["effective_bits"])
         for number, row in enumerate(rows)
@@ -257,12 +275,14 @@ def add_compensated(rows: list[dict], recipe: Path, scratch: Path, serve_on: str
     }
     best, uniform = frontier(measurement), in_each_format(measurement)
     everything = [*schemes.values(), *best.values(), *uniform.values()]
-    kls = prediction.results_of(work, measurement, everything, scratch / "simulated-compensated.json")
+    how = "compensated, folded" if folded else "compensated"
+    kls = prediction.results_of(work, measurement, everything, scratch / f"simulated-{how.replace(', ', '-')}.json")
     for (number, label), scheme in schemes.items():
         result, row = kls[scheme.fingerprint()], rows[number]
         ratio = {split: value[0] / row["kl"][split][0] for split, value in result.items()}
-        row[f"{label}, compensated"] = {"effective_bits": scheme.effective_bits, "kl": result, "ratio": ratio}
-    return {"uniform": uniform_rows(uniform, kls), "compensated_frontier": frontier_rows(best, kls)}
+        row[f"{label}, {how}"] = {"effective_bits": scheme.effective_bits, "kl": result, "ratio": ratio}
+    found = {"uniform": uniform_rows(uniform, kls), "compensated_frontier": frontier_rows(best, kls)}
+    return {f"{key}_folded" if folded else key: value for key, value in found.items()}
 
 
 def main() -> None:
@@ -273,6 +293,7 @@ def main() -> None:
         "--serve-on", default="blackwell", help="whose arithmetic; blackwell: formats as they are stored"
     )
     parser.add_argument("--compensated", action="store_true", help="add compensated codes to what is known")
+    parser.add_argument("--folded", action="store_true", help="with --compensated: the model with its norms folded")
     parser.add_argument("--no-modelopt", action="store_true", help="leave out what only it chooses")
     parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/mixes.json")
     arguments = parser.parse_args()
@@ -288,8 +309,9 @@ def main() -> None:
     scratch = arguments.scratch.resolve() / name.replace(", ", "-")
     if arguments.compensated:
         one = known["models"][name]
-        one |= add_compensated(one["rows"], arguments.recipe, scratch, arguments.serve_on)
-        one["compensated_on"] = {"hardware": hardware(), "versions": versions()}
+        folded = arguments.folded
+        one |= add_compensated(one["rows"], arguments.recipe, scratch, arguments.serve_on, folded=folded)
+        one["compensated_folded_on" if folded else "compensated_on"] = {"hardware": hardware(), "versions": versions()}
     else:
         found = compare(arguments.recipe, scratch, arguments.serve_on, modelopt=not arguments.no_modelopt)
         known["models"][name] = {"hardware": hardware(), "versions": versions(), **found}
