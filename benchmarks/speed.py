@@ -14,6 +14,10 @@ layer; `A/B` has A in attention and B in the MLP.
 
 Without `--compiled` the engines lack torch.compile: decoding runs in CUDA graphs, prefill eagerly with vLLM's own fused
 operators. The profile's engine has the same settings.
+
+With `--speculative N` the engines speculate by `ngram`, N tokens a request and step, every one of which is refused
+(`speed_child.py` says how): a step keeps one token of each request, and its time is that of verification and drafting.
+The profile's engine doesn't speculate. `compare` takes nothing but steps of `requests` x (N + 1) tokens.
 """
 
 import argparse
@@ -177,11 +181,21 @@ def start(flags: argparse.Namespace, results: Results, places: dict[str, Path], 
     longest = max(prompt + output for _, prompt, output in loads)
     speed = SpeedJob(max(requests for requests, _, _ in loads), longest - 1, 1)
     job = ServeJob(speed=speed, kv_cache_bytes=KV_CACHE_BYTES)
-    engine = {**flags.engine, "tensor_parallel_size": flags.tensor_parallel}
+    engine = {**flags.engine, "tensor_parallel_size": flags.tensor_parallel, **speculation(flags)}
     return {
         name: Engine(python, place, job, engine, scratch / f"engine-{index}", CHILD)
         for index, (name, place) in enumerate(places.items())
     }
+
+
+def speculation(flags: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments by which an engine speculates, with CUDA graphs of as many requests as without."""
+    drafted = flags.speculative
+    if not drafted:
+        return {}
+    ngram = {"method": "ngram", "num_speculative_tokens": drafted, "prompt_lookup_min": 1, "prompt_lookup_max": 1}
+    graphs = {**flags.engine["compilation_config"], "cudagraph_capture_sizes": [n * (drafted + 1) for n in GRAPH_SIZES]}
+    return {"speculative_config": ngram, "compilation_config": graphs}
 
 
 def drop(results: Results, engines: dict[str, Engine], name: str, step: str) -> None:
@@ -234,6 +248,7 @@ def rounds(flags: argparse.Namespace, results: Results, engines: dict[str, Engin
             kept = results.content["arms"][name].setdefault("timings", [[] for _ in loads])
             for place, one in zip(kept, timings, strict=True):
                 place.append([one["one_token"][0], one["all_tokens"][0]])
+            results.content["arms"][name]["steps"] = [one["steps"] for one in timings]
         results.say(f"round {number} of {', '.join(engines)}")
 
 
@@ -249,6 +264,7 @@ def serve_arms(flags: argparse.Namespace) -> None:
         "versions": versions(),
         "engine": flags.engine,
         "tensor_parallel": flags.tensor_parallel,
+        "speculative_tokens": flags.speculative,
         "loads": TINY_LOADS if flags.tiny else LOADS,
         "done": {},
         "profile": {},
@@ -394,6 +410,7 @@ def parse() -> argparse.Namespace:
     serving.add_argument("--seconds", type=float, default=450.0, help="for everything")
     serving.add_argument("--start-seconds", type=float, default=200.0, help="until the engines are up")
     serving.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each engine's model")
+    serving.add_argument("--speculative", type=int, default=0, metavar="N", help="tokens drafted a request and step")
     serving.add_argument("--rounds", type=int, default=3)
     serving.add_argument("--no-profile", action="store_true")
     serving.add_argument("--compiled", action="store_true", help="engines with torch.compile, as vLLM's default is")
@@ -406,6 +423,8 @@ def parse() -> argparse.Namespace:
     flags = parser.parse_args()
     if flags.command == "compare":
         return flags
+    if flags.speculative and flags.tensor_parallel > 1:
+        parser.error("--speculative is for one GPU: the rows of the embedding that it sets lie on one of several")
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": GRAPH_SIZES}
     if not flags.compiled:
         graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "custom_ops": ["all"]}

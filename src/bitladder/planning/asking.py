@@ -22,6 +22,7 @@ Candidates are the formats that are measured, or of those a scheme's own `format
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from fractions import Fraction
 from functools import partial
 from itertools import accumulate
@@ -349,9 +350,8 @@ def _aim_of(spec: SchemeSpec, speed: SpeedModel | None, formats: Sequence[str]) 
         assert spec.prefer != "bytes"
         return spec.prefer, speed.load
     phase, _ = spec.speed.target
-    own = (spec.speed.requests, spec.speed.prompt_tokens, spec.speed.output_tokens)
-    usual = (speed.load.requests, speed.load.prompt_tokens, speed.load.output_tokens)
-    load = Load(*(common if one is None else one for one, common in zip(own, usual, strict=True)))
+    own = {one.name: getattr(spec.speed, one.name) for one in fields(Load)}
+    load = replace(speed.load, **{name: value for name, value in own.items() if value is not None})
     speed.check(load)
     return phase, load
 

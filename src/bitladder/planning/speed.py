@@ -11,11 +11,16 @@ step of prefill has as many tokens as the engine puts into one; a step of decodi
 CUDA graph. The rest of a step is fitted to the loads that were timed:
 
     prefill  a + b · tokens + c · tokens · prompt + d · requests
-    decode   e + f · requests + g · requests · context
+    decode   e + f · tokens + g · requests · context
 
-with no factor below zero; what the fit of decoding leaves over is interpolated between numbers of requests. Where few
+with no factor below zero; what the fit of decoding leaves over is interpolated between numbers of tokens. Where few
 tokens are prefilled the host takes longer to start the operations than the device to do them; then its seconds count,
 those of the smallest load outside CUDA graphs, whatever the formats are.
+
+With speculative decoding a step verifies a token of each request and all that were drafted after it, at once: the
+layers, norms, output head and sampler have so many tokens, attention reads a request's keys and values once. Of them as
+many are kept in any format, so that the factor cancels in a ratio; a step counts as one token of each request. What
+takes time to draft them isn't a part of a profile, nor of what is predicted.
 
 `benchmarks/speed.py` compares what is predicted with what vLLM serves.
 """
@@ -35,6 +40,7 @@ from bitladder.records import BF16, Profile, QuantGroup, QuantModule, TimedLayer
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 PICOSECONDS = 10**12  # a cost is a whole number of them
 _LEAST_STEPS = 16  # of decoding, for each step of prefill that answers may have added
+_GRAPH_TOKENS = 512  # of the largest CUDA graph that vLLM makes unless it is told to (vllm 0.25.1, config/vllm.py)
 _HOST_BOUND = 1.5  # prefill that takes less than so many times what the fewest tokens take says nothing of the device
 
 
@@ -45,19 +51,29 @@ class Load:
     requests: int = 64
     prompt_tokens: int = 512
     output_tokens: int = 128
+    speculative_tokens: int = 0  # drafted for a request, which the next step of decoding verifies
 
     def __str__(self) -> str:
-        return f"{self.requests} requests of {self.prompt_tokens} + {self.output_tokens} tokens"
+        drafted = f", {self.speculative_tokens} of each drafted a step" if self.speculative_tokens else ""
+        return f"{self.requests} requests of {self.prompt_tokens} + {self.output_tokens} tokens{drafted}"
 
     @property
     def context(self) -> float:
         """Tokens that a request holds while it is decoded, on average."""
         return self.prompt_tokens + (self.output_tokens + 1) / 2
 
+    @property
+    def verified(self) -> int:
+        """Tokens of a step of decoding: one of each request, and those that were drafted."""
+        return self.requests * (self.speculative_tokens + 1)
+
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of one scheme at one load, and how many times that of the model in 16 bits it is."""
+    """Tokens per second of one scheme at one load, and how many times that of the model in 16 bits it is.
+
+    Where tokens are drafted, `decode` is of one a request and step, as if all that were drafted were refused.
+    """
 
     prefill: float
     decode: float
@@ -141,6 +157,12 @@ class SpeedModel:
                 f"speed at {load} isn't known: the profile of {self.profile.place} has times of at most {most} "
                 f"requests, and of {longest} tokens each; ask for no more"
             )
+        timed = min(self.profile.engine.tokens_a_step, *(one.cells[-1].tokens for one in self.profile.layers))
+        if load.speculative_tokens and load.verified > timed:
+            raise PlanError(
+                f"speed at {load} isn't known: a step would verify {load.verified} tokens, and the profile of "
+                f"{self.profile.place} has times of at most {timed}; ask for fewer speculative_tokens or requests"
+            )
 
     def uniform(self, format_name: str) -> dict[str, str]:
         """Return the scheme that has a format wherever the profile has times of it."""
@@ -160,7 +182,7 @@ class SpeedModel:
         if phase == "prefill":
             return float(np.dot(self._prefill, self._prefill_terms(load)))
         fitted = float(np.dot(self._decode, _decode_terms(load)))
-        return fitted + float(np.interp(load.requests, list(self._left), list(self._left.values())))
+        return fitted + float(np.interp(load.verified, list(self._left), list(self._left.values())))
 
     def cost_of(self, phase: Phase, load: Load | None = None) -> Callable[[QuantGroup, str], int]:
         """Return what gives a group's part of `seconds` in a format, in whole picoseconds; see `planning.options`.
@@ -201,30 +223,41 @@ class SpeedModel:
     def _time(self, layer: TimedLayer, phase: Phase, load: Load) -> float:
         """Return the seconds of a layer in all prefill, or in a step of decoding."""
         if phase == "decode":
-            return _seconds(layer, self._padded(load.requests))
+            return _seconds(layer, self._padded(load))
         most = self.profile.engine.tokens_a_step
         whole, left = divmod(load.requests * load.prompt_tokens, most)
         return whole * _seconds(layer, most) + (_seconds(layer, left) if left else 0.0)
 
-    def _padded(self, requests: int) -> int:
-        """Return the tokens of a step of decoding: those of the next CUDA graph, where there is one."""
-        return next((size for size in sorted(self.profile.engine.graph_sizes) if size >= requests), requests)
+    def _padded(self, load: Load) -> int:
+        """Return the tokens of a step of decoding: those of the next CUDA graph, where there is one.
+
+        A graph holds whole requests, so that vLLM rounds its size up where tokens are drafted.
+        """
+        of_one = load.speculative_tokens + 1
+        sizes = (math.ceil(size / of_one) * of_one for size in sorted(self.profile.engine.graph_sizes))
+        return next((size for size in sizes if size >= load.verified), load.verified)
 
     def _steps(self, load: Load | TimedLoad) -> int:
         return math.ceil(load.requests * load.prompt_tokens / self.profile.engine.tokens_a_step)
 
     def _host_seconds(self, phase: Phase, load: Load) -> float:
         """Return the seconds that the host takes at least to start all operations; those of a CUDA graph are one."""
-        if self._in_graph(phase, load):
-            return 0.0
-        return self._host * (1 if phase == "decode" else self._steps(load))
+        if phase == "decode":
+            return 0.0 if self._decodes_in_graph(load) else self._host
+        return 0.0 if self._prefills_in_graph(load) else self._host * self._steps(load)
 
-    def _in_graph(self, phase: Phase, load: Load | TimedLoad) -> bool:
-        """Return whether a phase's steps run as CUDA graphs; for prefill these are those of a model's pieces."""
+    def _decodes_in_graph(self, load: Load) -> bool:
+        """Return whether steps of decoding run as CUDA graphs.
+
+        An engine that speculates has them of as many requests as one that doesn't, up to vLLM's bound of tokens.
+        """
+        most = max(self.profile.engine.graph_sizes, default=0)
+        return load.requests <= most and load.verified <= max(most, _GRAPH_TOKENS)
+
+    def _prefills_in_graph(self, load: Load | TimedLoad) -> bool:
+        """Return whether prefill runs as CUDA graphs of a model's pieces."""
         engine = self.profile.engine
         most = max(engine.graph_sizes, default=0)
-        if phase == "decode":
-            return load.requests <= most
         return "PIECEWISE" in engine.graphs and load.requests * load.prompt_tokens <= most
 
     def _device_bound(self) -> list[TimedLoad]:
@@ -236,7 +269,7 @@ class SpeedModel:
 
     def _started_by_host(self) -> Sequence[TimedLoad]:
         """Return the loads whose prefill the host starts operation by operation; all, where there are none."""
-        return [one for one in self.profile.loads if not self._in_graph("prefill", one)] or self.profile.loads
+        return [one for one in self.profile.loads if not self._prefills_in_graph(one)] or self.profile.loads
 
     def _spilled(self, timed: TimedLoad) -> int:
         """Return how many steps of prefill more it takes where answers are longer than a token.
@@ -296,7 +329,7 @@ def _load_of(timed: TimedLoad) -> Load:
 
 
 def _decode_terms(load: Load) -> NDArray[np.float64]:
-    return np.array([1.0, load.requests, load.requests * load.context], dtype=np.float64)
+    return np.array([1.0, load.verified, load.requests * load.context], dtype=np.float64)
 
 
 def _fitted(seen: Sequence[_Seen]) -> NDArray[np.float64]:
@@ -321,11 +354,11 @@ def _fitted(seen: Sequence[_Seen]) -> NDArray[np.float64]:
 
 
 def _left_over(seen: Sequence[_Seen], factors: NDArray[np.float64]) -> dict[float, float]:
-    """Return what the fit leaves over by the number of requests, ascending: between two it is on the line."""
+    """Return what the fit leaves over by the number of tokens, ascending: between two it is on the line."""
     found: dict[float, list[float]] = {}
     for one in sorted(seen, key=lambda one: one.terms[1]):
         found.setdefault(float(one.terms[1]), []).append(one.rest - float(np.dot(factors, one.terms)))
-    return {requests: math.fsum(rests) / len(rests) for requests, rests in found.items()}
+    return {tokens: math.fsum(rests) / len(rests) for tokens, rests in found.items()}
 
 
 def _seconds(layer: TimedLayer, tokens: int) -> float:

@@ -356,12 +356,15 @@ def _plain_tokens(llm: Any) -> list[int]:
 def timings(llm: Any, speed: Facts) -> Facts:
     """Return the seconds of each repetition: with one token of output a request, and with `output_tokens`.
 
-    Every request is `prompt_tokens` random tokens; all are given at once. `untimed` repetitions go before, usually one.
+    Every request is `prompt_tokens` tokens, `opening` where it is given and random ones; all are given at once.
+    `untimed` repetitions go before, usually one.
     """
     import vllm
 
-    choice, tokens = random.Random(_SPEED_SEED), _plain_tokens(llm)
-    prompts = [{"prompt_token_ids": choice.choices(tokens, k=speed["prompt_tokens"])} for _ in range(speed["requests"])]
+    choice, tokens, opening = random.Random(_SPEED_SEED), _plain_tokens(llm), speed.get("opening", [])
+    length = speed["prompt_tokens"] - len(opening)
+    rows = [[*opening, *choice.choices(tokens, k=length)] for _ in range(speed["requests"])]
+    prompts = [{"prompt_token_ids": row} for row in rows]
 
     def seconds(output_tokens: int) -> float:
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
