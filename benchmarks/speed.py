@@ -22,6 +22,7 @@ The profile's engine doesn't speculate. `compare` takes nothing but steps of `re
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -40,6 +41,7 @@ SOURCE = "bf16"
 ARMS = "fp8,fp8_pc_pt,fp8_block,nvfp4,nvfp4_w4a16,fp8+nvfp4_w4a16,fp8+bf16,fp8+nvfp4_w4a16+bf16,bf16/fp8"
 # requests, prompt tokens, output tokens. The second fills four steps of prefill but for what the first answers take.
 LOADS = ((1, 512, 128), (64, 508, 128), (16, 2040, 33))
+SPECULATIVE_LOADS = ((1, 512, 128), (64, 500, 128), (16, 2030, 33))  # first answers take several times the room
 TINY_LOADS = ((1, 64, 9), (4, 16, 9))
 LEAST_OUTPUT = 33  # tokens, from which on decoding can be told from prefill, which differs from one time to the next
 KV_CACHE_BYTES = 6 * 2**28  # 43,680 tokens of this model; the largest load needs 40,960
@@ -173,11 +175,16 @@ def profiled(flags: argparse.Namespace, results: Results, model: Path, groups: S
     results.say("profile taken" if not outcome.returncode else "profile failed")
 
 
+def loads_of(flags: argparse.Namespace) -> tuple[tuple[int, int, int], ...]:
+    """Return what the engines are given."""
+    return TINY_LOADS if flags.tiny else SPECULATIVE_LOADS if flags.speculative else LOADS
+
+
 def start(flags: argparse.Namespace, results: Results, places: dict[str, Path], python: Path, scratch: Path) -> Any:
     """Start the engines' processes, which import and wait."""
     from bitladder.runtimes.vllm.job import ServeJob, SpeedJob
 
-    loads = TINY_LOADS if flags.tiny else LOADS
+    loads = loads_of(flags)
     longest = max(prompt + output for _, prompt, output in loads)
     speed = SpeedJob(max(requests for requests, _, _ in loads), longest - 1, 1)
     job = ServeJob(speed=speed, kv_cache_bytes=KV_CACHE_BYTES)
@@ -231,7 +238,7 @@ def build(results: Results, engines: dict[str, Engine], seconds: float) -> None:
 
 def rounds(flags: argparse.Namespace, results: Results, engines: dict[str, Engine]) -> None:
     """Time all engines in turn."""
-    loads = TINY_LOADS if flags.tiny else LOADS
+    loads = loads_of(flags)
     for number in range(flags.rounds):
         asked = [
             dict(requests=r, prompt_tokens=p, output_tokens=o, repeats=1, untimed=0 if number else 1)
@@ -265,7 +272,7 @@ def serve_arms(flags: argparse.Namespace) -> None:
         "engine": flags.engine,
         "tensor_parallel": flags.tensor_parallel,
         "speculative_tokens": flags.speculative,
-        "loads": TINY_LOADS if flags.tiny else LOADS,
+        "loads": loads_of(flags),
         "done": {},
         "profile": {},
         "arms": {},
@@ -316,24 +323,39 @@ def profile_in(content: dict[str, Any]) -> tuple[Any, Any]:
     return found.model_copy(update={"run": None}), groups  # where it ran is in the file
 
 
+def check_steps(load: Any, steps: list[int], tokens_a_step: int) -> None:
+    """Refuse times of steps that verified other than all tokens that can be drafted.
+
+    Requests are prefilled one after the other, and end so: in as many steps as that takes the batch isn't whole.
+    """
+    ragged = math.ceil(load.requests * load.prompt_tokens / tokens_a_step)
+    whole, wanted = steps.count(load.verified), load.output_tokens - 1 - ragged
+    if whole < wanted:
+        raise SystemExit(f"{load}: {whole} of {wanted} steps verified {load.verified} tokens: {steps}")
+
+
 def compared(content: dict[str, Any]) -> dict[str, Any]:
     """Return what was served of every arm and load beside what the profile predicts.
 
     Served rates are medians over the rounds: prefill of the seconds with one token of output, decode of what the others
-    took on top.
+    took on top. Of speculation they are as predicted ones are: a token a request and step, whatever was drafted.
     """
     from bitladder.planning.speed import Load, SpeedModel
     from bitladder.records import BF16
 
     profile, groups = profile_in(content)
-    model = SpeedModel(profile, groups)
+    model = SpeedModel(profile, groups, Load(*content["loads"][0]))
+    drafted = content.get("speculative_tokens", 0)
     found: dict[str, Any] = {}
     for name, arm in content["arms"].items():
         formats = arm.get("formats") or {group.name: BF16 for group in groups}
         found[name] = {"effective_bits": arm["effective_bits"], "kernels": arm.get("kernels"), "loads": {}}
-        for shape, times in zip(content["loads"], arm.get("timings", []), strict=False):
+        for place, (shape, times) in enumerate(zip(content["loads"], arm.get("timings", []), strict=False)):
             requests, prompt, output = shape
-            predicted = model.predict(formats, Load(*shape))
+            load = Load(*shape, drafted)
+            if drafted:
+                check_steps(load, arm["steps"][place], profile.engine.tokens_a_step)
+            predicted = model.predict(formats, load)
             rows = {}
             for phase, tokens, seconds in (
                 ("prefill", requests * prompt, [one for one, _ in times]),
@@ -374,6 +396,7 @@ def compare(flags: argparse.Namespace) -> None:
         "claim": "speeds predicted from a profile beside those that vLLM serves in the same run",
         **{key: content[key] for key in ("model", "hardware", "versions", "engine", "loads")},
         "tensor_parallel": content.get("tensor_parallel", 1),
+        "speculative_tokens": content.get("speculative_tokens", 0),
         "profile": {key: content["profile"][key] for key in ("runtime", "gpu", "engine", "phases")},
         "errors": {
             load: {what: {"median": round(median(e), 4), "worst": round(max(e), 4)} for what, e in both.items()}
