@@ -137,6 +137,7 @@ def test_what_cannot_be_profiled_is_refused_before_anything_runs(tmp_path, capsy
     for arguments, told in (
         (["--engine", "[1]"], "--engine '[1]' is no JSON object"),
         (["--engine", '{"tensor_parallel_size": 2}'], "--engine names tensor_parallel_size"),
+        (["--engine", '{"speculative_config": {"method": "ngram"}}'], "--engine names speculative_config"),
         (["--engine", "{"], "--engine '{' is no JSON ("),
         (["--formats", "bf16"], "names no format to quantise to"),
         (["--python", str(python)], f"no Python interpreter at {python}"),

@@ -22,7 +22,6 @@ Candidates are the formats that are measured, or of those a scheme's own `format
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 from fractions import Fraction
 from functools import partial
 from itertools import accumulate
@@ -350,8 +349,7 @@ def _aim_of(spec: SchemeSpec, speed: SpeedModel | None, formats: Sequence[str]) 
         assert spec.prefer != "bytes"
         return spec.prefer, speed.load
     phase, _ = spec.speed.target
-    own = {one.name: getattr(spec.speed, one.name) for one in fields(Load)}
-    load = replace(speed.load, **{name: value for name, value in own.items() if value is not None})
+    load = speed.asked(spec.speed)
     speed.check(load)
     return phase, load
 

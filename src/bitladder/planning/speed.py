@@ -27,14 +27,14 @@ takes time to draft them isn't a part of a profile, nor of what is predicted.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.errors import PlanError
-from bitladder.recipe import Phase
+from bitladder.recipe import Phase, SpeedSpec
 from bitladder.records import BF16, Profile, QuantGroup, QuantModule, TimedLayer, TimedLoad
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -143,6 +143,11 @@ class SpeedModel:
             prefill_ratio=plain["prefill"] / own["prefill"],
             decode_ratio=plain["decode"] / own["decode"],
         )
+
+    def asked(self, spec: SpeedSpec) -> Load:
+        """Return the load at which a scheme is to be fast: its own, as far as it names one."""
+        own = {one.name: getattr(spec, one.name) for one in fields(Load)}
+        return replace(self.load, **{name: value for name, value in own.items() if value is not None})
 
     def check(self, load: Load) -> None:
         """Raise for a load beyond those that were timed: what more requests or tokens take isn't known.

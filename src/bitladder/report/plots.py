@@ -60,7 +60,7 @@ def plot_data(report: Report) -> dict[str, Any]:
         "curves": [_curve(report, curve) for curve in report.frontier.curves] if report.frontier else [],
         "phases": list(PHASE_WORDS.items()),
         "predictedSpeeds": {_as_predicted(phase): phase for phase in PHASE_WORDS},
-        "speedDevice": report.speeds.device if report.speeds else None,
+        "speedDevice": report.speeds.place if report.speeds else None,
         "points": [] if prediction is None else [point.model_dump(mode="json") for point in prediction.points],
     }
 

@@ -10,10 +10,11 @@ from bitladder.errors import PlanError
 from bitladder.formats import group_bits
 from bitladder.planning import Solver
 from bitladder.planning.speed import PHASES, SpeedModel
+from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, Measurement, Scheme
 from bitladder.report.escaping import Markdown
 from bitladder.report.numbers import NONE, exact, markdown_table, scientific
-from bitladder.report.types import PredictedSpeed, SpeedPoint, Speeds
+from bitladder.report.types import AskedSpeed, PredictedSpeed, SpeedPoint, Speeds
 
 if TYPE_CHECKING:
     from bitladder.recipe import Phase
@@ -21,13 +22,18 @@ if TYPE_CHECKING:
 
 _POINTS = 8  # of the frontier in each phase
 PHASE_WORDS: "dict[Phase, str]" = {"prefill": "prefill", "decode": "decoding"}
+_DRAFTED = (
+    "Speculative decoding: a step verifies {} drafted tokens of each request and one more. Decoding in tokens/s counts "
+    "one a request and step; with the mean acceptance length of the drafts, in 16 bits as well, it is what is served. "
+    "The time that drafting takes is in neither."
+)
 _ALIKE = 0.005  # ratios that differ by less are shown as equal
 
 
 def speeds_of(measurement: Measurement, ladder: Sequence[Scheme], speed: SpeedModel) -> Speeds:
     """Return the predicted speeds of schemes and of the frontier; what has no times is named with the reason."""
     load, plain = speed.load, speed.predict(speed.uniform(BF16), speed.load)
-    found, unknown = [], {}
+    found, asked, unknown = [], [], {}
     for scheme in ladder:
         try:
             own = speed.predict(scheme.formats, load)
@@ -43,6 +49,11 @@ def speeds_of(measurement: Measurement, ladder: Sequence[Scheme], speed: SpeedMo
                 decode_ratio=own.decode_ratio,
             )
         )
+        aim = scheme.asked.speed if isinstance(scheme.asked, SchemeSpec) else None
+        if aim is not None and (at := speed.asked(aim)) != load:
+            phase, _ = aim.target
+            ratio = speed.predict(scheme.formats, at).ratio(phase)
+            asked.append(AskedSpeed(scheme=scheme.name, phase=phase, ratio=ratio, load=str(at)))
     return Speeds(
         device=speed.profile.place,
         runtime=speed.profile.runtime,
@@ -52,9 +63,11 @@ def speeds_of(measurement: Measurement, ladder: Sequence[Scheme], speed: SpeedMo
         requests=load.requests,
         prompt_tokens=load.prompt_tokens,
         output_tokens=load.output_tokens,
+        speculative_tokens=load.speculative_tokens,
         original_prefill=plain.prefill,
         original_decode=plain.decode,
         schemes=tuple(found),
+        asked=tuple(asked),
         unknown=unknown,
         frontier=tuple(point for phase in PHASES for point in _frontier(measurement, speed, phase)),
     )
@@ -117,7 +130,7 @@ def speed_tables(report: "Report") -> dict[str, Markdown]:
         "predicted score",
         "prefill, tokens/s",
         "× 16 bits",
-        "decode, tokens/s",
+        "decode, tokens/s at one a step" if speeds.speculative_tokens else "decode, tokens/s",
         "× 16 bits",
     ]
     points = [
@@ -134,13 +147,16 @@ def speed_lines(report: "Report") -> list[str]:
     if speeds is None:
         return []
     schemes = {scheme.name: scheme for scheme in report.schemes}
-    lines = []
+    lines = [_DRAFTED.format(speeds.speculative_tokens)] if speeds.speculative_tokens else []
     for one in speeds.schemes:
         smaller = 1 - schemes[one.scheme].weight_bytes / report.searched_source_bytes
         beside = " and ".join(f"{_beside(ratio)} at {PHASE_WORDS[phase]}" for phase, ratio in one.ratios.items())
-        lines.append(f"On {speeds.device}, as predicted, `{one.scheme}` is {beside}, and {smaller:.0%} smaller.")
+        lines.append(f"On {speeds.place}, as predicted, `{one.scheme}` is {beside}, and {smaller:.0%} smaller.")
+    for own in speeds.asked:
+        words = f"{_beside(own.ratio)} at {PHASE_WORDS[own.phase]}"
+        lines.append(f"At the load that it was asked for, {own.load}, `{own.scheme}` is {words}.")
     if len(speeds.schemes) > 1:
-        words = fastest(speeds.schemes, speeds.device)
+        words = fastest(speeds.schemes, speeds.place)
         lines.append(f"{words[0].upper()}{words[1:]}.")
     return lines + [f"No speed is predicted of `{name}`: {why}." for name, why in speeds.unknown.items()]
 

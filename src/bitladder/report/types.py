@@ -305,6 +305,15 @@ class PredictedSpeed(Part):
         return {"prefill": self.prefill_ratio, "decode": self.decode_ratio}
 
 
+class AskedSpeed(Part):
+    """How fast a scheme is at the load for which it was asked, where that isn't the recipe's."""
+
+    scheme: str
+    phase: Phase
+    ratio: float = Field(description="times 16 bits")
+    load: str = Field(description="in words")
+
+
 class SpeedPoint(Part):
     """The least predicted damage that is so fast: a point of the frontier of damage against speed."""
 
@@ -325,13 +334,21 @@ class Speeds(Part):
     requests: int = Field(description="given at once")
     prompt_tokens: int
     output_tokens: int
+    speculative_tokens: int = Field(default=0, description="drafted for each request and step of decoding; 0: none")
     original_prefill: float = Field(description="tokens per second in 16 bits")
     original_decode: float = Field(description="tokens per second in 16 bits")
     schemes: tuple[PredictedSpeed, ...]
+    asked: tuple[AskedSpeed, ...] = Field(default=(), description="of schemes with a load of their own")
     unknown: dict[str, str] = Field(description="scheme -> why there is no prediction")
     frontier: tuple[SpeedPoint, ...] = Field(
         description="from the least damage on, phase by phase; without what is too large to plan"
     )
+
+    @property
+    def place(self) -> str:
+        """Where schemes are served, and with how many drafted tokens."""
+        drafted = self.speculative_tokens
+        return f"{self.device} with {drafted} drafted token{'' if drafted == 1 else 's'}" if drafted else self.device
 
 
 class CachedLayer(Part):

@@ -199,7 +199,7 @@ def _speed(report: Report, usable: Sequence[ReportedScheme]) -> list[str]:
     timed = [probe for probe in report.probes if probe.scheme in names and _ratios(probe)]
     if not timed:
         known = [one for one in report.speeds.schemes if one.scheme in names] if report.speeds else []
-        return [fastest(known, report.speeds.device)] if report.speeds and known else []
+        return [fastest(known, report.speeds.place)] if report.speeds and known else []
     best = max(timed, key=lambda probe: math.prod(_ratios(probe)) ** (1 / len(_ratios(probe))))
     shown = " and ".join(f"{s.ratio:.2f} times at {s.phase}" for s in best.throughput if s.ratio is not None)
     device = f" on {best.device}" if best.device else ""
