@@ -75,8 +75,8 @@ def _arguments(engine: str | None) -> dict[str, Any]:
         raise RecipeError(f"--engine {engine!r} is no JSON object; give one of vllm.LLM's arguments")
     if "speculative_config" in content:
         raise RecipeError(
-            "--engine names speculative_config, and how many tokens each step of such an engine keeps isn't known; leave "
-            "it out, and say in the recipe how many are drafted: `load: {speculative_tokens: 3}`"
+            "--engine names speculative_config, and how many tokens a step of such an engine keeps isn't known; leave "
+            "it out, and say how many are drafted in a recipe: `load: {speculative_tokens: 3}`"
         )
     if "tensor_parallel_size" in content:
         raise RecipeError("--engine names tensor_parallel_size, by which layers' shapes change; use --tensor-parallel")

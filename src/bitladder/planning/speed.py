@@ -55,7 +55,8 @@ class Load:
 
     def __str__(self) -> str:
         drafted = f", {self.speculative_tokens} of each drafted a step" if self.speculative_tokens else ""
-        return f"{self.requests} requests of {self.prompt_tokens} + {self.output_tokens} tokens{drafted}"
+        requests = f"{self.requests} request{'' if self.requests == 1 else 's'}"
+        return f"{requests} of {self.prompt_tokens} + {self.output_tokens} tokens{drafted}"
 
     @property
     def context(self) -> float:
