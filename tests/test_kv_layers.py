@@ -276,6 +276,10 @@ def test_how_to_serve_what_the_verdict_takes_has_the_argument(ran, monkeypatch):
         monkeypatch.setattr(steps, "say", said.append)
         steps._say_next(ended, taken)
         assert said[-1] == f"Serve it: vllm serve 'a run/{name}'{command}"
+    shared = taken.model_copy(update={"settings": {**report.settings, "tensor_parallel": 2}})
+    assert verdict_card(shared, Ladder(shared))["serve"] == "vllm serve checkpoints/all --tensor-parallel-size 2"
+    steps._say_next(ended, shared)
+    assert said[-1] == "Serve it: vllm serve 'a run/all' --tensor-parallel-size 2"
 
 
 DAMAGE = KvDamage(

@@ -77,15 +77,16 @@ def _run_all(recipe: Path, output: Path | None) -> None:
 
 def _say_next(work: "Run", result: "Report") -> None:
     """Say what to do with the scheme that the verdict advises."""
-    from bitladder.report import skip_argument
+    from bitladder.report import serve_command
 
     if result.decision.take is None:
         return
-    directory = shlex.quote(str(work.checkpoint(result.decision.take)))
-    skips = next(scheme.kv_cache_skips for scheme in result.schemes if scheme.name == result.decision.take)
+    directory = str(work.checkpoint(result.decision.take))
     if work.recipe.runtimes.vllm is None:
-        say(f"Next, whether vLLM takes it: bitladder probe {directory} --python .venv-vllm/bin/python --stage generate")
-    say(f"Serve it: vllm serve {directory}{skip_argument(skips)}")
+        asked = f"{shlex.quote(directory)} --python .venv-vllm/bin/python --stage generate"
+        say(f"Next, whether vLLM takes it: bitladder probe {asked}")
+    taken = next(scheme for scheme in result.schemes if scheme.name == result.decision.take)
+    say(f"Serve it: {serve_command(result, taken, directory)}")
 
 
 @app.command()

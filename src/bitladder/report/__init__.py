@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from bitladder.report.compare import compare_runs
     from bitladder.report.figures import check_figures, write_figures
     from bitladder.report.groups import batch_standard_error
-    from bitladder.report.kv_cache import skip_argument
     from bitladder.report.markdown import render_markdown
     from bitladder.report.numbers import STAGES
     from bitladder.report.page import render_html
+    from bitladder.report.serving import serve_command
     from bitladder.report.terminal import closing_table
     from bitladder.report.types import Report
     from bitladder.report.writing import write_report
@@ -32,10 +32,10 @@ else:
             "compare": ("compare_runs",),
             "figures": ("check_figures", "write_figures"),
             "groups": ("batch_standard_error",),
-            "kv_cache": ("skip_argument",),
             "markdown": ("render_markdown",),
             "numbers": ("STAGES",),
             "page": ("render_html",),
+            "serving": ("serve_command",),
             "terminal": ("closing_table",),
             "types": ("Report",),
             "writing": ("write_report",),
@@ -61,7 +61,7 @@ __all__ = [
     "render_card",
     "render_html",
     "render_markdown",
-    "skip_argument",
+    "serve_command",
     "write_figures",
     "write_report",
 ]

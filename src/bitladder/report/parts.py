@@ -1,6 +1,5 @@
 """What the page says in cards, rows and cells, as plain texts: the template only draws them."""
 
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ from bitladder.recipe import SCHEME_PLACE
 from bitladder.recipe.sections import LayoutSpec
 from bitladder.records import BF16, BF16_BITS, KL, TASK_ACCURACY, EvalResult
 from bitladder.report.damage import WORDS, bound_in_words, lost_tasks, worst_task
-from bitladder.report.kv_cache import skip_argument
 from bitladder.report.ladder import Ladder, points, verified
 from bitladder.report.numbers import (
     KL_EXPONENT,
@@ -26,6 +24,7 @@ from bitladder.report.numbers import (
 )
 from bitladder.report.plots import timing
 from bitladder.report.sentences import asked_of, last_stages
+from bitladder.report.serving import serve_command
 from bitladder.report.tables import on_device, scored_so
 from bitladder.report.types import Report, ReportedProbe, ReportedScheme
 
@@ -58,7 +57,7 @@ def verdict_card(report: Report, ladder: Ladder) -> dict[str, Any]:
         "mix": mix_of(scheme),
         "bits": f"{scheme.effective_bits:.2f}",
         "tiles": [tile for tile in tiles if tile is not None],
-        "serve": serve_command(report, scheme) if scheme.weight_file_bytes is not None else "",
+        "serve": _served(report, scheme) if scheme.weight_file_bytes is not None else "",
     }
 
 
@@ -84,12 +83,11 @@ def mix_of(scheme: ReportedScheme) -> list[dict[str, str]]:
     ]
 
 
-def serve_command(report: Report, scheme: ReportedScheme) -> str:
+def _served(report: Report, scheme: ReportedScheme) -> str:
     """Return how vLLM serves a scheme's checkpoint, from the report's directory."""
     layout = report.settings.get("layout") or {}
     place = layout.get("checkpoints") or str(LayoutSpec.model_fields["checkpoints"].default)
-    directory = shlex.quote(str(place).replace(SCHEME_PLACE, scheme.name))
-    return f"vllm serve {directory}{skip_argument(scheme.kv_cache_skips)}"
+    return serve_command(report, scheme, str(place).replace(SCHEME_PLACE, scheme.name))
 
 
 def kl_with_error(result: EvalResult) -> tuple[str, str]:
