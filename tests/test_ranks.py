@@ -11,16 +11,19 @@ import pytest
 import transformers
 
 import bitladder
+from bitladder import planning
 from bitladder.checkpoints.export import export
-from bitladder.errors import PlanError, RecipeError, UnsupportedModel
+from bitladder.errors import InfeasibleTarget, PlanError, RecipeError, UnsupportedModel
 from bitladder.formats import COMPRESSED_TENSORS, MODELOPT, WEIGHT_SCALE, get_format
 from bitladder.measured import read_amax
 from bitladder.models import splitting
 from bitladder.models.splitting import Split
 from bitladder.planning import shipped
+from bitladder.recipe import parse_schemes
 from bitladder.records import (
     BF16,
     EngineSettings,
+    LeftOut,
     Profile,
     QuantGroup,
     QuantModule,
@@ -29,6 +32,8 @@ from bitladder.records import (
     TimedLayer,
     TimedLoad,
 )
+from bitladder.report import build_report
+from bitladder.report.frontier import spec_of
 from bitladder.report.speeds import speeds_of
 from bitladder.runtimes.preflight import preflight
 from bitladder.runtimes.vllm import profiling
@@ -247,29 +252,87 @@ def test_preflight_finds_heads_that_cannot_be_split_and_says_what_it_does_not_kn
     assert problem == "how sglang shares a model among 2 ranks isn't known here, so that wasn't checked"
 
 
-def plan_of(measured, text_file, **changes):
+def plan_of(measured, text_file, tell=lambda line: None, **changes):
     source, _, root = measured
     data = {"data": {"kind": "text", "path": text_file}, "samples": 2, "sequence_length": 24, "batch_size": 2}
     schemes = [{"name": "four", "coverage": 1.0, "formats": ["nvfp4"]}]
     content = {"model": {"path": source}, "calibration": data, "held_out": data, "output": root / "run"}
     formats = {"formats": ["fp8", "nvfp4", "mxfp8"], "method": "gradient"}
-    return bitladder.Run({**content, "measurement": formats, "schemes": schemes, **changes})
+    return bitladder.Run({**content, "measurement": formats, "schemes": schemes, **changes}, tell=tell)
 
 
-def test_a_plan_of_which_ranks_would_hold_parts_of_blocks_is_refused(measured, text_file):
-    run = plan_of(measured, text_file, tensor_parallel=2)
+def test_a_scheme_that_names_a_format_of_which_ranks_would_hold_parts_of_blocks_is_refused(measured, text_file):
+    schemes = [{"name": "four", "coverage": 1.0, "format": "nvfp4"}]
+    run = plan_of(measured, text_file, tensor_parallel=2, schemes=schemes)
     run.measure()
     assert run.plan()[0].formats["model.layers.0.mlp.down_proj"] == "nvfp4"
     with pytest.raises(
         PlanError, match=r"scheme four: model\.layers\.0\.mlp\.down_proj is nvfp4, and of down_proj each"
     ):
-        plan_of(measured, text_file, tensor_parallel=4).plan()
-    # what it names as a remedy is one
-    schemes = [{"name": "four", "coverage": 0.6, "formats": ["nvfp4"], "exclude": ["*.down_proj"]}]
-    (scheme,) = plan_of(measured, text_file, tensor_parallel=4, schemes=schemes).plan()
-    assert scheme.formats["model.layers.0.mlp.down_proj"] == BF16
+        plan_of(measured, text_file, tensor_parallel=4, schemes=schemes).plan()
+    included = [{"name": "four", "include": ["*.down_proj"], "format": "nvfp4"}]
+    with pytest.raises(PlanError, match=r"scheme four: .* set exclude: \['\*\.down_proj'\], give the scheme `formats`"):
+        plan_of(measured, text_file, tensor_parallel=4, schemes=included).plan()
+    # what it names as remedies are some
+    for schemes in (
+        [{"name": "four", "coverage": 0.6, "format": "nvfp4", "exclude": ["*.down_proj"]}],
+        [{"name": "four", "coverage": 1.0, "formats": ["nvfp4"]}],
+    ):
+        (scheme,) = plan_of(measured, text_file, tensor_parallel=4, schemes=schemes).plan()
+        assert scheme.formats["model.layers.0.mlp.down_proj"] == BF16
+        assert "nvfp4" in scheme.formats.values()
     with pytest.raises(RecipeError, match="tensor_parallel: 8 attention heads can't be split among 3 ranks; name"):
         plan_of(measured, text_file, tensor_parallel=3).measure()
+
+
+def test_a_format_is_left_out_where_ranks_would_hold_parts_of_its_blocks(measured, text_file):
+    measurement = plan_of(measured, text_file).measure()
+    cut = {(f"model.layers.{layer}.mlp.down_proj", name) for layer in range(3) for name in ("nvfp4", "mxfp8")}
+    left = [one for one in measurement.candidates if (one.group, one.format) in cut]
+    known = measurement.model_copy(
+        update={
+            "candidates": tuple(one for one in measurement.candidates if one not in left),
+            "left_out": tuple(LeftOut(group=one.group, format=one.format, reason="cut") for one in left),
+        }
+    )
+    said = []
+    asked = [{"name": "mix", "effective_bits": 6.5}, {"name": "most", "coverage": 1.0}]
+    schemes = plan_of(measured, text_file, said.append, tensor_parallel=4, schemes=asked).plan()
+    for scheme, spec in zip(schemes, parse_schemes(asked), strict=True):
+        assert scheme.formats == planning.plan(known, spec).formats
+        assert not cut & set(scheme.formats.items())
+        assert scheme.measurement_sha256 == measurement.fingerprint()
+    assert {schemes[1].formats[group] for group, _ in cut} == {"fp8"}
+    where = "mxfp8 in 3 of 12 groups, nvfp4 in 3 of 12 groups"
+    assert said == [f"tensor_parallel 4: plans leave out {where}, as ranks would hold parts of blocks there"]
+    # the planner of the page makes what the recipe's line makes
+    split = Split(4, 8, 8)
+    found = build_report({}, measurement, schemes, {}, None, {}, [], split=split)
+    letters, names = found.frontier.letters, [group.name for group in measurement.groups]
+    for curve in found.frontier.curves:
+        for point in curve.points:
+            chosen = dict(zip(names, (letters[letter] for letter in point.formats), strict=True))
+            assert not cut & set(chosen.items())
+            (spec,) = parse_schemes([spec_of(curve, point.target, measurement.formats)])
+            assert planning.plan(measurement, spec, split=split).formats == chosen
+    # nothing is left, nothing is left out
+    only = [
+        {"name": "all", "effective_bits": 9, "formats": ["mxfp8"], "exclude": ["*.qkv_proj", "*.o_proj", "*.gate*"]}
+    ]
+    with pytest.raises(InfeasibleTarget, match=r"scheme all would quantise nothing: no group .* can be in mxfp8"):
+        plan_of(measured, text_file, tensor_parallel=4, schemes=only).plan()
+    down = measurement.model_copy(
+        update={
+            "groups": tuple(one for one in measurement.groups if one.name.endswith("down_proj")),
+            "candidates": tuple(one for one in measurement.candidates if one.group.endswith("down_proj")),
+        }
+    )
+    (spec,) = parse_schemes([{"name": "all", "effective_bits": 9, "formats": ["mxfp8"]}])
+    with pytest.raises(InfeasibleTarget, match="nothing: of every group in mxfp8 each of 4 ranks would hold"):
+        planning.plan(down, spec, split=split)
+    said.clear()
+    plan_of(measured, text_file, said.append, tensor_parallel=1, schemes=asked).plan()
+    assert said == []
 
 
 def profile_of(groups, ranks, formats=(BF16, "fp8")):
@@ -317,6 +380,23 @@ def test_speeds_are_predicted_from_a_profile_of_as_many_ranks(measured, text_fil
     (scheme,) = run.plan()
     speeds = speeds_of(measurement, (scheme,), Workspace(run.recipe, run.output).speed_model(measurement.groups))
     assert (speeds.device, speeds.tensor_parallel, speeds.unknown) == ("2 x Invented GPU", 2, {})
+    # what ranks can't hold was never timed for them, and isn't asked for
+    schemes = [{"name": "mix", "max_predicted_score": 1e9, "prefer": "decode"}]
+    groups = [split.group(group) for group in measurement.groups]
+    slow, fast = ({"seconds": s, "low": s, "high": s} for s in (2e-6, 1e-6))
+    mixed = profile_of(groups, 2, (BF16, "fp8", "nvfp4", "mxfp8"))
+    layers = [one for one in mixed.layers if one.format != "mxfp8" or one.in_features != 176]
+    times = [(TimedCell(tokens=1, **(slow if one.format == BF16 else fast)),) for one in layers]
+    layers = [one.model_copy(update={"cells": cells}) for one, cells in zip(layers, times, strict=True)]
+    mixed.model_copy(update={"layers": tuple(layers)}).write(path)
+    run = plan_of(measured, text_file, tensor_parallel=2, profile=str(path), schemes=schemes)
+    (scheme,) = run.plan()
+    assert set(scheme.formats.values()) - {BF16}
+    assert "mxfp8" not in {scheme.formats[f"model.layers.{layer}.mlp.down_proj"] for layer in range(3)}
+    work = Workspace(run.recipe, run.output)
+    planning.refuse_too_fast(
+        run.recipe.schemes, measurement.formats, work.target, work.speed_model(measurement.groups), work.split
+    )
     # a profile of the whole model's shapes isn't one of the parts
     profile_of(measurement.groups, 2).write(path)
     with pytest.raises(PlanError, match="the profile is of Llama, whose layers are 3 of 384 x 128"):

@@ -110,3 +110,6 @@ class Split:
                 raise UnsupportedModel(f"how {module.name} is split among ranks isn't known; use tensor_parallel 1")
             modules.append(module.model_copy(update={"shape": part}))
         return group.model_copy(update={"modules": tuple(modules)})
+
+
+WHOLE: Final = Split(1)  # a model that one rank holds

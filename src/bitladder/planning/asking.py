@@ -29,20 +29,23 @@ from pathlib import Path
 
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, PlanError
 from bitladder.formats import why_not
+from bitladder.models.splitting import WHOLE, Split
 from bitladder.planning import ranges
 from bitladder.planning.caching import cache_of, kl_left
 from bitladder.planning.options import check_usable
 from bitladder.planning.patterns import Searched, matching_groups
 from bitladder.planning.prediction import KlMap
 from bitladder.planning.pricing import cheapest_first, predicted_score, price
+from bitladder.planning.sharing import plannable, why_cut
 from bitladder.planning.solver import Solver
 from bitladder.planning.speed import Load, SpeedModel
 from bitladder.planning.trade_off import TradeOff
 from bitladder.recipe import Phase, SchemeSpec
-from bitladder.records import BF16, BF16_BITS, CacheChoice, KlPoints, KvDamage, Measurement, QuantGroup, Scheme
+from bitladder.records import BF16, BF16_BITS, CacheChoice, KlPoints, KvDamage, LeftOut, Measurement, QuantGroup, Scheme
 
 _PREDICTED = 1e-9  # by which rounding to whole picoseconds may change a ratio
 _Aim = tuple[Phase, Load]  # what is to be fast, and at what
+_Key = tuple[float, tuple[str, ...], tuple[LeftOut, ...], frozenset[str], _Aim | None]
 
 
 def plan(
@@ -53,6 +56,7 @@ def plan(
     kl_map: KlMap | None = None,
     speed: SpeedModel | None = None,
     kv_damage: KvDamage | None = None,
+    split: Split = WHOLE,
 ) -> Scheme:
     """Return the scheme that `spec` asks for.
 
@@ -63,12 +67,13 @@ def plan(
         kl_map: from this measurement's scores to KL; `max_kl` needs it.
         speed: of this measurement's groups on the device that serves; `speed` and `prefer` need it.
         kv_damage: of an FP8 KV cache in each layer; a share of the layers as `kv_cache` needs it.
+        split: of the model among ranks; what they can't hold is left out, but of the one format that a scheme names.
 
     Raises:
         InfeasibleTarget: outside the attainable range, which the message names. PlanError: a pattern that matches
         nothing, or a format that isn't measured, or has no times. MeasurementError: a score is NaN or Inf.
     """
-    return _Planner(measurement, frontier, kl_map, speed, kv_damage).plan(spec)
+    return _Planner(measurement, frontier, kl_map, speed, kv_damage, split).plan(spec)
 
 
 def plan_all(
@@ -77,13 +82,14 @@ def plan_all(
     kl_map: KlMap | None = None,
     speed: SpeedModel | None = None,
     kv_damage: KvDamage | None = None,
+    split: Split = WHOLE,
 ) -> tuple[Scheme, ...]:
     """Return the schemes of a ladder, with the relations between them.
 
     Raises:
         DuplicateSchemes: two schemes come out equal. See `plan` for the others.
     """
-    planner = _Planner(measurement, None, kl_map, speed, kv_damage)
+    planner = _Planner(measurement, None, kl_map, speed, kv_damage, split)
     return related([planner.plan(spec) for spec in specs])
 
 
@@ -133,21 +139,31 @@ class _Planner:
         kl_map: KlMap | None,
         speed: SpeedModel | None,
         kv_damage: KvDamage | None,
+        split: Split,
     ) -> None:
         self._fingerprint = measurement.fingerprint()
+        self._split = split
         self._whole = measurement
         self._weighed = {1.0: measurement}  # by the weight of image-token positions
         self._given = given
         self._kl_map = kl_map
         self._speed = speed
         self._kv_damage = kv_damage
-        self._solvers: dict[tuple[float, tuple[str, ...], frozenset[str], _Aim | None], TradeOff] = {}
+        self._solvers: dict[_Key, TradeOff] = {}
         check_usable(measurement)
 
     def plan(self, spec: SchemeSpec) -> Scheme:
         """Return the scheme that `spec` asks for; see `plan`."""
         ranges.refuse_unmeasured([spec], self._whole.formats)
         measurement = self._measurement(spec.image_weight).only(spec.candidates)
+        if not spec.names_its_format:
+            measurement = plannable(measurement, self._split)
+        if not measurement.candidates:
+            raise InfeasibleTarget(
+                f"scheme {spec.name} would quantise nothing: of every group in {ranges.listed(measurement)} each of "
+                f"{self._split.ranks} ranks would hold parts of blocks; give it other formats, or set another "
+                "tensor_parallel"
+            )
         excluded = frozenset(matching_groups(measurement, spec.name, spec.exclude))
         if len(excluded) == len(measurement.groups):
             raise InfeasibleTarget(
@@ -241,10 +257,11 @@ class _Planner:
         given = self._given if spec.image_weight == 1.0 else None
         if given is not None and given.measurement is not self._whole and given.measurement != self._whole:
             raise PlanError(f"scheme {spec.name}: the frontier given is of another measurement; leave it out")
-        alike = aim is None and measurement.formats == self._whole.formats
+        known = measurement.formats, measurement.left_out
+        alike = aim is None and known == (self._whole.formats, self._whole.left_out)
         if given is not None and given.excluded == excluded and alike:
             return given
-        key = spec.image_weight, measurement.formats, excluded, aim
+        key = spec.image_weight, *known, excluded, aim
         if key not in self._solvers:
             self._solvers[key] = Solver(measurement, excluded, self._cost(aim))
         return self._solvers[key]
@@ -354,7 +371,9 @@ def _aim_of(spec: SchemeSpec, speed: SpeedModel | None, formats: Sequence[str]) 
     return phase, load
 
 
-def refuse_too_fast(specs: Sequence[SchemeSpec], formats: Sequence[str], searched: Searched, speed: SpeedModel) -> None:
+def refuse_too_fast(
+    specs: Sequence[SchemeSpec], formats: Sequence[str], searched: Searched, speed: SpeedModel, split: Split = WHOLE
+) -> None:
     """Refuse schemes whose speed no measurement of these formats could give, before anything is measured.
 
     Raises:
@@ -371,7 +390,8 @@ def refuse_too_fast(specs: Sequence[SchemeSpec], formats: Sequence[str], searche
         fastest = {}
         for group in searched.groups:
             able = [] if group.name in excluded else [name for name in own if why_not(group, name) is None]
-            fastest[group.name] = min((BF16, *able), key=partial(cost, group))
+            held = [name for name in able if why_cut(group, name, split) is None]
+            fastest[group.name] = min((BF16, *held), key=partial(cost, group))
         if speed.predict(fastest, load).ratio(phase) < spec.speed.target[1]:
             raise ranges.too_fast(spec, own, fastest, speed, phase, load)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from bitladder.errors import InfeasibleTarget
+from bitladder.models.splitting import WHOLE, Split
 from bitladder.planning.asking import plan
 from bitladder.planning.pricing import standard_error
 from bitladder.planning.speed import SpeedModel
@@ -14,14 +15,14 @@ _ROUNDING = 1e-6  # of a ratio of speeds: costs are whole picoseconds, and the s
 
 
 def remarked(
-    measurement: Measurement, schemes: Sequence[Scheme], speed: SpeedModel | None = None
+    measurement: Measurement, schemes: Sequence[Scheme], speed: SpeedModel | None = None, split: Split = WHOLE
 ) -> tuple[Scheme, ...]:
     """Return schemes of this measurement with `standard_error` and `text_only_changes` filled in."""
     return tuple(
         scheme.model_copy(
             update={
                 "standard_error": standard_error(scheme.weigh(measurement), scheme.formats),
-                "text_only_changes": _text_only_changes(measurement, scheme, speed),
+                "text_only_changes": _text_only_changes(measurement, scheme, speed, split),
             }
         )
         for scheme in schemes
@@ -29,7 +30,7 @@ def remarked(
 
 
 def _text_only_changes(
-    measurement: Measurement, scheme: Scheme, speed: SpeedModel | None
+    measurement: Measurement, scheme: Scheme, speed: SpeedModel | None, split: Split
 ) -> int | Literal["unattainable"] | None:
     """Return in how many groups the scheme would have another format if only text positions counted.
 
@@ -42,7 +43,7 @@ def _text_only_changes(
     if asked.max_kl is not None:  # which score has that KL is known of both parts together alone
         changed |= {"max_kl": None, "prefer": "bytes", **_at_its_cost(scheme, asked, speed)}
     try:
-        formats = plan(measurement, asked.model_copy(update=changed), speed=speed).formats
+        formats = plan(measurement, asked.model_copy(update=changed), speed=speed, split=split).formats
     except InfeasibleTarget:  # a bound on the predicted score below what text alone gives
         return "unattainable"
     return sum(scheme.formats.get(group) != name for group, name in formats.items())

@@ -1,11 +1,56 @@
-"""Whether the ranks that share a model can hold a scheme."""
+"""What the ranks that share a model can hold: whole blocks of a format, and which formats of groups that leaves out.
 
+Planning leaves out what they can't hold (`plannable`), except where a scheme names its one format: such a scheme is
+refused (`check_parts`).
+"""
+
+from collections import Counter
 from collections.abc import Sequence
 
 from bitladder.errors import PlanError
 from bitladder.formats import get_format
 from bitladder.models.splitting import Split
-from bitladder.records import BF16, QuantGroup, Scheme
+from bitladder.records import BF16, LeftOut, Measurement, QuantGroup, Scheme
+
+
+def why_cut(group: QuantGroup, format_name: str, split: Split) -> str | None:
+    """Return why ranks can't share a group in a format, as each would hold parts of blocks; None: they can.
+
+    Raises:
+        UnsupportedModel: the group can't be split.
+    """
+    _, why = _cut(group, format_name, split)
+    return why
+
+
+def _cut(group: QuantGroup, format_name: str, split: Split) -> tuple[str, str | None]:
+    """Return the own name of a module that would be cut, and why."""
+    for module in split.group(group).modules if format_name != BF16 and split.ranks > 1 else ():
+        assert module.shape is not None  # or else it couldn't be split
+        why = get_format(format_name).why_no_part(module.shape)
+        if why is not None:
+            leaf = module.name.rpartition(".")[2]
+            return leaf, f"of {leaf} each of {split.ranks} ranks would hold {list(module.shape)}, which {why}"
+    return "", None
+
+
+def plannable(measurement: Measurement, split: Split) -> Measurement:
+    """Return the measurement without the formats of groups of which ranks would hold parts; its fingerprint differs."""
+    groups = {group.name: group for group in measurement.groups}
+    found = ((one, why_cut(groups[one.group], one.format, split)) for one in measurement.candidates)
+    return measurement.without(
+        [LeftOut(group=one.group, format=one.format, reason=why) for one, why in found if why is not None]
+    )
+
+
+def cut_words(measurement: Measurement, split: Split) -> str | None:
+    """Return in a line which formats of how many groups plans leave out; None: none."""
+    left, known = plannable(measurement, split).left_out, set(measurement.left_out)
+    counts = Counter(one.format for one in left if one not in known)
+    if not counts:
+        return None
+    words = ", ".join(f"{name} in {count} of {len(measurement.groups)} groups" for name, count in counts.items())
+    return f"tensor_parallel {split.ranks}: plans leave out {words}, as ranks would hold parts of blocks there"
 
 
 def check_parts(scheme: Scheme, groups: Sequence[QuantGroup], split: Split) -> None:
@@ -19,15 +64,11 @@ def check_parts(scheme: Scheme, groups: Sequence[QuantGroup], split: Split) -> N
     Raises:
         PlanError: a group's format has blocks that would be cut. UnsupportedModel: a group can't be split.
     """
-    for group in groups if split.ranks > 1 else ():
+    for group in groups:
         name = scheme.formats[group.name]
-        for module in split.group(group).modules if name != BF16 else ():
-            assert module.shape is not None  # or else it couldn't be split
-            why = get_format(name).why_no_part(module.shape)
-            if why is not None:
-                leaf = module.name.rpartition(".")[2]
-                raise PlanError(
-                    f"scheme {scheme.name}: {group.name} is {name}, and of {leaf} each of {split.ranks} ranks would "
-                    f"hold {list(module.shape)}, which {why}; set exclude: ['*.{leaf}'], leave {name} out of the "
-                    "scheme's formats, or set another tensor_parallel"
-                )
+        leaf, why = _cut(group, name, split)
+        if why is not None:
+            raise PlanError(
+                f"scheme {scheme.name}: {group.name} is {name}, and {why}; set exclude: ['*.{leaf}'], give the scheme "
+                "`formats` instead of `format`, or set another tensor_parallel"
+            )

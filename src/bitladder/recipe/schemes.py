@@ -80,6 +80,11 @@ class SchemeSpec(Section):
         return self.speed is not None or self.prefer != "bytes"
 
     @property
+    def names_its_format(self) -> bool:
+        """Whether it says what a group is to have, rather than what it may have."""
+        return self.format is not None or self.include is not None
+
+    @property
     def candidates(self) -> tuple[str, ...] | None:
         """The formats beside `bf16` that its groups may have; None: all that are measured."""
         return (self.format,) if self.format is not None else self.formats

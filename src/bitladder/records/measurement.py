@@ -262,6 +262,18 @@ class Measurement(Grown, Record):
             }
         )
 
+    def without(self, left_out: Sequence[LeftOut]) -> "Measurement":
+        """Return this measurement as if groups couldn't have some of their formats; its fingerprint differs.
+
+        Args:
+            left_out: which, candidates until now, and why.
+        """
+        if not left_out:
+            return self
+        gone = {(one.group, one.format) for one in left_out}
+        kept = tuple(one for one in self.candidates if (one.group, one.format) not in gone)
+        return self.model_copy(update={"candidates": kept, "left_out": (*self.left_out, *left_out)})
+
     def by_group(self) -> dict[str, dict[str, Candidate]]:
         """Return the candidates as `{group name: {format: candidate}}`, in the order of `groups`."""
         table: dict[str, dict[str, Candidate]] = {group.name: {} for group in self.groups}

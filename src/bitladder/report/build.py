@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.errors import StaleRecord
+from bitladder.models.splitting import WHOLE, Split
 from bitladder.planning.controls import modelopt_agrees
 from bitladder.planning.ranges import at_the_floor
+from bitladder.planning.sharing import plannable
 from bitladder.planning.speed import SpeedModel
 from bitladder.planning.uncertainty import flips
 from bitladder.records import (
@@ -60,6 +62,7 @@ def build_report(
     evidence: Evidence | None = None,
     refinements: Refinements | None = None,
     speed: SpeedModel | None = None,
+    split: Split = WHOLE,
     config: Mapping[str, Any] | None = None,
     kv_damage: KvDamage | None = None,
 ) -> Report:
@@ -77,6 +80,7 @@ def build_report(
         evidence: the control arms of the schemes.
         refinements: of the schemes, where they were refined.
         speed: predicts speeds on the device that serves.
+        split: of the model among ranks, which plans go by.
         config: the original's, which says what a KV cache takes.
         kv_damage: of an FP8 KV cache in each layer, where it was measured.
 
@@ -94,7 +98,7 @@ def build_report(
         data = tuple((split, data.sha256) for split, data in evidence.data.items())
         contexts.add((data, measurement.model.sha256, evidence.arithmetic))
     comparable = len(contexts) <= 1
-    nested_in = _nested_in(ladder)
+    nested_in, held = _nested_in(ladder), plannable(measurement, split)
     arms = evidence.arms if evidence and comparable else ()
     prediction, kl_map = (prediction_of(measurement, ladder, evaluations, arms) if comparable else None) or (None, None)
     report = Report(
@@ -142,8 +146,8 @@ def build_report(
         controls_left_out=evidence.left_out if evidence else (),
         modelopt_agrees=tuple(s.name for s in ladder if arms and modelopt_agrees(measurement, s)),
         prediction=prediction,
-        frontier=frontier_of(measurement, kl_map, speed),
-        speeds=None if speed is None else speeds_of(measurement, ladder, speed),
+        frontier=frontier_of(held, kl_map, speed),
+        speeds=None if speed is None else speeds_of(held, ladder, speed),
         kv_cache=cache_of(config or {}, measurement, ladder, kv_damage, probes),
         not_searched=_not_searched(measurement),
         settings=_plain(recipe),

@@ -56,7 +56,7 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
     if recipe.profile is not None:
         speed = work.speed_model(work.target.groups)
         assert speed is not None
-        planning.refuse_too_fast(recipe.schemes, recipe.measurement.formats, work.target, speed)
+        planning.refuse_too_fast(recipe.schemes, recipe.measurement.formats, work.target, speed, work.split)
     for spec in recipe.calibration:
         check_asked_length(work, spec.sequence_length, spec.data)
     for one in recipe.held_out if held_out else ():

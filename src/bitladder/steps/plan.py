@@ -2,7 +2,7 @@
 
 from bitladder import planning
 from bitladder.planning.carrying import check_carrier
-from bitladder.planning.sharing import check_parts
+from bitladder.planning.sharing import check_parts, cut_words
 from bitladder.records import Scheme
 from bitladder.runinfo import Meter
 from bitladder.steps.workspace import SIMULATED_FILE, Workspace
@@ -18,8 +18,8 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
 
     Raises:
         PlanError: infeasible, two schemes are equal, or the recipe's carrier, or the ranks that are to share the model,
-            can't hold one. MeasurementError: keys and
-            values of some layer have no scale, and an FP8 KV cache is asked for.
+            can't hold one. MeasurementError: keys and values of some layer have no scale, and an FP8 KV cache is asked
+            for.
     """
     kl_map, kv_damage, meter, specs = None, None, Meter(), work.recipe.scheme_specs()
     if any(spec.max_kl is not None for spec in specs):
@@ -33,7 +33,10 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
     with meter.phase("plan"):
         measurement = work.measurement()
         speed = work.speed_model(measurement.groups)
-        schemes = planning.plan_all(measurement, specs, kl_map, speed, kv_damage)
+        schemes = planning.plan_all(measurement, specs, kl_map, speed, kv_damage, work.split)
+        for scheme in schemes:
+            check_carrier(scheme, work.recipe.export.carrier)
+            check_parts(scheme, measurement.groups, work.split)
         if any(scheme.kv_cache_format for scheme in schemes) and measurement.amax_sha256 is not None:
             from bitladder.measured import kv_amax, read_amax
 
@@ -42,11 +45,7 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
         from bitladder.steps.refine import refine_schemes
 
         schemes = refine_schemes(work, schemes)
-    schemes = planning.remarked(measurement, schemes, speed)
-    for scheme in schemes:
-        check_carrier(scheme, work.recipe.export.carrier)
-        if work.recipe.tensor_parallel > 1:
-            check_parts(scheme, measurement.groups, work.split)
+    schemes = planning.remarked(measurement, schemes, speed, work.split)
     changed = []
     for scheme in schemes:
         path = work.scheme_file(scheme.name)
@@ -55,6 +54,9 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
     for path, scheme in changed:
         scheme.write(path)
     if changed:
+        left_out = cut_words(measurement, work.split)
+        if left_out is not None:
+            work.tell(left_out)
         work.finished("plan", meter.phases)
     discard(work.output / SIMULATED_FILE)  # it has served
     return schemes

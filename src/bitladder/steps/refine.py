@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from bitladder import planning
 from bitladder.evaluation.evaluate import ARITHMETIC
 from bitladder.planning.refinement import Kl, refine, with_formats
+from bitladder.planning.sharing import plannable
 from bitladder.recipe import RefineSpec, SchemeSpec
 from bitladder.records import BF16, Measurement, Refinement, Refinements, Scheme, digest_of
 from bitladder.steps.data import scored_calibration_data
@@ -28,6 +29,7 @@ def refine_schemes(work: Workspace, schemes: Sequence[Scheme]) -> tuple[Scheme, 
     key = digest_of([ARITHMETIC, str(len(data.batches)), spec.model_dump_json()])
     known = valid(work, Refinements, path, settings_sha256=key)
     done = {one.planned_sha256: one for one in known.refinements} if known is not None else {}
+    held = plannable(measurement, work.split)
     open_ = [scheme for scheme in schemes if BF16 in scheme.formats.values() and not scheme.by_name]
     missing = [scheme for scheme in open_ if scheme.fingerprint() not in done]
     if missing:
@@ -35,7 +37,7 @@ def refine_schemes(work: Workspace, schemes: Sequence[Scheme]) -> tuple[Scheme, 
             with meter.phase(_STEP), kl_on(work, measurement, data) as kl:
                 for index, scheme in enumerate(missing):
                     work.progress(_STEP, index, len(missing))
-                    done[scheme.fingerprint()] = _refinement(measurement, scheme, kl, spec)
+                    done[scheme.fingerprint()] = _refinement(held, scheme, kl, spec)
                 work.progress(_STEP, len(missing), len(missing))
             Refinements(
                 measurement_sha256=measurement.fingerprint(),

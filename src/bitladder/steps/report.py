@@ -48,6 +48,7 @@ def report_of(
         evidence=known.evidence_of(work, measurement, schemes),
         refinements=known.refined(work),
         speed=work.speed_model(measurement.groups),
+        split=work.split,
         config=read_config(work.model_directory),
         kv_damage=known.kv_damage(work, measurement),
     )

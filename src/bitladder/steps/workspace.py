@@ -218,9 +218,11 @@ class Workspace:
         Raises:
             RecipeError: its heads can't be.
         """
-        from bitladder.models.splitting import Split
+        from bitladder.models.splitting import WHOLE, Split
         from bitladder.models.weights import read_config
 
+        if self.recipe.tensor_parallel == 1:
+            return WHOLE
         found = Split.of(read_config(self.model_directory), self.recipe.tensor_parallel)
         if found.why_not is not None:
             raise RecipeError(f"tensor_parallel: {found.why_not}; name another number")
