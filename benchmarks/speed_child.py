@@ -32,7 +32,7 @@ def saying_two(fill: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
 
     def filled(name: str, parameter: Any) -> None:
         fill(name, parameter)
-        if name.rpartition("weight")[0].endswith(("embed_tokens.", "lm_head.")):
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             row = parameter.data[SAID[0]] * LONGER
             parameter.data[SAID[0]], parameter.data[SAID[1]] = row, -row
 

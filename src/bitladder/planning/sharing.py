@@ -68,7 +68,8 @@ def check_parts(scheme: Scheme, groups: Sequence[QuantGroup], split: Split) -> N
         name = scheme.formats[group.name]
         leaf, why = _cut(group, name, split)
         if why is not None:
+            instead = "" if scheme.by_name else "give the scheme `formats` instead of `format`, "
             raise PlanError(
-                f"scheme {scheme.name}: {group.name} is {name}, and {why}; set exclude: ['*.{leaf}'], give the scheme "
-                "`formats` instead of `format`, or set another tensor_parallel"
+                f"scheme {scheme.name}: {group.name} is {name}, and {why}; set exclude: ['*.{leaf}'], {instead}or set "
+                "another tensor_parallel"
             )

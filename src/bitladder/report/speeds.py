@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 _POINTS = 8  # of the frontier in each phase
 PHASE_WORDS: "dict[Phase, str]" = {"prefill": "prefill", "decode": "decoding"}
 _DRAFTED = (
-    "Speculative decoding: a step verifies {} drafted tokens of each request and one more. Decoding in tokens/s counts "
-    "one a request and step; with the mean acceptance length of the drafts, in 16 bits as well, it is what is served. "
-    "The time that drafting takes is in neither."
+    "Speculative decoding: a step verifies {} drafted tokens of each request and one more. Tokens/s count one of each "
+    "request and step; times the mean acceptance length, which 16 bits have too, they are what is served. "
+    "Drafting takes time on top, of 16 bits as well, which isn't predicted."
 )
 _ALIKE = 0.005  # ratios that differ by less are shown as equal
 
