@@ -22,6 +22,7 @@ from bitladder.steps.report import make_report
 from conftest import same_kl, spec
 from test_asking import measurement_of
 from test_profile import MODEL
+from test_report_speed import row_of
 from test_speed import (
     ASKED,
     DEVICE,
@@ -238,10 +239,12 @@ def test_a_report_says_of_what_steps_its_speeds_are():
         f"{plain / fp8 - 1:.0%} faster than 16 bits at decoding",
         "a step verifies 3 drafted tokens of each request and one more",
         f"At the load that it was asked for, 1 request of 256 + 33 tokens, `alone` is {ratio - 1:.0%} faster than",
-        "| decode, tokens/s at one a step |",
+        "neither is predicted",
     ):
         assert told in markdown, told
     assert "3 drafted tokens of each request" in page
+    for name, shown in (("original", "1.00"), ("all_fp8", f"{plain / fp8:.2f}")):
+        assert row_of(markdown, name)[-2:] == ["–", shown]  # no tokens per second
     assert '"speedDevice": "Invented GPU with 3 drafted tokens"' in page
     curve = next(one for one in found.frontier.curves if one.along == "decode")
     for point in curve.points:

@@ -73,7 +73,7 @@ class Load:
 class Speed:
     """Tokens per second of one scheme at one load, and how many times that of the model in 16 bits it is.
 
-    Where tokens are drafted, `decode` is of one a request and step, as if all that were drafted were refused.
+    Where tokens are drafted, `decode` is of one a request and step, as if drafting took no time and all were refused.
     """
 
     prefill: float

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 _POINTS = 8  # of the frontier in each phase
 PHASE_WORDS: "dict[Phase, str]" = {"prefill": "prefill", "decode": "decoding"}
 _DRAFTED = (
-    "Speculative decoding: a step verifies {} drafted tokens of each request and one more. Tokens/s count one of each "
-    "request and step; times the mean acceptance length, which 16 bits have too, they are what is served. "
-    "Drafting takes time on top, of 16 bits as well, which isn't predicted."
+    "Speculative decoding: a step verifies {} drafted tokens of each request and one more. How many tokens/s that "
+    "makes hangs on how many are accepted and on what drafting takes; neither is predicted. As both are the same in 16 "
+    "bits, the first leaves ratios as they are, and the second brings them nearer to 1."
 )
 _ALIKE = 0.005  # ratios that differ by less are shown as equal
 
@@ -111,7 +111,7 @@ def speed_tables(report: "Report") -> dict[str, Markdown]:
             NONE,
             exact(round(speeds.original_prefill)),
             "1.00",
-            exact(round(speeds.original_decode)),
+            _decoded(speeds, speeds.original_decode),
             "1.00",
         ]
     ]
@@ -120,7 +120,7 @@ def speed_tables(report: "Report") -> dict[str, Markdown]:
         rates = [
             exact(round(one.prefill)),
             f"{one.prefill_ratio:.2f}",
-            exact(round(one.decode)),
+            _decoded(speeds, one.decode),
             f"{one.decode_ratio:.2f}",
         ]
         rows.append([one.scheme, f"{scheme.effective_bits:.2f}", scientific(scheme.predicted_score), *rates])
@@ -130,7 +130,7 @@ def speed_tables(report: "Report") -> dict[str, Markdown]:
         "predicted score",
         "prefill, tokens/s",
         "× 16 bits",
-        "decode, tokens/s at one a step" if speeds.speculative_tokens else "decode, tokens/s",
+        "decode, tokens/s",
         "× 16 bits",
     ]
     points = [
@@ -139,6 +139,11 @@ def speed_tables(report: "Report") -> dict[str, Markdown]:
     ]
     frontier = markdown_table(["phase", "× 16 bits", "least predicted score", "effective bits"], points)
     return {"schemes": markdown_table(header, rows), "frontier": frontier if points else Markdown("")}
+
+
+def _decoded(speeds: Speeds, rate: float) -> str:
+    """Return tokens per second of decoding; with drafted tokens it isn't known how many there are."""
+    return NONE if speeds.speculative_tokens else exact(round(rate))
 
 
 def speed_lines(report: "Report") -> list[str]:
