@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import bitladder
 from bitladder import planning
@@ -184,6 +185,17 @@ def test_every_token_has_a_scale_of_its_own():
     alone = torch.cat([get_format(ROWS).round_input(row[None], None) for row in x])
     assert torch.equal(get_format(ROWS).round_input(x, None), alone)
     assert torch.equal(alone[2], torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_an_input_has_its_scale_of_float32_maxima(name):
+    """A compiler keeps a maximum as it is within a kernel, and rounds it to its dtype between two of them."""
+    format_, x = get_format(name), torch.linspace(-3, 5, 2 * 256, dtype=torch.bfloat16).view(2, 256)
+    scale = format_.input_scale(torch.tensor(5.0)) if format_.has_input_scale else None
+    traced = make_fx(lambda x: format_.round_input(x, scale))(x)
+    maxima = [node for node in traced.graph.nodes if node.target == torch.ops.aten.amax.default]
+    assert bool(maxima) == (format_.input != "unrounded" and name != "fp8")  # with one scale, which is stored
+    assert all(node.meta["tensor_meta"].dtype == torch.float32 for node in maxima)
 
 
 @pytest.mark.parametrize(

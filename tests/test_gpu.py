@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 import torch
+import transformers
 
 from bitladder.errors import MeasurementError
 from bitladder.formats import FORMATS
@@ -16,7 +17,7 @@ from bitladder.measuring import candidates as taps
 from bitladder.measuring import gradient, kl
 from bitladder.measuring.layers import StreamedLayers
 from bitladder.report.groups import rank_correlation
-from conftest import load_text
+from conftest import llama_config, load_text, save_model
 from test_native import WITHIN, measured_by, pairs
 from test_positions import MODEL
 
@@ -112,6 +113,24 @@ def test_compiled_layers_score_as_others(job, tmp_path, request, method):
     within = (0.1 if method == "kl_div" else 0.05) if job[0] == MODEL else WITHIN["gradient"]
     assert_alike(measure(job, tmp_path / "compiled", method=method, dtype="float32"), plain, within)
     assert compiled["unique_graphs"]
+
+
+OWN_SCALES = ("mxfp8", "fp8_block", "fp8_pc_pt", "int8")  # an input's
+
+
+@pytest.mark.usefixtures("compiled")
+def test_compiled_layers_round_inputs_as_others(tmp_path, text_file, monkeypatch):
+    """In 16 bits, where a norm and the product behind it have one value in two kernels, rounded in one of them."""
+    config = llama_config(hidden_size=256, intermediate_size=512, initializer_range=0.08)
+    directory = save_model(transformers.LlamaForCausalLM, config, tmp_path / "model")
+    job, found = (directory, load_text(directory, text_file, samples=4 * BATCHES, length=128, batch=4)), []
+    for tokens in (0, 10**9):
+        monkeypatch.setattr(gradient, "_COMPILED_FROM", tokens)
+        one = measure(job, tmp_path / str(tokens), method="fisher", dtype="bfloat16", formats=OWN_SCALES)
+        found.append({name: 0.0 for name in OWN_SCALES})
+        for candidate in one.candidates:
+            found[-1][candidate.format] += one.sensitivity(candidate)
+    assert found[0] == pytest.approx(found[1], rel=0.15)  # 1.6 where codes and scales disagree
 
 
 @pytest.mark.parametrize("method", ["gradient", "fisher"])

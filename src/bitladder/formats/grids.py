@@ -93,6 +93,15 @@ def in_blocks(values: torch.Tensor, size: int = BLOCK) -> torch.Tensor:
     return values.reshape(*values.shape[:-1], -1, size)
 
 
+def largest(values: torch.Tensor, *, keepdim: bool = False) -> torch.Tensor:
+    """Return the largest magnitude along the last dimension, float32.
+
+    In the values' own dtype torch would, where it compiles, round it from one kernel to the next but not within one:
+    codes would be made with one power of two and restored with another.
+    """
+    return values.detach().float().abs().amax(-1, keepdim=keepdim)
+
+
 def block_scales(values: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
     """Return the E4M3 scale of every block, [..., columns / 16] float8_e4m3fn; that of a block of zeros is 1.
 
@@ -102,7 +111,7 @@ def block_scales(values: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
 
     Source: NVFP4QTensor.get_weights_scaling_factor and _cast_per_block_scale_to_fp8.
     """
-    return block_scales_of(in_blocks(values.detach()).abs().amax(-1), above)
+    return block_scales_of(largest(in_blocks(values)), above)
 
 
 def block_scales_of(amax: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
@@ -168,8 +177,8 @@ def fake_quantise_blocks(values: torch.Tensor, above: torch.Tensor) -> torch.Ten
     """
     inverse = 1.0 / above.float()
     blocks = in_blocks(values)
-    largest = blocks.abs().amax(-1, keepdim=True).float()
-    scales = (inverse * (largest * (1 / E2M1_MAX))).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE).float()
+    amax = largest(blocks, keepdim=True)
+    scales = (inverse * (amax * (1 / E2M1_MAX))).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE).float()
     rounded = round_e2m1(blocks.float() * _inverse(scales * _inverse(inverse)))
     return (rounded * (scales / inverse)).reshape(values.shape).to(values.dtype)
 
@@ -195,7 +204,7 @@ def fake_quantise_groups(values: torch.Tensor, size: int, *, powers_of_two: bool
     two its argument use_ue8m0.
     """
     groups = in_blocks(values.float(), size)
-    scales = groups.abs().amax(-1, keepdim=True).clamp_min(LEAST_GROUP_AMAX) / E4M3_MAX
+    scales = largest(groups, keepdim=True).clamp_min(LEAST_GROUP_AMAX) / E4M3_MAX
     if powers_of_two:
         scales = power_above(scales.clamp_min(LEAST_GROUP_AMAX))
     codes = (groups / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE)
@@ -236,7 +245,7 @@ def exponents_of(values: torch.Tensor, size: int) -> torch.Tensor:
 
     Source: MXFP8QTensor._compute_e8m0_exponent; vllm 0.32.0, mxfp8_utils.py, _mxfp8_e4m3_quantize_torch.
     """
-    return exponents_for(in_blocks(values.detach(), size).abs().amax(-1).float())
+    return exponents_for(largest(in_blocks(values, size)))
 
 
 def exponents_for(amax: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ compressors/pack_quantized/helpers.py; a group's scale lets the whole range of c
 
 import torch
 
+from bitladder.formats import grids
+
 LEAST_SCALE = 2 * torch.finfo(torch.float32).tiny  # of a scale, so that 1 / scale is a number
 SCALE_OF_ZEROS = torch.finfo(torch.bfloat16).eps  # scale of a group of zeros that has a zero point
 _NIBBLE = 4
@@ -106,6 +108,6 @@ def round_tokens(x: torch.Tensor) -> torch.Tensor:
 
     Source: vllm 0.32.0, _custom_ops.py, scaled_int8_quant (csrc/quantization/w8a8/int8/scaled_quant.cu).
     """
-    amax = x.detach().abs().amax(-1, keepdim=True).float()
+    amax = grids.largest(x, keepdim=True)
     scale = torch.where(amax < LEAST_SCALE * _TOKEN_MAX, 1.0, amax / _TOKEN_MAX)
     return (torch.round(x.float() / scale).clamp(-_TOKEN_MAX - 1, _TOKEN_MAX) * scale).to(x.dtype)
