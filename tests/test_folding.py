@@ -84,8 +84,11 @@ def test_a_product_that_a_dtype_rounds_is_refused(tmp_path):
 def test_nothing_is_replaced(tmp_path):
     run = bitladder.Run(resolve_path("package:demo/recipe.yaml", Path()), output=tmp_path / "run")
     (tmp_path / "there").mkdir()
-    with pytest.raises(OutputError, match="there exists already"):
-        run.fold(tmp_path / "there")
+    (tmp_path / "there" / "theirs.txt").write_text("theirs")
+    for place in (tmp_path / "there", tmp_path / "there" / "theirs.txt"):
+        with pytest.raises(OutputError, match="is there already"):
+            run.fold(place)
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["theirs.txt"]
 
 
 def test_nothing_is_written_into_the_original(tmp_path):

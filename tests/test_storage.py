@@ -17,6 +17,7 @@ from bitladder.storage import (
     atomic_directory,
     atomic_path,
     atomic_write,
+    check_writable,
     remove_leftovers,
     scratch_directory,
     sha256_of_bytes,
@@ -119,6 +120,22 @@ def test_a_directory_where_a_file_is_needed(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="in the way"):
         atomic_write(tmp_path / "record.json", "new")
     assert names(tmp_path) == ["record.json"]
+
+
+def test_a_place_is_asked_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("theirs")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    check_writable(tmp_path / "new" / "in_it" / "file.json")
+    check_writable(tmp_path / "file")  # which would be replaced
+    for place in ("file/new", "file/new/in_it", "nowhere/new"):
+        with pytest.raises(OutputError, match=f"something is in the way of {tmp_path}/{place} .* choose another"):
+            check_writable(tmp_path / place)
+    asked = []
+    monkeypatch.setattr(os, "access", lambda *arguments: asked.append(arguments))  # root may write to all
+    with pytest.raises(OutputError, match="no permission to write .*/in_it; choose another output directory"):
+        check_writable(tmp_path / "new" / "in_it")
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
 
 
 def test_other_errors_of_the_system_are_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,12 +172,18 @@ class Run:
         Raises:
             BitladderError: see `steps.fold.fold`.
         """
-        from bitladder.steps.glance import glance
+        from bitladder.steps.glance import check_elsewhere, glance
 
-        with self._working(glance) as work:
+        place = Path(directory).expanduser().resolve()
+
+        def look(work: Workspace) -> None:
+            check_elsewhere(work, place)
+            glance(work)
+
+        with self._working(look) as work:
             from bitladder.steps.fold import fold
 
-            return fold(work, Path(directory).expanduser().resolve())
+            return fold(work, place)
 
     def plan(self) -> "tuple[Scheme, ...]":
         """Plan every scheme of the recipe."""
@@ -204,9 +210,10 @@ class Run:
             scheme: which; None: the recipe has one only.
 
         Raises:
-            OutputError: there is something in `directory`. VerificationFailed: what was written isn't the scheme's.
+            OutputError: there is something in `directory`, or it can't be written.
+            VerificationFailed: what was written isn't the scheme's.
         """
-        from bitladder.steps.glance import check_planned
+        from bitladder.steps.glance import check_elsewhere, check_planned
 
         names, place = [spec.name for spec in self.recipe.schemes], Path(os.path.abspath(directory))
         if scheme is None and len(names) > 1:
@@ -215,8 +222,6 @@ class Run:
         self._check_scheme(name)
 
         def look(work: Workspace) -> None:
-            from bitladder.steps.elsewhere import check_elsewhere
-
             check_elsewhere(work, place)
             check_planned(work)
 

@@ -73,6 +73,28 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} can't be written ({reason}{where}); choose another output directory") from error
 
 
+def check_vacant(directory: Path) -> None:
+    """Raise OutputError where something lies in a directory already; one that is empty, or not there, holds nothing."""
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise OutputError(f"{directory} is there already, and nothing is written over; name a new directory")
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file or a directory can be put at `path`, before what it will hold is made; nothing is touched.
+
+    Where directories are lacking on the way, the last that is there is asked.
+
+    Raises:
+        OutputError: no permission, something in the way.
+    """
+    place = next(place for place in path.absolute().parents if os.path.lexists(place))
+    with explain_os_errors(path):
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
 def seal(path: Path) -> None:
     """Write beside a finished file what its SHA-256 is; see `unsealed`."""
     atomic_write(_seal_of(path), sha256_of_file(path))

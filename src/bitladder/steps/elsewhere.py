@@ -4,30 +4,16 @@ from pathlib import Path
 
 from bitladder import verification
 from bitladder.checkpoints.export import export_all
-from bitladder.errors import OutputError
 from bitladder.measured import read_amax, read_codes
 from bitladder.records import CheckpointManifest, digest_of
 from bitladder.report import render_card
+from bitladder.steps.glance import check_elsewhere
 from bitladder.steps.report import report_of
 from bitladder.steps.verify import refuse_findings
 from bitladder.steps.workspace import Workspace
 from bitladder.storage import atomic_write, temporaries_in
 
 _KEY_CHARACTERS = 16  # of the name of its temporaries
-
-
-def check_elsewhere(work: Workspace, directory: Path) -> None:
-    """Refuse a directory that holds something, or that lies where others keep theirs.
-
-    Raises:
-        OutputError: says what is there.
-    """
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise OutputError(f"{directory} is there already, and nothing is written over; name a new directory")
-    own = [work.checkpoint_directory(spec.name) for spec in work.recipe.schemes]
-    for place in (work.output, Path(work.recipe.model.path), *own):
-        if directory.is_relative_to(place):
-            raise OutputError(f"{directory} lies in {place}, which would not be what it was; name a place elsewhere")
 
 
 def export_elsewhere(work: Workspace, name: str, directory: Path) -> CheckpointManifest:

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from bitladder.checkpoints.folded import check_destination, write_folded
+from bitladder.checkpoints.folded import write_folded
 from bitladder.device import resolve_device, resolve_dtype
-from bitladder.errors import EngineError, OutputError
+from bitladder.errors import EngineError
 from bitladder.measuring.folding import Fold, fold_norms, parameters_of
 from bitladder.models.loading import checkpoint_tensor_names, load_model
 from bitladder.models.weights import WeightFiles
 from bitladder.steps.data import calibration_data
+from bitladder.steps.glance import check_elsewhere
 from bitladder.steps.look import look
 from bitladder.steps.workspace import Workspace
 
@@ -17,13 +18,11 @@ def fold(work: Workspace, destination: Path) -> tuple[Fold, ...]:
     """Write the recipe's model to a new directory with its norms folded, and return what was done.
 
     Raises:
-        BitladderError: see `measuring.folding.fold_norms` and `checkpoints.folded.write_folded`.
+        BitladderError: see `check_elsewhere`, `measuring.folding.fold_norms` and `checkpoints.folded.write_folded`.
     """
-    check_destination(destination)
+    check_elsewhere(work, destination)
     look(work)
     spec, source = work.recipe.measurement, work.model_directory
-    if destination.resolve().is_relative_to(source.resolve()):
-        raise OutputError(f"{destination} lies in {source}, which would not be what it was; name a place elsewhere")
     device = resolve_device(spec.device)
     model = load_model(source, resolve_dtype(spec.dtype, device), device)
     model.config.use_cache = False

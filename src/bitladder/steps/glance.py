@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bitladder import planning
 from bitladder.data import files
-from bitladder.errors import MeasurementError
+from bitladder.errors import MeasurementError, OutputError
 from bitladder.evaluation.harness import check_installed
 from bitladder.formats import get_format
 from bitladder.measured import MEASUREMENT_FILE
@@ -19,6 +19,7 @@ from bitladder.recipe import Recipe
 from bitladder.records import CheckpointManifest, Measurement, Record, Scheme
 from bitladder.runtimes.child import check_interpreter
 from bitladder.steps.workspace import Workspace
+from bitladder.storage import check_vacant, check_writable
 
 _DRIVER = "libcuda.so.1"  # NVIDIA's, without which torch sees no GPU of theirs
 _OTHER_GPUS = Path("/dev/kfd")  # AMD's, which torch calls cuda, too
@@ -34,9 +35,11 @@ def glance(work: Workspace, *, measuring: bool = True, held_out: bool = False, s
         schemes: whether schemes will be planned and exported.
 
     Raises:
-        BitladderError: a file, format or device isn't there, or a scheme can't be had.
+        BitladderError: a file, format or device isn't there, a scheme can't be had, or a place not be written.
     """
     recipe = work.recipe
+    if not work.output.exists():
+        check_writable(work.output)
     for name in recipe.measurement.formats:
         get_format(name)
     if schemes:
@@ -70,6 +73,20 @@ def _check_device(recipe: Recipe) -> None:
         raise MeasurementError(
             f"device {device} was asked for, but this machine has no NVIDIA driver ({_DRIVER}); use device: cpu"
         ) from error
+
+
+def check_elsewhere(work: Workspace, directory: Path) -> None:
+    """Refuse a new directory outside a run that holds something, lies where others keep theirs, or can't be made.
+
+    Raises:
+        OutputError: says what is there, or what the system says.
+    """
+    check_vacant(directory)
+    own = [work.checkpoint_directory(spec.name) for spec in work.recipe.schemes]
+    for place in (work.output, Path(work.recipe.model.path), *own):
+        if place.is_absolute() and directory.resolve().is_relative_to(place.resolve()):  # else it is a model of the Hub
+            raise OutputError(f"{directory} lies in {place}, which would not be what it was; name a place elsewhere")
+    check_writable(directory)
 
 
 def check_planned(work: Workspace) -> None:

@@ -31,7 +31,14 @@ from bitladder.records import (
     digest_of,
 )
 from bitladder.runinfo import Progress, no_progress
-from bitladder.storage import TEMPORARY_PREFIX, atomic_write, explain_os_errors, remove_leftovers, temporaries_in
+from bitladder.storage import (
+    TEMPORARY_PREFIX,
+    atomic_write,
+    check_writable,
+    explain_os_errors,
+    remove_leftovers,
+    temporaries_in,
+)
 
 if TYPE_CHECKING:
     from bitladder.data.batches import DataSet
@@ -266,18 +273,21 @@ class Workspace:
         return Path(os.path.normpath(self.output / path))
 
     def check_place(self, directory: Path) -> None:
-        """Refuse to replace a checkpoint outside the output directory that isn't one of ours.
+        """Refuse to replace a checkpoint outside the output directory that isn't one of ours, or what can't be written.
 
         Raises:
-            OutputError: there is something else in `directory`.
+            OutputError: there is something else in `directory`, or nothing can be put there, or no report beside it.
         """
         report = self.recipe.layout.report
-        if report is not None and self._placed(report).is_relative_to(directory):
-            raise OutputError(f"layout.report {report!r} lies in the checkpoint {directory}; name another place")
+        if report is not None:
+            if self._placed(report).is_relative_to(directory):
+                raise OutputError(f"layout.report {report!r} lies in the checkpoint {directory}; name another place")
+            check_writable(self._placed(report))
         if directory.is_relative_to(self.output) or (directory / CheckpointManifest.FILE_NAME).exists():
             return
         if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
             raise OutputError(f"{directory} holds something that Bitladder didn't write; move it away")
+        check_writable(directory)
 
     def place_manifests(self, schemes: Sequence[Scheme], manifests: Mapping[str, CheckpointManifest]) -> None:
         """Write what the recipe's layout wants beside the checkpoints: scheme and manifest of each in one file."""
