@@ -211,6 +211,16 @@ def test_too_few_evaluations_for_refining_are_refused_with_the_recipe(files, tmp
     assert recipe_of(files, tmp_path, refine={"evaluations": 14}).refine.evaluations == 14
 
 
+def test_what_cannot_be_exported_is_refused_before_it_is_measured(files, tmp_path):  # noqa: F811
+    recipe = recipe_of(files, tmp_path, measurement={"share_fused_scales": False})
+    with pytest.raises(
+        RecipeError, match=r"false is for comparison only, .*: run `bitladder measure`, or leave it out"
+    ):
+        run(Workspace(recipe, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert not measure(Workspace(recipe, tmp_path / "out")).fused_scales_shared  # as it says
+
+
 @pytest.mark.parametrize("how", ["exchanged", "a copy", "another record", "another's file"])
 def test_only_what_lies_where_it_belongs_is_a_probe(how, files, copied):  # noqa: F811
     probes = copied / "probes"

@@ -183,4 +183,4 @@ def test_a_single_set_keeps_its_measurement_s_key(processor_data):
 def processor_data(tmp_path):
     """The embedded model, and the pairs of a recipe with one set."""
     pairs = {**SETS[0], "samples": 5, "batch_size": 2, "seed": 3}
-    return source_of(DEMO / "qwen2_5_vl_digits"), calibration_data(work_of(tmp_path, calibration=pairs))
+    return source_of(DEMO / "qwen2_5_vl_digits"), calibration_data(work_of(tmp_path, calibration=pairs, measurement={}))

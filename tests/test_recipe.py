@@ -471,6 +471,26 @@ def test_the_method_that_is_left_out_is_the_engine_s_own(
 
 
 @pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("measurement.damping", 0.5, "measurement: damping is of rounding: compensated, and nearest would pass"),
+        ("measurement.score_samples", 9, "measurement.score_samples is 9, calibration.samples is 8; score at most as"),
+        ("workers.address", "auto", "workers: address is of workers, of which count: 0 has none; set count, or remove"),
+        ("workers.threads", 2, "workers: threads is of workers, of which count: 0 has none; set count, or remove"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(tmp_path: Path, path: str, value: Any, expected: str) -> None:
+    assert expected in error_of(write(tmp_path, changed(path, value)))
+
+
+def test_what_decides_something_is_kept(tmp_path: Path) -> None:
+    content = {**GOOD, "measurement": {"rounding": "compensated", "damping": 0.5, "score_samples": 8}}
+    recipe = read_recipe(write(tmp_path, {**content, "workers": {"count": 1, "address": "auto", "threads": 2}}))
+    assert (recipe.measurement.damping, recipe.measurement.score_samples) == (0.5, 8)
+    assert (recipe.workers.address, recipe.workers.threads) == ("auto", 2)
+
+
+@pytest.mark.parametrize(
     ("setting", "expected"),
     [
         ({"method": "fisher"}, "method: fisher needs engine: native; ModelOpt has gradient and kl_div"),

@@ -82,7 +82,7 @@ def _full(world: World) -> Json:
             "method": "fisher",
             "formats": ["fp8"],
             "share_fused_scales": True,
-            "rounding": "nearest",
+            "rounding": "compensated",
             "damping": 0.1,
             "score_samples": 4,
             "device": "cpu",

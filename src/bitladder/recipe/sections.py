@@ -218,6 +218,11 @@ class MeasureSpec(Section):
             raise ValueError("method: fisher needs engine: native; ModelOpt has gradient and kl_div")
         if self.memory_gb is not None and self.engine != "native":
             raise ValueError("memory_gb needs engine: native; ModelOpt takes what it needs")
+        if self.damping is not None and self.rounding != "compensated":
+            raise ValueError(
+                f"damping is of rounding: compensated, and {self.rounding} would pass it over; set rounding, or remove "
+                f"it (got {self.damping:g})"
+            )
         if self.rounding == "compensated" and not self.share_fused_scales:
             raise ValueError("rounding: compensated needs share_fused_scales: true")
         return self
@@ -232,6 +237,16 @@ class WorkersSpec(Section):
     count: int = Field(default=0, ge=0, description="0: this process alone, without Ray")
     address: str | None = Field(default=None, description="of a Ray cluster; None: one is started on this machine")
     threads: int | None = Field(default=None, gt=0, description="of torch in each; None: this process's, shared out")
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        for name in ("address", "threads"):
+            if not self.count and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is of workers, of which count: 0 has none; set count, or remove it (got "
+                    f"{shortened(getattr(self, name))})"
+                )
+        return self
 
     def problem(self, measurement: MeasureSpec) -> str | None:
         """Return why these workers can't measure so, in one line, or None."""
@@ -394,6 +409,12 @@ class Recipe(Section):
         again = twice(names)
         if again:
             raise ValueError(f"two schemes are named {again[0]}; rename one")
+        calibrated, scored = sum(one.samples for one in self.calibration), self.measurement.score_samples
+        if scored is not None and scored > calibrated:
+            raise ValueError(
+                f"measurement.score_samples is {scored}, calibration.samples is {calibrated}; score at most as many as "
+                "are calibrated"
+            )
         problem = self.layout.problem(self.output, names) or self.workers.problem(self.measurement) or self._slow()
         if problem is not None:
             raise ValueError(problem)

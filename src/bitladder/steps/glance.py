@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bitladder import planning
 from bitladder.data import files
-from bitladder.errors import MeasurementError, OutputError
+from bitladder.errors import MeasurementError, OutputError, RecipeError
 from bitladder.evaluation.harness import check_installed
 from bitladder.formats import get_format
 from bitladder.measured import MEASUREMENT_FILE
@@ -42,6 +42,11 @@ def glance(work: Workspace, *, measuring: bool = True, held_out: bool = False, s
         check_writable(work.output)
     for name in recipe.measurement.formats:
         get_format(name)
+    if schemes and measuring and not recipe.measurement.share_fused_scales:
+        raise RecipeError(
+            "measurement.share_fused_scales: false is for comparison only, and its schemes can't be exported: run "
+            "`bitladder measure`, or leave it out"
+        )
     if schemes:
         planning.refuse_unattainable(recipe.schemes, recipe.measurement.formats)
         refuse_uncarried(recipe.scheme_specs(), recipe.measurement.formats, recipe.export.carrier)
