@@ -1,6 +1,7 @@
 """Asking one measurement of several formats: candidates of a scheme, shares of a mix, floors, carriers, arms."""
 
 import random
+import re
 
 import pytest
 
@@ -81,6 +82,24 @@ def mixed():
 
 def used(scheme):
     return set(scheme.formats.values()) - {BF16}
+
+
+def test_as_much_as_a_message_names_can_be_excluded_whatever_it_is():
+    measurement = measurement_of(("fp8", "nvfp4"), without=((ODD, "fp8"), (ODD, "nvfp4")))
+    size, rng, tried = {group.name: group.weight_elements for group in measurement.groups}, random.Random(1), 0
+    for _ in range(40):
+        asked, order = rng.uniform(5, 12), rng.sample(sorted(size), len(size))
+        with pytest.raises(InfeasibleTarget) as caught:
+            planning.plan(measurement, spec("x", effective_bits=asked, exclude=order[: len(order) - 2]))
+        named = re.search(r"exclude at most ([0-9.]+)% of the weights$", str(caught.value))
+        if named is None:
+            assert re.search(r"raise the target, or add .* to measurement\.formats|no known format", str(caught.value))
+            continue
+        while 100 * sum(size[name] for name in order) > float(named[1]) * sum(size.values()):
+            order.pop()
+        assert planning.plan(measurement, spec("x", effective_bits=asked, exclude=order)).effective_bits <= asked
+        tried += len(order) > 0
+    assert tried > 20
 
 
 # --- candidates of a scheme -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from bitladder.measuring import native
 from bitladder.measuring.candidates import InForm, forms_of, taken
 from bitladder.measuring.job import Job
 from bitladder.measuring.layers import DeviceMemory, Layers
+from bitladder.measuring.measure import check_engine
 from bitladder.measuring.tail import Tail
 from bitladder.models import anatomy
 from bitladder.models.loading import load_model
@@ -161,6 +162,27 @@ def test_a_model_that_needs_more_than_text_is_refused_by_inspect(name, tmp_path)
 )
 def test_decoder_and_layers_are_found(name, tmp_path):
     assert find_target(tiny_architectures.build(name, tmp_path)).groups
+
+
+@pytest.mark.parametrize(
+    ("asked", "workers", "told", "instead"),
+    [
+        ({}, 0, "", {}),
+        ({"method": "fisher"}, 0, " with method: gradient", {"method": "gradient"}),
+        ({"rounding": "compensated", "damping": 0.5}, 0, " with rounding: nearest, no damping", {}),
+        ({"memory_gb": 2}, 2, " with no memory_gb, no workers", {}),
+        ({"formats": ["nvfp4", "fp8"]}, 0, " with formats among fp8, fp8_pc_pt, .*", {"formats": ["fp8"]}),
+    ],
+)
+def test_where_only_modelopt_measures_all_that_has_to_change_is_said(asked, workers, told, instead, tmp_path):
+    target = find_target(tiny_architectures.build("Gemma3nForCausalLM", tmp_path))
+    with pytest.raises(EngineError, match=rf"Gemma3nForCausalLM gives .*; use engine: modelopt{told}$"):
+        check_engine(MeasureSpec(**asked), target, "cpu", workers)
+    check_engine(MeasureSpec(engine="modelopt", **instead), target, "cpu")
+    with pytest.raises(
+        EngineError, match="nvfp4 on NVIDIA GPUs alone.*; use formats that ModelOpt measures here: fp8,"
+    ):
+        check_engine(MeasureSpec(engine="modelopt", formats=("nvfp4",)), target, "cpu")
 
 
 BART = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 128}

@@ -217,7 +217,9 @@ def test_coco_gives_each_images_first_caption(coco, processor):
     assert found == {"000000000003.jpg": ("What is it?", "first"), "000000000007.jpg": ("What is it?", "seven")}
     assert data.summary.kind == "coco"
     assert "pixel_values" in data.batches[0].inputs
-    with pytest.raises(DataError, match=r"holds 2 image\+text pairs; 3 were asked for"):
+    with pytest.raises(
+        DataError, match=r"holds 2 image\+text pairs; 3 were asked for: ask for fewer samples, or give more data"
+    ):
         load(coco_spec(coco), processor, samples=3, sequence_length=64)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ from bitladder.steps.look import look
 from bitladder.steps.run import run
 from bitladder.steps.workspace import Workspace
 from bitladder.verification import verify
-from conftest import llama_config, make_text, save_model, spec
+from conftest import llama_config, make_text, same_kl, save_model, spec
 
 LAYERS = 4
 
@@ -309,6 +310,19 @@ def test_shares_are_whole_layers_and_equal_ones_go_by_their_place():
         InfeasibleTarget, match="less than one of 3 attention layers; the smallest attainable is 0.3334"
     ):
         chosen(0.33)
+
+
+def test_what_is_attainable_has_room_for_the_cache_that_is_asked_for(ran):
+    measurement, share = ran[0].measurement(), {"kv_cache": {"fp8": 0.4}}
+    damage, kl_map = DAMAGE.model_copy(update={"measurement_sha256": measurement.fingerprint()}), same_kl(("fp8",))
+    with pytest.raises(InfeasibleTarget, match=r"KV cache alone is predicted a KL of 0\.05, .*; raise max_kl, or"):
+        planning.plan(measurement, spec("x", max_kl=0.05, **share), kl_map=kl_map, kv_damage=damage)
+    told = r"KL of 0\.05000001 beside the 0\.05 of its KV cache; attainable ([0-9.]+) to ([0-9.]+) nats"
+    with pytest.raises(InfeasibleTarget, match=told) as caught:
+        planning.plan(measurement, spec("x", max_kl=0.05000001, **share), kl_map=kl_map, kv_damage=damage)
+    least = float(re.search(told, str(caught.value))[1])
+    assert least > 0.05
+    assert planning.plan(measurement, spec("x", max_kl=least, **share), kl_map=kl_map, kv_damage=damage)
 
 
 def test_a_share_of_no_whole_layer_is_refused_before_anything_is_measured(ran, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import t as t_of_scipy
 
 from bitladder import planning
+from bitladder.errors import PlanError
 from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out, students_t
 from bitladder.planning.pricing import scores_by_format
 from bitladder.recipe import SchemeSpec
@@ -157,6 +158,16 @@ def test_where_kl_does_not_grow_with_the_score_none_is_bounded():
     assert fitted.score_of(1e-3) is None
     fitted = KlMap.fit(alone(SCORES), [2 * score**2 for score in SCORES])
     assert fitted.score_of(fitted.kl_of(3e-3)) == pytest.approx(3e-3)
+
+
+def test_a_kl_that_no_score_bounds_is_refused_with_ways_that_work():
+    measurement = measurement_of(("fp8",), layers=2)
+    flat = KlMap.fit(alone(SCORES), [1e-3 / score for score in SCORES])
+    for most in (1e-9, 1.0):
+        with pytest.raises(PlanError, match=f"the {len(SCORES)} schemes .* KL doesn't grow .* or effective_bits"):
+            planning.plan(measurement, SchemeSpec(name="near", max_kl=most), kl_map=flat)
+    for way in ({"coverage": 0.5}, {"effective_bits": 10}):
+        assert planning.plan(measurement, SchemeSpec(name="near", **way), kl_map=flat).quantised_groups()
 
 
 def test_a_negative_part_counts_for_nothing_beside_others():

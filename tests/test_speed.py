@@ -268,6 +268,21 @@ def test_what_cannot_be_reached_says_what_can():
         planning.plan(measurement, spec("lame", speed=SpeedSpec(decode=1.0)), speed=model)
 
 
+@pytest.mark.parametrize(("gain", "told"), [(5e-4, "ask for fewer bits instead"), (1.5e-3, "ask for at most 1.001")])
+def test_what_is_named_quantises_something(gain, told, monkeypatch):
+    whole, shapes = served([BF16] * 2 * LAYERS, ASKED)[1], LAYERS * SHAPES
+    of_layers = sum(layer_seconds(BF16, shape, padded(ASKED.requests)) for shape in shapes)
+    less = whole * gain / (1 + gain) / of_layers
+    monkeypatch.setitem(DEVICE, "fp8", tuple(seconds * (1 - less) for seconds in DEVICE[BF16]))
+    measurement = measurement_of(("fp8",), layers=LAYERS)
+    model = model_of(measurement)
+    with pytest.raises(InfeasibleTarget, match=f"attainable up to {1 + gain:.3f} .*; {told}$"):
+        planning.plan(measurement, spec("dash", speed=SpeedSpec(decode=5)), speed=model)
+    named = told.rpartition(" ")[2]
+    way = {"effective_bits": 10} if named == "instead" else {"speed": SpeedSpec(decode=float(named))}
+    assert planning.plan(measurement, spec("dash", **way), speed=model).quantised_groups()
+
+
 def test_the_host_limits_what_prefill_reaches():
     measurement = measurement_of(("fp8",), layers=LAYERS)
     load = Load(1, 300, 9)  # in which the host is busy for longer than the device would be in FP8

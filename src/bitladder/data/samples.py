@@ -101,7 +101,7 @@ def load_data(
         left = f", {len(chosen)} of them not used for calibration" if avoided else ""
         raise DataError(
             f"{spec.path} holds {len(ids)} {unit}{left}; {samples} were asked for: "
-            "ask for fewer samples, shorten sequence_length, or give more data"
+            f"ask for fewer samples, {'' if spec.kind in PAIR_KINDS else 'shorten sequence_length, '}or give more data"
         )
     if spec.kind in PAIR_KINDS:
         # Pairs of similar length share a batch: less padding, and padding is calibrated on too.

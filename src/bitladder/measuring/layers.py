@@ -195,7 +195,7 @@ def why_not_by_layers(target: Target, remedy: str) -> str | None:
     except EngineError as error:
         return str(error)
     problem = target.anatomy.problem
-    return None if problem is None else f"{target.name} {problem}; {remedy.rpartition(', ')[2]}"
+    return None if problem is None else f"{target.name} {problem}; {remedy.partition(', ')[2]}"
 
 
 def open_layers(directory: Path, job: Job, dtype: torch.dtype, memory: DeviceMemory, remedy: str) -> Layers:

@@ -54,21 +54,46 @@ def _ordered(spec: MeasureSpec) -> MeasureSpec:
     return spec.model_copy(update={"formats": in_order(spec.formats)})
 
 
-def check_engine(spec: MeasureSpec, target: Target, device: str) -> None:
+def check_engine(spec: MeasureSpec, target: Target, device: str, workers: int = 0) -> None:
     """Look whether a model can be measured as asked, on this device.
+
+    Args:
+        spec: how.
+        target: what is searched.
+        device: where.
+        workers: processes that share the work; 0: none do.
 
     Raises:
         EngineError: a format that the engine can't measure there, or layers that have to run one by one, and can't.
     """
     from bitladder.measuring import compensation, layers, modelopt, native
 
-    if spec.engine == "modelopt":
-        modelopt.check_formats(spec.formats, device)
-    remedies = {native.REMEDY: spec.engine == "native", compensation.REMEDY: spec.rounding == "compensated"}
-    for remedy in (remedy for remedy, is_needed in remedies.items() if is_needed):
-        problem = layers.why_not_by_layers(target, remedy)
-        if problem is not None:
-            raise EngineError(problem)
+    if spec.engine == "native":
+        problem = layers.why_not_by_layers(target, f"{native.REMEDY}{_beside_modelopt(spec, device, workers)}")
+    else:
+        or_native = layers.why_not_by_layers(target, native.REMEDY) is None
+        modelopt.check_formats(spec.formats, device, or_native=or_native)
+        compensated = spec.rounding == "compensated"
+        problem = layers.why_not_by_layers(target, compensation.REMEDY) if compensated else None
+    if problem is not None:
+        raise EngineError(problem)
+
+
+def _beside_modelopt(spec: MeasureSpec, device: str, workers: int) -> str:
+    """Return what of the settings has to change, too, where ModelOpt is to measure what doesn't go layer by layer."""
+    from bitladder.measuring import modelopt
+
+    able = modelopt.measurable(device)
+    changes = {
+        "method: gradient": spec.method == "fisher" and "method" in spec.model_fields_set,
+        "rounding: nearest": spec.rounding == "compensated",
+        "no damping": spec.damping is not None,
+        "no memory_gb": spec.memory_gb is not None,
+        "no workers": workers > 0,
+        f"formats among {', '.join(able)}": not set(spec.formats) <= set(able),
+    }
+    needed = ", ".join(change for change, is_needed in changes.items() if is_needed)
+    return f" with {needed}" if needed else ""
 
 
 def measure(

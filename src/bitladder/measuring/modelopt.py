@@ -372,8 +372,19 @@ def freeze_outside(model: nn.Module, language_model: str) -> None:
                 child.forward = torch.no_grad()(child.forward)
 
 
-def check_formats(names: Sequence[str], device: str) -> None:
+def measurable(device: str) -> tuple[str, ...]:
+    """Return the formats that ModelOpt's search can measure on a device."""
+    searched = (one for one in FORMATS.values() if one.modelopt_searches)
+    return tuple(one.name for one in searched if one.modelopt_on_cpu or device.startswith("cuda"))
+
+
+def check_formats(names: Sequence[str], device: str, *, or_native: bool = True) -> None:
     """Look whether ModelOpt's search can measure these formats on a device.
+
+    Args:
+        names: of formats.
+        device: where.
+        or_native: whether the native engine can measure the model.
 
     Raises:
         EngineError: it can't; the message names those that it can.
@@ -387,9 +398,8 @@ def check_formats(names: Sequence[str], device: str) -> None:
         problem = f"ModelOpt computes {', '.join(off_cpu)} on NVIDIA GPUs alone, and this is {device}"
     else:
         return
-    able = [one for one in FORMATS.values() if one.modelopt_searches]
-    measured = ", ".join(one.name for one in able if one.modelopt_on_cpu or device.startswith("cuda"))
-    raise EngineError(f"{problem}; use engine: native, or formats that ModelOpt measures here: {measured}")
+    others = "use engine: native, or" if or_native else "use"
+    raise EngineError(f"{problem}; {others} formats that ModelOpt measures here: {', '.join(measurable(device))}")
 
 
 def run(model: nn.Module, job: Job, partial: Partial, meter: Meter) -> None:

@@ -234,6 +234,7 @@ class _Planner:
         cache: CacheChoice,
     ) -> dict[str, str]:
         """Return the fewest bits, or seconds, within `max_kl`, of which the cache has its part."""
+        assert spec.max_kl is not None
         if self._kl_map is None:
             raise PlanError(
                 f"scheme {spec.name}: max_kl needs KL measured on a few schemes, which planning from a recipe does; "
@@ -241,10 +242,13 @@ class _Planner:
             )
         edge = Solver(self._kl_map.weigh(measurement), excluded, self._cost(aim))
         ranges.refuse_no_faster(spec, edge)
-        most = self._kl_map.score_of(kl_left(spec, cache))
-        formats = None if most is None else edge.fewest_bits(most)
+        left = kl_left(spec, cache)
+        most = self._kl_map.score_of(left)
+        if most is None:
+            raise ranges.unbounded_kl(spec, self._kl_map)
+        formats = edge.fewest_bits(most)
         if formats is None:
-            raise ranges.beyond_the_kl(spec, edge, self._kl_map)
+            raise ranges.beyond_the_kl(spec, edge, self._kl_map, spec.max_kl - left)
         return formats
 
     def _cost(self, aim: _Aim | None) -> Callable[[QuantGroup, str], int] | None:

@@ -14,6 +14,8 @@ from bitladder.planning.trade_off import TradeOff
 from bitladder.recipe import Phase, SchemeSpec
 from bitladder.records import BF16, BF16_BITS, Measurement, Scheme
 
+_MORE = 1 + 1e-9  # times a KL: what its logarithm and back may lose of it, and more
+
 
 def refuse_unattainable(specs: Iterable[SchemeSpec], formats: Sequence[str]) -> None:
     """Refuse what no measurement of these formats can reach, before anything is measured.
@@ -100,12 +102,29 @@ def beyond_the_score(spec: SchemeSpec, edge: TradeOff) -> InfeasibleTarget:
     )
 
 
-def beyond_the_kl(spec: SchemeSpec, edge: TradeOff, kl_map: KlMap) -> InfeasibleTarget:
-    """Return the refusal of a predicted KL within which nothing can be quantised; `edge` is of weighed scores."""
-    low, high = ("0" if score <= 0 else _rounded_up(kl_map.kl_of(score)) for score in edge.attainable_scores())
+def beyond_the_kl(spec: SchemeSpec, edge: TradeOff, kl_map: KlMap, of_cache: float) -> InfeasibleTarget:
+    """Return the refusal of a predicted KL within which nothing can be quantised.
+
+    Args:
+        spec: what is asked.
+        edge: of weighed scores.
+        kl_map: from these to KL.
+        of_cache: the part of `max_kl` that the KV cache takes.
+    """
+    kls = (0.0 if score <= 0 else kl_map.kl_of(score) for score in edge.attainable_scores())
+    low, high = (_rounded_up((kl + of_cache) * _MORE) for kl in kls)
+    beside = f" beside the {of_cache:.2g} of its KV cache" if of_cache else ""
     return InfeasibleTarget(
-        f"scheme {spec.name}: no group can be quantised within a predicted KL of {spec.max_kl}; attainable "
+        f"scheme {spec.name}: no group can be quantised within a predicted KL of {spec.max_kl}{beside}; attainable "
         f"{low} to {high} nats per token: raise it"
+    )
+
+
+def unbounded_kl(spec: SchemeSpec, kl_map: KlMap) -> PlanError:
+    """Return the refusal of any KL where it doesn't grow with the score, so that no score bounds it."""
+    return PlanError(
+        f"scheme {spec.name}: on the {kl_map.points} schemes that were simulated for it KL doesn't grow with the "
+        "predicted score, so that no plan can be held to a max_kl; ask for coverage or effective_bits"
     )
 
 
@@ -125,7 +144,8 @@ def too_fast(
     assert spec.speed is not None
     found = speed.predict(fastest, load).ratio(phase)
     names = sorted(set(fastest.values()) - {BF16})
-    remedy = f"ask for at most {math.floor(found * 1000) / 1000:g}" if found > 1 else "ask for fewer bits instead"
+    most = math.floor(found * 1000) / 1000
+    remedy = f"ask for at most {most:g}" if most > 1 else "ask for fewer bits instead"
     return InfeasibleTarget(
         f"scheme {spec.name}: {spec.speed.target[1]:g} times 16 bits at {phase} is more than these formats reach on "
         f"{speed.profile.place} with {load}: {', '.join(formats)}, {BF16}: attainable up to {found:.3f} "
@@ -176,9 +196,25 @@ def _remedy_for_bits(edge: TradeOff, asked: Fraction, measured: Sequence[str]) -
     # what the groups that aren't excluded may have, so that all together keep the target
     share = (asked * total - kept * BF16_BITS) / (total - kept)
     enough = any(name not in measurement.formats and least_bits(name) <= share for name in FORMATS)
-    if edge.excluded and not enough and min(least_bits(name) for name in measurement.formats) <= asked:
-        return f"raise the target, or exclude less than {kept / total:.2%} of the weights"
+    percent = math.floor(_most_excluded(measurement, asked) * 10**4) / 100
+    if edge.excluded and not enough and percent > 0:
+        return f"raise the target, or exclude at most {percent:.2f}% of the weights"
     return _formats_for(share, measurement.formats, measured)
+
+
+def _most_excluded(measurement: Measurement, asked: Fraction) -> Fraction:
+    """Return the share of the weights that may be excluded, whichever they are, so that the others reach `asked` bits.
+
+    Not above 0: none surely may.
+    """
+    least: dict[str, Fraction] = {}  # bits per weight of groups that can have a format; others have 16 in any case
+    size = {group.name: group.weight_elements for group in measurement.groups}
+    for one in measurement.candidates:
+        bits = Fraction(one.weight_bits, size[one.group])
+        least[one.group] = min(bits, least.get(one.group, bits))
+    worst = max(least.values())
+    always = 1 - Fraction(sum(size[name] for name in least), measurement.searched_weights)
+    return (asked - worst) / (BF16_BITS - worst) - always
 
 
 def _formats_for(bits: Fraction, allowed: Sequence[str], measured: Sequence[str]) -> str:

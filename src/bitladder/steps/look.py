@@ -41,7 +41,7 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
     served_arithmetic(recipe)
     asked = tasks_of(work) if held_out else None
     if not (work.output / MEASUREMENT_FILE).exists():
-        check_engine(recipe.measurement, work.target, device)
+        check_engine(recipe.measurement, work.target, device, recipe.workers.count)
     shares = [scheme for scheme in recipe.scheme_specs() if scheme.kv_share is not None]
     if shares:
         check_by_layer(work.target)
