@@ -123,11 +123,13 @@ def norm_with(weight):
     return norm
 
 
-def folds_of(model, searched=("left", "right")):
+def folds_of(model, searched=("left", "right"), *, mask=None, unknown=None):
+    """Fold a model; `unknown`: a parameter that isn't stored as it is."""
     torch.manual_seed(0)
-    ids = torch.randint(0, 16, (2, 30))
-    batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
-    return fold_norms(model, [batch], searched, dict(model.named_parameters()), no_progress)
+    ids = torch.randint(0, 16, (2, 30) if mask is None else mask.shape)
+    batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}, ids)
+    stored = dict(model.named_parameters()).keys() - {unknown}
+    return fold_norms(model, [batch], searched, stored, no_progress)
 
 
 def test_a_channel_four_times_as_large_is_halved():
@@ -173,6 +175,118 @@ def test_a_norm_that_something_else_reads_is_refused():
         folds_of(Small(norm_with(16.0), also=nn.Softmax(-1)))
     with pytest.raises(EngineError, match="no norm of this model can be folded"):
         folds_of(Small(norm_with(16.0)), searched=("other",))
+
+
+class Scaled(nn.Module):
+    """What it is given times its weight, `of` that, and what else it is given added."""
+
+    def __init__(self, weight, of=lambda x: x):
+        super().__init__()
+        self.weight, self.of = nn.Parameter(weight), of
+
+    def forward(self, x, more=None):
+        return self.of(x) * self.weight + (0 if more is None else more)
+
+
+class TwoNorms(nn.Module):
+    """A norm with an uneven channel that one linear module reads, and another norm, read by `right` and `also`."""
+
+    def __init__(self, other, also=None, features=16):
+        super().__init__()
+        self.plain, self.other, self.also = norm_with(4.0), other, also
+        torch.manual_seed(0)
+        self.left, self.right = nn.Linear(16, 8), nn.Linear(features, 8)
+
+    def of_other(self, x):
+        return self.other(x)
+
+    def forward(self, input_ids, attention_mask):
+        x = nn.functional.one_hot(input_ids, 16).float() + 1
+        y = self.of_other(x)
+        logits = self.left(self.plain(x)) + self.right(y).reshape(*x.shape[:2], -1)[..., :8]
+        return SimpleNamespace(logits=logits + (0 if self.also is None else self.also(y)[..., :8]))
+
+
+def test_a_norm_that_a_module_with_a_weight_reads_is_left_alone_where_that_is_not_linear():
+    assert [fold.norm for fold in folds_of(TwoNorms(norm_with(4.0)))] == ["plain", "other"]
+    (fold,) = folds_of(TwoNorms(norm_with(4.0), also=Scaled(torch.ones(16), of=torch.tanh)))
+    assert (fold.norm, fold.readers) == ("plain", ("left",))
+
+
+class Added(Scaled):
+    def forward(self, x, more):
+        return super().forward(x, more)
+
+
+class TwoInputs(TwoNorms):
+    def of_other(self, x):
+        return self.other(x, x)
+
+
+class NamedInputs(TwoNorms):
+    def of_other(self, x):
+        return self.other(x, more=x)
+
+
+class Heads(TwoNorms):
+    def of_other(self, x):
+        return self.other((x * (1 + 99 * torch.eye(16)[0])).unflatten(-1, (4, 4)))  # unlike one another
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        TwoInputs(Added(norm_with(4.0).weight.data)),
+        NamedInputs(Scaled(norm_with(4.0).weight.data)),
+        Heads(Scaled(torch.tensor([1.0, 4.0, 1.0, 1.0])), features=4),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_norm_of_more_or_other_than_hidden_states_is_left_alone(model):
+    assert [fold.norm for fold in folds_of(model)] == ["plain"]
+
+
+@pytest.mark.parametrize("unknown", ["norm.weight", "left.weight"])
+def test_what_the_files_hold_otherwise_is_left_alone(unknown):
+    """A parameter that transformers makes of several tensors, say."""
+    model = Small(norm_with(4.0))
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(EngineError, match="no norm of this model can be folded"):
+        folds_of(model, unknown=unknown)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
+class Given(nn.Module):
+    """Rows as they are, through weights of 1 that count as a norm, into a linear module."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows, self.norm = rows, Scaled(torch.ones(rows.shape[-1]))
+        self.left = nn.Linear(rows.shape[-1], 8)
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.left(self.norm(self.rows)))
+
+
+def test_each_token_counts_the_same_and_padding_not_at_all():
+    """Sixteen tokens have their second channel sixteen times as large, a huge one its first, all padding its third."""
+    rows = torch.ones(1, 40, 4)
+    rows[0, :16, 1], rows[0, 16, 0], rows[0, 17:, 2] = 16.0, 1e6, 1e6
+    mask = (torch.arange(40) < 17).long()[None]
+    (fold,) = folds_of(Given(rows), mask=mask)
+    mean = nn.functional.normalize(rows[0, :17], dim=-1).mean(0)
+    expected = torch.exp2(torch.round(torch.log2(mean / mean.mean()) / 2))
+    assert expected.tolist() == [0.5, 2.0, 0.5, 0.5]
+    assert fold.factors.tolist() == expected.tolist()
+
+
+def test_factors_are_bounded_on_either_side():
+    """A thousand channels, one of which has all but nothing of every token: 1000 times the mean counts as 256."""
+    rows = torch.full((1, 4, 1024), 1e-9)
+    rows[..., 7] = 1.0
+    (fold,) = folds_of(Given(rows), mask=torch.ones(1, 4, dtype=torch.long))
+    assert set(fold.factors.tolist()) == {2.0**-4, 2.0**4}
+    assert fold.factors[7] == 2.0**4
 
 
 def test_a_norm_that_adds_one_to_its_weight_is_left_alone():
