@@ -1,5 +1,6 @@
 """An FP8 KV cache of some layers: their damage, the choice, and what files, evaluation and runtimes make of it."""
 
+import dataclasses
 import json
 import math
 import re
@@ -14,12 +15,15 @@ from transformers import DynamicCache
 
 from bitladder import planning
 from bitladder.cli import steps
-from bitladder.errors import InfeasibleTarget, ModelError, PlanError, StaleRecord, UnsupportedModel
+from bitladder.data.batches import IGNORED_LABEL, Batch
+from bitladder.errors import EngineError, InfeasibleTarget, ModelError, PlanError, StaleRecord, UnsupportedModel
 from bitladder.evaluation.reading import cached, load_checkpoint
 from bitladder.evaluation.reference import Reference
 from bitladder.evaluation.simulation import Simulation
 from bitladder.measured import read_amax
-from bitladder.measuring.kv_damage import check_by_layer
+from bitladder.measuring import kl, kv_damage
+from bitladder.measuring.kv_damage import check_by_layer, layer_kls
+from bitladder.measuring.partial import Partial
 from bitladder.models.cache_sizes import cached_numbers, unknown_window
 from bitladder.models.kv_layers import cache_inputs, cached_layers, layer_index
 from bitladder.models.loading import load_model
@@ -113,6 +117,19 @@ def scales_of(work, model):
     }
 
 
+def kls_of_rows(model, scales, batches):
+    """Return the KL of each row, in nats, where transformers' cache rounds one layer."""
+    found: list[float] = []
+    for batch in batches:
+        with torch.no_grad():
+            cache = InFp8(model.config, dict([scales]))
+            p = model(**batch.inputs, use_cache=False).logits.double().log_softmax(-1)
+            q = model(**batch.inputs, **cache_inputs(model, cache)).logits.double().log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1)[:, :-1] * batch.predicted
+        found += kl.sum(-1).tolist()
+    return found
+
+
 def test_a_layers_damage_is_the_kl_of_the_whole_model_with_that_layers_cache_rounded(ran):
     work, _ = ran
     found = KvDamage.read(work.output / KvDamage.FILE_NAME)
@@ -122,16 +139,40 @@ def test_a_layers_damage_is_the_kl_of_the_whole_model_with_that_layers_cache_rou
     scales = scales_of(work, model)
     assert [one.layer for one in found.layers] == [f"model.layers.{index}.self_attn" for index in range(LAYERS)]
     for one in found.layers:
-        expected: list[float] = []
-        for batch in batches:
-            with torch.no_grad():
-                cache = InFp8(model.config, dict([scales[one.layer]]))
-                p = model(**batch.inputs, use_cache=False).logits.double().log_softmax(-1)
-                q = model(**batch.inputs, **cache_inputs(model, cache)).logits.double().log_softmax(-1)
-            kl = (p.exp() * (p - q)).sum(-1)[:, :-1] * batch.predicted
-            expected += kl.sum(-1).tolist()
-        assert one.kl == pytest.approx(expected, rel=5e-3)
+        assert one.kl == pytest.approx(kls_of_rows(model, scales[one.layer], batches), rel=5e-3)
         assert min(one.kl) > 0
+
+
+def damage_of(work, batches, place):
+    """Measure the damage of an FP8 cache on other batches than the run's."""
+    measurement = work.measurement()
+    target = dataclasses.replace(work.target, groups=measurement.groups)
+    amax = read_amax(measurement, work.output)
+    return layer_kls(work.model_directory, target, batches, amax, work.recipe.measurement, Partial(place, "key"))
+
+
+def test_each_row_has_its_own_tokens_and_nothing_is_compiled_or_kept_in_formats(ran, tmp_path, monkeypatch):
+    for name in ("is_worth_compiling", "copies_fit"):
+        monkeypatch.setattr(kl, name, lambda *_, name=name: pytest.fail(f"asked whether it {name}"))
+    work, _ = ran
+    ids = torch.randint(5, 300, (3, 20), generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(20) < torch.tensor([20, 13, 4])[:, None]).long()
+    batch = Batch({"input_ids": ids, "attention_mask": mask}, ids.masked_fill(mask == 0, IGNORED_LABEL))
+    assert batch.predicted.sum(-1).tolist() == [19, 12, 3]
+    model = load_model(work.model_directory, torch.float32)
+    scales = scales_of(work, model)
+    for one in damage_of(work, (batch,), tmp_path / "partial"):
+        assert one.kl == pytest.approx(kls_of_rows(model, scales[one.layer], [batch]), rel=5e-3)
+
+
+def test_an_attention_that_hands_nothing_to_a_cache_is_told(ran, tmp_path, monkeypatch):
+    """As one is that calls its argument otherwise than transformers does."""
+    work, _ = ran
+    batches = data.scored_calibration_data(work, work.measurement()).batches
+    monkeypatch.setattr(kv_damage, "CACHE_KEYWORDS", ("memory",))
+    told = r"LlamaAttention \(model\.layers\.0\.self_attn\) hands nothing to a cache; set kv_cache: fp8 or none"
+    with pytest.raises(EngineError, match=told):
+        damage_of(work, batches, tmp_path / "partial")
 
 
 def test_the_least_damaged_layers_are_stored_in_fp8(ran):
