@@ -170,6 +170,19 @@ def test_a_kl_that_no_score_bounds_is_refused_with_ways_that_work():
         assert planning.plan(measurement, SchemeSpec(name="near", **way), kl_map=flat).quantised_groups()
 
 
+def test_scores_of_image_positions_are_weighed_like_all():
+    """So that it makes no difference which of the two weights is applied first."""
+    measurement = measurement_of(FORMATS[:2], layers=2, image=True)
+    parts = [{"fp8": a, "nvfp4": b} for a in SCORES for b in SCORES]
+    fitted = KlMap.fit(parts, [1.4 * part["fp8"] + 0.7 * part["nvfp4"] for part in parts])
+    for one, other in zip(
+        fitted.weigh(measurement).weigh_images(0.25).candidates,
+        fitted.weigh(measurement.weigh_images(0.25)).candidates,
+        strict=True,
+    ):
+        assert one.scores == pytest.approx(other.scores, rel=1e-12)
+
+
 def test_a_negative_part_counts_for_nothing_beside_others():
     parts = [{"fp8": score, "nvfp4": 0.0} for score in SCORES]
     fitted = KlMap.fit(parts, [2 * score for score in SCORES])

@@ -17,6 +17,7 @@ from bitladder.errors import InfeasibleTarget, PlanError, RecipeError, Unsupport
 from bitladder.formats import COMPRESSED_TENSORS, MODELOPT, WEIGHT_SCALE, get_format
 from bitladder.measured import read_amax
 from bitladder.models import splitting
+from bitladder.models.families.base import Architecture
 from bitladder.models.splitting import Split
 from bitladder.planning import shipped
 from bitladder.recipe import parse_schemes
@@ -35,6 +36,8 @@ from bitladder.records import (
 from bitladder.report import build_report
 from bitladder.report.frontier import spec_of
 from bitladder.report.speeds import speeds_of
+from bitladder.runtimes.checks.ranks import Ranks
+from bitladder.runtimes.findings import Findings
 from bitladder.runtimes.preflight import preflight
 from bitladder.runtimes.vllm import profiling
 from bitladder.runtimes.vllm.rules import VllmRules
@@ -250,6 +253,57 @@ def test_preflight_finds_heads_that_cannot_be_split_and_says_what_it_does_not_kn
     ((*told, problem, _),) = found(made["nvfp4-modelopt"], 2, "sglang")
     assert told == ["warning", "unsupported_model", "config.json"]
     assert problem == "how sglang shares a model among 2 ranks isn't known here, so that wasn't checked"
+
+
+def test_a_remedy_names_only_what_the_release_runs_in_a_mix(made):
+    """vLLM 0.25.1 leaves layers with a scale a channel in 16 bits where a checkpoint mixes formats."""
+    told = {}
+    for runtime in ("vllm", "vllm==0.25.1"):
+        ((*_, told[runtime]),) = found(made["mxfp8-modelopt"], 2, runtime)
+    before = "serve it with tensor_parallel 1, or leave this layer in "
+    assert told == {"vllm": f"{before}fp8_pc_pt or bf16", "vllm==0.25.1": f"{before}bf16"}
+
+
+def told_of(shapes, formats, split, *, carried=False, **need):
+    """What is found of linears, `{module: shape}`, in formats, `{module: format}`."""
+    model = Architecture(**need)
+    for name, shape in shapes.items():
+        model.linear(name, *shape, bias=False)
+    findings = Findings()
+    Ranks(model, VllmRules(model, (), {}), formats, carried, str).check(split, findings)
+    return [(one.where, one.problem, one.remedy) for one in findings.records()]
+
+
+def test_of_an_architecture_that_is_not_known_two_codes_a_byte_are_two_weights():
+    """A rank has 8 of 16 bytes of a row: 16 weights, which are a block."""
+    formats, split = {DOWN: "nvfp4"}, Split(2, 4, 4)
+    assert told_of({DOWN: (64, 16)}, formats, split, open_prefixes=("",)) == []
+    ((_, problem, _),) = told_of({DOWN: (64, 16)}, formats, split)
+    assert "of down_proj each of 2 ranks holds [64, 8]" in problem
+
+
+def test_what_sees_is_not_asked_whether_ranks_can_share_it():
+    shapes = {DOWN: (64, 128), "visual.blocks.0.mlp.down_proj": (64, 351)}
+    assert told_of(shapes, {}, Split(2, 4, 4)) == []
+    ((where, problem, _),) = told_of({DOWN: (64, 351)}, {}, Split(2, 4, 4))
+    assert (where, problem) == (DOWN, "351 features of down_proj can't be split among 2 ranks")
+
+
+@pytest.mark.parametrize(("carried", "named"), [(True, "int4_w4a16_asym_g64 or bf16"), (False, "bf16")])
+def test_a_remedy_names_what_the_checkpoints_own_layout_carries(carried, named):
+    formats = {DOWN: "int4_w4a16_asym"}  # a row of 192 has no whole blocks of 128, and three of 64
+    ((_, problem, remedy),) = told_of({DOWN: (128, 384)}, formats, Split(2, 4, 4), carried=carried)
+    assert "holds [128, 192]" in problem
+    assert remedy == f"serve it with tensor_parallel 1, or leave this layer in {named}"
+
+
+def test_every_module_of_a_fused_layer_has_to_fit():
+    """A rank of four has 128 rows of the queries, and 64 of keys: half of a square of 128."""
+    names = [f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv"]
+    shapes = dict(zip(names, ((512, 256), (256, 256), (256, 256)), strict=True))
+    ((where, problem, _),) = told_of(shapes, dict.fromkeys(names, "fp8_block"), Split(4, 8, 4))
+    assert where == names[0]
+    assert "of k_proj each of 4 ranks holds [64, 256]" in problem
 
 
 def plan_of(measured, text_file, tell=lambda line: None, **changes):
