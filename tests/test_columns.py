@@ -65,6 +65,15 @@ def rounded(name, weight, products, damping=0.1, **changes):
     return columns.parts(found.values, found.scales) | scales, found, columns
 
 
+@pytest.mark.parametrize("exponent", [-80, 80])
+@pytest.mark.parametrize("name", EACH)
+def test_weights_whose_squares_are_no_numbers_get_the_same_codes(name, exponent, layer):
+    """A power of two changes no digit."""
+    weight, products = layer
+    by = 2.0**exponent
+    assert torch.equal(rounded(name, weight * by, products)[1].values / by, rounded(name, weight, products)[1].values)
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_what_is_stored_restores_what_was_chosen(name, layer):
     parts, found, _ = rounded(name, *layer)

@@ -12,7 +12,7 @@ from bitladder.formats import FORMATS
 from bitladder.measuring import rounding, walking
 
 
-def check(name: str, rows: int, width: int, device: str, least_equal: float = 1.0) -> None:
+def check(name: str, rows: int, width: int, device: str, least_equal: float = 1.0, size: float = 1.0) -> None:
     """Walk a weight [rows, width] by the kernel and by torch.
 
     Args:
@@ -21,9 +21,10 @@ def check(name: str, rows: int, width: int, device: str, least_equal: float = 1.
         width: columns of the weight.
         device: on which.
         least_equal: this share of what is stored at least is the same; the error of the output is the same within 1%.
+        size: standard deviation of the weight.
     """
     format_, generator = FORMATS[name], torch.Generator().manual_seed(1)
-    weight = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(rows, width, generator=generator) * size
     weight[1] = 0
     weight[2] *= 1e-7  # beside scales of E4M3
     x = torch.randn(1000, width, generator=generator).cumsum(1)
@@ -46,3 +47,5 @@ if __name__ == "__main__":
     check("fp8", 17, 192, "cpu")
     for name in ("mxfp8", "nvfp4", "int8", "int4_w4a16_g64", "int4_w4a16_asym_g64"):
         check(name, 8, 192, "cpu")
+    for size in (2.0**-80, 2.0**80):  # whose squares are no numbers
+        check("int4_w4a16_g64", 3, 64, "cpu", size=size)

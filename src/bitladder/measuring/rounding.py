@@ -23,6 +23,7 @@ from bitladder.errors import MeasurementError
 from bitladder.formats.columns import Columns
 from bitladder.measuring.decoder import can_compile
 
+_LEAST_EXPONENT = -125  # frexp's of the least float32 whose digits are whole
 _COLUMNS_AT_ONCE = 128  # errors are spread at once within so many columns, and over the rest by one product
 
 
@@ -153,7 +154,8 @@ def _best(columns: Columns, values: torch.Tensor, candidates: torch.Tensor, weig
     if candidates.shape[1] == 1:
         return candidates[:, 0]
     all_ = values[:, None]
-    error = ((columns.nearest(all_, candidates[:, None]) - all_) ** 2 * weights[:, None, None]).sum(0)
+    unit = _unit(values.abs().amax(0))
+    error = (((columns.nearest(all_, candidates[:, None]) - all_) * unit) ** 2 * weights[:, None, None]).sum(0)
     best = error.argmin(0)  # the first of equals
     return candidates.gather(1, best.expand(len(candidates), 1, -1))[:, 0]
 
@@ -174,11 +176,18 @@ def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) 
     return inverse.flip(0, 1)
 
 
+def _unit(greatest: torch.Tensor) -> torch.Tensor:
+    """Return powers of two that bring numbers of these sizes near 1, and change no digit of them.
+
+    What is very large or very small has no square that is a number.
+    """
+    return torch.ldexp(torch.ones_like(greatest), -torch.frexp(greatest).exponent.clamp_min(_LEAST_EXPONENT))
+
+
 def output_errors(weight: torch.Tensor, restored: Sequence[torch.Tensor], inputs: torch.Tensor) -> list[float]:
     """Return |X (W - Q)| / |X W| over inputs X [tokens, in_features], for every Q that codes restore of a weight."""
     exact = weight.detach().float()
-    # By a power of two, which changes no digit: squares of what is large or small wouldn't be numbers.
-    unit = torch.ldexp(exact.new_ones(()), -torch.frexp(exact.abs().amax()).exponent)
+    unit = _unit(exact.abs().amax())
     lengths = [
         float((inputs @ (rows * unit).t()).square().sum(dtype=torch.float64)) ** 0.5
         for rows in (exact, *(exact - one for one in restored))

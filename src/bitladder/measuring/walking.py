@@ -13,6 +13,7 @@ import triton.language as tl
 from bitladder.formats.column_kernels import kernel_of
 from bitladder.formats.columns import Columns
 
+_LEAST = tl.constexpr(2.0**-126)  # of float32 with whole digits
 _ROWS, _WARPS = 16, 2  # of a program: as fast as any of sixteen tried on an H100
 
 
@@ -79,10 +80,14 @@ def _walked(
         greatest = tl.max(tl.where(own, rest, float("-inf")), 0)
         scale, zero = SCALES(least, greatest, tl.load(factors), of_rows, GREATEST)
         if CANDIDATES > 1:
+            # By a power of two that brings them near 1, as `rounding` does: the exponent's bits of the greatest.
+            size = tl.maximum(tl.maximum(tl.abs(least), tl.abs(greatest)), _LEAST)
+            unit = 1.0 / (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
             lowest = tl.full([ROWS], float("inf"), tl.float32)
             for candidate in range(CANDIDATES):
                 other, other_zero = SCALES(least, greatest, tl.load(factors + candidate), of_rows, GREATEST)
                 away = NEAREST(rest, other[None, :], other_zero[None, :], of_rows[None, :], GREATEST) - rest
+                away *= unit[None, :]
                 error = tl.sum(tl.where(own, away * away * weights, 0.0), 0)
                 better = error < lowest  # the first of equals
                 lowest = tl.where(better, error, lowest)
