@@ -374,7 +374,8 @@ def test_one_calibration_set_is_written_as_it_always_was(tmp_path: Path) -> None
         ([*SETS, {"data": {"kind": "text"}}], "calibration.2.data", "data of kind text needs a `path`"),
         ({"data": {"kind": "jsonl"}}, "calibration.data", "data of kind jsonl needs a `path`"),
         ({"data": {"kind": "generated", "path": "x"}}, "calibration.data", "has no path, the model writes it; got 'x'"),
-        ({"data": {"kind": "generated", "temperature": 0}}, "calibration.data.temperature", "greater than 0 (got 0)"),
+        ({"data": {"kind": "generated", "temperature": 0}}, "calibration.data.temperature", "equal to 0.001 (got 0)"),
+        ({"data": {"kind": "generated", "temperature": 1e-45}}, "calibration.data.temperature", "0.001 (got 1e-45)"),
         (
             {"data": {"kind": "text", "path": "x", "temperature": 1}},
             "calibration.data",

@@ -292,6 +292,23 @@ def test_a_dry_run_sees_that_vllm_has_not_answered_the_tasks_and_removes_nothing
     assert len(probed(work, work.manifests())) > len(work.manifests())
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_probe_says_that_it_is_of_one_device_where_several_will_serve(ranks, recipe, monkeypatch):
+    monkeypatch.setattr(child, "installed_version", lambda python: "0.32.0")
+    lines = []
+    content = recipe(tensor_parallel=ranks, runtimes={"vllm": {"python": sys.executable}}, controls={"kinds": []})
+    work = Workspace(content, Path(content.output), tell=lines.append)
+    monkeypatch.setattr(
+        probe_step.load, "probe", lambda directory, *_, **__: make_probe(work.manifests()[directory.name], "load")
+    )
+    run(work)
+    told = [line for line in lines if "on one device, not on the 2 of tensor_parallel; pre-flight says" in line]
+    assert len(told) == ranks - 1
+    lines.clear()
+    run(work)
+    assert not lines  # nothing was probed
+
+
 @pytest.mark.parametrize("missing", ["lm_eval", "accelerate"])
 def test_without_the_extra_one_line_comes_before_anything_is_done(recipe, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)

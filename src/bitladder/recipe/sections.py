@@ -96,7 +96,8 @@ class DataSpec(Section):
     annotations: str | None = Field(default=None, description="kind coco only: another annotations file, in `path`")
     subset: str | None = Field(default=None, description="kinds huggingface, messages: the configuration's name")
     prompt: str = Field(default="Describe the image.", description="kinds coco and image_text: where a sample has none")
-    temperature: float | None = Field(default=None, gt=0, description="kind generated only: default 1")
+    # Below, logits divided by it are no numbers in float32, or all but the likeliest token has no share.
+    temperature: float | None = Field(default=None, ge=1e-3, description="kind generated only: default 1")
 
     @model_validator(mode="after")
     def _told_where(self) -> Self:

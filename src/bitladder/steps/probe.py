@@ -35,6 +35,12 @@ def probe(work: Workspace) -> tuple[ProbeResult, ...]:
     known = known_probes(work, spec, manifests, vllm_version(python))
     missing = [name for name in manifests if name not in known]
     if missing:
+        ranks = work.recipe.tensor_parallel
+        if ranks > 1:
+            work.tell(
+                f"the probe runs each checkpoint on one device, not on the {ranks} of tensor_parallel; pre-flight says "
+                "whether these can share it"
+            )
         with doing(work, "probe") as meter:
             ask = _load_each if spec.stage == "load" else _serve_all
             for result in ask(work, missing, python, spec.timeout, meter):
