@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from bitladder.errors import OutputError, RecipeError, RecordError
+from bitladder.errors import OutputError, PlanError, RecipeError, RecordError
 from bitladder.evaluation import simulation
 from bitladder.measuring.measure import settings_sha256
 from bitladder.recipe import MeasureSpec
@@ -219,6 +219,24 @@ def test_what_cannot_be_exported_is_refused_before_it_is_measured(files, tmp_pat
         run(Workspace(recipe, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     assert not measure(Workspace(recipe, tmp_path / "out")).fused_scales_shared  # as it says
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ({"include": ["*"]}, "names no format for what it includes; set `format` to one of these: fp8, fp8_pc_pt"),
+        ({"effective_bits": 9, "format": "fp8"}, "`format` goes with coverage or include"),
+        ({"coverage": 0.5, "exclude": ["*"]}, r"exclude \['\*'\] leaves no group; exclude less"),
+        ({"include": ["*.0.*"], "exclude": ["*"], "format": "fp8"}, "leaves no group; exclude less"),
+        ({"include": ["*.0.*"], "exclude": ["*.0.*"], "format": "fp8"}, "leaves no group; include more"),
+    ],
+)
+def test_schemes_that_no_measurement_gives_are_refused_before_it_is_made(scheme, words, files, tmp_path):  # noqa: F811
+    formats = {"formats": ["fp8", "fp8_pc_pt"]}
+    recipe = recipe_of(files, tmp_path, measurement=formats, schemes=[{"name": "x", **scheme}])
+    with pytest.raises(PlanError, match=words):
+        run(Workspace(recipe, tmp_path / "out"))
+    assert not (tmp_path / "out" / "measurement.json").exists()
 
 
 @pytest.mark.parametrize("how", ["exchanged", "a copy", "another record", "another's file"])

@@ -23,7 +23,7 @@ from bitladder.lazily import given_by
 
 if TYPE_CHECKING:
     from bitladder.planning.asking import fitted, kl_map_of, plan, plan_all, refuse_too_fast, related
-    from bitladder.planning.patterns import Searched, matching_groups
+    from bitladder.planning.patterns import Searched, matching_groups, named_groups
     from bitladder.planning.points import MAX_FRONTIER_CHOICES
     from bitladder.planning.pricing import density_order, price, standard_error
     from bitladder.planning.ranges import at_the_floor, floor_sentence, refuse_unattainable
@@ -35,7 +35,7 @@ else:
         __name__,
         {
             "asking": ("fitted", "kl_map_of", "plan", "plan_all", "refuse_too_fast", "related"),
-            "patterns": ("Searched", "matching_groups"),
+            "patterns": ("Searched", "matching_groups", "named_groups"),
             "points": ("MAX_FRONTIER_CHOICES",),
             "pricing": ("density_order", "price", "standard_error"),
             "ranges": ("at_the_floor", "floor_sentence", "refuse_unattainable"),
@@ -58,6 +58,7 @@ __all__ = [
     "frontier",
     "kl_map_of",
     "matching_groups",
+    "named_groups",
     "outline",
     "plan",
     "plan_all",

@@ -33,7 +33,7 @@ from bitladder.models.splitting import WHOLE, Split
 from bitladder.planning import ranges
 from bitladder.planning.caching import cache_of, kl_left
 from bitladder.planning.options import check_usable
-from bitladder.planning.patterns import Searched, matching_groups
+from bitladder.planning.patterns import Searched, matching_groups, named_groups
 from bitladder.planning.prediction import KlMap
 from bitladder.planning.pricing import cheapest_first, predicted_score, price
 from bitladder.planning.sharing import plannable, why_cut
@@ -164,11 +164,7 @@ class _Planner:
                 f"{self._split.ranks} ranks would hold parts of blocks; give it other formats, or set another "
                 "tensor_parallel"
             )
-        excluded = frozenset(matching_groups(measurement, spec.name, spec.exclude))
-        if len(excluded) == len(measurement.groups):
-            raise InfeasibleTarget(
-                f"scheme {spec.name} would quantise nothing: exclude {list(spec.exclude)} leaves no group; exclude less"
-            )
+        chosen, excluded = named_groups(measurement, spec)
         if all(candidate.group in excluded for candidate in measurement.candidates):
             raise InfeasibleTarget(
                 f"scheme {spec.name} would quantise nothing: no group that exclude {list(spec.exclude)} leaves can be "
@@ -178,7 +174,7 @@ class _Planner:
         if spec.coverage is not None:
             formats = _by_coverage(measurement, spec, excluded)
         elif spec.include is not None:
-            formats = _by_name(measurement, spec, excluded)
+            formats = _by_name(measurement, spec, chosen)
         else:
             formats = self._by_budget(measurement, spec, excluded, cache)
         scheme = price(
@@ -203,11 +199,6 @@ class _Planner:
         self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str], cache: CacheChoice
     ) -> dict[str, str]:
         """Return the best choice among all formats within the budget on either side."""
-        if spec.format is not None and self._whole.formats != (spec.format,):
-            raise PlanError(
-                f"scheme {spec.name}: `format` goes with coverage or include; the others choose among all measured "
-                f"formats ({ranges.listed(self._whole)}): leave it out, or give `formats: [{spec.format}]`"
-            )
         aim = _aim_of(spec, self._speed, measurement.formats)
         if spec.max_kl is not None:
             return self._by_kl(measurement, spec, excluded, aim, cache)
@@ -431,35 +422,15 @@ def _by_coverage(measurement: Measurement, spec: SchemeSpec, excluded: frozenset
     return {group.name: best[group.name] if group.name in chosen else BF16 for group in measurement.groups}
 
 
-def _by_name(measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str]) -> dict[str, str]:
-    """Return what `include` names, less what is excluded."""
+def _by_name(measurement: Measurement, spec: SchemeSpec, chosen: frozenset[str]) -> dict[str, str]:
+    """Return what `include` names, less what is excluded: `chosen`, of which some can't be in the format."""
+    (name,) = measurement.formats
     assert spec.include is not None
-    name = _one_format(measurement, spec)
-    chosen = matching_groups(measurement, spec.name, spec.include) - excluded
     reasons = {one.group: one.reason for one in measurement.left_out if one.format == name}
-    if chosen and chosen <= reasons.keys():
+    if chosen <= reasons.keys():
         raise InfeasibleTarget(
             f"scheme {spec.name} would quantise nothing: no group that include {list(spec.include)} leaves can be in "
             f"{name} ({reasons[min(chosen)]}); include others, or set another `format`"
         )
     chosen -= reasons.keys()  # they stay in 16 bits, as modules do that no format fits
-    if not chosen:
-        raise InfeasibleTarget(
-            f"scheme {spec.name} would quantise nothing: include {list(spec.include)} without exclude "
-            f"{list(spec.exclude)} leaves no group; include more"
-        )
     return {group.name: name if group.name in chosen else BF16 for group in measurement.groups}
-
-
-def _one_format(measurement: Measurement, spec: SchemeSpec) -> str:
-    """Return the format that an include scheme uses.
-
-    Raises:
-        PlanError: there are several, and none is named.
-    """
-    if len(measurement.formats) > 1:
-        raise PlanError(
-            f"scheme {spec.name} names no format for what it includes; set `format` to one of these: "
-            f"{ranges.listed(measurement)}"
-        )
-    return measurement.formats[0]

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Protocol
 
-from bitladder.errors import PlanError
+from bitladder.errors import InfeasibleTarget, PlanError
+from bitladder.recipe import SchemeSpec
 from bitladder.records import QuantGroup, UntouchedModule
 
 
@@ -49,3 +50,25 @@ def matching_groups(searched: Searched, scheme: str, patterns: Iterable[str]) ->
             raise PlanError(f"scheme {scheme}: pattern {pattern!r} matches no group or module; the nearest is {near!r}")
         found |= hits
     return found
+
+
+def named_groups(searched: Searched, spec: SchemeSpec) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the groups that a scheme may quantise by its patterns, and those that it excludes.
+
+    Raises:
+        PlanError: a pattern matches nothing. InfeasibleTarget: no group is left.
+    """
+    excluded = frozenset(matching_groups(searched, spec.name, spec.exclude))
+    if len(excluded) == len(searched.groups):
+        raise InfeasibleTarget(
+            f"scheme {spec.name} would quantise nothing: exclude {list(spec.exclude)} leaves no group; exclude less"
+        )
+    if spec.include is None:
+        return frozenset(group.name for group in searched.groups) - excluded, excluded
+    chosen = matching_groups(searched, spec.name, spec.include) - excluded
+    if not chosen:
+        raise InfeasibleTarget(
+            f"scheme {spec.name} would quantise nothing: include {list(spec.include)} without exclude "
+            f"{list(spec.exclude)} leaves no group; include more"
+        )
+    return frozenset(chosen), excluded

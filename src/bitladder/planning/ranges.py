@@ -41,7 +41,7 @@ def refuse_unattainable(specs: Iterable[SchemeSpec], formats: Sequence[str]) -> 
 
 
 def refuse_unmeasured(specs: Iterable[SchemeSpec], measured: Sequence[str]) -> None:
-    """Refuse schemes that name formats which aren't measured.
+    """Refuse schemes that name formats which aren't measured, one too many, or too few of them.
 
     Raises:
         PlanError: names those that are.
@@ -54,6 +54,17 @@ def refuse_unmeasured(specs: Iterable[SchemeSpec], measured: Sequence[str]) -> N
             raise PlanError(
                 f"scheme {spec.name} asks for format {unknown[0]}, which is not measured; {remedy}choose among those "
                 f"measured: {', '.join(measured)}"
+            )
+        allowed = [name for name in measured if name in (spec.candidates or measured)]
+        if spec.include is not None and len(allowed) > 1:
+            raise PlanError(
+                f"scheme {spec.name} names no format for what it includes; set `format` to one of these: "
+                f"{', '.join(allowed)}"
+            )
+        if spec.format is not None and spec.include is None and spec.coverage is None and len(measured) > 1:
+            raise PlanError(
+                f"scheme {spec.name}: `format` goes with coverage or include; the others choose among all measured "
+                f"formats ({', '.join(measured)}): leave it out, or give `formats: [{spec.format}]`"
             )
 
 

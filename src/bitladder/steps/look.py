@@ -48,9 +48,7 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
     for scheme in shares:
         cached_in_fp8(scheme, len(cached_layers(work.target.groups)))
     for scheme in recipe.schemes:
-        patterns = (*(scheme.include or ()), *scheme.exclude)
-        if patterns:
-            planning.matching_groups(work.target, scheme.name, patterns)
+        planning.named_groups(work.target, scheme)
     for group in work.target.groups:
         work.split.group(group)
     if recipe.profile is not None:
