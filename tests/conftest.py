@@ -35,7 +35,8 @@ torch.set_num_threads(2)
 
 # The files that take longest, in that order: they are begun first, so that no worker is left alone with one at the end.
 LONGEST = ("parallel", "cli", "faults", "probe_serve", "sensitivity", "serve_mixes", "qwen_scripts", "pipeline", "page")
-LONGEST += ("probe_load", "architectures", "native", "library", "evaluation", "formats", "storage")
+LONGEST += ("probe_load", "architectures", "again", "formats", "mixture", "compiled", "hybrids", "kv_layers", "native")
+LONGEST += ("rounding", "blocks", "library", "evaluation", "serve_on", "modelopt_integers", "ranks", "storage")
 
 
 def pytest_collection_modifyitems(items):
