@@ -135,9 +135,10 @@ def kl_of(results) -> dict:
 
 def result_of(name: str, python: Path, scratch: Path) -> dict:
     """Return everything about one model."""
+    import others_files
     import quality
 
-    from bitladder.evaluation.evaluate import compare
+    from bitladder.evaluation.evaluate import compare_loaded
     from bitladder.runinfo import Meter, hardware, versions
     from bitladder.steps.originals import Originals
     from bitladder.steps.simulated import simulation_of
@@ -177,10 +178,10 @@ def result_of(name: str, python: Path, scratch: Path) -> dict:
             for arm, directory in directories.items():
                 if arm in done:
                     continue
-                results, quantised = compare(reference, directory, arm)
-                if quantised != sum(len(group.modules) for group in nearest.groups):
-                    raise SystemExit(f"{directory}: {quantised} modules are FP8, not all that we search")
-                note(held_out.name, arm, results)
+                model, formats = others_files.load(directory, {})
+                if len(formats) != sum(len(group.modules) for group in nearest.groups):
+                    raise SystemExit(f"{directory}: {len(formats)} modules are FP8, not all that we search")
+                note(held_out.name, arm, compare_loaded(reference, model, str(directory), arm, answer=False))
     return {
         "hardware": hardware(),
         "versions": versions(),
