@@ -32,9 +32,7 @@ MODELS = {
     "embedded-qwen2.5-vl": "demo.yaml",
     "gemma-3-270m": "gemma3_270m.yaml",
 }
-HELD_OUT_SAMPLES = (
-    8  # of each set of language models, of 256 tokens each: an evaluation of 32 takes minutes on a busy core
-)
+HELD_OUT_SAMPLES = 8  # of each set of language models, of 256 tokens each: 32 take minutes on a busy core
 TARGETS = ("hopper", "blackwell")  # whose arithmetic
 INTEGERS = ("int4_w4a16_g64", "int8_w8a16_g64")
 FORMATS = ("fp8_pc_pt", "nvfp4", "nvfp4_w4a16", *INTEGERS)
@@ -60,6 +58,7 @@ class Checkpoint:
 
 
 NVFP4 = {"hopper": ("nvfp4_w4a16",), "blackwell": ("nvfp4",)}  # with inputs in 16 bits they multiply alike
+INT = dict.fromkeys(TARGETS, WEIGHTS_ONLY)
 CHECKPOINTS = {
     "nvfp4_gptq": Checkpoint(LLM_COMPRESSOR, {"preset": "NVFP4", "method": "gptq"}, NVFP4),
     "nvfp4_gptq_imatrix": Checkpoint(
@@ -67,17 +66,9 @@ CHECKPOINTS = {
     ),
     "nvfp4_awq": Checkpoint(LLM_COMPRESSOR, {"preset": "NVFP4", "method": "awq"}, NVFP4),
     "nvfp4_search": Checkpoint(AUTO_ROUND, {"scheme": "NVFP4"}, NVFP4),
-    "int_mix_5": Checkpoint(
-        AUTO_ROUND, {"average_bits": 5, "options": INT_OPTIONS}, dict.fromkeys(TARGETS, WEIGHTS_ONLY)
-    ),
-    "int_mix_6": Checkpoint(
-        AUTO_ROUND, {"average_bits": 6, "options": INT_OPTIONS}, dict.fromkeys(TARGETS, WEIGHTS_ONLY)
-    ),
-    "int4_gptq": Checkpoint(
-        LLM_COMPRESSOR,
-        {"preset": "W4A16", "method": "gptq", "group_size": 64},
-        dict.fromkeys(TARGETS, WEIGHTS_ONLY),
-    ),
+    "int_mix_5": Checkpoint(AUTO_ROUND, {"average_bits": 5, "options": INT_OPTIONS}, INT),
+    "int_mix_6": Checkpoint(AUTO_ROUND, {"average_bits": 6, "options": INT_OPTIONS}, INT),
+    "int4_gptq": Checkpoint(LLM_COMPRESSOR, {"preset": "W4A16", "method": "gptq", "group_size": 64}, INT),
     "fp8_pc_pt_gptq": Checkpoint(
         LLM_COMPRESSOR, {"preset": "FP8_DYNAMIC", "method": "gptq"}, dict.fromkeys(TARGETS, ("fp8_pc_pt",))
     ),
