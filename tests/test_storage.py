@@ -17,7 +17,9 @@ from bitladder.storage import (
     atomic_directory,
     atomic_path,
     atomic_write,
+    check_vacant,
     check_writable,
+    is_vacant,
     remove_leftovers,
     scratch_directory,
     sha256_of_bytes,
@@ -113,6 +115,15 @@ def test_a_file_where_a_directory_is_needed(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="in the way"), atomic_directory(tmp_path / "out" / "checkpoint"):
         pass
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_link_that_leads_nowhere_is_something(tmp_path: Path) -> None:
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert [is_vacant(tmp_path / name) for name in ("gone", "empty", "link", "nowhere")] == [True, True, True, False]
+    with pytest.raises(OutputError, match="nowhere is there already, and nothing is written over"):
+        check_vacant(tmp_path / "nowhere")
 
 
 def test_a_directory_where_a_file_is_needed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from bitladder.errors import RecipeError
 from bitladder.recipe import Recipe, parse_recipe, read_recipe, resolve_path, with_absolute_paths
 from bitladder.runinfo import Progress, no_progress
 from bitladder.steps.workspace import Workspace
+from bitladder.storage import real_path
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +175,7 @@ class Run:
         """
         from bitladder.steps.glance import check_elsewhere, glance
 
-        place = Path(directory).expanduser().resolve()
+        place = real_path(directory)
 
         def look(work: Workspace) -> None:
             check_elsewhere(work, place)
@@ -215,7 +216,7 @@ class Run:
         """
         from bitladder.steps.glance import check_elsewhere, check_planned
 
-        names, place = [spec.name for spec in self.recipe.schemes], Path(os.path.abspath(directory))
+        names, place = [spec.name for spec in self.recipe.schemes], real_path(directory)
         if scheme is None and len(names) > 1:
             raise RecipeError(f"one checkpoint goes there, and the recipe has {', '.join(names)}; name the scheme")
         name = names[0] if scheme is None else scheme

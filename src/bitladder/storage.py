@@ -73,10 +73,31 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} can't be written ({reason}{where}); choose another output directory") from error
 
 
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """Return where a path leads, absolute and through links; `~` is the home. A loop of links is left as it is."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
 def check_vacant(directory: Path) -> None:
-    """Raise OutputError where something lies in a directory already; one that is empty, or not there, holds nothing."""
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+    """Raise OutputError where a directory isn't vacant; see `is_vacant`."""
+    if not is_vacant(directory):
         raise OutputError(f"{directory} is there already, and nothing is written over; name a new directory")
+
+
+def is_vacant(directory: Path) -> bool:
+    """Return whether nothing is there but an empty directory at most; a link that leads nowhere is something."""
+    return not os.path.lexists(directory) or (directory.is_dir() and not any(directory.iterdir()))
+
+
+def check_file(path: Path) -> None:
+    """Check that a file can be put at `path`, as `check_writable` does.
+
+    Raises:
+        OutputError: no permission, something in the way, or a directory.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; name a file in it")
+    check_writable(path)
 
 
 def check_writable(path: Path) -> None:

