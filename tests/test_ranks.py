@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -315,7 +316,7 @@ def plan_of(measured, text_file, tell=lambda line: None, **changes):
     return bitladder.Run({**content, "measurement": formats, "schemes": schemes, **changes}, tell=tell)
 
 
-def test_a_scheme_that_names_a_format_of_which_ranks_would_hold_parts_of_blocks_is_refused(measured, text_file):
+def test_a_scheme_that_names_a_format_of_which_ranks_would_hold_parts_is_refused(measured, text_file, tmp_path):
     schemes = [{"name": "four", "coverage": 1.0, "format": "nvfp4"}]
     run = plan_of(measured, text_file, tensor_parallel=2, schemes=schemes)
     run.measure()
@@ -326,6 +327,16 @@ def test_a_scheme_that_names_a_format_of_which_ranks_would_hold_parts_of_blocks_
     included = [{"name": "four", "include": ["*.down_proj"], "format": "nvfp4"}]
     with pytest.raises(PlanError, match=r"scheme four: .* set exclude: \['\*\.down_proj'\], or set another"):
         plan_of(measured, text_file, tensor_parallel=4, schemes=included).plan()
+    # and before anything is measured, where every plan would have it
+    for asked, told in (
+        (schemes, "give the scheme `formats`"),
+        (included, "set another tensor_parallel"),
+        ([{**included[0], "exclude": ["*.down_proj"], "include": ["*"]}], None),
+        ([{"name": "four", "coverage": 0.9, "format": "nvfp4"}], None),
+    ):
+        run = plan_of(measured, text_file, tensor_parallel=4, schemes=asked, output=tmp_path)
+        with pytest.raises(PlanError, match=told) if told else nullcontext():
+            run.preview()
     # what it names as remedies are some
     for schemes in (
         [{"name": "four", "coverage": 0.6, "format": "nvfp4", "exclude": ["*.down_proj"]}],

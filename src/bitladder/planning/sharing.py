@@ -1,15 +1,16 @@
 """What the ranks that share a model can hold: whole blocks of a format, and which formats of groups that leaves out.
 
 Planning leaves out what they can't hold (`plannable`), except where a scheme names its one format: such a scheme is
-refused (`check_parts`).
+refused (`check_parts`, and before measuring `refuse_parts`).
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from bitladder.errors import PlanError
-from bitladder.formats import get_format
+from bitladder.formats import get_format, why_not
 from bitladder.models.splitting import Split
+from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, LeftOut, Measurement, QuantGroup, Scheme
 
 
@@ -65,11 +66,36 @@ def check_parts(scheme: Scheme, groups: Sequence[QuantGroup], split: Split) -> N
         PlanError: a group's format has blocks that would be cut. UnsupportedModel: a group can't be split.
     """
     for group in groups:
-        name = scheme.formats[group.name]
-        leaf, why = _cut(group, name, split)
-        if why is not None:
-            instead = "" if scheme.by_name else "give the scheme `formats` instead of `format`, "
-            raise PlanError(
-                f"scheme {scheme.name}: {group.name} is {name}, and {why}; set exclude: ['*.{leaf}'], {instead}or set "
-                "another tensor_parallel"
-            )
+        _refuse_cut(scheme.name, group, scheme.formats[group.name], split, by_name=scheme.by_name)
+
+
+def refuse_parts(
+    spec: SchemeSpec, groups: Sequence[QuantGroup], chosen: Container[str], measured: Sequence[str], split: Split
+) -> None:
+    """Refuse a scheme whose one format ranks can't hold where it has to be, before anything is measured.
+
+    Args:
+        spec: what is asked; a share in one format may do without the groups that would be cut.
+        groups: that are searched.
+        chosen: names of those that the scheme may quantise.
+        measured: formats that will be.
+        split: of the model among ranks.
+
+    Raises:
+        PlanError: as `check_parts`. UnsupportedModel: a group can't be split.
+    """
+    by_name, allowed = spec.include is not None, spec.candidates or measured
+    whole = by_name or (spec.format is not None and spec.coverage == 1)
+    for group in groups if whole and len(allowed) == 1 else ():
+        if group.name in chosen and why_not(group, allowed[0]) is None:
+            _refuse_cut(spec.name, group, allowed[0], split, by_name=by_name)
+
+
+def _refuse_cut(scheme: str, group: QuantGroup, format_name: str, split: Split, *, by_name: bool) -> None:
+    leaf, why = _cut(group, format_name, split)
+    if why is not None:
+        instead = "" if by_name else "give the scheme `formats` instead of `format`, "
+        raise PlanError(
+            f"scheme {scheme}: {group.name} is {format_name}, and {why}; set exclude: ['*.{leaf}'], {instead}or set "
+            "another tensor_parallel"
+        )

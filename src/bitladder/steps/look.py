@@ -13,6 +13,7 @@ from bitladder.measuring.kv_damage import check_by_layer
 from bitladder.measuring.measure import check_engine
 from bitladder.models.kv_layers import cached_layers
 from bitladder.planning.caching import cached_in_fp8
+from bitladder.planning.sharing import refuse_parts
 from bitladder.recipe import GENERATED, Recipe
 from bitladder.runtimes.child import vllm_version
 from bitladder.steps.data import calibration_sets, check_asked_length, load_set
@@ -40,7 +41,8 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
         vllm_version(Path(recipe.runtimes.vllm.python))
     served_arithmetic(recipe)
     asked = tasks_of(work) if held_out else None
-    if not (work.output / MEASUREMENT_FILE).exists():
+    unmeasured = not (work.output / MEASUREMENT_FILE).exists()
+    if unmeasured:
         check_engine(recipe.measurement, work.target, device, recipe.workers.count)
     shares = [scheme for scheme in recipe.scheme_specs() if scheme.kv_share is not None]
     if shares:
@@ -48,7 +50,9 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
     for scheme in shares:
         cached_in_fp8(scheme, len(cached_layers(work.target.groups)))
     for scheme in recipe.schemes:
-        planning.named_groups(work.target, scheme)
+        chosen, _ = planning.named_groups(work.target, scheme)
+        if unmeasured:  # or planning knows what calibration left out of it
+            refuse_parts(scheme, work.target.groups, chosen, recipe.measurement.formats, work.split)
     for group in work.target.groups:
         work.split.group(group)
     if recipe.profile is not None:
