@@ -170,6 +170,26 @@ def test_beyond_the_largest_cuda_graph_of_vllm_a_step_takes_the_host_its_time():
     assert beyond.decode_ratio == 1
 
 
+def with_graphs(measurement, *sizes):
+    profile = profile_of(host=0.02)
+    engine = profile.engine.model_copy(update={"graph_sizes": sizes})
+    return SpeedModel(profile.model_copy(update={"engine": engine}), measurement.groups, ASKED)
+
+
+def test_cuda_graphs_reach_as_many_requests_and_tokens_as_the_engine_was_told():
+    measurement = measurement_of(NAMES, layers=LAYERS)
+    fp8 = {group.name: "fp8" for group in measurement.groups}
+    few = with_graphs(measurement, 8, 1)
+    for load, in_graph in ((Load(8, 256, 33, 3), True), (Load(9, 256, 33, 3), False), (Load(9, 256, 33), False)):
+        rate = few.predict(fp8, load).decode
+        assert rate > load.requests / 0.01 if in_graph else rate == pytest.approx(load.requests / 0.02, rel=1e-6)
+    many = with_graphs(measurement, 1, 8, 64, 1024)
+    assert many.predict(fp8, Load(64, 256, 33, 8)).decode > 64 / 0.02  # 576 tokens
+    # in whatever order a profile names them
+    for load in (Load(5, 256, 33, 3), Load(8, 256, 33, 3)):
+        assert few.predict(fp8, load) == with_graphs(measurement, 1, 8).predict(fp8, load)
+
+
 def test_more_tokens_than_were_timed_are_not_guessed():
     measurement = measurement_of(NAMES, layers=LAYERS)
     told = "a step would verify 1088 tokens, and the profile of Invented GPU has times of at most 1024; ask for fewer"
