@@ -34,10 +34,11 @@ BITS = {"fp8": 8, "int4": 4}
 
 def measurement_of(sizes, scores, names=("fp8",), batches=1):
     """Return a measurement by hand: scores[group][format] is a number, or one per batch."""
+    shapes = [(16, size // 16) if size % 256 == 0 else (1, size) for size in sizes]  # FP8 takes multiples of 16
     groups = tuple(
         QuantGroup(
             name=f"layers.{i}",
-            modules=(QuantModule(name=f"layers.{i}.a", tensor=f"model.layers.{i}.a.weight", shape=(1, size)),),
+            modules=(QuantModule(name=f"layers.{i}.a", tensor=f"model.layers.{i}.a.weight", shape=shapes[i]),),
             weight_elements=size,
         )
         for i, size in enumerate(sizes)
@@ -276,13 +277,13 @@ def test_infeasible_targets_name_the_range(real, target, words):
 def test_a_format_that_would_allow_it_is_named(real, int4):
     with pytest.raises(InfeasibleTarget, match=r"add nvfp4 or nvfp4_w4a16 or int4 to measurement\.formats"):
         planning.plan(real, spec("x", effective_bits=4.5))
-    with pytest.raises(InfeasibleTarget, match="no known format has so few bits"):
+    with pytest.raises(InfeasibleTarget, match="no known format reaches so few bits"):
         planning.plan(real, spec("x", effective_bits=3.9))
 
 
 def test_what_is_excluded_counts_when_a_format_is_recommended(int4):
     """Half is excluded, which takes 8 of the effective bits: int4 reaches 10, fp8 12."""
-    measurement = measurement_of([16] * 4, [{"fp8": 1.0}] * 4)
+    measurement = measurement_of([256] * 4, [{"fp8": 1.0}] * 4)
     exclude = ["layers.0", "layers.1"]
     with pytest.raises(InfeasibleTarget, match=r"minimum 12\.00.*add int4 to"):
         planning.plan(measurement, spec("x", effective_bits=10.1, exclude=exclude))

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 from collections import Counter
 from contextlib import nullcontext
@@ -379,6 +380,18 @@ def test_a_format_is_left_out_where_ranks_would_hold_parts_of_its_blocks(measure
             assert not cut & set(chosen.items())
             (spec,) = parse_schemes([spec_of(curve, point.target, measurement.formats)])
             assert planning.plan(measurement, spec, split=split).formats == chosen
+    # formats are advised where ranks can hold them in enough groups: of down_proj no rank has whole blocks
+    (spec,) = parse_schemes([{"name": "few", "effective_bits": 4.6, "formats": ["mxfp8"]}])
+    with pytest.raises(InfeasibleTarget, match=r"minimum [0-9.]+ .*; raise the target, or add nvfp4 to the formats"):
+        planning.plan(measurement, spec)
+    with pytest.raises(InfeasibleTarget, match=r"minimum [0-9.]+ .*; raise the target; no known format reaches so"):
+        planning.plan(measurement, spec, split=split)
+    (spec,) = parse_schemes([{"name": "some", "effective_bits": 8.2, "formats": ["mxfp8"]}])
+    with pytest.raises(InfeasibleTarget, match=r"raise the target, or add ([a-z0-9]+) ") as refused:
+        planning.plan(measurement, spec, split=split)
+    added = re.search(r"or add (\w+) ", str(refused.value))[1]
+    enough = spec.model_copy(update={"formats": ("mxfp8", added)})
+    assert planning.plan(measurement, enough, split=split).effective_bits <= 8.2
     # nothing is left, nothing is left out
     only = [
         {"name": "all", "effective_bits": 9, "formats": ["mxfp8"], "exclude": ["*.qkv_proj", "*.o_proj", "*.gate*"]}

@@ -204,7 +204,7 @@ class _Planner:
             return self._by_kl(measurement, spec, excluded, aim, cache)
         edge = self._trade_off(measurement, spec, excluded, aim)
         if spec.effective_bits is not None:
-            return _by_bits(spec, edge, self._whole.formats)
+            return _by_bits(spec, edge, self._whole.formats, self._split)
         if spec.speed is not None:
             assert self._speed is not None
             assert aim is not None
@@ -318,7 +318,7 @@ def _is_nested(inner: Scheme, outer: Scheme) -> bool:
     )
 
 
-def _by_bits(spec: SchemeSpec, edge: TradeOff, measured: Sequence[str]) -> dict[str, str]:
+def _by_bits(spec: SchemeSpec, edge: TradeOff, measured: Sequence[str], split: Split) -> dict[str, str]:
     """Return the least damage within `effective_bits`; `measured` are formats that the scheme might have as well."""
     assert spec.effective_bits is not None
     asked = Fraction(str(spec.effective_bits))
@@ -326,7 +326,7 @@ def _by_bits(spec: SchemeSpec, edge: TradeOff, measured: Sequence[str]) -> dict[
         raise ranges.quantises_nothing(spec, ranges.range_of(edge))
     formats = edge.least_score(math.floor(asked * edge.measurement.searched_weights))
     if formats is None:
-        raise ranges.below_the_minimum(spec, edge, measured)
+        raise ranges.below_the_minimum(spec, edge, measured, split)
     return formats
 
 

@@ -6,9 +6,11 @@ from decimal import ROUND_CEILING, Context
 from fractions import Fraction
 
 from bitladder.errors import InfeasibleTarget, PlanError
-from bitladder.formats import FORMATS, MODELOPT, get_format, least_bits
+from bitladder.formats import FORMATS, MODELOPT, get_format, group_bits, least_bits, why_not
+from bitladder.models.splitting import Split
 from bitladder.planning.patterns import matching_groups
 from bitladder.planning.prediction import KlMap
+from bitladder.planning.sharing import why_cut
 from bitladder.planning.speed import Load, SpeedModel
 from bitladder.planning.trade_off import TradeOff
 from bitladder.recipe import Phase, SchemeSpec
@@ -34,9 +36,10 @@ def refuse_unattainable(specs: Iterable[SchemeSpec], formats: Sequence[str]) -> 
         if asked >= BF16_BITS:
             raise quantises_nothing(spec, attainable)
         if asked < low:
+            enough = [name for name in FORMATS if name not in allowed and least_bits(name) <= asked]
             raise InfeasibleTarget(
                 f"scheme {spec.name}: {spec.effective_bits} effective bits is below the minimum {_hundredths(low)} "
-                f"of these formats ({attainable}); {_formats_for(asked, allowed, formats)}"
+                f"of these formats ({attainable}); {_formats_for(enough, allowed, formats)}"
             )
 
 
@@ -76,15 +79,16 @@ def quantises_nothing(spec: SchemeSpec, attainable: str) -> InfeasibleTarget:
     )
 
 
-def below_the_minimum(spec: SchemeSpec, edge: TradeOff, measured: Sequence[str]) -> InfeasibleTarget:
+def below_the_minimum(spec: SchemeSpec, edge: TradeOff, measured: Sequence[str], split: Split) -> InfeasibleTarget:
     """Return the refusal of fewer bits than all groups in their smallest formats have.
 
     Args:
         spec: what is asked.
         edge: of the formats that the scheme may have.
         measured: these, and those that its own `formats` leave out.
+        split: of the model among ranks.
     """
-    remedy = _remedy_for_bits(edge, Fraction(str(spec.effective_bits)), measured)
+    remedy = _remedy_for_bits(edge, Fraction(str(spec.effective_bits)), measured, split)
     return InfeasibleTarget(
         f"scheme {spec.name}: {spec.effective_bits} effective bits is below the minimum {_least_bits(edge)} "
         f"of these formats ({range_of(edge)}); {remedy}"
@@ -199,18 +203,24 @@ def range_of(edge: TradeOff) -> str:
     return f"{listed(edge.measurement)}, {BF16}: attainable {_least_bits(edge)} to {most:.2f}"
 
 
-def _remedy_for_bits(edge: TradeOff, asked: Fraction, measured: Sequence[str]) -> str:
+def _remedy_for_bits(edge: TradeOff, asked: Fraction, measured: Sequence[str], split: Split) -> str:
     """Return what would make `asked` effective bits attainable."""
     measurement = edge.measurement
-    total = measurement.searched_weights
-    kept = sum(group.weight_elements for group in measurement.groups if group.name in edge.excluded)
-    # what the groups that aren't excluded may have, so that all together keep the target
-    share = (asked * total - kept * BF16_BITS) / (total - kept)
-    enough = any(name not in measurement.formats and least_bits(name) <= share for name in FORMATS)
+    others = (name for name in FORMATS if name not in measurement.formats)
+    enough = [name for name in others if _least_with(edge, name, split) <= asked * measurement.searched_weights]
     percent = math.floor(_most_excluded(measurement, asked) * 10**4) / 100
     if edge.excluded and not enough and percent > 0:
         return f"raise the target, or exclude at most {percent:.2f}% of the weights"
-    return _formats_for(share, measurement.formats, measured)
+    return _formats_for(enough, measurement.formats, measured)
+
+
+def _least_with(edge: TradeOff, name: str, split: Split) -> int:
+    """Return the fewest bits of all groups if those that aren't excluded might have one more format."""
+    least = {one.group: int(one.bits.min()) for one in edge.options}
+    for group in edge.measurement.groups:
+        if group.name not in edge.excluded and why_not(group, name) is None and why_cut(group, name, split) is None:
+            least[group.name] = min(least[group.name], group_bits(group, name))
+    return sum(least.values())
 
 
 def _most_excluded(measurement: Measurement, asked: Fraction) -> Fraction:
@@ -228,16 +238,15 @@ def _most_excluded(measurement: Measurement, asked: Fraction) -> Fraction:
     return (asked - worst) / (BF16_BITS - worst) - always
 
 
-def _formats_for(bits: Fraction, allowed: Sequence[str], measured: Sequence[str]) -> str:
+def _formats_for(enough: Sequence[str], allowed: Sequence[str], measured: Sequence[str]) -> str:
     """Return which formats would allow so few bits per weight, and where to name them.
 
     Args:
-        bits: per weight.
+        enough: each of these alone would.
         allowed: the formats that the scheme may have.
         measured: these, and those that its own `formats` leave out.
     """
     known = f"(Bitladder knows: {', '.join(FORMATS)})"
-    enough = [name for name in FORMATS if name not in allowed and least_bits(name) <= bits]
     narrowed = len(allowed) < len(measured)
     at_hand = [name for name in enough if name in measured]
     if at_hand:
@@ -245,7 +254,7 @@ def _formats_for(bits: Fraction, allowed: Sequence[str], measured: Sequence[str]
     if enough:
         where = "measurement.formats and the scheme's" if narrowed else "measurement.formats"
         return f"raise the target, or {_added(enough, where)} {known}"
-    return f"raise the target; no known format has so few bits {known}"
+    return f"raise the target; no known format reaches so few bits {known}"
 
 
 def _added(names: Sequence[str], where: str) -> str:
