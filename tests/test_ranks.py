@@ -22,6 +22,7 @@ from bitladder.models import splitting
 from bitladder.models.families.base import Architecture
 from bitladder.models.splitting import Split
 from bitladder.planning import shipped
+from bitladder.planning.sharing import cut_words
 from bitladder.recipe import parse_schemes
 from bitladder.records import (
     BF16,
@@ -334,6 +335,7 @@ def test_a_scheme_that_names_a_format_of_which_ranks_would_hold_parts_is_refused
         (included, "set another tensor_parallel"),
         ([{**included[0], "exclude": ["*.down_proj"], "include": ["*"]}], None),
         ([{"name": "four", "coverage": 0.9, "format": "nvfp4"}], None),
+        ([{"name": "four", "coverage": 1.0, "format": "nvfp4", "exclude": ["*.down_proj"]}], None),
     ):
         run = plan_of(measured, text_file, tensor_parallel=4, schemes=asked, output=tmp_path)
         with pytest.raises(PlanError, match=told) if told else nullcontext():
@@ -370,8 +372,9 @@ def test_a_format_is_left_out_where_ranks_would_hold_parts_of_its_blocks(measure
     assert {schemes[1].formats[group] for group, _ in cut} == {"fp8"}
     where = "mxfp8 in 3 of 12 groups, nvfp4 in 3 of 12 groups"
     assert said == [f"tensor_parallel 4: plans leave out {where}, as ranks would hold parts of blocks there"]
-    # the planner of the page makes what the recipe's line makes
     split = Split(4, 8, 8)
+    assert cut_words(known, split) is None  # what was no candidate before isn't left out
+    # the planner of the page makes what the recipe's line makes
     found = build_report({}, measurement, schemes, {}, None, {}, [], split=split)
     letters, names = found.frontier.letters, [group.name for group in measurement.groups]
     for curve in found.frontier.curves:

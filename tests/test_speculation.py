@@ -170,6 +170,24 @@ def test_beyond_the_largest_cuda_graph_of_vllm_a_step_takes_the_host_its_time():
     assert beyond.decode_ratio == 1
 
 
+def test_what_the_fit_leaves_over_is_that_of_as_many_tokens():
+    """As the invented engine takes more for 64 requests than a straight line gives, it does for 16 that drafted 3."""
+    profile = profile_of()
+    loads = [
+        one.model_copy(update={"all_tokens": tuple(2 * seconds for seconds in one.all_tokens)})
+        if one.requests == 8
+        else one
+        for one in profile.loads
+    ]
+    model = SpeedModel(
+        profile.model_copy(update={"loads": tuple(loads)}), measurement_of(NAMES, layers=LAYERS).groups, ASKED
+    )
+    load = Load(64, 100, 33)
+    of_a_token = (model.rest("decode", Load(64, 200, 33)) - model.rest("decode", load)) / 6400  # in each context
+    drafted = model.rest("decode", Load(16, 100, 33, 3))
+    assert drafted == pytest.approx(model.rest("decode", load) - of_a_token * 48 * load.context, rel=1e-9)
+
+
 def with_graphs(measurement, *sizes):
     profile = profile_of(host=0.02)
     engine = profile.engine.model_copy(update={"graph_sizes": sizes})
@@ -200,8 +218,12 @@ def test_more_tokens_than_were_timed_are_not_guessed():
     model_of(measurement, dataclasses.replace(ASKED, speculative_tokens=15))
     small = profile_of()
     small = small.model_copy(update={"engine": small.engine.model_copy(update={"tokens_a_step": 512})})
-    with pytest.raises(PlanError, match="of at most 512; ask for fewer speculative_tokens or requests"):
-        SpeedModel(small, measurement.groups, dataclasses.replace(ASKED, speculative_tokens=8))
+    few = profile_of()
+    layers = [*few.layers[1:], few.layers[0].model_copy(update={"cells": few.layers[0].cells[:-1]})]
+    few = few.model_copy(update={"layers": tuple(layers)})
+    for profile in (small, few):
+        with pytest.raises(PlanError, match="of at most 512; ask for fewer speculative_tokens or requests"):
+            SpeedModel(profile, measurement.groups, dataclasses.replace(ASKED, speculative_tokens=8))
 
 
 @pytest.mark.parametrize(
