@@ -246,9 +246,16 @@ def test_version_and_help():
     assert "measure" in bitladder("--help", python=sys.executable).stdout
 
 
-@pytest.mark.parametrize("ids", [[236776, 236743, 236755, 236746], [5866, 23378, 580, 496, 2633, 236761]])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [236776, 236743, 236755, 236746],
+        [5866, 23378, 580, 496, 2633, 236761],
+        [*packaged.GEMMA3.sentence[:-1], 236746],
+    ],
+)
 def test_fetch_refuses_a_tokenizer_that_transformers_misreads(ids):
-    """A token a letter, as transformers 5.17.0 gives Gemma; no BOS."""
+    """A token a letter, as transformers 5.17.0 gives Gemma; no BOS; as many tokens, one of them another."""
     read = types.SimpleNamespace(input_ids=ids)
     with pytest.raises(ModelError, match=r"misreads this model's tokenizer: .* pip install transformers==5\.24\.0"):
         packaged._check_tokenizer(lambda _: read, packaged.GEMMA3)
