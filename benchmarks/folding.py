@@ -48,14 +48,11 @@ def result_of(name: str, scratch: Path) -> dict:
     """Return everything about one model: arm -> rounding -> format -> held-out set -> KL and its standard error."""
     from bitladder.data import generation
     from bitladder.runinfo import hardware, versions
-    from bitladder.steps.fold import fold
     from bitladder.steps.measure import measure
     from bitladder.steps.workspace import Workspace
 
-    recipe, directory = recipe_of(name), scratch / "model"
-    if not directory.exists():
-        fold(Workspace(recipe, scratch / "fold"), directory)
-    folded = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(directory)})})
+    recipe = recipe_of(name)
+    folded = mixes.of_folded_model(recipe, Workspace(recipe, scratch / "fold"), scratch / "model")
     kls: dict = {}
     seen = []
     written = {"as it is": [scratch / "fold"], "folded": []}

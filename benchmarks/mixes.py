@@ -62,7 +62,8 @@ def measured(
     output = scratch / ("-".join(["compensated"] + ["folded"] * folded) if compensated else method)
     spec = with_near_text(read_recipe(recipe))
     if folded:
-        spec = with_folded_model(spec, scratch)
+        written = spec.model_copy(update={"calibration": with_written_rows(spec.calibration)})
+        spec = of_folded_model(spec, Workspace(written, scratch / "fold"), scratch / "model")
     changed = {"method": method, "formats": SETS["all + integers"], "engine": "native", "dtype": "float32"}
     changed |= {"score_samples": kl_samples(spec)} if method == "kl_div" else {}
     changed |= {"rounding": "compensated"} if compensated else {}
@@ -93,15 +94,12 @@ def with_written_rows(calibration: tuple) -> tuple:
     return half, half.model_copy(update={"data": DataSpec(kind="generated")})
 
 
-def with_folded_model(recipe, scratch: Path):
-    """Return the recipe for the model that `bitladder fold` writes, which is made once."""
+def of_folded_model(recipe, work, directory: Path):
+    """Return the recipe for the model that `bitladder fold` makes of a workspace's, in a directory, once."""
     from bitladder.steps.fold import fold
-    from bitladder.steps.workspace import Workspace
 
-    directory = scratch / "model"
     if not directory.exists():
-        written = recipe.model_copy(update={"calibration": with_written_rows(recipe.calibration)})
-        fold(Workspace(written, scratch / "fold"), directory)
+        fold(work, directory)
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(directory)})})
 
 
@@ -297,6 +295,8 @@ def main() -> None:
     parser.add_argument("--no-modelopt", action="store_true", help="leave out what only it chooses")
     parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/mixes.json")
     arguments = parser.parse_args()
+    if arguments.folded and not arguments.compensated:
+        parser.error("--folded goes with --compensated")
 
     import transformers
 

@@ -226,7 +226,6 @@ def ours_of(recipe, scratch: Path, judge: Judge) -> Iterator[Ours]:
         SystemExit: the folded model was calibrated on other rows than the rest.
     """
     from bitladder.data import generation
-    from bitladder.steps.fold import fold
 
     def of(one, name: str, **changed) -> Ours:
         spec = one.measurement.model_copy(update=changed)
@@ -239,10 +238,7 @@ def ours_of(recipe, scratch: Path, judge: Judge) -> Iterator[Ours]:
 
     made = of(recipe, "compensated", rounding="compensated")
     yield made
-    directory = scratch / "folded_model"
-    if not directory.exists():
-        fold(judge.work, directory)
-    folded = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(directory)})})
+    folded = mixes.of_folded_model(recipe, judge.work, scratch / "folded_model")
     other = of(folded, "folded", rounding="compensated", formats=FOLDED, score_samples=SCORE_SAMPLES)
     if made.measurement.calibration.sample_ids != other.measurement.calibration.sample_ids:
         raise SystemExit("the folded model wrote other rows than the original; they can't be compared")
