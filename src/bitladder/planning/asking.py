@@ -28,7 +28,6 @@ from itertools import accumulate
 from pathlib import Path
 
 from bitladder.errors import DuplicateSchemes, InfeasibleTarget, PlanError
-from bitladder.formats import why_not
 from bitladder.models.splitting import WHOLE, Split
 from bitladder.planning import ranges
 from bitladder.planning.caching import cache_of, kl_left
@@ -36,7 +35,7 @@ from bitladder.planning.options import check_usable
 from bitladder.planning.patterns import Searched, matching_groups, named_groups
 from bitladder.planning.prediction import KlMap
 from bitladder.planning.pricing import cheapest_first, predicted_score, price
-from bitladder.planning.sharing import plannable, why_cut
+from bitladder.planning.sharing import can_have, plannable
 from bitladder.planning.solver import Solver
 from bitladder.planning.speed import Load, SpeedModel
 from bitladder.planning.trade_off import TradeOff
@@ -384,9 +383,8 @@ def refuse_too_fast(
         cost = speed.cost_of(*aim)
         fastest = {}
         for group in searched.groups:
-            able = [] if group.name in excluded else [name for name in own if why_not(group, name) is None]
-            held = [name for name in able if why_cut(group, name, split) is None]
-            fastest[group.name] = min((BF16, *held), key=partial(cost, group))
+            able = [] if group.name in excluded else [name for name in own if can_have(group, name, split)]
+            fastest[group.name] = min((BF16, *able), key=partial(cost, group))
         if speed.predict(fastest, load).ratio(phase) < spec.speed.target[1]:
             raise ranges.too_fast(spec, own, fastest, speed, phase, load)
 

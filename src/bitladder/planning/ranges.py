@@ -6,11 +6,11 @@ from decimal import ROUND_CEILING, Context
 from fractions import Fraction
 
 from bitladder.errors import InfeasibleTarget, PlanError
-from bitladder.formats import FORMATS, MODELOPT, get_format, group_bits, least_bits, why_not
+from bitladder.formats import FORMATS, MODELOPT, get_format, group_bits, least_bits
 from bitladder.models.splitting import Split
 from bitladder.planning.patterns import matching_groups
 from bitladder.planning.prediction import KlMap
-from bitladder.planning.sharing import why_cut
+from bitladder.planning.sharing import can_have
 from bitladder.planning.speed import Load, SpeedModel
 from bitladder.planning.trade_off import TradeOff
 from bitladder.recipe import Phase, SchemeSpec
@@ -218,7 +218,7 @@ def _least_with(edge: TradeOff, name: str, split: Split) -> int:
     """Return the fewest bits of all groups if those that aren't excluded might have one more format."""
     least = {one.group: int(one.bits.min()) for one in edge.options}
     for group in edge.measurement.groups:
-        if group.name not in edge.excluded and why_not(group, name) is None and why_cut(group, name, split) is None:
+        if group.name not in edge.excluded and can_have(group, name, split):
             least[group.name] = min(least[group.name], group_bits(group, name))
     return sum(least.values())
 

@@ -24,6 +24,15 @@ def why_cut(group: QuantGroup, format_name: str, split: Split) -> str | None:
     return why
 
 
+def can_have(group: QuantGroup, format_name: str, split: Split) -> bool:
+    """Return whether a format fits a group, and what each rank would hold of it.
+
+    Raises:
+        UnsupportedModel: the group can't be split.
+    """
+    return why_not(group, format_name) is None and why_cut(group, format_name, split) is None
+
+
 def _cut(group: QuantGroup, format_name: str, split: Split) -> tuple[str, str | None]:
     """Return the own name of a module that would be cut, and why."""
     for module in split.group(group).modules if format_name != BF16 and split.ranks > 1 else ():
