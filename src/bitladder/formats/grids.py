@@ -176,10 +176,10 @@ def fake_quantise_blocks(values: torch.Tensor, above: torch.Tensor) -> torch.Ten
     inverse of the stored scale, as ModelOptLinearMethod has it.
     """
     inverse = 1.0 / above.float()
-    blocks = in_blocks(values)
+    blocks = in_blocks(values.float())
     amax = largest(blocks, keepdim=True)
     scales = (inverse * (amax * (1 / E2M1_MAX))).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE).float()
-    rounded = round_e2m1(blocks.float() * _inverse(scales * _inverse(inverse)))
+    rounded = round_e2m1(blocks * _inverse(scales * _inverse(inverse)))
     return (rounded * (scales / inverse)).reshape(values.shape).to(values.dtype)
 
 
