@@ -451,6 +451,8 @@ def parse() -> argparse.Namespace:
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": GRAPH_SIZES}
     if not flags.compiled:
         graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "custom_ops": ["all"]}
+    elif flags.tensor_parallel > 1:  # one of FlashInfer's takes NVLink multicast, which not every host may use
+        graphs["pass_config"] = {"fuse_allreduce_rms": False}
     flags.engine = {
         "compilation_config": graphs,
         "max_num_batched_tokens": STEP_TOKENS,
