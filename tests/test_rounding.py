@@ -1,6 +1,8 @@
 """Compensated codes: ModelOpt's own GPTQ gives the same; they are exported, verified, simulated and scored."""
 
 import dataclasses
+import functools
+import hashlib
 import shutil
 
 import pytest
@@ -122,22 +124,47 @@ def test_every_module_has_its_codes_and_a_smaller_error(compensated):
     assert not (output / "measuring").exists()
 
 
+def seen_by(model, names, batches):
+    """Inputs [rows, tokens, features] of modules, and the gradient by their outputs of labels that the model draws.
+
+    From transformers' own forward pass and torch's backward pass of the whole model; random signs stand for the labels.
+    """
+    inputs, outputs, gradients, hooks = {}, {}, {}, []
+
+    def keep(module, args, output, name):
+        inputs.setdefault(name, []).append(args[0].detach())
+        outputs[name] = output
+
+    for name in names:
+        hooks.append(model.get_submodule(name).register_forward_hook(functools.partial(keep, name=name)))
+    for batch in batches:
+        logits = model(**batch.inputs).logits[:, :-1].flatten(0, 1)
+        seed = hashlib.sha256(batch.inputs["input_ids"].numpy().tobytes()).hexdigest()[:15]
+        generator = torch.Generator().manual_seed(int(seed, 16))
+        signs = 2.0 * torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8) - 1
+        p = logits.detach().softmax(-1)
+        drawn = p.sqrt() * signs - p * (p.sqrt() * signs).sum(-1, keepdim=True)  # covariance diag(p) - p pT
+        found = torch.autograd.grad(logits, [outputs[name] for name in names], drawn)
+        for name, gradient in zip(names, found, strict=True):
+            gradients.setdefault(name, []).append(gradient)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(some) for name, some in inputs.items()}, {
+        n: torch.cat(some) for n, some in gradients.items()
+    }
+
+
 def test_codes_are_made_from_some_rows_and_checked_on_others(llama, text_file, compensated):
-    """Codes and recorded errors again, from transformers' own forward pass: of six rows the last one checks."""
+    """Codes and recorded errors again, from transformers' and torch's own passes: of six rows the last one checks."""
     measurement, output = compensated
     amax, codes = read_amax(measurement, output), read_codes(measurement, output)
-    model = load_model(llama, torch.float32)
-    seen = {}
-    for module in measurement.rounding.modules:
-        hook = lambda _, inputs, name=module.name: seen.setdefault(name, []).append(inputs[0])  # noqa: E731
-        model.get_submodule(module.name).register_forward_pre_hook(hook)
-    with torch.no_grad():
-        for batch in load_text(llama, text_file).batches:
-            model(**batch.inputs)
+    model, names = load_model(llama, torch.float32), [module.name for module in measurement.rounding.modules]
+    inputs, gradients = seen_by(model, names, load_text(llama, text_file).batches)
     for module in measurement.rounding.modules:
         scale = grids.scale_of(amax[f"{module.name}.input_amax"])
-        x = grids.fake_quantise(torch.cat(seen[module.name]), scale)
-        x = x / x.norm(dim=2, keepdim=True)
+        lengths = gradients[module.name].norm(dim=2, keepdim=True)
+        x = grids.fake_quantise(inputs[module.name], scale)
+        x = x * (lengths / lengths.mean() / x.norm(dim=2, keepdim=True)).sqrt()
         made_from, checked = x[:5].flatten(0, 1), x[5]
         weight, weight_amax = model.get_parameter(f"{module.name}.weight").detach(), amax[f"{module.name}.weight_amax"]
         ours, scale = codes.read(module.name, FP8, "weight"), grids.scale_of(weight_amax)
@@ -402,6 +429,21 @@ def test_hidden_states_that_change_between_layers_are_refused(llama, text_file, 
     monkeypatch.setattr(layers, "load_model", changed)
     with pytest.raises(EngineError, match=r"changes the hidden states before decoder layer 2 .* use rounding: nearest"):
         measured_by("native", llama, load_text(llama, text_file), tmp_path, rounding="compensated")
+
+
+def test_a_module_that_no_gradient_reaches_is_refused(llama, text_file, tmp_path, monkeypatch):
+    load = layers.load_model
+
+    def loaded(*args):
+        model = load(*args)
+        model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, inputs, output: output.detach())
+        return model
+
+    monkeypatch.setattr(layers, "load_model", loaded)
+    refused = r"^model\.layers\.1\.mlp\.\w+: no gradient of the loss reaches this module; use rounding: nearest$"
+    with pytest.raises(MeasurementError, match=refused):
+        measure_text(llama, text_file, tmp_path / "compensated", method="kl_div", **COMPENSATED)
+    assert measure_text(llama, text_file, tmp_path / "nearest", method="kl_div").rounding is None
 
 
 def test_a_run_keeps_its_codes_or_measures_again(llama, text_file, tmp_path):

@@ -19,7 +19,7 @@ from torch.nn import functional
 from bitladder.errors import EngineError
 from bitladder.formats import WEIGHT, WEIGHT_SCALE, Format, grids
 from bitladder.measured import Amax, Codes, encoded
-from bitladder.measuring.scores import token_directions, token_scores
+from bitladder.measuring.scores import token_directions, token_lengths, token_scores
 from bitladder.models.anatomy import PLAIN, Layout, tokens_first
 from bitladder.records import QuantGroup
 
@@ -174,8 +174,9 @@ class Tapped(nn.Linear):
     """A linear module whose backward pass also gives what every token adds to the module's score in each of its forms.
 
     It arrives as the gradient of the `sink` that the module was given before it ran: [forms, rows, tokens], in float64;
-    what several runs in one pass add is summed. `layout` says which dimensions of its output rows and tokens are;
-    `copied`, that the layer changes the output in place.
+    what several runs in one pass add is summed. Without forms it is [1, rows, tokens], every token's squared length of
+    the gradient by the output. `layout` says which dimensions of its output rows and tokens are; `copied`, that the
+    layer changes the output in place.
     """
 
     name: str  # read for an error alone: torch would compile a layer for every name
@@ -238,9 +239,10 @@ class _Tap(torch.autograd.Function):
             if weight is None or form.parts[WEIGHT] is not before:
                 before, weight = form.parts[WEIGHT], form.weight(dtype)
             quantised = form.product(seen, weight, bias, dtype).view_as(output)
-            scores = tokens_first(by_token(gradient, quantised - output), tapped.layout, ctx.shape)
-            found.append(scores.flatten(len(ctx.shape)).sum(-1) if scores.dim() > len(ctx.shape) else scores)
-        return gradient, torch.stack(found), *(None,) * (3 + len(codes))
+            found.append(by_token(gradient, quantised - output))
+        by_position = [tokens_first(each, tapped.layout, ctx.shape) for each in found or [token_lengths(gradient)]]
+        scores = [each.flatten(len(ctx.shape)).sum(-1) if each.dim() > len(ctx.shape) else each for each in by_position]
+        return gradient, torch.stack(scores), *(None,) * (3 + len(codes))
 
 
 @contextlib.contextmanager

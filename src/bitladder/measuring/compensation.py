@@ -6,9 +6,12 @@ states of all batches, [tokens, hidden] in the model's dtype.
 
 Inputs are those of the original model, each rounded as the format has it on the device that will serve: codes then
 serve every scheme, whatever else that quantises. A format that stores the very same of a weight as another one that is
-measured has its codes. Every token counts alike: its input is divided by its own length, since a few tokens (the first
-of a sequence, above all) are a hundred times as long as the others and would settle the codes alone. Padding doesn't
-count.
+measured has its codes.
+
+A token counts by how much its output matters. An error of the weights costs, to second order, the square of the token's
+input times the gradient by the module's output, as the model's own predictions have it (`gradient.TokenWeigher`; Kim et
+al., GuidedQuant, 2025, arXiv:2505.07004, with one weight a token). Its root is taken, the product of both lengths: few
+tokens would settle the codes else (`docs/log.md`). Padding doesn't count.
 
 Some rows of every calibration set stay out of the products. A module whose output is farther off on those of any set
 with the codes so made than with the nearest ones has the nearest.
@@ -37,8 +40,9 @@ from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import WEIGHT, WEIGHT_ONLY, Format
 from bitladder.measured import Amax, codes_key
 from bitladder.measuring.calls import by_layer, hidden_of
+from bitladder.measuring.gradient import TokenWeigher
 from bitladder.measuring.job import Job, damping_of
-from bitladder.measuring.layers import Layers
+from bitladder.measuring.layers import Layers, chunks
 from bitladder.measuring.partial import Partial
 from bitladder.measuring.rounding import compensated, nearest, output_errors
 from bitladder.models.anatomy import PLAIN, Layout, tokens_first
@@ -127,6 +131,7 @@ def _round_layers(
 ) -> None:
     last = missing[-1]
     uses = _uses(job.batches, job.device)
+    lengths = _lengths(layers, job)
     try:
         calls = [layers.calls(batch.to(job.device))[0] for batch in job.batches]
     except EngineError as error:
@@ -140,40 +145,70 @@ def _round_layers(
             with layers.loaded(index) as layer:
                 with _Inputs(layers, layer_groups, job, amax) as inputs:
                     for number, (found, use) in enumerate(zip(calls, uses, strict=True)):
-                        inputs.use = use
+                        inputs.use, inputs.lengths = use, lengths[number]
                         x = hidden[number].to(job.device)
                         output = hidden_of(layer(x, *found[index].args, **found[index].kwargs))
                         hidden[number] = output.to(layers.home)
                 if layer_groups:
-                    made = _made(layers.model, layer_groups, inputs, job, amax)
+                    made = list(_made(layers.model, layer_groups, inputs, job, amax))
                     written.result()
                     written = writer.submit(_write, partial.codes_file(index), made)
         written.result()
     job.progress("round", last + 1, last + 1)
 
 
-class _Inputs(ExitStack):
-    """Adds up the products of inputs, group by group; a context manager, within which a layer runs on all batches.
+def _lengths(layers: Layers, job: Job) -> list[dict[str, torch.Tensor]]:
+    """Return for every batch how long each token's gradient by a module's output is, {module: [rows, tokens]}.
 
-    products: group -> how its input is rounded -> [in_features, in_features] float32.
-    checked: group -> set -> inputs that check its codes, as the model has them, some [tokens, in_features] a batch.
+    In units of the module's mean; on the host.
+
+    Raises:
+        EngineError: a model whose gradients can't be taken. MeasurementError: a module that none reaches.
+    """
+    found: list[torch.Tensor] = []
+    batches, names = job.batches, [module.name for group in job.target.groups for module in group.modules]
+    try:
+        with TokenWeigher(layers, job) as weigher:
+            for start, chunk in chunks(list(range(len(batches))), layers, batches, weigher.states):
+                job.progress("weigh tokens", start, len(batches))
+                found += [each.cpu() for each in weigher.lengths([batches[number] for number in chunk])]
+    except (EngineError, MeasurementError) as error:
+        reason, _, remedy = str(error).partition("; use ")  # of one who scores by gradients
+        beside = f" with {remedy}" if remedy and job.spec.method != "kl_div" else ""
+        raise type(error)(f"{reason}; use {_NEAREST}{beside}") from error
+    job.progress("weigh tokens", len(batches), len(batches))
+    counted = [batch.inputs["attention_mask"].bool().cpu() for batch in batches]
+    tokens = torch.cat([each[:, mask] for each, mask in zip(found, counted, strict=True)], 1)
+    means = tokens.mean(1)[:, None, None]
+    # Squares of products are numbers then. What a module gives may not matter at all, as before weights of zero.
+    shares = [torch.where(means > 0, each / means, torch.ones_like(each)) for each in found]
+    return [dict(zip(names, each, strict=True)) for each in shares]
+
+
+class _Inputs(ExitStack):
+    """Adds up the products of inputs, module by module; a context manager, within which a layer runs on all batches.
+
+    products: module -> how its input is rounded -> [in_features, in_features] float32.
+    checked: module -> set -> what checks its codes, for every batch some inputs as the model has them, [tokens,
+        in_features], and the lengths of these tokens' gradients, [tokens, 1].
     """
 
     def __init__(self, layers: Layers, groups: list[QuantGroup], job: Job, amax: Amax) -> None:
         super().__init__()
         self.products: dict[str, dict[str, torch.Tensor]] = {}
-        self.checked: dict[str, dict[int, list[torch.Tensor]]] = {}
+        self.checked: dict[str, dict[int, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         self.use = _Use(0, torch.empty(0), torch.empty(0))  # of the batch at hand
+        self.lengths: dict[str, torch.Tensor] = {}  # of its tokens' gradients, by module
         for group in groups:
-            name = group.modules[0].name  # all of a group have the same input, and its scale
-            linear: Any = layers.model.get_submodule(name)
-            layout = layers.anatomy.positions.get(name, PLAIN)
-            device = linear.weight.device
-            served = {_input_of(format_): _served(format_, name, amax, device) for format_ in _made_for(job, group)}
-            self.callback(linear.register_forward_pre_hook(self._hook(group.name, name, served, layout)).remove)
+            for name in (module.name for module in group.modules):
+                linear: Any = layers.model.get_submodule(name)
+                layout = layers.anatomy.positions.get(name, PLAIN)
+                device = linear.weight.device
+                served = {_input_of(format_): _served(format_, name, amax, device) for format_ in _made_for(job, group)}
+                self.callback(linear.register_forward_pre_hook(self._hook(name, served, layout)).remove)
 
     def _hook(
-        self, group: str, module: str, served: dict[str, Callable[[torch.Tensor], torch.Tensor]], layout: Layout | None
+        self, module: str, served: dict[str, Callable[[torch.Tensor], torch.Tensor]], layout: Layout | None
     ) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
         def add(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
             use, shape = self.use, self.use.made_from.shape
@@ -183,17 +218,29 @@ class _Inputs(ExitStack):
                     f"{module}: its input has shape {list(x.shape)}, [rows, tokens, features] was expected; "
                     "use rounding: nearest"
                 )
-            checked = self.checked.setdefault(group, {}).setdefault(use.part, [])
-            checked.append(x[use.checked].flatten(0, -2))
-            tokens, sums = x[use.made_from].flatten(0, -2).float(), self.products.setdefault(group, {})
+            lengths = self.lengths[module].to(x.device).view(*shape, *(1,) * (x.dim() - 2)).expand(*x.shape[:-1], 1)
+            checked = self.checked.setdefault(module, {}).setdefault(use.part, [])
+            checked.append((x[use.checked].flatten(0, -2), lengths[use.checked].flatten(0, -2)))
+            tokens, sums = x[use.made_from].flatten(0, -2).float(), self.products.setdefault(module, {})
             for how, seen in served.items() if len(tokens) else ():
-                rows = nn.functional.normalize(seen(tokens), dim=-1)
+                rows = _weighed(seen(tokens), lengths[use.made_from].flatten(0, -2))
                 if how not in sums:
                     sums[how] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
                 with tf32_products():
                     sums[how].addmm_(rows.t(), rows)
 
         return add
+
+
+def _weighed(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return inputs [tokens, in_features] so that the square of each has the length of input times gradient.
+
+    Args:
+        x: as they are multiplied.
+        lengths: of the gradients, [tokens, 1].
+    """
+    own: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return x * (lengths / own).sqrt()
 
 
 def _made_for(job: Job, group: QuantGroup) -> tuple[Format, ...]:
@@ -216,75 +263,66 @@ def _served(format_: Format, module: str, amax: Amax, device: torch.device) -> C
     return functools.partial(format_.served_input, scale=scale)
 
 
-def _made(model: nn.Module, groups: list[QuantGroup], inputs: _Inputs, job: Job, amax: Amax) -> list[_Made]:
-    """Return the codes of one layer's modules."""
-    made: list[_Made] = []
+def _made(model: nn.Module, groups: list[QuantGroup], inputs: _Inputs, job: Job, amax: Amax) -> Iterator[_Made]:
+    """Yield the codes of one layer's modules, which go to the CPU."""
     damping = damping_of(job.spec, job.batches)
     for group in groups:
-        sums, checked = inputs.products.pop(group.name, None), inputs.checked.pop(group.name, {})
-        if sums is None:
-            raise EngineError(f"{group.name} doesn't run inside its layer; use {_NEAREST}")
-        for format_ in _made_for(job, group):
-            product = sums[_input_of(format_)]
-            seen = _served(format_, group.modules[0].name, amax, product.device)
-            checks = [nn.functional.normalize(seen(torch.cat(some).float()), dim=-1) for some in checked.values()]
-            made += _of_group(model, group, format_, product, checks, damping, amax)
-    return made
+        for name in (module.name for module in group.modules):
+            sums, checked = inputs.products.pop(name, None), inputs.checked.pop(name, {})
+            if sums is None:
+                raise EngineError(f"{name} doesn't run inside its layer; use {_NEAREST}")
+            for format_ in _made_for(job, group):
+                product = sums[_input_of(format_)]
+                seen = _served(format_, name, amax, product.device)
+                sets = [map(torch.cat, zip(*some, strict=True)) for some in checked.values()]
+                checks = [_weighed(seen(x.float()), lengths) for x, lengths in sets]
+                weight: torch.Tensor = model.get_parameter(f"{name}.weight")
+                yield _of_module(name, weight, format_, product, checks, damping, amax)
 
 
-def _of_group(
-    model: nn.Module,
-    group: QuantGroup,
+def _of_module(
+    name: str,
+    weight: torch.Tensor,
     format_: Format,
     product: torch.Tensor,
     checks: Sequence[torch.Tensor],
     damping: float,
     amax: Amax,
-) -> Iterator[_Made]:
-    """Yield the codes of a group's modules in a format.
-
-    All of its weights are rounded one above the other: they share their input and, where it is one for all of a weight,
-    the scale.
+) -> _Made:
+    """Return the codes of a module in a format.
 
     Args:
-        model: whose weights.
-        group: whose modules.
+        name: of the module.
+        weight: its own, [out_features, in_features].
         format_: as the device that will serve computes it.
-        product: Xᵀ X of its inputs.
-        checks: of each calibration set, inputs that aren't in the product, [tokens, in_features] of unit length.
+        product: Xᵀ X of its inputs, so weighed.
+        checks: of each calibration set, inputs that aren't in the product, [tokens, in_features], weighed alike.
         damping: see `rounding`.
         amax: of all modules.
     """
-    weights: list[torch.Tensor] = [model.get_parameter(f"{module.name}.weight") for module in group.modules]
-    each = [amax[format_.weight_key(module.name)].to(product.device) for module in group.modules]
-    stacked = torch.cat(weights)
-    columns = format_.columns(each[0] if format_.spread in ("tensor", "block") else torch.cat(each), len(stacked))
+    weight_amax = amax[format_.weight_key(name)].to(product.device)
+    columns = format_.columns(weight_amax, len(weight))
     try:
-        found = compensated(stacked, product, columns, damping)
+        found = compensated(weight, product, columns, damping)
     except MeasurementError as error:
-        raise MeasurementError(f"{group.name}: {error}") from error
-    first, plain = 0, None
-    for module, weight, weight_amax in zip(group.modules, weights, each, strict=True):
-        rows = slice(first, first + len(weight))
-        first, own = rows.stop, found.rows(rows)
-        both = own.values, format_.decode(format_.encode(weight, weight_amax))
-        errors = [output_errors(weight, both, x) for x in checks]
-        is_worse = any(ours > theirs for ours, theirs in errors)
-        if is_worse:
-            plain = plain or nearest(stacked, columns)
-            own = plain.rows(rows)
-        ours, theirs = (statistics.fmean(of_sets) for of_sets in zip(*errors, strict=True))
-        yield _Made(
-            module=module.name,
-            format=format_.name,
-            parts={name: part.cpu().contiguous() for name, part in columns.parts(own.values, own.scales).items()},
-            figures={
-                "largest_shift": float(own.largest_shift(weight).amax()),
-                "output_error": theirs if is_worse else ours,
-                "nearest_output_error": theirs,
-                "nearest_taken": is_worse,
-            },
-        )
+        raise MeasurementError(f"{name}: {error}") from error
+    both = found.values, format_.decode(format_.encode(weight, weight_amax))
+    errors = [output_errors(weight, both, x) for x in checks]
+    is_worse = any(ours > theirs for ours, theirs in errors)
+    if is_worse:
+        found = nearest(weight, columns)
+    ours, theirs = (statistics.fmean(of_sets) for of_sets in zip(*errors, strict=True))
+    return _Made(
+        module=name,
+        format=format_.name,
+        parts={part: tensor.cpu().contiguous() for part, tensor in columns.parts(found.values, found.scales).items()},
+        figures={
+            "largest_shift": float(found.largest_shift(weight).amax()),
+            "output_error": theirs if is_worse else ours,
+            "nearest_output_error": theirs,
+            "nearest_taken": is_worse,
+        },
+    )
 
 
 def _write(path: Path, made: list[_Made]) -> None:

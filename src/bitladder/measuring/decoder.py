@@ -179,7 +179,7 @@ class Decoder:
 
         A batch on the host spares waiting for the GPU.
         """
-        ids = batch.inputs["input_ids"].cpu().contiguous()
+        ids = batch.inputs["input_ids"].masked_fill(~batch.inputs["attention_mask"].bool(), 0).cpu().contiguous()
         self.generator.manual_seed(int(sha256_of_bytes(ids.view(torch.uint8).numpy().data)[:15], 16))
 
     def _gradient(self, current: Pass, by_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:

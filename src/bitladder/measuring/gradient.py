@@ -95,7 +95,7 @@ class _Taps:
         self.take_sinks()
         labels = current.batch.labels
         for group in groups:
-            forms = len(self.job.formats_of(group))
+            forms = len(self.job.formats_of(group)) or 1
             zeros = torch.zeros((forms, *labels.shape), dtype=torch.float64, device=labels.device)
             for module in group.modules:
                 current.sinks[module.name] = sink = zeros.detach().requires_grad_()
@@ -110,23 +110,16 @@ class _Taps:
         self.given.clear()
 
 
-def _read(current: Pass, groups: Sequence[QuantGroup], method: str) -> torch.Tensor:
-    """Return the score of each group in each of its formats, and what of it lies at image-token positions.
-
-    [variants, 2], in the order of `Job.variants`.
+def _by_module(current: Pass, group: QuantGroup) -> torch.Tensor:
+    """Return what arrived in the sinks of a group's modules, [modules, forms, rows, tokens].
 
     Raises:
         MeasurementError: a module that no gradient reached.
     """
-    found = []
-    for group in groups:
-        missing = [module.name for module in group.modules if module.name not in current.scores]
-        if missing:
-            raise MeasurementError(f"{missing[0]}: no gradient of the loss reaches this module")
-        tokens = torch.stack([current.scores[module.name] for module in group.modules]).sum(0)
-        for of_format in tokens if method == "gradient" else tokens.square() / 2:  # [rows, tokens]
-            found.append(by_position(of_format, current.images))
-    return torch.stack(found)
+    missing = [module.name for module in group.modules if module.name not in current.scores]
+    if missing:
+        raise MeasurementError(f"{missing[0]}: no gradient of the loss reaches this module")
+    return torch.stack([current.scores[module.name] for module in group.modules])
 
 
 class GradientScorer(ExitStack):
@@ -136,7 +129,7 @@ class GradientScorer(ExitStack):
         super().__init__()
         self.layers, self.job = layers, job
         self.decoder = Decoder(
-            layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM // len(job.spec.formats))
+            layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM // (len(job.spec.formats) or 1))
         )
         self.taps = _Taps(layers, job, amax, codes)
         self.states = len(layers) + 1  # of each batch: every layer's input
@@ -161,8 +154,20 @@ class GradientScorer(ExitStack):
             values = self._values(batches)
         return [bound(named, each, self.job.variants) for each in values]
 
+    def _read(self, current: Pass) -> torch.Tensor:
+        """Return the score of each group in each of its formats, and what of it lies at image-token positions.
+
+        [variants, 2], in the order of `Job.variants`.
+        """
+        found = []
+        for group in self.job.target.groups:
+            tokens = _by_module(current, group).sum(0)
+            for of_format in tokens if self.job.spec.method == "gradient" else tokens.square() / 2:  # [rows, tokens]
+                found.append(by_position(of_format, current.images))
+        return torch.stack(found)
+
     def _values(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """Return the scores [variants, 2] of each batch."""
+        """Return what `_read` gives of each batch."""
         if len(batches) == 1:
             begun = self._begun(batches[0])
             if begun is not None:
@@ -177,7 +182,7 @@ class GradientScorer(ExitStack):
             with self.layers.loaded(index) as layer, self._tapped(index):
                 for number, current in enumerate(passes):
                     gradients[number] = self._backward(layer, index, current, gradients[number])
-        return [_read(current, self.job.target.groups, self.job.spec.method) for current in passes]
+        return [self._read(current) for current in passes]
 
     def _pass(self, batch: Batch) -> Pass:
         """Return a batch on the device."""
@@ -229,16 +234,16 @@ class GradientScorer(ExitStack):
         return bool(self.room > GROWTH * state * (len(self.layers) + LAYERS_LEFT))
 
     def _replayed(self, batch: Batch, current: Pass) -> torch.Tensor:
-        """Return the scores [variants, 2] of a batch before the first layer, by the CUDA graph of its shape."""
+        """Return what `_read` gives of a batch before the first layer, by the CUDA graph of its shape."""
         shape = batch.labels.shape
         if shape not in self.graphs:
             self.graphs.clear()  # each holds the memory of a whole step
-            self.graphs[shape] = _Graph(self._scores, current, self.decoder.generator, self.capturing)
+            self.graphs[shape] = _Graph(self._at_once, current, self.decoder.generator, self.capturing)
         self._seed(batch)
         return self.graphs[shape].replay(current)
 
-    def _scores(self, current: Pass) -> torch.Tensor:
-        """Return the scores [variants, 2] of a batch before the first layer, without waiting for the GPU anywhere."""
+    def _at_once(self, current: Pass) -> torch.Tensor:
+        """Return what `_read` gives of a batch before the first layer, without waiting for the GPU anywhere."""
         with deterministic() if self.decoder.compiled else contextlib.nullcontext():  # a compiled backward pass asks
             for index, call in enumerate(current.calls):
                 self._run_kept(index, current, call, current.output, self.decoder.call)
@@ -246,7 +251,7 @@ class GradientScorer(ExitStack):
             gradient = self._gradient(current)
             for index in range(len(self.layers) - 1, self.decoder.first - 1, -1):
                 gradient = self._backward(self.layers.layers[index], index, current, gradient)
-        return _read(current, self.job.target.groups, self.job.spec.method)
+        return self._read(current)
 
     def _give_sinks(self, index: int, current: Pass) -> None:
         self.taps.give_sinks(current, self.decoder.groups.get(index, ()))
@@ -302,6 +307,30 @@ class GradientScorer(ExitStack):
                     call = dataclasses.replace(current.calls[index], hidden=current.output)
                     current.calls[index] = call
                     current.output = self.decoder.run(layer, call.hidden, call)
+
+
+class TokenWeigher(GradientScorer):
+    """How much it matters what a module gives for a token: the length of the gradient by its output.
+
+    The gradient is that of `fisher`. A change of the output costs half the square of gradient times change.
+    """
+
+    def __init__(self, layers: Layers, job: Job) -> None:
+        spec = job.spec.model_copy(update={"method": "fisher", "formats": ()})
+        shapes = tuple(batch.labels.shape for batch in job.batches)
+        super().__init__(layers, dataclasses.replace(job, spec=spec, scored=shapes), {}, None)
+
+    def lengths(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Return the lengths of each batch, [modules, rows, tokens] in float32, in the order of the target's groups.
+
+        All batches go through a layer before the next one is loaded.
+        """
+        with compiling(self.decoder):
+            return self._values(batches)
+
+    def _read(self, current: Pass) -> torch.Tensor:
+        found = torch.cat([_by_module(current, group) for group in self.job.target.groups])
+        return found.squeeze(1).sqrt().float()
 
 
 @functools.cache

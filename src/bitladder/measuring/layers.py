@@ -12,7 +12,7 @@ running a layer.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -153,6 +153,24 @@ class Layers:
                 "its layers can't be run one after another"
             )
         return seen.calls, logits
+
+
+def chunks(wanted: list[int], layers: Layers, batches: Sequence[Batch], states: int) -> Iterator[tuple[int, list[int]]]:
+    """Give the batches that are at hand at once: one, or where layers are streamed as many as the host can keep.
+
+    Args:
+        wanted: numbers of the batches.
+        layers: what they go through.
+        batches: all of them.
+        states: hidden states, each like a batch's, that are kept of it.
+    """
+    size = 1
+    if layers.streamed and wanted:
+        embedding: Any = layers.model.get_input_embeddings()
+        tokens = max(batches[number].labels.numel() for number in wanted)
+        size = batches_at_once(states * tokens * embedding.weight.shape[1] * embedding.weight.element_size())
+    for start in range(0, len(wanted), size):
+        yield wanted[start], wanted[start : start + size]
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ from bitladder.records import Candidate, FileDigest, LeftOut, Measurement, Model
 from bitladder.runinfo import Meter, Progress, no_progress, told
 from bitladder.storage import atomic_path, discard, sha256_of_file, unseal
 
-_CHECKED = "codes are checked"  # since when compensated ones are, on rows that they weren't made from
+_CODES = "tokens count by their gradient"  # how compensated ones are made now
 
 
 def settings_sha256(
@@ -45,7 +45,7 @@ def settings_sha256(
     """Return the digest of everything that decides a measurement: model, data, settings, what isn't as stored."""
     spec = _ordered(spec).model_copy(update={"damping": damping_of(spec, data.batches)})
     computed = [f"{name}: {arithmetic[name]}" for name in sorted(arithmetic)]
-    computed += [_CHECKED] if spec.rounding == "compensated" else []
+    computed += [_CODES] if spec.rounding == "compensated" else []
     return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"}), *computed])
 
 
@@ -168,7 +168,10 @@ def measure(
         rounding = None
         if spec.rounding == "compensated":
             if spec.engine != "native":  # which has made the codes already, and scored them
-                compensation.run(opened(compensation.REMEDY), job, partial, amax, meter)
+                whole = opened(compensation.REMEDY)
+                with native.ready(whole, job):
+                    compensation.run(whole, job, partial, amax, meter)
+                del whole
                 _free_memory()
             rounding = _keep_codes(partial, output, data, spec)
     unit, weights = score_weights(spec.method, data.batches[:count])

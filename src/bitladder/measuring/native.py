@@ -13,14 +13,13 @@ is loaded, and hidden states lie on the host. Its scores are the same, to the la
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from bitladder.data.batches import Batch
 from bitladder.device import OUT_OF_MEMORY, without_cudnn_attention
 from bitladder.errors import MeasurementError
 from bitladder.formats import Format, get_format, why_not
@@ -34,7 +33,7 @@ from bitladder.measuring.gradient import GradientScorer
 from bitladder.measuring.job import BatchScores, Job
 from bitladder.measuring.kl import KlScorer
 from bitladder.measuring.kv_amax import AmaxCache, kv_cache_amax
-from bitladder.measuring.layers import Layers, batches_at_once
+from bitladder.measuring.layers import Layers, chunks
 from bitladder.measuring.partial import Partial
 from bitladder.models.kv_layers import cache_inputs
 from bitladder.records import QuantGroup
@@ -98,7 +97,7 @@ def _calibrate_streamed(layers: Layers, job: Job, cache: AmaxCache) -> Amax:
     """Show every batch to the observers, a layer at a time, and return the amax of the weights."""
     decoder, amax = Decoder(layers, job), Amax()
     passes: list[Pass] = []
-    for start, chunk in _chunks(list(range(len(job.batches))), layers, job.batches, states=1):
+    for start, chunk in chunks(list(range(len(job.batches))), layers, job.batches, states=1):
         job.progress("calibrate", start, len(job.batches))
         passes = [Pass(job.batches[number].to(job.device)) for number in chunk]
         for current in passes:
@@ -110,26 +109,6 @@ def _calibrate_streamed(layers: Layers, job: Job, cache: AmaxCache) -> Amax:
                     current.output = decoder.run(layer, current.output, current.calls[index])
                     cache.forget()
     return amax
-
-
-def _chunks(
-    wanted: list[int], layers: Layers, batches: Sequence[Batch], states: int
-) -> Iterator[tuple[int, list[int]]]:
-    """Give the batches that are at hand at once: one, or where layers are streamed as many as the host can keep.
-
-    Args:
-        wanted: numbers of the batches.
-        layers: what they go through.
-        batches: all of them.
-        states: hidden states, each like a batch's, that are kept of it.
-    """
-    size = 1
-    if layers.streamed and wanted:
-        embedding: Any = layers.model.get_input_embeddings()
-        tokens = max(batches[number].labels.numel() for number in wanted)
-        size = batches_at_once(states * tokens * embedding.weight.shape[1] * embedding.weight.element_size())
-    for start in range(0, len(wanted), size):
-        yield wanted[start], wanted[start : start + size]
 
 
 def run(layers: Layers, job: Job, partial: Partial, meter: Meter) -> None:
@@ -195,7 +174,7 @@ def score(by: Scorer, layers: Layers, job: Job, partial: Partial) -> None:
                 job.progress("score", total - len(missing) + missing.index(index) + 1, total)
             before.clear()
 
-        for _, chunk in _chunks(missing, layers, job.batches, scoring.states):
+        for _, chunk in chunks(missing, layers, job.batches, scoring.states):
             found = scoring.scores([job.batches[index] for index in chunk])
             settle()
             before += zip(chunk, found, strict=True)

@@ -40,10 +40,6 @@ class Rounded:
     scales: torch.Tensor
     steps: torch.Tensor
 
-    def rows(self, rows: slice) -> "Rounded":
-        """Return some of its rows."""
-        return Rounded(self.values[rows], self.scales[:, rows], self.steps[rows])
-
     def largest_shift(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the largest distance from a weight in every row, in units of the step, [out_features]."""
         rows, groups = self.steps.shape
@@ -60,7 +56,7 @@ def compensated(weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, d
     """Return a weight on a format's grid, [out_features, in_features].
 
     Args:
-        weight: [out_features, in_features]; modules that share input and scale may be stacked.
+        weight: [out_features, in_features].
         hessian: Xᵀ X of its inputs, [in_features, in_features] float32, on the same device.
         columns: the grid.
         damping: this share of the mean of the hessian's diagonal is added to it. More of it trusts the calibration

@@ -32,13 +32,18 @@ def token_scores(gradient: torch.Tensor, difference: torch.Tensor) -> torch.Tens
     # Few passes over memory bound the time: the product in the tensors' own dtype (its rounding averages out over
     # the elements), then one reduction that squares in float32.
     product = torch.mul(gradient, difference).clamp_(-_LARGEST_PRODUCT, _LARGEST_PRODUCT)
-    lengths: torch.Tensor = torch.linalg.vector_norm(product, dim=-1, dtype=torch.float32)
-    return lengths.double().square_()
+    return token_lengths(product)
 
 
 def token_directions(gradient: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
     """Return how the loss changes with every token's output, to first order: [rows, tokens] in float64."""
     return torch.mul(gradient, difference).sum(-1, dtype=torch.float32).double()
+
+
+def token_lengths(gradient: torch.Tensor) -> torch.Tensor:
+    """Return every token's squared length of a gradient [rows, tokens, features]: [rows, tokens] in float64."""
+    lengths: torch.Tensor = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
+    return lengths.double().square_()
 
 
 def by_position(scores: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:

@@ -108,8 +108,8 @@ class LeftOut(Part):
 class RoundedModule(Grown):
     """What one module's compensated codes in a format do, on calibration rows that they weren't made from.
 
-    Errors are means over the calibration sets. In measurements of an earlier version they are those of the rows that
-    the codes were made from.
+    Errors are means over the calibration sets. In measurements of an earlier version tokens count alike, or the rows
+    are those that the codes were made from.
     """
 
     later = frozenset({"format", "scales_sha256", "nearest_taken"})
@@ -119,7 +119,7 @@ class RoundedModule(Grown):
     codes_sha256: str = Field(description="of the codes, row by row, as they are stored")
     scales_sha256: dict[str, str] = Field(default_factory=dict, description="of the scales that were chosen, by part")
     largest_shift: float = Field(description="largest |code · scale - weight|, in units of the scale")
-    output_error: float = Field(description="|X (W - Q)| / |X W|, every token's input at unit length")
+    output_error: float = Field(description="|X (W - Q)| / |X W|, inputs weighed by what they matter")
     nearest_output_error: float = Field(description="the same with the nearest codes")
     nearest_taken: bool = Field(
         default=False, description="the codes are the nearest ones: on a calibration set the others did worse"
