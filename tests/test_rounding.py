@@ -20,7 +20,6 @@ from bitladder.evaluation.simulation import Simulation
 from bitladder.formats import get_format, grids
 from bitladder.measured import read_amax, read_codes
 from bitladder.measuring import compensation, layers, rounding
-from bitladder.measuring.job import damping_of
 from bitladder.models.loading import load_model
 from bitladder.recipe import HeldOutSpec, MeasureSpec
 from bitladder.records import CheckpointManifest, Measurement
@@ -234,13 +233,6 @@ def test_rows_that_check_lie_evenly_in_every_set():
     many = compensation._uses(of_rows(torch.zeros(64, 600)), "cpu")
     assert sum(int(use.checked.sum()) for use in many) == 8 * 512  # enough to compare two roundings
     assert sum(int(use.made_from.sum()) for use in many) == 56 * 600
-
-
-def test_several_kinds_of_text_are_damped_less():
-    one, two = of_rows(torch.ones(4, 2)), of_rows(torch.ones(2, 2)) + of_rows(torch.ones(2, 2), part=1)
-    assert damping_of(MeasureSpec(**COMPENSATED), one) == 0.1
-    assert damping_of(MeasureSpec(**COMPENSATED), two) == 0.03
-    assert damping_of(MeasureSpec(**COMPENSATED, damping=0.5), two) == 0.5
 
 
 def test_both_engines_make_the_same_codes(llama, text_file, tmp_path, compensated):

@@ -265,7 +265,7 @@ def _served(format_: Format, module: str, amax: Amax, device: torch.device) -> C
 
 def _made(model: nn.Module, groups: list[QuantGroup], inputs: _Inputs, job: Job, amax: Amax) -> Iterator[_Made]:
     """Yield the codes of one layer's modules, which go to the CPU."""
-    damping = damping_of(job.spec, job.batches)
+    damping = damping_of(job.spec)
     for group in groups:
         for name in (module.name for module in group.modules):
             sums, checked = inputs.products.pop(name, None), inputs.checked.pop(name, {})

@@ -1,7 +1,7 @@
 """What an engine is given, and what it gives back."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from bitladder.recipe import MeasureSpec
 from bitladder.records import QuantGroup
 from bitladder.runinfo import Progress
 
-_DAMPING, _DAMPING_OF_SEVERAL_SETS = 0.1, 0.03  # what several kinds of text say is to be trusted more; docs/log.md
+_DAMPING = 0.1
 Variant = tuple[QuantGroup, str]  # a group in a format
 RawScore = tuple[float, ...]  # (score,) or (score, what of it lies at image-token positions)
 BatchScores = dict[str, dict[str, RawScore]]  # group -> format -> raw score of one batch
@@ -59,12 +59,9 @@ class Job:
         return tuple((group, name) for group in self.target.groups for name in self.formats_of(group))
 
 
-def damping_of(spec: MeasureSpec, batches: Sequence[Batch]) -> float:
-    """Return the damping with which codes are compensated after these batches."""
-    if spec.damping is not None:
-        return spec.damping
-    is_mixed = spec.rounding == "compensated" and len({batch.part for batch in batches}) > 1
-    return _DAMPING_OF_SEVERAL_SETS if is_mixed else _DAMPING
+def damping_of(spec: MeasureSpec) -> float:
+    """Return the damping with which codes are compensated."""
+    return _DAMPING if spec.damping is None else spec.damping
 
 
 def score_batch_count(data: DataSet, spec: MeasureSpec) -> int:

@@ -43,7 +43,7 @@ def settings_sha256(
     source: ModelSource, data: DataSet, spec: MeasureSpec, arithmetic: Mapping[str, Arithmetic] = MappingProxyType({})
 ) -> str:
     """Return the digest of everything that decides a measurement: model, data, settings, what isn't as stored."""
-    spec = _ordered(spec).model_copy(update={"damping": damping_of(spec, data.batches)})
+    spec = _ordered(spec).model_copy(update={"damping": damping_of(spec)})
     computed = [f"{name}: {arithmetic[name]}" for name in sorted(arithmetic)]
     computed += [_CODES] if spec.rounding == "compensated" else []
     return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"}), *computed])
@@ -238,7 +238,7 @@ def _keep_codes(partial: Partial, output: Path, data: DataSet, spec: MeasureSpec
     paths = codes_files(kept)
     return Rounding(
         method="compensated",
-        damping=damping_of(spec, data.batches),
+        damping=damping_of(spec),
         samples=data.summary.samples,
         scored=spec.engine == "native",
         files=tuple(

@@ -179,8 +179,7 @@ class MeasureSpec(Section):
         default=None,
         gt=0,
         le=1000,
-        description="of compensated rounding; more of it trusts the calibration tokens less. None: 0.03 where "
-        "calibration has several sets, else 0.1",
+        description="of compensated rounding; more of it trusts the calibration tokens less. None: 0.1",
     )
     score_samples: int | None = Field(default=None, gt=0, description="samples scored; None: all calibration samples")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
