@@ -44,9 +44,9 @@ def correlated(tokens, features, seed=0):
     return torch.randn(tokens, features, generator=generator).cumsum(1) / features**0.5
 
 
-def codes_of(weight, products, amax, damping):
+def codes_of(weight, products, amax, damping, **options):
     columns = get_format("fp8").columns(amax, len(weight))
-    found = rounding.compensated(weight, products, columns, damping)
+    found = rounding.compensated(weight, products, columns, damping, **options)
     return columns.parts(found.values, found.scales)["weight"]
 
 
@@ -67,7 +67,7 @@ def test_codes_are_those_of_modelopts_gptq(layer):
     inverse = compute_hessian_inverse(products[order][:, order], theirs, 0.01)
     scale = grids.scale_of(amax)
     gptq_blockwise_update(theirs, inverse, 64, lambda w: grids.dequantise(grids.quantise(w, amax), scale))
-    ours = codes_of(weight, products, amax, 0.01)
+    ours = codes_of(weight, products, amax, 0.01, sweeps=0)
     assert ours.dtype == torch.float8_e4m3fn
     same = grids.dequantise(ours, scale)[:, order] == theirs
     assert same.float().mean() > 0.999  # a float32 sum in another order may lie on the other side of a boundary
@@ -82,6 +82,34 @@ def test_the_outputs_error_falls(layer):
     direct = [float((x @ some.t() - exact).norm() / exact.norm()) for some in restored]
     assert rounding.output_errors(weight, restored, x) == pytest.approx(direct, rel=1e-3)
     assert direct[0] < 0.5 * direct[1]
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_pc_pt", "nvfp4", "mxfp8"])
+def test_a_sweep_is_coordinate_descent(layer, name):
+    """Column after column takes its best value beside the others: in float64, one by one, from GPTQ's values on."""
+    weight, products, _ = layer
+    format_ = get_format(name)
+    columns = format_.columns(format_.amax_of(weight), len(weight))
+    before = rounding.compensated(weight, products, columns, 0.01, sweeps=0)
+    after = rounding.compensated(weight, products, columns, 0.01)
+    exact, hessian = weight.double(), products.double()
+    hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(160)
+
+    def cost(values):
+        error = exact - values.double()
+        return ((error @ hessian) * error).sum(1)
+
+    assert (cost(after.values) <= cost(before.values) * (1 + 1e-5)).all()
+    assert cost(after.values).sum() < cost(before.values).sum()
+    if columns.size > 1:
+        return  # the scales of its groups are chosen anew
+    values = before.values.double()
+    for column in torch.argsort(products.diagonal(), descending=True).tolist():
+        best = values[:, column] + ((exact - values) @ hessian[:, column]) / hessian[column, column]
+        values[:, column] = columns.nearest(best.float(), before.scales[..., 0]).double()
+    improved = cost(values) < cost(before.values)
+    wanted = torch.where(improved[:, None], values, before.values.double())
+    assert (after.values == wanted).float().mean() > 0.99  # a sum in another order may lie on the other side
 
 
 def test_without_correlation_the_nearest_codes_are_the_best(layer):

@@ -10,8 +10,14 @@ chosen when it is reached, of the values that its columns have by then: the cand
 errors, each weighed with what is lost after all columns behind it have made up for it, 1 / U[j, j]². What all of a
 weight shares stays as it was.
 
+The columns before one that is rounded can't make up for its error any more. So a sweep follows, in the same order: each
+column takes the value that is best beside all others as they are now. It is a walk, too. With L the lower triangle of H
+and D its diagonal, one begins at Q + inverse(L) H (W - Q), and its factor is D⁻¹ᐟ² (inverse(L) D)ᵀ. A row that scales,
+chosen anew on the way, leave farther off than before stays as it was.
+
 Source: Frantar et al., GPTQ (2022), arXiv:2210.17323. Its Cholesky factor of the inverse of H is taken from one of H:
-with J the reversal of rows, J H J = L Lᵀ gives inverse(H) = Uᵀ U with U = J inverse(L) J, upper triangular.
+with J the reversal of rows, J H J = L Lᵀ gives inverse(H) = Uᵀ U with U = J inverse(L) J, upper triangular. The sweep
+is one of coordinate descent (Behdin et al., QuantEase, 2023, arXiv:2309.01885), that is of Gauss and Seidel.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,6 +46,14 @@ class Rounded:
     scales: torch.Tensor
     steps: torch.Tensor
 
+    def where(self, rows: torch.Tensor, other: "Rounded") -> "Rounded":
+        """Return the rows of this one where a mask [out_features] is true, and the other's where it isn't."""
+        return Rounded(
+            torch.where(rows[:, None], self.values, other.values),
+            torch.where(rows[None, :, None], self.scales, other.scales),
+            torch.where(rows[:, None], self.steps, other.steps),
+        )
+
     def largest_shift(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the largest distance from a weight in every row, in units of the step, [out_features]."""
         rows, groups = self.steps.shape
@@ -52,7 +66,9 @@ class Rounded:
 _Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def compensated(weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, damping: float) -> Rounded:
+def compensated(
+    weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, damping: float, *, sweeps: int = 1
+) -> Rounded:
     """Return a weight on a format's grid, [out_features, in_features].
 
     Args:
@@ -61,31 +77,66 @@ def compensated(weight: torch.Tensor, hessian: torch.Tensor, columns: Columns, d
         columns: the grid.
         damping: this share of the mean of the hessian's diagonal is added to it. More of it trusts the calibration
             tokens less; where it is infinite, no error is made up for.
+        sweeps: that follow GPTQ's walk.
 
     Raises:
         MeasurementError: the hessian is not positive definite.
     """
-    diagonal = hessian.diagonal()
-    order, groups = _order(diagonal, columns.size)
-    return _rounded(weight, columns, order, groups, _inverse_factor(hessian, order, float(diagonal.mean()) * damping))
+    order, groups = _order(hessian.diagonal(), columns.size)
+    damped = hessian[order][:, order]
+    damped.diagonal().add_(float(hessian.diagonal().mean()) * damping)
+    exact = weight.detach().float().t()[order]  # [in_features, out_features]: a column is a row here, in one piece
+    found = _walked(exact.clone(), columns, order, groups, _inverse_factor(damped))
+    for _ in range(sweeps):
+        found = _swept(exact, found, damped, columns, order, groups)
+    return found
 
 
 def nearest(weight: torch.Tensor, columns: Columns) -> Rounded:
     """Return a weight rounded as if no error were made up for: with the scales that its largest values give."""
     width = weight.shape[1]
     order, groups = torch.arange(width, device=weight.device), list(range(width // columns.size))
-    return _rounded(weight, columns.of_largest(), order, groups, torch.eye(width, device=weight.device))
+    rest, no_factor = weight.detach().float().t().clone(), torch.eye(width, device=weight.device)
+    return _walked(rest, columns.of_largest(), order, groups, no_factor)
 
 
-def _rounded(
-    weight: torch.Tensor, columns: Columns, order: torch.Tensor, groups: list[int], factor: torch.Tensor
+def _swept(
+    exact: torch.Tensor,
+    found: Rounded,
+    damped: torch.Tensor,
+    columns: Columns,
+    order: torch.Tensor,
+    groups: list[int],
 ) -> Rounded:
-    """Walk a weight's columns in an order, and its groups in theirs."""
+    """Return a rounded weight after one more sweep over its columns; no row's error is larger then.
+
+    Args:
+        exact: the weight, [in_features, out_features] in `order`.
+        found: what it was rounded to.
+        damped: the hessian, in `order`.
+        columns: the grid.
+        order: of the columns.
+        groups: of the groups.
+    """
+    diagonal, lower = damped.diagonal(), damped.tril()
+    factor = torch.linalg.solve_triangular(lower, diagonal.diag(), upper=False).t() * diagonal.rsqrt()[:, None]
+    error = exact - found.values.t()[order]
+    pull = damped @ error
+    start = exact - error + torch.linalg.solve_triangular(lower, pull, upper=False)
+    swept = _walked(start, columns, order, groups, factor)
+    error_now = exact - swept.values.t()[order]
+    is_better = (damped @ error_now).mul_(error_now).sum(0) < pull.mul_(error).sum(0)
+    return swept.where(is_better, found)
+
+
+def _walked(
+    rest: torch.Tensor, columns: Columns, order: torch.Tensor, groups: list[int], factor: torch.Tensor
+) -> Rounded:
+    """Walk columns [in_features, out_features] that are in an order, and groups in theirs; `rest` is changed."""
     size = columns.size
-    rest = weight.detach().float().t()[order]  # [in_features, out_features]: a column is a row here, in one piece
     values = torch.empty_like(rest)
-    factors = torch.tensor(columns.factors, device=weight.device)
-    walk, scales = walk_on(weight.device), []
+    factors = torch.tensor(columns.factors, device=rest.device)
+    walk, scales = walk_on(rest.device), []
     for start in range(0, len(rest), _COLUMNS_AT_ONCE):
         end = min(start + _COLUMNS_AT_ONCE, len(rest))
         own = columns.at(groups[start // size : -(-end // size)])
@@ -156,12 +207,9 @@ def _best(columns: Columns, values: torch.Tensor, candidates: torch.Tensor, weig
     return candidates.gather(1, best.expand(len(candidates), 1, -1))[:, 0]
 
 
-def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return the upper triangular U with Uᵀ U = the inverse of the damped hessian, rows and columns in `order`."""
-    backwards = order.flip(0)
-    reversed_ = hessian[backwards][:, backwards]
-    reversed_.diagonal().add_(damping)
-    lower, failed = torch.linalg.cholesky_ex(reversed_)
+def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
+    """Return the upper triangular U with Uᵀ U = the inverse of the damped hessian."""
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if int(failed):
         raise MeasurementError(
             "the products of a module's inputs are not positive definite: too few calibration tokens for its width, or "
