@@ -25,6 +25,7 @@ from broken_checkpoints import list_again
 from conftest import llama_config, load_text, measure_text, save_model
 from test_formats import assigned
 from test_pipeline import work_of
+from test_rounding import seen_by
 
 EACH = sorted(FORMATS)
 CHOSEN = [name for name in EACH if FORMATS[name].group_size is not None and name != "mxfp8"]  # scales, by error
@@ -280,25 +281,19 @@ def test_a_format_alone_has_the_codes_that_it_has_among_others(llama, text_file,
 
 
 def test_products_are_those_of_inputs_as_they_are_served(llama, text_file, measured):
-    """The recorded errors again, of transformers' own forward pass of every fourth row."""
+    """The recorded errors again, of transformers' and torch's own passes of every fourth row."""
     measurement, output = measured
     amax, codes = read_amax(measurement, output), read_codes(measurement, output)
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    seen = {}
-    for group in measurement.groups[:2]:
-        for module in group.modules:
-            hook = lambda _, inputs, name=module.name: seen.setdefault(name, []).append(inputs[0])  # noqa: E731
-            model.get_submodule(module.name).register_forward_pre_hook(hook)
-    with torch.no_grad():
-        for batch in load_text(llama, text_file, samples=16).batches:
-            model(**batch.inputs)
+    names = [module.name for group in measurement.groups[:2] for module in group.modules]
+    seen, gradients = seen_by(model, names, load_text(llama, text_file, samples=16).batches)
     for record in measurement.rounding.modules:
         if record.name not in seen:
             continue
         format_ = get_format(record.format)
         scale = format_.input_scale(amax[f"{record.name}.input_amax"]) if format_.has_input_scale else None
-        x = format_.round_input(torch.cat(seen[record.name])[3::4].flatten(0, 1), scale)
-        x = x / x.norm(dim=1, keepdim=True)
+        x = format_.round_input(seen[record.name][3::4].flatten(0, 1), scale)
+        x = x * (gradients[record.name][3::4].flatten(0, 1).norm(dim=1) / x.norm(dim=1)).sqrt()[:, None]
         weight = model.get_parameter(f"{record.name}.weight").detach()
         parts = {part: codes.read(record.name, format_, part) for part in codes.parts(record.name, format_)}
         restored = format_.decode(parts | format_.tensor_scales(amax[format_.weight_key(record.name)]))

@@ -124,9 +124,10 @@ def _swept(
     pull = damped @ error
     start = exact - error + torch.linalg.solve_triangular(lower, pull, upper=False)
     swept = _walked(start, columns, order, groups, factor)
-    error_now = exact - swept.values.t()[order]
-    is_better = (damped @ error_now).mul_(error_now).sum(0) < pull.mul_(error).sum(0)
-    return swept.where(is_better, found)
+    error_now, unit = exact - swept.values.t()[order], _unit(exact.abs().amax(0))
+    before = (error * unit).mul_(pull * unit).sum(0)
+    now = (error_now * unit).mul_(damped @ error_now * unit).sum(0)
+    return swept.where(now < before, found)
 
 
 def _walked(
