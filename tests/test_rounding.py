@@ -466,6 +466,23 @@ def test_a_module_that_no_gradient_reaches_is_refused(llama, text_file, tmp_path
     assert measure_text(llama, text_file, tmp_path / "nearest", method="kl_div").rounding is None
 
 
+def test_gradients_that_are_no_numbers_are_refused(llama, text_file, tmp_path, monkeypatch):
+    load = layers.load_model
+
+    def loaded(*args):
+        model = load(*args)
+        poison = lambda _, inputs, output: output.register_hook(lambda gradient: gradient * torch.inf) and None  # noqa: E731
+        model.model.layers[1].mlp.register_forward_hook(lambda *seen: poison(*seen) if seen[2].requires_grad else None)
+        return model
+
+    monkeypatch.setattr(layers, "load_model", loaded)
+    refused = (
+        r"^model\.layers\.0\.\S+: the gradient by its output holds NaN or Inf; measure in float32 .* rounding: nearest$"
+    )
+    with pytest.raises(MeasurementError, match=refused):
+        measure_text(llama, text_file, tmp_path, method="kl_div", **COMPENSATED)
+
+
 def test_a_run_keeps_its_codes_or_measures_again(llama, text_file, tmp_path):
     def run(name, **changes):
         work = work_of((llama, text_file, text_file), tmp_path / name, controls={"kinds": []}, **changes)

@@ -178,11 +178,17 @@ def _lengths(layers: Layers, job: Job) -> list[dict[str, torch.Tensor]]:
         raise type(error)(f"{reason}; use {_NEAREST}{beside}") from error
     job.progress("weigh tokens", len(batches), len(batches))
     counted = [batch.inputs["attention_mask"].bool().cpu() for batch in batches]
-    tokens = torch.cat([each[:, mask] for each, mask in zip(found, counted, strict=True)], 1)
-    means = tokens.mean(1)[:, None, None]
-    # Squares of products are numbers then. What a module gives may not matter at all, as before weights of zero.
-    shares = [torch.where(means > 0, each / means, torch.ones_like(each)) for each in found]
-    return [dict(zip(names, each, strict=True)) for each in shares]
+    totals = [each[:, mask].double().sum(1) for each, mask in zip(found, counted, strict=True)]
+    means = (torch.stack(totals).sum(0) / sum(int(mask.sum()) for mask in counted)).float()
+    if not bool(means.isfinite().all()):
+        raise MeasurementError(
+            f"{names[int(means.isfinite().int().argmin())]}: the gradient by its output holds NaN or Inf; measure in "
+            f"float32 (measurement.dtype), check the calibration data, or use {_NEAREST}"
+        )
+    for each in found:
+        each.div_(means.masked_fill(means == 0, 1)[:, None, None])
+        each[means == 0] = 1  # what the module gives doesn't matter at all, as before weights of zero
+    return [dict(zip(names, each, strict=True)) for each in found]
 
 
 class _Inputs(ExitStack):

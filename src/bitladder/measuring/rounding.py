@@ -120,9 +120,10 @@ def _swept(
     """
     diagonal, lower = damped.diagonal(), damped.tril()
     factor = torch.linalg.solve_triangular(lower, diagonal.diag(), upper=False).t() * diagonal.rsqrt()[:, None]
-    error = exact - found.values.t()[order]
+    values = found.values.t()[order]
+    error = exact - values
     pull = damped @ error
-    start = exact - error + torch.linalg.solve_triangular(lower, pull, upper=False)
+    start = values + torch.linalg.solve_triangular(lower, pull, upper=False)
     swept = _walked(start, columns, order, groups, factor)
     error_now, unit = exact - swept.values.t()[order], _unit(exact.abs().amax(0))
     before = (error * unit).mul_(pull * unit).sum(0)
