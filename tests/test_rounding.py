@@ -244,6 +244,13 @@ def test_what_loses_on_rows_of_any_set_has_the_nearest_codes(llama, text_file, t
     assert verify(schemes, measurement, amax, llama, directories).ok
 
 
+def test_an_input_counts_by_its_length_and_its_gradients():
+    inputs = torch.tensor([[3.0, 4.0], [0.0, 0.0], [3e-16, 4e-16], [3e15, -4e15]])
+    weighed = compensation._weighed(inputs, torch.tensor([[20.0], [1e6], [20.0], [0.0]]))
+    wanted = torch.tensor([[6.0, 8.0], [0.0, 0.0], [6e-8, 8e-8], [0.0, 0.0]])
+    torch.testing.assert_close(weighed, wanted, rtol=1e-6, atol=0)
+
+
 def test_rows_that_check_lie_evenly_in_every_set():
     ids = torch.arange(40)[:, None].repeat(1, 3)
     batches = [one for pair in zip(of_rows(ids[:20], 0), of_rows(ids[20:], 1), strict=True) for one in pair]

@@ -240,7 +240,7 @@ def _weighed(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         lengths: of the gradients, [tokens, 1].
     """
     own: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    return x * (lengths / own).sqrt()
+    return x * ((lengths * own).sqrt() / own)  # lengths / own is no number where an input is zero
 
 
 def _made_for(job: Job, group: QuantGroup) -> tuple[Format, ...]:
