@@ -454,8 +454,11 @@ def test_hidden_states_that_change_between_layers_are_refused(llama, text_file, 
         return model
 
     monkeypatch.setattr(layers, "load_model", changed)
+    told = []
     with pytest.raises(EngineError, match=r"changes the hidden states before decoder layer 2 .* use rounding: nearest"):
-        measured_by("native", llama, load_text(llama, text_file), tmp_path, rounding="compensated")
+        measure_text(llama, text_file, tmp_path, progress=lambda what, *_: told.append(what), rounding="compensated")
+    assert "calibrate" in told
+    assert "weigh tokens" not in told  # which takes longer
 
 
 def test_a_module_that_no_gradient_reaches_is_refused(llama, text_file, tmp_path, monkeypatch):
