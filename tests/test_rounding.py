@@ -470,9 +470,12 @@ def test_a_module_that_no_gradient_reaches_is_refused(llama, text_file, tmp_path
         return model
 
     monkeypatch.setattr(layers, "load_model", loaded)
-    refused = r"^model\.layers\.1\.mlp\.\w+: no gradient of the loss reaches this module; use rounding: nearest$"
-    with pytest.raises(MeasurementError, match=refused):
-        measure_text(llama, text_file, tmp_path / "compensated", method="kl_div", **COMPENSATED)
+    refused = r"^model\.layers\.1\.mlp\.\w+: no gradient of the loss reaches this module; use "
+    for method, remedy in (("fisher", "rounding: nearest with method: kl_div"), ("kl_div", "rounding: nearest")):
+        with pytest.raises(MeasurementError, match=f"{refused}{remedy}$"):
+            measure_text(llama, text_file, tmp_path / "compensated", method=method, **COMPENSATED)
+    with pytest.raises(MeasurementError, match=f"{refused}method: kl_div$"):
+        measure_text(llama, text_file, tmp_path / "fisher")
     assert measure_text(llama, text_file, tmp_path / "nearest", method="kl_div").rounding is None
 
 
