@@ -84,16 +84,17 @@ def test_the_outputs_error_falls(layer):
     assert direct[0] < 0.5 * direct[1]
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8_pc_pt", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("name", ["fp8", "fp8_pc_pt", "nvfp4", "mxfp8", "int4_w4a16_asym_g64"])
 def test_a_sweep_is_coordinate_descent(layer, name):
     """Column after column takes its best value beside the others: in float64, one by one, from GPTQ's values on."""
-    weight, products, _ = layer
+    weight, products = layer[0][:, :128], layer[1][:128, :128]  # whole groups
     format_ = get_format(name)
-    columns = format_.columns(format_.amax_of(weight), len(weight))
+    amax = format_.amax_of(weight)
+    columns = format_.columns(amax, len(weight))
     before = rounding.compensated(weight, products, columns, 0.01, sweeps=0)
     after = rounding.compensated(weight, products, columns, 0.01)
     exact, hessian = weight.double(), products.double()
-    hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(160)
+    hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(128)
 
     def cost(values):
         error = exact - values.double()
@@ -101,6 +102,8 @@ def test_a_sweep_is_coordinate_descent(layer, name):
 
     assert (cost(after.values) <= cost(before.values) * (1 + 1e-5)).all()
     assert cost(after.values).sum() < cost(before.values).sum()
+    stored = columns.parts(after.values, after.scales) | format_.tensor_scales(amax)
+    torch.testing.assert_close(format_.decode(stored), after.values)  # rows and their scales went together
     if columns.size > 1:
         return  # the scales of its groups are chosen anew
     values = before.values.double()
@@ -242,6 +245,13 @@ def test_what_loses_on_rows_of_any_set_has_the_nearest_codes(llama, text_file, t
     directories = {scheme.name: tmp_path / scheme.name for scheme in schemes}
     export_all(schemes, measurement, amax, llama, directories, codes=codes)
     assert verify(schemes, measurement, amax, llama, directories).ok
+
+
+def test_an_input_counts_by_its_length_and_its_gradients():
+    inputs = torch.tensor([[3.0, 4.0], [0.0, 0.0], [3e-16, 4e-16], [3e15, -4e15]])
+    weighed = compensation._weighed(inputs, torch.tensor([[20.0], [1e6], [20.0], [0.0]]))
+    wanted = torch.tensor([[6.0, 8.0], [0.0, 0.0], [6e-8, 8e-8], [0.0, 0.0]])
+    torch.testing.assert_close(weighed, wanted, rtol=1e-6, atol=0)
 
 
 def test_rows_that_check_lie_evenly_in_every_set():
@@ -447,8 +457,11 @@ def test_hidden_states_that_change_between_layers_are_refused(llama, text_file, 
         return model
 
     monkeypatch.setattr(layers, "load_model", changed)
+    told = []
     with pytest.raises(EngineError, match=r"changes the hidden states before decoder layer 2 .* use rounding: nearest"):
-        measured_by("native", llama, load_text(llama, text_file), tmp_path, rounding="compensated")
+        measure_text(llama, text_file, tmp_path, progress=lambda what, *_: told.append(what), rounding="compensated")
+    assert "calibrate" in told
+    assert "weigh tokens" not in told  # which takes longer
 
 
 def test_a_module_that_no_gradient_reaches_is_refused(llama, text_file, tmp_path, monkeypatch):
@@ -460,9 +473,12 @@ def test_a_module_that_no_gradient_reaches_is_refused(llama, text_file, tmp_path
         return model
 
     monkeypatch.setattr(layers, "load_model", loaded)
-    refused = r"^model\.layers\.1\.mlp\.\w+: no gradient of the loss reaches this module; use rounding: nearest$"
-    with pytest.raises(MeasurementError, match=refused):
-        measure_text(llama, text_file, tmp_path / "compensated", method="kl_div", **COMPENSATED)
+    refused = r"^model\.layers\.1\.mlp\.\w+: no gradient of the loss reaches this module; use "
+    for method, remedy in (("fisher", "rounding: nearest with method: kl_div"), ("kl_div", "rounding: nearest")):
+        with pytest.raises(MeasurementError, match=f"{refused}{remedy}$"):
+            measure_text(llama, text_file, tmp_path / "compensated", method=method, **COMPENSATED)
+    with pytest.raises(MeasurementError, match=f"{refused}method: kl_div$"):
+        measure_text(llama, text_file, tmp_path / "fisher")
     assert measure_text(llama, text_file, tmp_path / "nearest", method="kl_div").rounding is None
 
 

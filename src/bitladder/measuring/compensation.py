@@ -39,7 +39,7 @@ from bitladder.device import OUT_OF_MEMORY, tf32_products, without_cudnn_attenti
 from bitladder.errors import EngineError, MeasurementError
 from bitladder.formats import WEIGHT, WEIGHT_ONLY, Format
 from bitladder.measured import Amax, codes_key
-from bitladder.measuring.calls import by_layer, hidden_of
+from bitladder.measuring.calls import LayerCall, by_layer, hidden_of
 from bitladder.measuring.gradient import TokenWeigher
 from bitladder.measuring.job import Job, damping_of
 from bitladder.measuring.layers import Layers, chunks
@@ -131,11 +131,10 @@ def _round_layers(
 ) -> None:
     last = missing[-1]
     uses = _uses(job.batches, job.device)
+    for batch in {frozenset(batch.inputs): batch for batch in job.batches}.values():  # text, and pictures
+        _calls(layers, batch, job)  # before the tokens of all are weighed
     lengths = _lengths(layers, job)
-    try:
-        calls = [layers.calls(batch.to(job.device))[0] for batch in job.batches]
-    except EngineError as error:
-        raise EngineError(f"{error}; use {_NEAREST}") from error
+    calls = [_calls(layers, batch, job) for batch in job.batches]
     hidden = [found[0].hidden.to(layers.home) for found in calls]
     with ThreadPoolExecutor(1) as writer:  # hashes and writes a layer's codes while the next one is on the GPU
         written = writer.submit(lambda: None)
@@ -155,6 +154,18 @@ def _round_layers(
                     written = writer.submit(_write, partial.codes_file(index), made)
         written.result()
     job.progress("round", last + 1, last + 1)
+
+
+def _calls(layers: Layers, batch: Batch, job: Job) -> list[LayerCall]:
+    """Return what each layer is called with.
+
+    Raises:
+        EngineError: a model whose layers can't be run one after another.
+    """
+    try:
+        return layers.calls(batch.to(job.device))[0]
+    except EngineError as error:
+        raise EngineError(f"{error}; use {_NEAREST}") from error
 
 
 def _lengths(layers: Layers, job: Job) -> list[dict[str, torch.Tensor]]:
@@ -246,7 +257,7 @@ def _weighed(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         lengths: of the gradients, [tokens, 1].
     """
     own: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    return x * (lengths / own).sqrt()
+    return x * ((lengths * own).sqrt() / own)  # lengths / own is no number where an input is zero
 
 
 def _made_for(job: Job, group: QuantGroup) -> tuple[Format, ...]:

@@ -118,7 +118,7 @@ def _by_module(current: Pass, group: QuantGroup) -> torch.Tensor:
     """
     missing = [module.name for module in group.modules if module.name not in current.scores]
     if missing:
-        raise MeasurementError(f"{missing[0]}: no gradient of the loss reaches this module")
+        raise MeasurementError(f"{missing[0]}: no gradient of the loss reaches this module; use method: kl_div")
     return torch.stack([current.scores[module.name] for module in group.modules])
 
 
