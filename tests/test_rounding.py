@@ -86,7 +86,7 @@ def test_the_outputs_error_falls(layer):
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_pc_pt", "nvfp4", "mxfp8", "int4_w4a16_asym_g64"])
 def test_a_sweep_is_coordinate_descent(layer, name):
-    """Column after column takes its best value beside the others: in float64, one by one, from GPTQ's values on."""
+    """Column after column takes its best value beside the others: in float64, one by one, from GPTQ's codes on."""
     weight, products = layer[0][:, :128], layer[1][:128, :128]  # whole groups
     format_ = get_format(name)
     amax = format_.amax_of(weight)
@@ -103,16 +103,16 @@ def test_a_sweep_is_coordinate_descent(layer, name):
     assert (cost(after.values) <= cost(before.values) * (1 + 1e-5)).all()
     assert cost(after.values).sum() < cost(before.values).sum()
     stored = columns.parts(after.values, after.scales) | format_.tensor_scales(amax)
-    torch.testing.assert_close(format_.decode(stored), after.values)  # rows and their scales went together
-    if columns.size > 1:
-        return  # the scales of its groups are chosen anew
-    values = before.values.double()
-    for column in torch.argsort(products.diagonal(), descending=True).tolist():
-        best = values[:, column] + ((exact - values) @ hessian[:, column]) / hessian[column, column]
-        values[:, column] = columns.nearest(best.float(), before.scales[..., 0]).double()
-    improved = cost(values) < cost(before.values)
-    wanted = torch.where(improved[:, None], values, before.values.double())
-    assert (after.values == wanted).float().mean() > 0.99  # a sum in another order may lie on the other side
+    torch.testing.assert_close(format_.decode(stored), after.values)
+    values, size = before.values.double(), columns.size
+    groups = torch.argsort(products.diagonal().view(-1, size).sum(1), descending=True, stable=True)
+    for group in groups.tolist():
+        own, scales = columns.at([group]), before.scales[..., group if before.scales.shape[-1] > 1 else 0]
+        for column in (group * size + products.diagonal().view(-1, size)[group].argsort(descending=True)).tolist():
+            best = values[:, column] + ((exact - values) @ hessian[:, column]) / hessian[column, column]
+            values[:, column] = own.nearest(best.float(), scales).double()
+    assert (after.values == values).float().mean() > 0.99  # a sum in another order may lie on the other side
+    assert torch.equal(after.scales, before.scales)
 
 
 def test_without_correlation_the_nearest_codes_are_the_best(layer):

@@ -36,7 +36,7 @@ from bitladder.records import Candidate, FileDigest, LeftOut, Measurement, Model
 from bitladder.runinfo import Meter, Progress, no_progress, told
 from bitladder.storage import atomic_path, discard, sha256_of_file, unseal
 
-_CODES = "tokens are weighed, and a sweep follows"  # how compensated ones are made now
+_CODES = "tokens are weighed, and a sweep with the same scales follows"  # how compensated ones are made now
 
 
 def settings_sha256(

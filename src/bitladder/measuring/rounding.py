@@ -11,9 +11,9 @@ errors, each weighed with what is lost after all columns behind it have made up 
 weight shares stays as it was.
 
 The columns before one that is rounded can't make up for its error any more. So a sweep follows, in the same order: each
-column takes the value that is best beside all others as they are now. It is a walk, too. With L the lower triangle of H
-and D its diagonal, one begins at Q + inverse(L) H (W - Q), and its factor is D⁻¹ᐟ² (inverse(L) D)ᵀ. A row that scales,
-chosen anew on the way, leave farther off than before stays as it was.
+column takes the value that is best beside all others as they are now, with the scale that it has. It is a walk, too.
+With L the lower triangle of H and D its diagonal, one begins at Q + inverse(L) H (W - Q), and its factor is
+(inverse(L) D)ᵀ.
 
 Source: Frantar et al., GPTQ (2022), arXiv:2210.17323. Its Cholesky factor of the inverse of H is taken from one of H:
 with J the reversal of rows, J H J = L Lᵀ gives inverse(H) = Uᵀ U with U = J inverse(L) J, upper triangular. The sweep
@@ -45,14 +45,6 @@ class Rounded:
     values: torch.Tensor
     scales: torch.Tensor
     steps: torch.Tensor
-
-    def where(self, rows: torch.Tensor, other: "Rounded") -> "Rounded":
-        """Return the rows of this one where a mask [out_features] is true, and the other's where it isn't."""
-        return Rounded(
-            torch.where(rows[:, None], self.values, other.values),
-            torch.where(rows[None, :, None], self.scales, other.scales),
-            torch.where(rows[:, None], self.steps, other.steps),
-        )
 
     def largest_shift(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the largest distance from a weight in every row, in units of the step, [out_features]."""
@@ -112,37 +104,41 @@ def _swept(
 
     Args:
         exact: the weight, [in_features, out_features] in `order`.
-        found: what it was rounded to.
+        found: what it was rounded to; its scales stay.
         damped: the hessian, in `order`.
         columns: the grid.
         order: of the columns.
         groups: of the groups.
     """
-    diagonal, lower = damped.diagonal(), damped.tril()
-    factor = torch.linalg.solve_triangular(lower, diagonal.diag(), upper=False).t() * diagonal.rsqrt()[:, None]
+    lower = damped.tril()
+    factor = torch.linalg.solve_triangular(lower, damped.diagonal().diag(), upper=False).t()
     values = found.values.t()[order]
-    error = exact - values
-    pull = damped @ error
-    start = values + torch.linalg.solve_triangular(lower, pull, upper=False)
-    swept = _walked(start, columns, order, groups, factor)
-    error_now, unit = exact - swept.values.t()[order], _unit(exact.abs().amax(0))
-    before = (error * unit).mul_(pull * unit).sum(0)
-    now = (error_now * unit).mul_(damped @ error_now * unit).sum(0)
-    return swept.where(now < before, found)
+    start = values + torch.linalg.solve_triangular(lower, damped @ (exact - values), upper=False)
+    return _walked(start, columns, order, groups, factor, found.scales)
 
 
 def _walked(
-    rest: torch.Tensor, columns: Columns, order: torch.Tensor, groups: list[int], factor: torch.Tensor
+    rest: torch.Tensor,
+    columns: Columns,
+    order: torch.Tensor,
+    groups: list[int],
+    factor: torch.Tensor,
+    scales_of: torch.Tensor | None = None,
 ) -> Rounded:
-    """Walk columns [in_features, out_features] that are in an order, and groups in theirs; `rest` is changed."""
+    """Walk columns [in_features, out_features] that are in an order, and groups in theirs; `rest` is changed.
+
+    Scales are chosen on the way, but where they are given, as `Rounded` has them.
+    """
     size = columns.size
     values = torch.empty_like(rest)
     factors = torch.tensor(columns.factors, device=rest.device)
     walk, scales = walk_on(rest.device), []
     for start in range(0, len(rest), _COLUMNS_AT_ONCE):
         end = min(start + _COLUMNS_AT_ONCE, len(rest))
-        own = columns.at(groups[start // size : -(-end // size)])
-        found, errors, chosen = walk(rest[start:end], factor[start:end, start:end].contiguous(), own, factors)
+        here = groups[start // size : -(-end // size)] if size > 1 else [0]
+        given = None if scales_of is None else scales_of[..., here]
+        own, local = columns.at(here), factor[start:end, start:end].contiguous()
+        found, errors, chosen = walk(rest[start:end], local, own, factors, given)
         values[order[start:end]] = found
         scales.append(chosen)
         rest[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
@@ -152,7 +148,7 @@ def _walked(
     return Rounded(values.t().contiguous(), all_scales, columns.steps(all_scales))
 
 
-def walk_on(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, Columns, torch.Tensor], _Block]:
+def walk_on(device: torch.device) -> Callable[..., _Block]:
     """Return what walks a block of columns there: on a GPU a kernel."""
     if not can_compile(device.type):
         return walked
@@ -161,7 +157,9 @@ def walk_on(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, Colum
     return walking.walked
 
 
-def walked(block: torch.Tensor, local: torch.Tensor, columns: Columns, factors: torch.Tensor) -> _Block:
+def walked(
+    block: torch.Tensor, local: torch.Tensor, columns: Columns, factors: torch.Tensor, given: torch.Tensor | None
+) -> _Block:
     """Walk some columns, whose groups are whole.
 
     Args:
@@ -169,6 +167,7 @@ def walked(block: torch.Tensor, local: torch.Tensor, columns: Columns, factors: 
         local: their part of the factor, [columns, columns].
         columns: the grid.
         factors: its, [candidates].
+        given: scales of the groups, [kinds, out_features, groups]; None: they are chosen.
     """
     values, errors = torch.empty_like(block), torch.empty_like(block)
     weights = local.diagonal() ** -2
@@ -176,8 +175,11 @@ def walked(block: torch.Tensor, local: torch.Tensor, columns: Columns, factors: 
     for index in range(len(block)):
         if index % columns.size == 0 and (columns.size > 1 or not chosen):
             group = slice(index, index + columns.size)
-            candidates = columns.scales(block[group], factors[:, None])
-            chosen.append(_best(columns, block[group], candidates, weights[group]))
+            if given is None:
+                candidates = columns.scales(block[group], factors[:, None])
+                chosen.append(_best(columns, block[group], candidates, weights[group]))
+            else:
+                chosen.append(given[..., len(chosen)])
         values[index] = columns.nearest(block[index], chosen[-1])
         errors[index] = (block[index] - values[index]) / local[index, index]
         block[index + 1 :].addr_(local[index, index + 1 :], errors[index], alpha=-1)

@@ -18,14 +18,14 @@ _ROWS, _WARPS = 16, 2  # of a program: as fast as any of sixteen tried on an H10
 
 
 def walked(
-    block: torch.Tensor, local: torch.Tensor, columns: Columns, factors: torch.Tensor
+    block: torch.Tensor, local: torch.Tensor, columns: Columns, factors: torch.Tensor, given: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what `rounding.walked` does, of up to 128 columns on a GPU; `block` stays as it is."""
     kernel, (size, rows) = kernel_of(columns), block.shape
     at_once = triton.next_power_of_2(size)
     group = columns.size if columns.size > 1 else at_once
     values, errors = torch.empty_like(block), torch.empty_like(block)
-    chosen = block.new_empty(kernel.kinds, rows, -(-size // group))
+    chosen = block.new_empty(kernel.kinds, rows, -(-size // group)) if given is None else given.contiguous()
     launch: Any = _walked[(triton.cdiv(rows, _ROWS),)]
     launch(
         *(block, local, columns.known, factors, values, errors, chosen),
@@ -33,6 +33,7 @@ def walked(
         GROUP=group,
         CANDIDATES=len(columns.factors),
         KINDS=kernel.kinds,
+        GIVEN=given is not None,
         GREATEST=kernel.greatest,
         SCALES=kernel.scales,
         NEAREST=kernel.nearest,
@@ -59,6 +60,7 @@ def _walked(
     GROUP: tl.constexpr,
     CANDIDATES: tl.constexpr,
     KINDS: tl.constexpr,
+    GIVEN: tl.constexpr,
     GREATEST: tl.constexpr,
     SCALES: tl.constexpr,
     NEAREST: tl.constexpr,
@@ -75,27 +77,31 @@ def _walked(
     weights = (1.0 / (pivots * pivots))[:, None]
     of_rows = tl.load(known + row * known_stride, mask=there, other=1.0)
     for group in range(groups):
-        own = ((column // GROUP == group) & inside)[:, None]
-        least = tl.min(tl.where(own, rest, float("inf")), 0)
-        greatest = tl.max(tl.where(own, rest, float("-inf")), 0)
-        scale, zero = SCALES(least, greatest, tl.load(factors), of_rows, GREATEST)
-        if CANDIDATES > 1:
-            # By a power of two that brings them near 1, as `rounding` does: the exponent's bits of the greatest.
-            size = tl.maximum(tl.maximum(tl.abs(least), tl.abs(greatest)), _LEAST)
-            unit = 1.0 / (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-            lowest = tl.full([ROWS], float("inf"), tl.float32)
-            for candidate in range(CANDIDATES):
-                other, other_zero = SCALES(least, greatest, tl.load(factors + candidate), of_rows, GREATEST)
-                away = NEAREST(rest, other[None, :], other_zero[None, :], of_rows[None, :], GREATEST) - rest
-                away *= unit[None, :]
-                error = tl.sum(tl.where(own, away * away * weights, 0.0), 0)
-                better = error < lowest  # the first of equals
-                lowest = tl.where(better, error, lowest)
-                scale = tl.where(better, other, scale)
-                zero = tl.where(better, other_zero, zero)
-        tl.store(chosen + row * groups + group, scale, mask=there)
-        if KINDS > 1:
-            tl.store(chosen + (rows + row) * groups + group, zero, mask=there)
+        if GIVEN:
+            scale = tl.load(chosen + row * groups + group, mask=there, other=1.0)
+            zero = tl.load(chosen + ((KINDS - 1) * rows + row) * groups + group, mask=there, other=0.0)
+        else:
+            own = ((column // GROUP == group) & inside)[:, None]
+            least = tl.min(tl.where(own, rest, float("inf")), 0)
+            greatest = tl.max(tl.where(own, rest, float("-inf")), 0)
+            scale, zero = SCALES(least, greatest, tl.load(factors), of_rows, GREATEST)
+            if CANDIDATES > 1:
+                # By a power of two that brings them near 1, as `rounding` does: the exponent's bits of the greatest.
+                size = tl.maximum(tl.maximum(tl.abs(least), tl.abs(greatest)), _LEAST)
+                unit = 1.0 / (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+                lowest = tl.full([ROWS], float("inf"), tl.float32)
+                for candidate in range(CANDIDATES):
+                    other, other_zero = SCALES(least, greatest, tl.load(factors + candidate), of_rows, GREATEST)
+                    away = NEAREST(rest, other[None, :], other_zero[None, :], of_rows[None, :], GREATEST) - rest
+                    away *= unit[None, :]
+                    error = tl.sum(tl.where(own, away * away * weights, 0.0), 0)
+                    better = error < lowest  # the first of equals
+                    lowest = tl.where(better, error, lowest)
+                    scale = tl.where(better, other, scale)
+                    zero = tl.where(better, other_zero, zero)
+            tl.store(chosen + row * groups + group, scale, mask=there)
+            if KINDS > 1:
+                tl.store(chosen + (rows + row) * groups + group, zero, mask=there)
         for at in range(group * GROUP, tl.minimum(group * GROUP + GROUP, columns)):
             value = tl.sum(tl.where((column == at)[:, None], rest, 0.0), 0)
             nearest = NEAREST(value, scale, zero, of_rows, GREATEST)
