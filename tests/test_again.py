@@ -7,6 +7,7 @@ import pytest
 
 from bitladder.errors import OutputError, PlanError, RecipeError, RecordError
 from bitladder.evaluation import simulation
+from bitladder.measuring import measure as measuring
 from bitladder.measuring.measure import settings_sha256
 from bitladder.recipe import MeasureSpec
 from bitladder.records import Evaluation, Evidence, Measurement, RunState, Verification, digest_of
@@ -85,6 +86,14 @@ def test_a_measurement_of_formats_in_their_usual_order_has_the_key_that_it_alway
     assert settings_sha256(source_of(llama), data, spec) == known
     other = MeasureSpec(formats=("fp8", "nvfp4_w4a16"))
     assert settings_sha256(source_of(llama), data, other) != known
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+def test_how_codes_are_made_is_part_of_the_key_of_compensated_ones(llama, text_file, monkeypatch, rounding):
+    data, spec = load_text(llama, text_file), MeasureSpec(rounding=rounding)
+    known = settings_sha256(source_of(llama), data, spec)
+    monkeypatch.setattr(measuring, "_CODES", "in another way")
+    assert (settings_sha256(source_of(llama), data, spec) == known) == (rounding == "nearest")
 
 
 def test_samples_that_changed_in_their_file_are_said(files, copied, tmp_path):  # noqa: F811

@@ -128,9 +128,9 @@ class GradientScorer(ExitStack):
     def __init__(self, layers: Layers, job: Job, amax: Amax, codes: Codes | None) -> None:
         super().__init__()
         self.layers, self.job = layers, job
-        self.decoder = Decoder(
-            layers, job, compiled=is_worth_compiling(layers, job, _COMPILED_FROM // (len(job.spec.formats) or 1))
-        )
+        formats = len(job.spec.formats)
+        compiled = formats > 0 and is_worth_compiling(layers, job, _COMPILED_FROM // formats)
+        self.decoder = Decoder(layers, job, compiled=compiled)
         self.taps = _Taps(layers, job, amax, codes)
         self.states = len(layers) + 1  # of each batch: every layer's input
         self.image_tokens = image_token_ids(layers.model.config)
@@ -312,7 +312,8 @@ class GradientScorer(ExitStack):
 class TokenWeigher(GradientScorer):
     """How much it matters what a module gives for a token: the length of the gradient by its output.
 
-    The gradient is that of `fisher`. A change of the output costs half the square of gradient times change.
+    The gradient is that of `fisher`. A change of the output costs half the square of gradient times change. Layers are
+    never compiled for it: streamed ones aren't, and codes are to be the same.
     """
 
     def __init__(self, layers: Layers, job: Job) -> None:
