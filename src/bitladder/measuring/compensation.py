@@ -238,9 +238,10 @@ class _Inputs(ExitStack):
             lengths = self.lengths[module].to(x.device).view(*shape, *(1,) * (x.dim() - 2)).expand(*x.shape[:-1], 1)
             checked = self.checked.setdefault(module, {}).setdefault(use.part, [])
             checked.append((x[use.checked].flatten(0, -2), lengths[use.checked].flatten(0, -2)))
-            tokens, sums = x[use.made_from].flatten(0, -2).float(), self.products.setdefault(module, {})
+            tokens, theirs = x[use.made_from].flatten(0, -2).float(), lengths[use.made_from].flatten(0, -2)
+            sums = self.products.setdefault(module, {})
             for how, seen in served.items() if len(tokens) else ():
-                rows = _weighed(seen(tokens), lengths[use.made_from].flatten(0, -2))
+                rows = _weighed(seen(tokens), theirs)
                 if how not in sums:
                     sums[how] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
                 with tf32_products():

@@ -326,8 +326,7 @@ class TokenWeigher(GradientScorer):
 
         All batches go through a layer before the next one is loaded.
         """
-        with compiling(self.decoder):
-            return self._values(batches)
+        return self._values(batches)
 
     def _read(self, current: Pass) -> torch.Tensor:
         found = torch.cat([_by_module(current, group) for group in self.job.target.groups])

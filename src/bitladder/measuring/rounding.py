@@ -56,6 +56,7 @@ class Rounded:
 # A block's values [columns, out_features], what is to be spread of their errors, and scales [kinds, out_features,
 # groups].
 _Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Walk = Callable[[torch.Tensor, torch.Tensor, Columns, torch.Tensor, torch.Tensor | None], _Block]
 
 
 def compensated(
@@ -148,7 +149,7 @@ def _walked(
     return Rounded(values.t().contiguous(), all_scales, columns.steps(all_scales))
 
 
-def walk_on(device: torch.device) -> Callable[..., _Block]:
+def walk_on(device: torch.device) -> _Walk:
     """Return what walks a block of columns there: on a GPU a kernel."""
     if not can_compile(device.type):
         return walked
