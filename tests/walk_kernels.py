@@ -32,9 +32,11 @@ def check(name: str, rows: int, width: int, device: str, least_equal: float = 1.
     amax = format_.amax_of(weight) if format_.amax_name != "weight_amax" else weight.abs().amax()
     columns = format_.columns(amax, rows)
     parts, errors = [], []
+    nearest = format_.decode(format_.encode(weight, amax))
     for walk in (walking.walked, rounding.walked):
         with mock.patch.object(rounding, "walk_on", return_value=walk):
             found = rounding.compensated(weight, products, columns, 0.1)
+            assert torch.equal(rounding.nearest(weight, columns).values, nearest), (name, walk)
         parts.append(columns.parts(found.values, found.scales))
         errors += rounding.output_errors(weight, [found.values], x.to(device))
     for part, ours in parts[0].items():

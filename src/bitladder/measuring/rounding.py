@@ -138,7 +138,7 @@ def _walked(
         end = min(start + _COLUMNS_AT_ONCE, len(rest))
         here = groups[start // size : -(-end // size)] if size > 1 else [0]
         given = None if scales_of is None else scales_of[..., here]
-        own, local = columns.at(here), factor[start:end, start:end].contiguous()
+        own, local = columns.at(here), factor[start:end, start:end]
         found, errors, chosen = walk(rest[start:end], local, own, factors, given)
         values[order[start:end]] = found
         scales.append(chosen)

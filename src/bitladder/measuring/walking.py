@@ -22,6 +22,7 @@ def walked(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what `rounding.walked` does, of up to 128 columns on a GPU; `block` stays as it is."""
     kernel, (size, rows) = kernel_of(columns), block.shape
+    block, local = block.contiguous(), local.contiguous()  # the kernel counts in rows of it
     at_once = triton.next_power_of_2(size)
     group = columns.size if columns.size > 1 else at_once
     values, errors = torch.empty_like(block), torch.empty_like(block)
