@@ -36,7 +36,9 @@ def check(name: str, rows: int, width: int, device: str, least_equal: float = 1.
     for walk in (walking.walked, rounding.walked):
         with mock.patch.object(rounding, "walk_on", return_value=walk):
             found = rounding.compensated(weight, products, columns, 0.1)
-            assert torch.equal(rounding.nearest(weight, columns).values, nearest), (name, walk)
+            rounded = rounding.nearest(weight, columns)
+        stored = columns.parts(rounded.values, rounded.scales) | format_.tensor_scales(amax)
+        assert torch.equal(format_.decode(stored), nearest), (name, walk)
         parts.append(columns.parts(found.values, found.scales))
         errors += rounding.output_errors(weight, [found.values], x.to(device))
     for part, ours in parts[0].items():
@@ -47,7 +49,7 @@ def check(name: str, rows: int, width: int, device: str, least_equal: float = 1.
 
 if __name__ == "__main__":
     check("fp8", 17, 192, "cpu")
-    for name in ("mxfp8", "nvfp4", "int8", "int4_w4a16_g64", "int4_w4a16_asym_g64"):
+    for name in ("fp8_pc_pt", "mxfp8", "nvfp4", "int8", "int4_w4a16_g64", "int4_w4a16_asym_g64"):
         check(name, 8, 192, "cpu")
     for size in (2.0**-80, 2.0**80):  # whose squares are no numbers
         check("int4_w4a16_g64", 3, 64, "cpu", size=size)

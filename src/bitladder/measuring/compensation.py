@@ -52,7 +52,8 @@ from bitladder.runinfo import Meter
 from bitladder.storage import atomic_path, seal, sha256_of_bytes
 
 _NEAREST = "rounding: nearest"
-_MOST_CHECKED = 8  # rows of a calibration set that check the codes; a quarter of it where that is less
+_CHECKING = 16  # one row in so many of a calibration set checks the codes, and one of less
+_MOST_CHECKED = 8  # of these rows
 _CHECKED_TOKENS = 512  # the first ones of each of these, which are kept while their layer is at hand
 REMEDY = f"rounding: compensated goes layer by layer and needs one list, use {_NEAREST}"
 
@@ -111,7 +112,7 @@ def _uses(batches: Sequence[Batch], device: str) -> list[_Use]:
     uses = []
     for batch in batches:
         size = sizes[batch.part]
-        share = max(1, min(_MOST_CHECKED, size // 4))
+        share = max(1, min(_MOST_CHECKED, size // _CHECKING))
         row = before[batch.part] + torch.arange(len(batch.labels), device=device)
         before[batch.part] += len(batch.labels)
         checks = ((row + 1) * share // size > row * share // size)[:, None]

@@ -36,7 +36,8 @@ from bitladder.records import Candidate, FileDigest, LeftOut, Measurement, Model
 from bitladder.runinfo import Meter, Progress, no_progress, told
 from bitladder.storage import atomic_path, discard, sha256_of_file, unseal
 
-_CODES = "tokens are weighed, and a sweep with the same scales follows"  # how compensated ones are made now
+# How compensated ones are made now.
+_CODES = "tokens are weighed, a sweep with the same scales follows, a row in sixteen checks them"
 
 
 def settings_sha256(
