@@ -406,7 +406,7 @@ def test_changed_code_files_are_refused(compensated, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["native", "modelopt"])
-@pytest.mark.parametrize("phase", ["round", "score"])
+@pytest.mark.parametrize("phase", ["weigh tokens", "round", "score"])
 def test_a_killed_run_goes_on_with_the_same_codes(llama, text_file, tmp_path, compensated, phase, engine):
     class Killed(Exception):
         pass
@@ -420,9 +420,7 @@ def test_a_killed_run_goes_on_with_the_same_codes(llama, text_file, tmp_path, co
         measure_text(llama, text_file, tmp_path, progress=progress, **settings)
     assert (
         len(list((tmp_path / "measuring/codes").glob("*.safetensors")))
-        == {("round", "native"): 1, ("round", "modelopt"): 1, ("score", "native"): 3, ("score", "modelopt"): 0}[
-            phase, engine
-        ]
+        == {"weigh tokens": 0, "round": 1, "score": {"native": 3, "modelopt": 0}[engine]}[phase]
     )
     again = []
     measurement = measure_text(
@@ -430,6 +428,9 @@ def test_a_killed_run_goes_on_with_the_same_codes(llama, text_file, tmp_path, co
     )
     assert measurement.rounding.modules == compensated[0].rounding.modules
     assert (("round", 0) in again) == ((phase, engine) != ("score", "native"))
+    weighed = [done for what, done in again if what == "weigh tokens"]
+    begun = {"weigh tokens": [1, 2, 3], "round": [], "score": {"native": [], "modelopt": [0, 1, 2, 3]}[engine]}
+    assert weighed == begun[phase]
 
 
 def test_pictures_count_and_padding_does_not(tmp_path):

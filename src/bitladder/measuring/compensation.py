@@ -134,7 +134,7 @@ def _round_layers(
     uses = _uses(job.batches, job.device)
     for batch in {frozenset(batch.inputs): batch for batch in job.batches}.values():  # text, and pictures
         _calls(layers, batch, job)  # before the tokens of all are weighed
-    lengths = _lengths(layers, job)
+    lengths = _lengths(layers, job, partial)
     calls = [_calls(layers, batch, job) for batch in job.batches]
     hidden = [found[0].hidden.to(layers.home) for found in calls]
     with ThreadPoolExecutor(1) as writer:  # hashes and writes a layer's codes while the next one is on the GPU
@@ -169,7 +169,7 @@ def _calls(layers: Layers, batch: Batch, job: Job) -> list[LayerCall]:
         raise EngineError(f"{error}; use {_NEAREST}") from error
 
 
-def _lengths(layers: Layers, job: Job) -> list[dict[str, torch.Tensor]]:
+def _lengths(layers: Layers, job: Job, partial: Partial) -> list[dict[str, torch.Tensor]]:
     """Return for every batch how long each token's gradient by a module's output is, {module: [rows, tokens]}.
 
     In units of the module's mean; on the host.
@@ -177,18 +177,9 @@ def _lengths(layers: Layers, job: Job) -> list[dict[str, torch.Tensor]]:
     Raises:
         EngineError: a model whose gradients can't be taken. MeasurementError: a module that none reaches.
     """
-    found: list[torch.Tensor] = []
     batches, names = job.batches, [module.name for group in job.target.groups for module in group.modules]
-    try:
-        with TokenWeigher(layers, job) as weigher:
-            for start, chunk in chunks(list(range(len(batches))), layers, batches, weigher.states):
-                job.progress("weigh tokens", start, len(batches))
-                found += [each.cpu() for each in weigher.lengths([batches[number] for number in chunk])]
-    except (EngineError, MeasurementError) as error:
-        reason, _, remedy = str(error).partition("; use ")  # of one who scores by gradients
-        beside = f" with {remedy}" if remedy and job.spec.method != "kl_div" else ""
-        raise type(error)(f"{reason}; use {_NEAREST}{beside}") from error
-    job.progress("weigh tokens", len(batches), len(batches))
+    _weigh(layers, job, partial)
+    found = [partial.lengths(number) for number in range(len(batches))]
     counted = [batch.inputs["attention_mask"].bool().cpu() for batch in batches]
     totals = [each[:, mask].double().sum(1) for each, mask in zip(found, counted, strict=True)]
     means = (torch.stack(totals).sum(0) / sum(int(mask.sum()) for mask in counted)).float()
@@ -201,6 +192,24 @@ def _lengths(layers: Layers, job: Job) -> list[dict[str, torch.Tensor]]:
         each.div_(means.masked_fill(means == 0, 1)[:, None, None])
         each[means == 0] = 1  # what the module gives doesn't matter at all, as before weights of zero
     return [dict(zip(names, each, strict=True)) for each in found]
+
+
+def _weigh(layers: Layers, job: Job, partial: Partial) -> None:
+    """Store how long the gradients of tokens are, of every batch of which that isn't known yet."""
+    batches = job.batches
+    if not (unknown := partial.unweighed(len(batches))):
+        return
+    try:
+        with TokenWeigher(layers, job) as weigher:
+            for start, chunk in chunks(unknown, layers, batches, weigher.states):
+                job.progress("weigh tokens", start, len(batches))
+                for number, lengths in zip(chunk, weigher.lengths([batches[one] for one in chunk]), strict=True):
+                    partial.keep_lengths(number, lengths.cpu())
+    except (EngineError, MeasurementError) as error:
+        reason, _, remedy = str(error).partition("; use ")  # of one who scores by gradients
+        beside = f" with {remedy}" if remedy and job.spec.method != "kl_div" else ""
+        raise type(error)(f"{reason}; use {_NEAREST}{beside}") from error
+    job.progress("weigh tokens", len(batches), len(batches))
 
 
 class _Inputs(ExitStack):

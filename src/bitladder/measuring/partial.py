@@ -1,9 +1,10 @@
 """What an unfinished measurement keeps, so that a killed run goes on where it was."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from bitladder.measured import CODES, Amax, Codes, codes_files
@@ -34,6 +35,12 @@ class Partial:
         atomic_write(path, text)
         seal(path)
 
+    @staticmethod
+    def _keep_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        with atomic_path(path) as temporary:
+            save_file(dict(tensors), temporary)
+        seal(path)
+
     def codes_file(self, layer: int) -> Path:
         """Return where the codes of a decoder layer's modules are kept, once they are made."""
         return self.directory / CODES / f"layer-{layer:05}.safetensors"
@@ -49,10 +56,23 @@ class Partial:
 
     def keep_amax(self, amax: Amax) -> None:
         """Store the amax values."""
-        path = self.directory / "amax.safetensors"
-        with atomic_path(path) as temporary:
-            save_file(amax, temporary)
-        seal(path)
+        self._keep_tensors(self.directory / "amax.safetensors", amax)
+
+    def unweighed(self, count: int) -> list[int]:
+        """Return of which of so many batches no lengths are stored yet."""
+        return [batch for batch in range(count) if not self._lengths_file(batch).exists()]
+
+    def lengths(self, batch: int) -> torch.Tensor:
+        """Return how long the gradients of a batch's tokens are, [modules, rows, tokens], once they are stored."""
+        lengths: torch.Tensor = read_tensors(self._lengths_file(batch))["lengths"]
+        return lengths
+
+    def keep_lengths(self, batch: int, lengths: torch.Tensor) -> None:
+        """Store the lengths of one batch."""
+        self._keep_tensors(self._lengths_file(batch), {"lengths": lengths})
+
+    def _lengths_file(self, batch: int) -> Path:
+        return self.directory / f"lengths-{batch:05}.safetensors"
 
     def scores(self, batch: int) -> BatchScores | None:
         """Return the scores of a batch, or None."""
