@@ -38,7 +38,7 @@ INTEGERS = ("int4_w4a16_g64", "int8_w8a16_g64")
 FORMATS = ("fp8_pc_pt", "nvfp4", "nvfp4_w4a16", *INTEGERS)
 WEIGHTS_ONLY = ("nvfp4_w4a16", *INTEGERS)
 FOLDED = ("nvfp4", "nvfp4_w4a16")  # formats of the folded model, everything in one of them
-SCORE_SAMPLES = 4  # of the folded model, where no score matters
+SCORE_SAMPLES = 4  # of a measurement whose schemes have one format, where no score matters
 LLM_COMPRESSOR, AUTO_ROUND = "llm-compressor", "AutoRound"
 INT_OPTIONS = ["W4A16G64", "W8A16G64"]
 IMPORTANCE = "nvfp4_expanded_imatrix"  # llm-compressor's observer for NVFP4 that weighs errors by the inputs' squares
@@ -220,7 +220,7 @@ class Ours:
 
 
 def ours_of(recipe, scratch: Path, judge: Judge) -> Iterator[Ours]:
-    """Yield our measurement with compensated codes, that of the folded model, and the one with nearest codes.
+    """Yield our measurements: with compensated codes, with those for 16-bit inputs, folded, with nearest codes.
 
     Raises:
         SystemExit: the folded model was calibrated on other rows than the rest.
@@ -238,6 +238,8 @@ def ours_of(recipe, scratch: Path, judge: Judge) -> Iterator[Ours]:
 
     made = of(recipe, "compensated", rounding="compensated")
     yield made
+    # Where NVFP4 is measured too, NVFP4's weights alone have its codes, which are made for rounded inputs.
+    yield of(recipe, "for_16_bit_inputs", rounding="compensated", formats=NVFP4["hopper"], score_samples=SCORE_SAMPLES)
     folded = mixes.of_folded_model(recipe, judge.work, scratch / "folded_model")
     other = of(folded, "folded", rounding="compensated", formats=FOLDED, score_samples=SCORE_SAMPLES)
     if made.measurement.calibration.sample_ids != other.measurement.calibration.sample_ids:
