@@ -273,6 +273,38 @@ def test_rows_that_check_lie_evenly_in_every_set():
     assert sum(int(use.made_from.sum()) for use in many) == 152 * 600
 
 
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    [
+        (1, [0]),
+        (2, [1]),
+        (15, [14]),
+        (16, [15]),
+        (17, [16]),
+        (31, [30]),
+        (33, [16, 32]),
+        (300, [37, 74, 112, 149, 187, 224, 262, 299]),
+    ],
+)
+def test_one_row_in_sixteen_of_each_set_checks(size, rows):
+    """As the guide says: of less than sixteen one, of more than 128 eight; with another set and with padding, too."""
+    ids = torch.arange(size)[:, None].repeat(1, 5)
+    other = of_rows(torch.arange(2)[:, None].repeat(1, 5), part=1, batch=1)
+    batches = [other[0], *of_rows(ids, batch=4), other[1]]
+    for batch in batches:
+        batch.inputs["attention_mask"][:, :3] = 0  # on the left
+    uses = compensation._uses(batches, "cpu")
+    for part, wanted in ((0, rows), (1, [1])):
+        own = [
+            (batch.inputs["input_ids"][:, 0], use) for batch, use in zip(batches, uses, strict=True) if use.part == part
+        ]
+        checked, made_from = (torch.cat([getattr(use, what) for _, use in own]) for what in ("checked", "made_from"))
+        assert torch.cat([row for row, _ in own])[checked[:, 4]].tolist() == wanted
+        assert int(checked.sum()) == 2 * len(wanted)
+        assert not (checked | made_from)[:, :3].any()
+        assert torch.equal(made_from[:, 4], ~checked[:, 4] | (len(checked) == 1))
+
+
 def test_both_engines_make_the_same_codes(llama, text_file, tmp_path, compensated):
     by_modelopt = measure_text(llama, text_file, tmp_path, engine="modelopt", rounding="compensated")
     ours, theirs = compensated[0].rounding, by_modelopt.rounding
