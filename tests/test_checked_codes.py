@@ -77,6 +77,19 @@ def test_what_is_stored_is_what_was_checked(name, dtype, odd, inputs):
         assert all(part.is_contiguous() for one in (better, worse) for part in one.parts.values())
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8", "nvfp4"])
+def test_the_largest_shift_is_that_of_what_is_stored(name, odd, inputs):
+    format_, (alike, others) = get_format(name), inputs
+    for checks, damping, taken in (((alike,), 0.1, False), ((others,), 1e-4, True)):
+        found = made(format_, odd, alike.t() @ alike, *checks, damping=damping)
+        parts = found.parts | format_.tensor_scales(amax_of(format_, odd))
+        steps = parts["weight_scale"].float() * parts.get("weight_scale_2", 1)
+        steps = steps.expand(128) if steps.dim() == 0 else steps
+        away = (odd - format_.decode(parts)).abs().reshape(128, steps[0].numel(), -1) / steps.reshape(128, -1, 1)
+        assert found.figures["nearest_taken"] == taken
+        assert found.figures["largest_shift"] == pytest.approx(float(away.max()), rel=1e-5)
+
+
 def rounded_up(weight):
     """A weight with every block's scale rounded up to a power of two, as DeepGEMM's users store it again."""
     blocks = weight.double().reshape(len(weight) // 128, 128, -1, 128)
