@@ -532,6 +532,33 @@ def test_gradients_that_are_no_numbers_are_refused(llama, text_file, tmp_path, m
         measure_text(llama, text_file, tmp_path, method="kl_div", **COMPENSATED)
 
 
+def test_what_no_output_depends_on_counts_by_its_inputs_alone(llama, text_file, tmp_path, monkeypatch):
+    load = layers.load_model
+
+    def loaded(*args):
+        model = load(*args)
+        nothing = lambda output: output.register_hook(torch.zeros_like) and None  # noqa: E731
+        model.model.layers[1].mlp.register_forward_hook(
+            lambda *seen: nothing(seen[2]) if seen[2].requires_grad else None
+        )
+        return model
+
+    monkeypatch.setattr(layers, "load_model", loaded)
+    measurement = measure_text(llama, text_file, tmp_path, method="kl_div", **COMPENSATED)
+    amax, codes = read_amax(measurement, tmp_path), read_codes(measurement, tmp_path)
+    model = load_model(llama, torch.float32)
+    records = [module for module in measurement.rounding.modules if ".layers.1.mlp." in module.name]
+    inputs, _ = seen_by(model, [module.name for module in records], load_text(llama, text_file).batches)
+    assert len(records) == 3
+    for module in records:
+        x = grids.fake_quantise(inputs[module.name][5], grids.scale_of(amax[f"{module.name}.input_amax"]))
+        x = x / x.norm(dim=1, keepdim=True).sqrt()
+        weight, scale = model.get_parameter(f"{module.name}.weight").detach(), amax[f"{module.name}.weight_amax"] / 448
+        restored = grids.dequantise(codes.read(module.name, FP8, "weight"), scale)
+        error = (x @ (weight - restored).t()).norm() / (x @ weight.t()).norm()
+        assert module.output_error == pytest.approx(float(error), rel=1e-3)
+
+
 def test_a_run_keeps_its_codes_or_measures_again(llama, text_file, tmp_path):
     def run(name, **changes):
         work = work_of((llama, text_file, text_file), tmp_path / name, controls={"kinds": []}, **changes)
