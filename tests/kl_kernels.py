@@ -16,6 +16,9 @@ def check(logits: torch.Tensor, others: torch.Tensor) -> None:
     torch.testing.assert_close(normaliser.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
     found = kernels.kl_of_rows(logits, normaliser, others)
     torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=0)
+    turned, others_turned = (values.t().contiguous().t() for values in (logits, others))  # otherwise in memory
+    assert torch.equal(kernels.normalisers(turned), normaliser)
+    assert torch.equal(kernels.kl_of_rows(turned, normaliser, others_turned), found)
 
 
 if __name__ == "__main__":

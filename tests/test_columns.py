@@ -281,7 +281,7 @@ def test_a_format_alone_has_the_codes_that_it_has_among_others(llama, text_file,
 
 
 def test_products_are_those_of_inputs_as_they_are_served(llama, text_file, measured):
-    """The recorded errors again, of transformers' and torch's own passes of every fourth row."""
+    """The recorded errors again, of transformers' and torch's own passes of the last of sixteen rows."""
     measurement, output = measured
     amax, codes = read_amax(measurement, output), read_codes(measurement, output)
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
@@ -292,8 +292,8 @@ def test_products_are_those_of_inputs_as_they_are_served(llama, text_file, measu
             continue
         format_ = get_format(record.format)
         scale = format_.input_scale(amax[f"{record.name}.input_amax"]) if format_.has_input_scale else None
-        x = format_.round_input(seen[record.name][3::4].flatten(0, 1), scale)
-        x = x * (gradients[record.name][3::4].flatten(0, 1).norm(dim=1) / x.norm(dim=1)).sqrt()[:, None]
+        x = format_.round_input(seen[record.name][15:].flatten(0, 1), scale)
+        x = x * (gradients[record.name][15:].flatten(0, 1).norm(dim=1) / x.norm(dim=1)).sqrt()[:, None]
         weight = model.get_parameter(f"{record.name}.weight").detach()
         parts = {part: codes.read(record.name, format_, part) for part in codes.parts(record.name, format_)}
         restored = format_.decode(parts | format_.tensor_scales(amax[format_.weight_key(record.name)]))

@@ -273,6 +273,38 @@ def test_rows_that_check_lie_evenly_in_every_set():
     assert sum(int(use.made_from.sum()) for use in many) == 152 * 600
 
 
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    [
+        (1, [0]),
+        (2, [1]),
+        (15, [14]),
+        (16, [15]),
+        (17, [16]),
+        (31, [30]),
+        (33, [16, 32]),
+        (300, [37, 74, 112, 149, 187, 224, 262, 299]),
+    ],
+)
+def test_one_row_in_sixteen_of_each_set_checks(size, rows):
+    """As the guide says: of less than sixteen one, of more than 128 eight; with another set and with padding, too."""
+    ids = torch.arange(size)[:, None].repeat(1, 5)
+    other = of_rows(torch.arange(2)[:, None].repeat(1, 5), part=1, batch=1)
+    batches = [other[0], *of_rows(ids, batch=4), other[1]]
+    for batch in batches:
+        batch.inputs["attention_mask"][:, :3] = 0  # on the left
+    uses = compensation._uses(batches, "cpu")
+    for part, wanted in ((0, rows), (1, [1])):
+        own = [
+            (batch.inputs["input_ids"][:, 0], use) for batch, use in zip(batches, uses, strict=True) if use.part == part
+        ]
+        checked, made_from = (torch.cat([getattr(use, what) for _, use in own]) for what in ("checked", "made_from"))
+        assert torch.cat([row for row, _ in own])[checked[:, 4]].tolist() == wanted
+        assert int(checked.sum()) == 2 * len(wanted)
+        assert not (checked | made_from)[:, :3].any()
+        assert torch.equal(made_from[:, 4], ~checked[:, 4] | (len(checked) == 1))
+
+
 def test_both_engines_make_the_same_codes(llama, text_file, tmp_path, compensated):
     by_modelopt = measure_text(llama, text_file, tmp_path, engine="modelopt", rounding="compensated")
     ours, theirs = compensated[0].rounding, by_modelopt.rounding
@@ -498,6 +530,33 @@ def test_gradients_that_are_no_numbers_are_refused(llama, text_file, tmp_path, m
     )
     with pytest.raises(MeasurementError, match=refused):
         measure_text(llama, text_file, tmp_path, method="kl_div", **COMPENSATED)
+
+
+def test_what_no_output_depends_on_counts_by_its_inputs_alone(llama, text_file, tmp_path, monkeypatch):
+    load = layers.load_model
+
+    def loaded(*args):
+        model = load(*args)
+        nothing = lambda output: output.register_hook(torch.zeros_like) and None  # noqa: E731
+        model.model.layers[1].mlp.register_forward_hook(
+            lambda *seen: nothing(seen[2]) if seen[2].requires_grad else None
+        )
+        return model
+
+    monkeypatch.setattr(layers, "load_model", loaded)
+    measurement = measure_text(llama, text_file, tmp_path, method="kl_div", **COMPENSATED)
+    amax, codes = read_amax(measurement, tmp_path), read_codes(measurement, tmp_path)
+    model = load_model(llama, torch.float32)
+    records = [module for module in measurement.rounding.modules if ".layers.1.mlp." in module.name]
+    inputs, _ = seen_by(model, [module.name for module in records], load_text(llama, text_file).batches)
+    assert len(records) == 3
+    for module in records:
+        x = grids.fake_quantise(inputs[module.name][5], grids.scale_of(amax[f"{module.name}.input_amax"]))
+        x = x / x.norm(dim=1, keepdim=True).sqrt()
+        weight, scale = model.get_parameter(f"{module.name}.weight").detach(), amax[f"{module.name}.weight_amax"] / 448
+        restored = grids.dequantise(codes.read(module.name, FP8, "weight"), scale)
+        error = (x @ (weight - restored).t()).norm() / (x @ weight.t()).norm()
+        assert module.output_error == pytest.approx(float(error), rel=1e-3)
 
 
 def test_a_run_keeps_its_codes_or_measures_again(llama, text_file, tmp_path):

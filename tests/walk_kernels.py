@@ -1,4 +1,4 @@
-"""What the Triton kernel for compensated rounding must give: `check(...)`, and, run as a script, several calls of it.
+"""What the Triton kernel for compensated rounding must give: `check(...)`, and, run as a script, calls of both checks.
 
 Nothing here is a test: `test_gpu.py` calls `check` on a GPU; `test_compiled.py` runs the script on a CPU, in Triton's
 interpreter, which has to be asked for before Triton is imported.
@@ -47,7 +47,34 @@ def check(name: str, rows: int, width: int, device: str, least_equal: float = 1.
     assert abs(errors[0] / errors[1] - 1) < 0.01, (name, errors)
 
 
+def check_order(name: str) -> None:
+    """Walk a block on a CPU whose tensors lie otherwise in memory: the same, to the bit."""
+    generator = torch.Generator().manual_seed(1)
+    format_ = FORMATS[name]
+    size = 2 * (format_.group_size or 16)  # columns of two groups, where there are any
+    block = torch.randn(size, 3, generator=generator)
+    local = torch.randn(size, size, generator=generator).triu() / 8 + torch.eye(size)
+    weight = block.t()
+    amax = format_.amax_of(weight) if format_.amax_name != "weight_amax" else weight.abs().amax()
+    columns = format_.columns(amax, len(weight))
+    apart = columns.knowing(torch.stack([columns.known] * 3, -1)[..., 1])  # each beside what isn't meant
+
+    def turned(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.mT.contiguous().mT
+
+    factors = torch.tensor(columns.factors)
+    chosen = walking.walked(block.clone(), local, columns, factors, None)
+    given = walking.walked(block.clone(), local, columns, factors, chosen[2])
+    for wanted, scales in ((chosen, None), (given, turned(chosen[2]))):
+        found = walking.walked(turned(block), turned(local), apart, factors, scales)
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True)), (name, scales)
+    torch_ = rounding.walked(block.clone(), local, columns, factors, chosen[2])
+    assert torch.allclose(given[0], torch_[0]), name
+
+
 if __name__ == "__main__":
+    for name in ("fp8_pc_pt", "int4_w4a16_asym_g64"):
+        check_order(name)
     check("fp8", 17, 192, "cpu")
     for name in ("fp8_pc_pt", "mxfp8", "nvfp4", "int8", "int4_w4a16_g64", "int4_w4a16_asym_g64"):
         check(name, 8, 192, "cpu")

@@ -52,9 +52,12 @@ def scale_of(amax: torch.Tensor) -> torch.Tensor:
 
 
 def quantise(values: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-    """Return the E4M3 codes of `values` for `amax` > 0, a scalar or broadcast over them, dtype float8_e4m3fn."""
+    """Return the E4M3 codes of `values` for `amax` > 0, a scalar or broadcast over them, dtype float8_e4m3fn.
+
+    They lie row by row, whatever the values' order in memory: GPUs multiply no others.
+    """
     # One float32 copy, changed in place: three times as fast as a new tensor a step.
-    scaled = values.to(torch.float32, copy=True)
+    scaled = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     return scaled.mul_(E4M3_MAX / amax.float()).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3_DTYPE)
 
 

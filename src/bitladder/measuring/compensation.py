@@ -334,16 +334,17 @@ def _of_module(
         found = compensated(weight, product, columns, damping)
     except MeasurementError as error:
         raise MeasurementError(f"{name}: {error}") from error
-    both = found.values, format_.decode(format_.encode(weight, weight_amax))
-    errors = [output_errors(weight, both, x) for x in checks]
-    is_worse = any(ours > theirs for ours, theirs in errors)
+    parts, plain = columns.parts(found.values, found.scales), format_.encode(weight, weight_amax)
+    restored = [format_.served_weight(plain | some) for some in (parts, {})]
+    errors = [output_errors(weight, restored, x) for x in checks]
+    is_worse = not all(ours <= theirs for ours, theirs in errors)  # what is no number is worse
     if is_worse:
-        found = nearest(weight, columns)
+        found, parts = nearest(weight, columns), {part: plain[part] for part in parts}
     ours, theirs = (statistics.fmean(of_sets) for of_sets in zip(*errors, strict=True))
     return _Made(
         module=name,
         format=format_.name,
-        parts={part: tensor.cpu().contiguous() for part, tensor in columns.parts(found.values, found.scales).items()},
+        parts={part: tensor.cpu().contiguous() for part, tensor in parts.items()},
         figures={
             "largest_shift": float(found.largest_shift(weight).amax()),
             "output_error": theirs if is_worse else ours,

@@ -37,7 +37,7 @@ from bitladder.runinfo import Meter, Progress, no_progress, told
 from bitladder.storage import atomic_path, discard, sha256_of_file, unseal
 
 # How compensated ones are made now.
-_CODES = "tokens are weighed, a sweep with the same scales follows, a row in sixteen checks them"
+_CODES = "tokens are weighed, a sweep with the same scales follows, a row in sixteen checks what is served"
 
 
 def settings_sha256(

@@ -234,11 +234,14 @@ def _unit(greatest: torch.Tensor) -> torch.Tensor:
 
 
 def output_errors(weight: torch.Tensor, restored: Sequence[torch.Tensor], inputs: torch.Tensor) -> list[float]:
-    """Return |X (W - Q)| / |X W| over inputs X [tokens, in_features], for every Q that codes restore of a weight."""
+    """Return |X (W - Q)| / |X W| over inputs X [tokens, in_features], for every Q that codes restore of a weight.
+
+    Where X W is zero, |X (W - Q)| in units of its own: what isn't zero is farther off.
+    """
     exact = weight.detach().float()
     unit = _unit(exact.abs().amax())
     lengths = [
         float((inputs @ (rows * unit).t()).square().sum(dtype=torch.float64)) ** 0.5
         for rows in (exact, *(exact - one for one in restored))
     ]
-    return [length / lengths[0] if lengths[0] > 0 else 0.0 for length in lengths[1:]]
+    return [length / (lengths[0] or 1.0) for length in lengths[1:]]
