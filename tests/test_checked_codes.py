@@ -10,7 +10,7 @@ EACH = sorted(FORMATS)
 
 
 def amax_of(format_, weight):
-    return (format_.amax_of(weight) if format_.amax_name != "weight_amax" else weight.abs().amax()).float()
+    return format_.amax_of(weight).float()
 
 
 def made(format_, weight, products, *checks, damping=0.1):

@@ -35,10 +35,6 @@ OF_CARRIER = {
 }
 
 
-def amax_of(format_, weight):
-    return format_.amax_of(weight) if format_.amax_name != "weight_amax" else weight.abs().amax()
-
-
 @pytest.fixture(scope="module")
 def drawn():
     """(weight [256, 384], its inputs): neighbours are alike, and some columns count more."""
@@ -58,11 +54,11 @@ def layer(drawn):
 def rounded(name, weight, products, damping=0.1, **changes):
     """(parts, `Rounded`, columns) of a weight."""
     format_ = get_format(name)
-    columns = format_.columns(amax_of(format_, weight), len(weight))
+    columns = format_.columns(format_.amax_of(weight), len(weight))
     for key, value in changes.items():
         setattr(columns, key, value)
     found = rounding.compensated(weight, products, columns, damping)
-    scales = format_.tensor_scales(amax_of(format_, weight))
+    scales = format_.tensor_scales(format_.amax_of(weight))
     return columns.parts(found.values, found.scales) | scales, found, columns
 
 
@@ -98,9 +94,9 @@ def test_without_correlation_and_candidates_codes_are_those_of_the_encoder(name,
     """Which are ModelOpt's and compressed-tensors' own, bit for bit."""
     format_, weight = get_format(name), layer[0]
     parts, _, columns = rounded(name, weight, torch.eye(384), factors=(1.0,))
-    again = rounding.nearest(weight, format_.columns(amax_of(format_, weight), len(weight)))
+    again = rounding.nearest(weight, format_.columns(format_.amax_of(weight), len(weight)))
     assert all(torch.equal(part, parts[key]) for key, part in columns.parts(again.values, again.scales).items())
-    encoded = format_.encode(weight, amax_of(format_, weight))
+    encoded = format_.encode(weight, format_.amax_of(weight))
     for part, tensor in parts.items():
         same = tensor.reshape(-1).view(torch.uint8) == encoded[part].reshape(-1).view(torch.uint8)
         if name.startswith("nvfp4") and part == "weight":  # -0 has a code of its own; so has what is nearest to it
@@ -115,7 +111,7 @@ def test_the_outputs_error_falls(name, drawn):
     weight, x = drawn
     format_ = get_format(name)
     _, found, _ = rounded(name, weight, x.t() @ x)
-    nearest = format_.decode(format_.encode(weight, amax_of(format_, weight)))
+    nearest = format_.decode(format_.encode(weight, format_.amax_of(weight)))
     errors = rounding.output_errors(weight, (found.values, nearest), x)
     assert errors[0] < 0.75 * errors[1]
 
@@ -144,7 +140,7 @@ def test_chosen_scales_are_better_than_those_of_the_largest_value(name, layer):
 
 def test_which_formats_choose_scales():
     weight = torch.ones(256, 256)
-    columns = {name: FORMATS[name].columns(amax_of(FORMATS[name], weight), 256) for name in EACH}
+    columns = {name: FORMATS[name].columns(FORMATS[name].amax_of(weight), 256) for name in EACH}
     assert [name for name, one in columns.items() if len(one.factors) > 1] == CHOSEN
 
 
@@ -160,12 +156,12 @@ def test_columns_that_share_a_scale_stay_together():
 def test_candidates_are_the_encoders_scales_of_smaller_and_larger_values(name, layer):
     format_, weight = get_format(name), layer[0].clone()
     weight[::2] = weight[::2].abs()  # whose zero points are at the end
-    columns = format_.columns(amax_of(format_, weight), len(weight))
+    columns = format_.columns(format_.amax_of(weight), len(weight))
     size, factors = columns.size, torch.tensor(columns.factors)[:, None]
     found = columns.at([1]).scales(weight[:, size : 2 * size].t(), factors)
     assert found.shape[1:] == (len(columns.factors), len(weight))
     for index, factor in enumerate(columns.factors):
-        parts = format_.encode(weight * factor, amax_of(format_, weight))
+        parts = format_.encode(weight * factor, format_.amax_of(weight))
         assert torch.equal(found[0, index], parts["weight_scale"][:, 1].float()), factor
         if format_.zero_points:
             zeros = integers.unpacked_along_rows(parts["weight_zero_point"], format_.code_bits)[:, 1]
@@ -188,7 +184,7 @@ def test_the_largest_of_a_block_may_fall_on_four():
 def test_what_lies_beyond_the_largest_code_is_the_largest(name, layer):
     """What other columns' errors added may be more than a scale was chosen for."""
     format_, weight = get_format(name), layer[0]
-    columns = format_.columns(amax_of(format_, weight), len(weight))
+    columns = format_.columns(format_.amax_of(weight), len(weight))
     values = weight[:, : max(columns.size, 16)].t()
     columns = columns.at([0])
     scales = columns.scales(values[: columns.size], torch.ones(1, 1))[:, 0]

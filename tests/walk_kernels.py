@@ -29,7 +29,7 @@ def check(name: str, rows: int, width: int, device: str, least_equal: float = 1.
     weight[2] *= 1e-7  # beside scales of E4M3
     x = torch.randn(1000, width, generator=generator).cumsum(1)
     weight, products = weight.to(device), (x.t() @ x).to(device)
-    amax = format_.amax_of(weight) if format_.amax_name != "weight_amax" else weight.abs().amax()
+    amax = format_.amax_of(weight)
     columns = format_.columns(amax, rows)
     parts, errors = [], []
     nearest = format_.decode(format_.encode(weight, amax))
@@ -55,7 +55,7 @@ def check_order(name: str) -> None:
     block = torch.randn(size, 3, generator=generator)
     local = torch.randn(size, size, generator=generator).triu() / 8 + torch.eye(size)
     weight = block.t()
-    amax = format_.amax_of(weight) if format_.amax_name != "weight_amax" else weight.abs().amax()
+    amax = format_.amax_of(weight)
     columns = format_.columns(amax, len(weight))
     apart = columns.knowing(torch.stack([columns.known] * 3, -1)[..., 1])  # each beside what isn't meant
 
