@@ -297,9 +297,11 @@ def compiling_with(monkeypatch, backend):
 def same_kl(names=("fp8",)):
     """Return a map from scores to KL that says KL = score in every format, without spread."""
     from bitladder.planning.prediction import KlMap
+    from bitladder.planning.pricing import InFormat
 
-    parts = [dict.fromkeys(names, 0.0) | {name: score} for name in names for score in (1e-4, 1e-3, 1e-2, 1e-1)]
-    return KlMap.fit(parts, [sum(part.values()) for part in parts])
+    nothing, scores = dict.fromkeys(names, InFormat(0.0, 0)), (1e-4, 1e-3, 1e-2, 1e-1)
+    parts = [nothing | {name: InFormat(score, score)} for name in names for score in scores]
+    return KlMap.fit(dict.fromkeys(names, 1.0), parts, [score for _ in names for score in scores])
 
 
 def spec(name: str, **target) -> SchemeSpec:

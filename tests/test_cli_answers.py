@@ -201,7 +201,11 @@ def test_a_plan_by_score_and_by_kl(finished, tmp_path):
         bitladder(*asked, "--max-kl", 0.01), "kl_points.json isn't there", "--max-predicted-score"[2:].replace("-", "_")
     )
     shares = (0.1, 0.3, 0.5, 0.8, 1.0)  # KL is twice the score, exactly
-    points = [KlPoint(name=f"p{share}", scores={"fp8": worst * share}, kl=2 * worst * share) for share in shares]
+    total = known.searched_weights
+    points = [
+        KlPoint(name=f"p{s}", scores={"fp8": worst * s}, weights={"fp8": round(total * s)}, kl=2 * worst * s)
+        for s in shares
+    ]
     data = known.calibration
     KlPoints(
         measurement_sha256=known.fingerprint(), settings_sha256="0", data=data, samples=4, points=points, run=None

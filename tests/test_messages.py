@@ -227,7 +227,7 @@ def test_held_out_conversations_are_others(model, jsonl, llama):
     calibration = load(jsonl, tokenizer, samples=6).summary
     held_out = load(jsonl, tokenizer, samples=6, sequence_length=32, avoid=calibration)
     assert not set(calibration.sample_ids) & set(held_out.summary.sample_ids)
-    with pytest.raises(DataError, match="holds 12 conversations, 6 of them not used for calibration; 7 were asked for"):
+    with pytest.raises(DataError, match="holds 12 conversations, 6 of them not used by other sets; 7 were asked for"):
         load(jsonl, tokenizer, samples=7, avoid=calibration)
     sent = logprobs.sequences(held_out, "chats", llama)
     assert {tokenizer.decode(one.prompt_ids) for one in sent} == set(texts(held_out, tokenizer))

@@ -29,7 +29,7 @@ from bitladder.errors import (
     VerificationFailed,
 )
 from bitladder.planning import controls
-from bitladder.planning.prediction import KlMap
+from bitladder.planning.pricing import parts_by_format
 from bitladder.recipe import CONTROL_KINDS as KINDS
 from bitladder.recipe import SchemeSpec, parse_recipe
 from bitladder.records import (
@@ -342,8 +342,9 @@ def test_a_scheme_asked_for_by_its_kl(files, copied):
     kl = Evaluation.read(copied / "evaluations/half_kl.json").result("kl").value
     assert 0 < kl < full
     scheme = work.schemes()[0]
-    predicted = KlMap.fit([p.scores for p in points.points], [p.kl for p in points.points])
-    assert predicted.predict({"fp8": scheme.predicted_score}).value <= full / 2
+    measurement = Measurement.read(copied / "measurement.json")
+    kl_map = planning.kl_map_of(copied / "kl_points.json", measurement)
+    assert kl_map.predict(parts_by_format(measurement, scheme.formats)).value <= full / 2
     assert work_again_is_idle(files, copied, schemes)
     with pytest.raises(InfeasibleTarget, match=r"within a predicted KL of 1e-30; attainable .* nats per token"):
         run(work_of(files, copied, schemes=[{"name": "none", "max_kl": 1e-30}]))

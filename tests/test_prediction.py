@@ -11,7 +11,7 @@ from scipy.stats import t as t_of_scipy
 from bitladder import planning
 from bitladder.errors import PlanError
 from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out, students_t
-from bitladder.planning.pricing import scores_by_format
+from bitladder.planning.pricing import InFormat, mean_scores, parts_by_format
 from bitladder.recipe import SchemeSpec
 from test_asking import measurement_of
 
@@ -19,16 +19,26 @@ SCORES = [1e-4, 3e-4, 1e-3, 4e-3, 2e-2]
 FORMATS = ("fp8", "nvfp4", "int8")
 
 
+def parts(scores):
+    """Return scores by format as parts of groups that all score what their format does on average, 1 a weight."""
+    return {name: InFormat(score, score) for name, score in scores.items()}
+
+
 def alone(scores):
     """Return scores of one format as parts."""
-    return [{"fp8": score} for score in scores]
+    return [parts({"fp8": score}) for score in scores]
+
+
+def fit(points, kls):
+    """Return the map where a weight scores 1 on average in every format."""
+    return KlMap.fit(dict.fromkeys(points[0], 1.0) if points else {}, points, kls)
 
 
 def test_an_exact_law_is_found():
-    fitted = KlMap.fit(alone(SCORES), [2.5 * s**0.9 for s in SCORES])
+    fitted = fit(alone(SCORES), [2.5 * s**0.9 for s in SCORES])
     assert fitted.factor == pytest.approx(2.5)
     assert fitted.exponent == pytest.approx(0.9)
-    predicted = fitted.predict({"fp8": 7e-3})
+    predicted = fitted.predict(parts({"fp8": 7e-3}))
     assert predicted.value == pytest.approx(2.5 * 7e-3**0.9)
     assert predicted.low == pytest.approx(predicted.value)
     assert predicted.high == pytest.approx(predicted.value)
@@ -38,7 +48,7 @@ def test_it_is_the_least_squares_line_in_logarithms():
     generator = random.Random(0)
     kls = [1.3 * s**1.1 * math.exp(generator.gauss(0, 0.2)) for s in SCORES]
     slope, intercept = np.polyfit(np.log(SCORES), np.log(kls), 1)
-    fitted = KlMap.fit(alone(SCORES), kls)
+    fitted = fit(alone(SCORES), kls)
     assert fitted.exponent == pytest.approx(slope)
     assert math.log(fitted.factor) == pytest.approx(intercept)
 
@@ -49,7 +59,7 @@ def test_intervals_hold_as_often_as_they_say():
     for _ in range(400):
         scores = [math.exp(generator.uniform(-9, -4)) for _ in range(9)]
         kls = [2 * s**0.95 * math.exp(generator.gauss(0, 0.15)) for s in scores]
-        predicted = KlMap.fit(alone(scores[:8]), kls[:8]).predict({"fp8": scores[8]})
+        predicted = fit(alone(scores[:8]), kls[:8]).predict(parts({"fp8": scores[8]}))
         inside += predicted.low <= kls[8] <= predicted.high
         trials += 1
     # three standard errors of a share
@@ -59,46 +69,46 @@ def test_intervals_hold_as_often_as_they_say():
 def test_a_point_does_not_predict_itself():
     kls = [2 * s for s in SCORES]
     kls[2] *= 10
-    guesses = leave_one_out(alone(SCORES), kls)
+    guesses = leave_one_out({"fp8": 1.0}, alone(SCORES), kls)
     assert guesses[2].value == pytest.approx(2 * SCORES[2])
     assert guesses[1].value != pytest.approx(2 * SCORES[1])
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_too_few_points_give_no_map(count):
-    assert KlMap.fit(alone(SCORES[:count]), SCORES[:count]) is None
-    assert leave_one_out(alone(SCORES[: count + 1]), SCORES[: count + 1]) == [None] * (count + 1)
+    assert fit(alone(SCORES[:count]), SCORES[:count]) is None
+    assert leave_one_out({"fp8": 1.0}, alone(SCORES[: count + 1]), SCORES[: count + 1]) == [None] * (count + 1)
 
 
 def test_scores_that_are_not_positive_are_left_out():
-    fitted = KlMap.fit(alone([0.0, -1e-9, *SCORES]), [5.0, 5.0, *(2 * s for s in SCORES)])
+    fitted = fit(alone([0.0, -1e-9, *SCORES]), [5.0, 5.0, *(2 * s for s in SCORES)])
     assert fitted.points == 5
     assert fitted.exponent == pytest.approx(1)
-    assert fitted.predict({"fp8": 0.0}) is None
-    assert KlMap.fit(alone([1e-3] * 6), [1e-3] * 6) is None
+    assert fitted.predict(parts({"fp8": 0.0})) is None
+    assert fit(alone([1e-3] * 6), [1e-3] * 6) is None
 
 
 def mixed(count, generator):
-    return [{name: math.exp(generator.uniform(-9, -4)) for name in FORMATS} for _ in range(count)]
+    return [parts({name: math.exp(generator.uniform(-9, -4)) for name in FORMATS}) for _ in range(count)]
 
 
 def law(part, weights, exponent=0.93):
-    return 0.4 * sum(weights[name] * part[name] for name in FORMATS) ** exponent
+    return 0.4 * sum(weights[name] * part[name].score for name in FORMATS) ** exponent
 
 
 def test_what_a_score_means_in_each_format_is_found():
     weights = dict(zip(FORMATS, (1.0, 1.3, 0.6), strict=True))
     generator = random.Random(2)
-    parts = mixed(14, generator)
-    noise = [math.exp(generator.gauss(0, 0.01)) for _ in parts]
-    fitted = KlMap.fit(parts, [law(part, weights) * n for part, n in zip(parts, noise, strict=True)])
+    points = mixed(14, generator)
+    noise = [math.exp(generator.gauss(0, 0.01)) for _ in points]
+    fitted = fit(points, [law(point, weights) * n for point, n in zip(points, noise, strict=True)])
     assert fitted.exponent == pytest.approx(0.93, abs=0.02)
     for first, second in itertools.pairwise(FORMATS):
         assert fitted.weights[second] / fitted.weights[first] == pytest.approx(
             weights[second] / weights[first], rel=0.1
         )
-    for part in mixed(20, generator):
-        assert fitted.predict(part).value == pytest.approx(law(part, weights), rel=0.05)
+    for point in mixed(20, generator):
+        assert fitted.predict(point).value == pytest.approx(law(point, weights), rel=0.05)
 
 
 def test_intervals_of_mixes_hold_as_often_as_they_say():
@@ -106,40 +116,123 @@ def test_intervals_of_mixes_hold_as_often_as_they_say():
     inside = trials = 0
     for _ in range(300):
         weights = {name: math.exp(generator.gauss(0, 0.3)) for name in FORMATS}
-        parts = mixed(13, generator)
-        kls = [law(part, weights) * math.exp(generator.gauss(0, 0.05)) for part in parts]
-        predicted = KlMap.fit(parts[:12], kls[:12]).predict(parts[12])
+        points = mixed(13, generator)
+        kls = [law(point, weights) * math.exp(generator.gauss(0, 0.05)) for point in points]
+        predicted = fit(points[:12], kls[:12]).predict(points[12])
         inside += predicted.low <= kls[12] <= predicted.high
         trials += 1
     assert abs(inside / trials - LEVEL) < 3 * math.sqrt(LEVEL * (1 - LEVEL) / trials)
 
 
 def test_few_points_say_nothing_of_formats():
-    parts = mixed(4, random.Random(4))
-    kls = [law(part, dict.fromkeys(FORMATS, 1.0)) * (1.5 if index else 1.0) for index, part in enumerate(parts)]
-    fitted, total = KlMap.fit(parts, kls), KlMap.fit(alone(sum(part.values()) for part in parts), kls)
+    points = mixed(4, random.Random(4))
+    kls = [law(point, dict.fromkeys(FORMATS, 1.0)) * (1.5 if index else 1.0) for index, point in enumerate(points)]
+    fitted, total = fit(points, kls), fit(alone(sum(part.score for part in point.values()) for point in points), kls)
     assert fitted.weights == pytest.approx(dict.fromkeys(FORMATS, 1.0), abs=1e-6)
     assert (fitted.factor, fitted.exponent) == pytest.approx((total.factor, total.exponent), rel=1e-6)
-    one = {"fp8": 1e-3, "nvfp4": 2e-3, "int8": 0.0}
-    assert fitted.predict(one).high == pytest.approx(total.predict({"fp8": 3e-3}).high, rel=1e-6)
+    one = parts({"fp8": 1e-3, "nvfp4": 2e-3, "int8": 0.0})
+    assert fitted.predict(one).high == pytest.approx(total.predict(parts({"fp8": 3e-3})).high, rel=1e-6)
 
 
 def test_a_format_that_was_not_measured_counts_like_the_others():
-    parts = [{"fp8": score, "nvfp4": 0.0} for score in SCORES]
-    fitted = KlMap.fit(parts, [2 * score for score in SCORES])
+    points = [parts({"fp8": score, "nvfp4": 0.0}) for score in SCORES]
+    fitted = fit(points, [2 * score for score in SCORES])
     assert fitted.weights == pytest.approx({"fp8": 1.0, "nvfp4": 1.0})
+
+
+SHARES = (0.1, 0.25, 0.4, 0.6, 0.8)  # of the weights
+
+
+def shrunk(point, shrinkage, means=None):
+    """Return twice the damage that groups do where their scores say more of them than there is to say."""
+    means = means or dict.fromkeys(point, 1.0)
+    return 2 * sum(
+        (1 - shrinkage) * part.score + shrinkage * means[name] * part.weights for name, part in point.items()
+    )
+
+
+def chosen_and_random(generator):
+    """Return plans, whose groups have low scores, and random choices, whose groups have what the format has."""
+    luck = [*(0.3 for _ in SHARES), *(generator.uniform(0.9, 1.1) for _ in SHARES)]
+    return [{"fp8": InFormat(share * lucky, share)} for share, lucky in zip(2 * SHARES, luck, strict=True)]
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3, 0.6])
+def test_regression_to_the_mean_is_found(shrinkage):
+    points = chosen_and_random(random.Random(5))
+    fitted = fit(points, [shrunk(point, shrinkage) for point in points])
+    assert fitted.shrinkage == pytest.approx(shrinkage, abs=0.03)
+    assert fitted.exponent == pytest.approx(1, abs=0.02)
+    for lucky in (0.5, 1.5):
+        point = {"fp8": InFormat(0.5 * lucky, 0.5)}
+        assert fitted.predict(point).value == pytest.approx(shrunk(point, shrinkage), rel=0.03)
+    alike = points[:5]  # plans alone, all as lucky, say nothing of it
+    assert fit(alike, [shrunk(point, shrinkage) for point in alike]).shrinkage == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("shrinkage", "kept"), [(-0.4, 0.0), (1.3, 0.9)])
+def test_shrinkage_stays_in_its_range(shrinkage, kept):
+    """Beyond it KL would fall with a group's own score, or rise with what others score less."""
+    points = chosen_and_random(random.Random(6))
+    fitted = fit(points, [shrunk(point, shrinkage) for point in points])
+    assert fitted.shrinkage == pytest.approx(kept)
+    if kept == 0:  # the line through the points, as if there were nothing but the scores
+        line = np.polyfit(np.log([one["fp8"].score for one in points]), np.log([shrunk(p, -0.4) for p in points]), 1)
+        assert (fitted.exponent, math.log(fitted.factor)) == pytest.approx(tuple(line), rel=1e-6)
+
+
+def test_intervals_hold_where_scores_regress_to_the_mean():
+    generator = random.Random(7)
+    inside = trials = 0
+    for _ in range(300):
+        shrinkage = generator.uniform(0.2, 0.6)
+        points = chosen_and_random(generator) + chosen_and_random(generator)
+        generator.shuffle(points)
+        kls = [shrunk(point, shrinkage) * math.exp(generator.gauss(0, 0.05)) for point in points]
+        predicted = fit(points[1:], kls[1:]).predict(points[0])
+        inside += predicted.low <= kls[0] <= predicted.high
+        trials += 1
+    assert abs(inside / trials - LEVEL) < 3 * math.sqrt(LEVEL * (1 - LEVEL) / trials)
+
+
+def test_the_mean_is_of_all_groups_that_can_have_a_format():
+    left_out = ("model.layers.0.down", "nvfp4")
+    measurement = measurement_of(FORMATS[:2], layers=2, without=[left_out])
+    means, sizes = mean_scores(measurement), {group.name: group.weight_elements for group in measurement.groups}
+    for name in FORMATS[:2]:
+        groups = [group for group in sizes if (group, name) != left_out]
+        everything = parts_by_format(measurement, {group: name for group in groups})
+        assert everything[name].weights == sum(sizes[group] for group in groups)
+        assert means[name] * everything[name].weights == pytest.approx(everything[name].score)
+
+
+def with_shrinkage(measurement, weights, shrinkage):
+    """Return a map with these weights and this shrinkage, that has KL = weighed sum of scores."""
+    means = mean_scores(measurement)
+    points = [
+        {name: InFormat(score, score * luck / mean) for (name, mean), score in zip(means.items(), pair, strict=True)}
+        for pair in itertools.product(SCORES, SCORES)
+        for luck in (0.4, 1.0, 2.5)
+    ]
+
+    def kl(point):
+        return sum(
+            weights[name] * ((1 - shrinkage) * part.score + shrinkage * means[name] * part.weights)
+            for name, part in point.items()
+        )
+
+    return KlMap.fit(means, points, [kl(point) for point in points])
 
 
 def test_what_is_planned_within_a_kl_is_the_smallest_by_brute_force():
     measurement = measurement_of(FORMATS[:2], layers=2)
-    weights = {"fp8": 1.4, "nvfp4": 0.7}
-    parts = [{"fp8": a, "nvfp4": b} for a in SCORES for b in SCORES]
-    fitted = KlMap.fit(parts, [sum(weights[name] * part[name] for name in part) for part in parts])
+    fitted = with_shrinkage(measurement, {"fp8": 1.4, "nvfp4": 0.7}, 0.3)
+    assert fitted.shrinkage == pytest.approx(0.3, abs=0.01)
     found, table = [], measurement.by_group()
     for names in list(itertools.product(("bf16", *FORMATS[:2]), repeat=len(table)))[1:]:  # the first has nothing
         formats = dict(zip(table, names, strict=True))
         scheme = planning.price(measurement, "x", formats, SchemeSpec(name="x", include=("*",)))
-        kl = fitted.predict(scores_by_format(measurement, formats))
+        kl = fitted.predict(parts_by_format(measurement, formats))
         found.append((scheme.weight_bits, kl.value if kl else 0.0))
     for most in sorted({kl for _, kl in found})[3::9]:
         scheme = planning.plan(measurement, SchemeSpec(name="near", max_kl=most * (1 + 1e-9)), kl_map=fitted)
@@ -153,16 +246,16 @@ def test_students_t_is_scipys(level):
 
 
 def test_where_kl_does_not_grow_with_the_score_none_is_bounded():
-    fitted = KlMap.fit(alone(SCORES), [1e-3 / score for score in SCORES])
+    fitted = fit(alone(SCORES), [1e-3 / score for score in SCORES])
     assert fitted.exponent == pytest.approx(-1)
     assert fitted.score_of(1e-3) is None
-    fitted = KlMap.fit(alone(SCORES), [2 * score**2 for score in SCORES])
+    fitted = fit(alone(SCORES), [2 * score**2 for score in SCORES])
     assert fitted.score_of(fitted.kl_of(3e-3)) == pytest.approx(3e-3)
 
 
 def test_a_kl_that_no_score_bounds_is_refused_with_ways_that_work():
     measurement = measurement_of(("fp8",), layers=2)
-    flat = KlMap.fit(alone(SCORES), [1e-3 / score for score in SCORES])
+    flat = fit(alone(SCORES), [1e-3 / score for score in SCORES])
     for most in (1e-9, 1.0):
         with pytest.raises(PlanError, match=f"the {len(SCORES)} schemes .* KL doesn't grow .* or effective_bits"):
             planning.plan(measurement, SchemeSpec(name="near", max_kl=most), kl_map=flat)
@@ -173,8 +266,9 @@ def test_a_kl_that_no_score_bounds_is_refused_with_ways_that_work():
 def test_scores_of_image_positions_are_weighed_like_all():
     """So that it makes no difference which of the two weights is applied first."""
     measurement = measurement_of(FORMATS[:2], layers=2, image=True)
-    parts = [{"fp8": a, "nvfp4": b} for a in SCORES for b in SCORES]
-    fitted = KlMap.fit(parts, [1.4 * part["fp8"] + 0.7 * part["nvfp4"] for part in parts])
+    points = [parts({"fp8": a, "nvfp4": b}) for a in SCORES for b in SCORES]
+    fitted = fit(points, [1.4 * point["fp8"].score + 0.7 * point["nvfp4"].score for point in points])
+    assert fitted.shrinkage == pytest.approx(0, abs=1e-6)
     for one, other in zip(
         fitted.weigh(measurement).weigh_images(0.25).candidates,
         fitted.weigh(measurement.weigh_images(0.25)).candidates,
@@ -184,7 +278,7 @@ def test_scores_of_image_positions_are_weighed_like_all():
 
 
 def test_a_negative_part_counts_for_nothing_beside_others():
-    parts = [{"fp8": score, "nvfp4": 0.0} for score in SCORES]
-    fitted = KlMap.fit(parts, [2 * score for score in SCORES])
-    assert fitted.predict({"fp8": 1e-3, "nvfp4": -2e-4}).value == pytest.approx(2e-3)
-    assert fitted.predict({"fp8": 1e-3, "nvfp4": -2e-3}) is None
+    points = [parts({"fp8": score, "nvfp4": 0.0}) for score in SCORES]
+    fitted = fit(points, [2 * score for score in SCORES])
+    assert fitted.predict(parts({"fp8": 1e-3, "nvfp4": -2e-4})).value == pytest.approx(2e-3)
+    assert fitted.predict(parts({"fp8": 1e-3, "nvfp4": -2e-3})) is None

@@ -90,7 +90,7 @@ def test_an_unknown_key_without_a_near_one_lists_the_known(tmp_path: Path) -> No
         ("", "r.yaml is empty; a recipe is a mapping of keys, of which model, calibration, schemes, output are needed"),
         ("- a\n", "r.yaml holds ['a']; a recipe is a mapping"),
         ("model: {path: m}\ndevice: cuda\n", "line 2: unknown key 'device'; it belongs further in: measurement.device"),
-        ("samples: 4\n", "further in: calibration.samples or held_out.samples"),
+        ("samples: 4\n", "further in: calibration.samples or validation.samples or held_out.samples"),
         ("model: m\n", "line 1: model: give a mapping of keys: path, revision, search (got 'm')"),
         ("\nschemes:\n  name: a\n", "line 2: schemes: give a list, a dash before each entry (got {'name': 'a'})"),
         ("measurement:\n  formats: fp8\n", "line 2: measurement.formats: give a list, as [a, b] (got 'fp8')"),

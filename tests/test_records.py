@@ -184,7 +184,7 @@ SAMPLES: list[Record] = [
         settings_sha256="s",
         data=DATA,
         samples=2,
-        points=(KlPoint(name="top50", scores={"fp8": 1e-5}, kl=1e-3),),
+        points=(KlPoint(name="top50", scores={"fp8": 1e-5}, weights={"fp8": 64}, kl=1e-3),),
         run=RUN,
     ),
     KvDamage(

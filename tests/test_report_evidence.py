@@ -128,5 +128,6 @@ def test_what_refining_gained_is_said():
         refinements=(Refinement(**found, changes={"a": "fp8", "b": "bf16"}),),
     )
     top = render_markdown(report_with().model_copy(update={"refinements": refinements.refinements})).split("\n## ")[0]
-    assert "- Refined: `top50` has 2 groups in another format than planned; KL on calibration samples 7.10 → " in top
+    assert "- Refined: `top50` has 2 groups in another format than planned; KL on the samples" in top
+    assert "that chose it 7.10 → " in top
     assert "27 simulations" in top

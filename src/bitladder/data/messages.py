@@ -389,7 +389,7 @@ def load_conversations(
         if len(chosen) == samples:
             break
     if len(chosen) < samples:
-        unused = f", {len(left)} of them not used for calibration" if avoided else ""
+        unused = f", {len(left)} of them not used by other sets" if avoided else ""
         nothing = (
             f"; {len(passed)} have no {'assistant turn' if writer.marks else 'token that counts'} in their first "
             f"{sequence_length} tokens (the first is {passed[0]})"

@@ -98,7 +98,7 @@ def load_data(
     if len(chosen) < samples:
         if spec.kind == GENERATED:
             raise DataError(f"what the model writes with seed {seed} is used already; give this set another seed")
-        left = f", {len(chosen)} of them not used for calibration" if avoided else ""
+        left = f", {len(chosen)} of them not used by other sets" if avoided else ""
         raise DataError(
             f"{spec.path} holds {len(ids)} {unit}{left}; {samples} were asked for: "
             f"ask for fewer samples, {'' if spec.kind in PAIR_KINDS else 'shorten sequence_length, '}or give more data"

@@ -34,7 +34,7 @@ from bitladder.planning.caching import cache_of, kl_left
 from bitladder.planning.options import check_usable
 from bitladder.planning.patterns import Searched, matching_groups, named_groups
 from bitladder.planning.prediction import KlMap
-from bitladder.planning.pricing import cheapest_first, predicted_score, price
+from bitladder.planning.pricing import InFormat, cheapest_first, mean_scores, predicted_score, price
 from bitladder.planning.sharing import can_have, plannable
 from bitladder.planning.solver import Solver
 from bitladder.planning.speed import Load, SpeedModel
@@ -110,16 +110,19 @@ def kl_map_of(place: Path, measurement: Measurement) -> KlMap:
     known = KlPoints.read(place)
     if known.measurement_sha256 != measurement.fingerprint():
         raise PlanError(f"{place} is of another measurement; copy both from one run, or ask by max_predicted_score")
-    return fitted(known, place)
+    return fitted(measurement, known, place)
 
 
-def fitted(points: KlPoints, place: Path) -> KlMap:
-    """Return the map through simulated schemes, which `place` holds.
+def fitted(measurement: Measurement, points: KlPoints, place: Path) -> KlMap:
+    """Return the map through simulated schemes of a measurement, which `place` holds.
 
     Raises:
         PlanError: they are too few, or too alike.
     """
-    found = KlMap.fit([point.scores for point in points.points], [point.kl for point in points.points])
+    parts = [
+        {name: InFormat(score, point.weights[name]) for name, score in point.scores.items()} for point in points.points
+    ]
+    found = KlMap.fit(mean_scores(measurement), parts, [point.kl for point in points.points])
     if found is None:
         raise PlanError(
             f"max_kl: KL was measured on {len(points.points)} schemes, too few to say which KL a score means "

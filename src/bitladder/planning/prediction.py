@@ -3,12 +3,17 @@
 A sum of gradient scores ranks schemes but has no unit that means anything to a user; a sum of exact single-group KL is
 already close to the scheme's KL. Over the range of a ladder both follow
 
-    KL = factor · (Σ over formats of weight · score)^exponent
+    KL = factor · (Σ over formats of weight · ((1 - shrinkage) · score + shrinkage · mean))^exponent
 
-where the scores are summed apart by the format that groups have: a gradient, which looks at small changes, makes more
-of one format's rounding than of another's. The weights of formats are near 1: in the fit, by least squares in
-logarithms, each logarithm of them is pulled to 0, the harder the fewer schemes were measured. With one format this is
-the usual regression of log KL on log score. The interval for one more scheme is
+where the scores are summed apart by the format that groups have, and `mean` is what as many weights in that format
+score on average over the model. A gradient, which looks at small changes, makes more of one format's rounding than of
+another's, which the weights make up for. And what differs between groups on the rows that were scored differs less on
+others: groups that a plan chose for their low scores do more damage there than these say, groups of a random choice
+less. That is regression to the mean; `shrinkage` says how much of it there is, none to most of it.
+
+The weights of formats are near 1: in the fit, by least squares in logarithms, each logarithm of them, and the
+shrinkage, is pulled to 0, the harder the fewer schemes were measured. With one format and no shrinkage this is the
+usual regression of log KL on log score. The interval for one more scheme is
 
     log KL ± t(level, n - p) · s · sqrt(1 + j' (J'J + P)^-1 j)
 
@@ -16,7 +21,7 @@ with J the derivatives of log KL by the parameters, a row a scheme, j those of t
 parameters that count, the trace of J (J'J + P)^-1 J', and s² = Σ residual² / (n - p). A point's own prediction leaves
 that point out of the fit: otherwise it would predict itself. Sources: Draper and Smith, Applied Regression Analysis,
 3rd edition, section 3.1; Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, 2nd edition, section
-3.4.1.
+3.4.1; Efron and Morris, Stein's Paradox in Statistics, Scientific American 236 (5), 1977.
 
 One quantile is no reason to need scipy: Student's t with a whole number of degrees of freedom has a finite sum.
 """
@@ -24,17 +29,18 @@ One quantile is no reason to need scipy: Student's t with a whole number of degr
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitladder.planning.pricing import Parts
 from bitladder.records import Candidate, Measurement
 
 LEVEL = 0.9  # of the intervals
 MIN_POINTS = 4  # two parameters, and two more for the spread
 _PULLS = (0.03, 0.3, 3.0, 1e9)  # on log weights: a residual's variance over theirs, 0.1² over 0.6², up to none at all
-_Parts = Mapping[str, float]  # format -> the sum of the scores of the groups that have it
+_MOST_SHRINKAGE = 0.9  # of 1, where scores would say nothing of a group
 
 
 def students_t(level: float, freedom: int) -> float:
@@ -79,138 +85,206 @@ class Predicted:
 
 @dataclass(frozen=True, eq=False)
 class KlMap:
-    """KL = factor · (Σ weight · score)^exponent, with what is needed for intervals."""
+    """KL = factor · (Σ weight · ((1 - shrinkage) · score + shrinkage · mean))^exponent, with what intervals need."""
 
     factor: float
     exponent: float
     weights: Mapping[str, float]  # by format
+    shrinkage: float
+    means: Mapping[str, float]  # by format: of the scores of a weight, over the groups that can have it
     points: int
     freedom: int  # points that are left for the spread
     spread: float  # of log KL
-    covariance: NDArray[np.float64]  # of log factor, exponent and log weights, over spread²
+    covariance: NDArray[np.float64]  # of log factor, exponent, log weights and shrinkage, over spread²
 
     @classmethod
-    def fit(cls, parts: Sequence[_Parts], kls: Sequence[float]) -> Self | None:
+    def fit(cls, means: Mapping[str, float], parts: Sequence[Parts], kls: Sequence[float]) -> Self | None:
         """Return the map through measured points; None where there are too few, or their scores don't differ.
 
         Args:
-            parts: each one's scores by format, of the same formats; those whose sum is not positive are left out.
+            means: `pricing.mean_scores` of the measurement that the scores are of.
+            parts: each one's scores and weights by format, of the formats of `means`; those whose scores don't add up
+                to more than zero are left out.
             kls: measured KL, in nats per token.
         """
-        seen = [(part, kl) for part, kl in zip(parts, kls, strict=True) if math.fsum(part.values()) > 0 and kl > 0]
+        seen = [(part, kl) for part, kl in zip(parts, kls, strict=True) if _total(part) > 0 and kl > 0]
         if len(seen) < MIN_POINTS:
             return None
-        formats = tuple(seen[0][0])
-        scores = np.array([[max(part[name], 0.0) for name in formats] for part, _ in seen])
+        scores, evened = (np.array(each) for each in zip(*(_rows(part, means) for part, _ in seen), strict=True))
         logs = np.log([kl for _, kl in seen])
         if np.ptp(np.log(scores.sum(axis=1))) == 0:
             return None
         for pull in _PULLS:
-            fitted = _Fit.of(scores, logs, pull)
+            fitted = _Fit.of(scores, evened, logs, pull)
             if fitted.counted <= len(seen) / 2 + 1e-6:
                 break
         freedom = max(int(len(seen) - fitted.counted + 1e-6), 1)
         return cls(
             factor=math.exp(fitted.level),
             exponent=fitted.exponent,
-            weights=dict(zip(formats, np.exp(fitted.tilts).tolist(), strict=True)),
+            weights=dict(zip(means, np.exp(fitted.tilts).tolist(), strict=True)),
+            shrinkage=fitted.shrinkage,
+            means=dict(means),
             points=len(seen),
             freedom=freedom,
             spread=math.sqrt(fitted.squares / freedom),
             covariance=fitted.covariance,
         )
 
-    def predict(self, parts: _Parts) -> Predicted | None:
-        """Return the KL of a scheme with these scores by format; None where their sum is not positive."""
-        if math.fsum(parts.values()) <= 0:
+    def predict(self, parts: Parts) -> Predicted | None:
+        """Return the KL of a scheme with these scores and weights by format; None where no score is positive."""
+        if _total(parts) <= 0:
             return None
-        weighed = np.array([weight * max(parts[name], 0.0) for name, weight in self.weights.items()])
-        score = float(weighed.sum())
-        slopes = np.array([1.0, math.log(score), *(self.exponent * weighed / score)])
-        value = math.log(self.kl_of(score))
-        error = self.spread * math.sqrt(1 + float(slopes @ self.covariance @ slopes))
+        score, slopes = _weighed(
+            *(np.array([row]) for row in _rows(parts, self.means)),
+            weights=np.array(list(self.weights.values())),
+            shrinkage=self.shrinkage,
+            exponent=self.exponent,
+        )
+        value = math.log(self.kl_of(float(score[0])))
+        error = self.spread * math.sqrt(1 + float(slopes[0] @ self.covariance @ slopes[0]))
         reach = students_t(LEVEL, self.freedom) * error
         return Predicted(math.exp(value), math.exp(value - reach), math.exp(value + reach))
 
     def kl_of(self, score: float) -> float:
-        """Return what a weighted sum of scores (> 0) means."""
+        """Return what a weighed sum of scores (> 0) means."""
         return self.factor * math.exp(self.exponent * math.log(score))
 
     def score_of(self, kl: float) -> float | None:
-        """Return the greatest weighted sum whose KL is at most `kl` (> 0); None where KL doesn't grow with it."""
+        """Return the greatest weighed sum whose KL is at most `kl` (> 0); None where KL doesn't grow with it."""
         if self.exponent <= 0:
             return None
         return math.exp((math.log(kl) - math.log(self.factor)) / self.exponent)
 
     def weigh(self, measurement: Measurement) -> Measurement:
-        """Return a measurement with the weights of formats in its scores: they add up to what `score_of` bounds."""
+        """Return a measurement with weights and shrinkage in its scores: they add up to what `score_of` bounds."""
+        elements = {group.name: group.weight_elements for group in measurement.groups}
+        batches = math.fsum(measurement.score_weights)
 
         def weighed(one: Candidate) -> Candidate:
-            weight = self.weights[one.format]
-            scores, of_images = (tuple(weight * score for score in all_) for all_ in (one.scores, one.image_scores))
-            return one.model_copy(update={"scores": scores, "image_scores": of_images})
+            weight, mean = self.weights[one.format], max(self.means[one.format], 0.0)
+            even = weight * self.shrinkage * mean * elements[one.group] / batches  # the same of every batch
+            own = weight * (1 - self.shrinkage)
+            return one.model_copy(
+                update={
+                    "scores": tuple(own * score + even for score in one.scores),
+                    "image_scores": tuple(own * score for score in one.image_scores),
+                }
+            )
 
         return measurement.model_copy(update={"candidates": tuple(map(weighed, measurement.candidates))})
 
 
+def _total(parts: Parts) -> float:
+    return math.fsum(part.score for part in parts.values())
+
+
+def _rows(parts: Parts, means: Mapping[str, float]) -> tuple[list[float], list[float]]:
+    """Return the scores by format, and what as many weights score on average; none below zero."""
+    found = [parts[name] for name in means]
+    evened = [mean * part.weights for mean, part in zip(means.values(), found, strict=True)]
+    return [max(part.score, 0.0) for part in found], [max(one, 0.0) for one in evened]
+
+
+def _weighed(
+    scores: NDArray[np.float64],
+    evened: NDArray[np.float64],
+    *,
+    weights: NDArray[np.float64],
+    shrinkage: float,
+    exponent: float,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the weighed sums, [points], and the derivatives of log KL by the parameters, [points, 3 + formats].
+
+    Args:
+        scores: [points, formats], none below zero.
+        evened: what as many weights score on average, alike.
+        weights: a format.
+        shrinkage: from `scores` to `evened`.
+        exponent: of the sum.
+    """
+    weighed = ((1 - shrinkage) * scores + shrinkage * evened) * weights
+    sums = weighed.sum(axis=1, keepdims=True)
+    moved = ((evened - scores) @ weights)[:, None]
+    slopes = [np.ones_like(sums), np.log(sums), exponent * weighed / sums, exponent * moved / sums]
+    return sums[:, 0], np.hstack(slopes)
+
+
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """log KL = level + exponent · log Σ exp(tilt) · score: what fits best, with tilts pulled to 0."""
+    """What fits best, with tilts (logarithms of the weights) and shrinkage pulled to 0."""
 
     level: float
     exponent: float
     tilts: NDArray[np.float64]  # a format
+    shrinkage: float
     squares: float  # of what is left over, summed
     counted: float  # parameters, those that are pulled in part
     covariance: NDArray[np.float64]
 
     @classmethod
-    def of(cls, scores: NDArray[np.float64], logs: NDArray[np.float64], pull: float) -> Self:
-        """Return it by Gauss and Newton's steps, from the regression without tilts.
+    def of(
+        cls, scores: NDArray[np.float64], evened: NDArray[np.float64], logs: NDArray[np.float64], pull: float
+    ) -> Self:
+        """Return it by Gauss and Newton's steps, from the regression without tilts and shrinkage.
 
         Args:
             scores: [points, formats], none below zero.
+            evened: what as many weights score on average, alike.
             logs: of KL, [points].
-            pull: what a square of a tilt counts beside that of a residual.
+            pull: what a square of a tilt, or of the shrinkage, counts beside that of a residual.
         """
         exponent, level = np.polyfit(np.log(scores.sum(axis=1)), logs, 1)
-        found = np.array([level, exponent, *np.zeros(scores.shape[1])])
-        pulls = np.array([0.0, 0.0, *np.full(scores.shape[1], pull)])
+        found = np.array([level, exponent, *np.zeros(scores.shape[1] + 1)])
+        pulls = np.array([0.0, 0.0, *np.full(scores.shape[1] + 1, pull)])
 
         def left(at: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            weighed = scores * np.exp(at[2:])
-            sums = weighed.sum(axis=1, keepdims=True)
-            slopes = np.hstack([np.ones_like(sums), np.log(sums), at[1] * weighed / sums])
+            weights, shrinkage = np.exp(at[2:-1]), float(at[-1])
+            _, slopes = _weighed(scores, evened, weights=weights, shrinkage=shrinkage, exponent=float(at[1]))
             return logs - slopes[:, :2] @ at[:2], slopes
 
         def cost(at: NDArray[np.float64]) -> float:
             return float(np.sum(left(at)[0] ** 2) + pulls @ at**2)
 
+        def step_from(at: NDArray[np.float64]) -> Any:
+            """Return the step that is best to first order, of those that keep the shrinkage in its range."""
+            residuals, slopes = left(at)
+            normal, downhill = slopes.T @ slopes + np.diag(pulls), slopes.T @ residuals - pulls * at
+            step = np.linalg.solve(normal, downhill)
+            last = np.clip(at[-1] + step[-1], 0.0, _MOST_SHRINKAGE) - at[-1]
+            if last != step[-1]:
+                others = np.linalg.solve(normal[:-1, :-1], downhill[:-1] - normal[:-1, -1] * last)
+                step = np.append(others, last)
+            return step
+
         for _ in range(100):
-            residuals, slopes = left(found)
-            step = np.linalg.solve(slopes.T @ slopes + np.diag(pulls), slopes.T @ residuals - pulls * found)
+            step = step_from(found)
             while cost(found + step) > cost(found) and np.abs(step).max() > 1e-12:
                 step /= 2
             found = found + step
             if np.abs(step).max() <= 1e-12:
                 break
         residuals, slopes = left(found)
-        covariance: NDArray[np.float64] = np.linalg.inv(slopes.T @ slopes + np.diag(pulls)).astype(np.float64)
+        free = slice(None) if 0.0 < found[-1] < _MOST_SHRINKAGE else slice(-1)  # at its edge the shrinkage is given
+        normal = slopes.T @ slopes + np.diag(pulls)
+        covariance = np.zeros_like(normal)
+        covariance[free, free] = np.linalg.inv(normal[free, free])
         return cls(
             level=float(found[0]),
             exponent=float(found[1]),
-            tilts=found[2:],
+            tilts=found[2:-1],
+            shrinkage=float(found[-1]),
             squares=float(residuals @ residuals),
             counted=float(np.trace(slopes @ covariance @ slopes.T)),
             covariance=covariance,
         )
 
 
-def leave_one_out(parts: Sequence[_Parts], kls: Sequence[float]) -> list[Predicted | None]:
+def leave_one_out(means: Mapping[str, float], parts: Sequence[Parts], kls: Sequence[float]) -> list[Predicted | None]:
     """Return for every point what the map fitted on all the others predicts; None where they don't suffice."""
     found: list[Predicted | None] = []
     for index, part in enumerate(parts):
         others = [i for i in range(len(parts)) if i != index]
-        fitted = KlMap.fit([parts[i] for i in others], [kls[i] for i in others])
+        fitted = KlMap.fit(means, [parts[i] for i in others], [kls[i] for i in others])
         found.append(fitted.predict(part) if fitted else None)
     return found

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from bitladder.errors import InfeasibleTarget, PlanError
 from bitladder.formats import get_format, group_bits
@@ -11,6 +12,16 @@ from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16, CacheChoice, Candidate, Control, Measurement, QuantGroup, Scheme
 
 IN_16_BITS = CacheChoice()
+
+
+class InFormat(NamedTuple):
+    """The groups of an assignment that have one format."""
+
+    score: float  # predicted, summed, in the measurement's unit
+    weights: int  # elements, summed
+
+
+Parts = Mapping[str, InFormat]  # by format
 
 
 def density_order(measurement: Measurement, format_name: str) -> list[str]:
@@ -69,14 +80,35 @@ def standard_error(measurement: Measurement, formats: Mapping[str, str]) -> floa
     return math.sqrt(count / (count - 1) * math.fsum((part - mean) ** 2 for part in parts))
 
 
-def scores_by_format(measurement: Measurement, formats: Mapping[str, str]) -> dict[str, float]:
-    """Return an assignment's predicted score by the format that groups have, of every measured format."""
+def parts_by_format(measurement: Measurement, formats: Mapping[str, str]) -> Parts:
+    """Return an assignment's predicted score and weights by the format that groups have, of every measured format."""
     table = measurement.by_group()
-    found: dict[str, list[float]] = {name: [] for name in measurement.formats}
+    scores = {(g, name): measurement.sensitivity(table[g][name]) for g, name in formats.items() if name != BF16}
+    return summed(measurement, formats, scores)
+
+
+def summed(measurement: Measurement, formats: Mapping[str, str], scores: Mapping[tuple[str, str], float]) -> Parts:
+    """Return what `parts_by_format` does, from the predicted score of each group and format where that is at hand."""
+    elements = {group.name: group.weight_elements for group in measurement.groups}
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in measurement.formats}
     for group, name in formats.items():
         if name != BF16:
-            found[name].append(measurement.sensitivity(table[group][name]))
-    return {name: math.fsum(scores) for name, scores in found.items()}
+            found[name].append((scores[group, name], elements[group]))
+    return {
+        name: InFormat(math.fsum(score for score, _ in groups), sum(weights for _, weights in groups))
+        for name, groups in found.items()
+    }
+
+
+def mean_scores(measurement: Measurement) -> dict[str, float]:
+    """Return by format what a weight scores on average, over the groups that can have it; 0 where none can."""
+    elements = {group.name: group.weight_elements for group in measurement.groups}
+    found = {}
+    for name in measurement.formats:
+        able = [one for one in measurement.candidates if one.format == name]
+        weights = sum(elements[one.group] for one in able)
+        found[name] = math.fsum(map(measurement.sensitivity, able)) / weights if weights else 0.0
+    return found
 
 
 def price(

@@ -6,7 +6,7 @@ format changed. From these scores the exact planner chooses anew within the sche
 listed, the most promising first. The first of them whose measured KL is less is taken, and all begins again, until
 nothing improves or the evaluations are used up.
 
-The KL comes from calibration samples: held-out data that chooses a scheme can't judge it any more.
+The KL comes from validation or calibration samples: held-out data that chooses a scheme can't judge it any more.
 """
 
 from collections.abc import Callable, Collection, Mapping

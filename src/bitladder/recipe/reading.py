@@ -12,7 +12,7 @@ from bitladder.errors import RecipeError
 from bitladder.reading import read_bytes
 from bitladder.recipe.schemes import SchemeSpec
 from bitladder.recipe.section import Section, shortened
-from bitladder.recipe.sections import GENERATED, HUB_ID, MESSAGES, DataSpec, Recipe, RuntimesSpec
+from bitladder.recipe.sections import GENERATED, HUB_ID, MESSAGES, DataSpec, Recipe, RowsT, RuntimesSpec
 
 _PACKAGE_PREFIX = "package:"
 _SURELY_MEANT, _PERHAPS_MEANT = 0.75, 0.5  # least likeness of a key to one that is known. Source: difflib's ratio
@@ -214,9 +214,9 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
             return spec
         return spec.model_copy(update={"path": resolve_path(spec.path, base)})
 
-    held_out = tuple(
-        spec if spec.data is None else spec.model_copy(update={"data": data(spec.data)}) for spec in recipe.held_out
-    )
+    def rows(sets: Sequence[RowsT]) -> tuple[RowsT, ...]:
+        return tuple(one if one.data is None else one.model_copy(update={"data": data(one.data)}) for one in sets)
+
     if recipe.profile is not None and ("/" in recipe.profile or names_a_file(recipe.profile)):
         recipe = recipe.model_copy(update={"profile": resolve_path(recipe.profile, base)})
     vllm = recipe.runtimes.vllm
@@ -228,7 +228,8 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         update={
             "model": recipe.model.model_copy(update={"path": resolve_model(recipe.model.path, base)}),
             "calibration": tuple(spec.model_copy(update={"data": data(spec.data)}) for spec in recipe.calibration),
-            "held_out": held_out,
+            "validation": rows(recipe.validation),
+            "held_out": rows(recipe.held_out),
             "output": resolve_path(recipe.output, base),
         }
     )

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     Field,
@@ -127,15 +127,20 @@ class SampleSpec(Section):
     seed: int = 0
 
 
-class HeldOutSpec(Section):
-    """One set that the checkpoints are evaluated on: data of its own, or what the one calibration set leaves over."""
+class OtherRowsSpec(Section):
+    """Rows that calibration doesn't use: of data of their own, or what the one calibration set leaves over."""
 
-    name: str = Field(default=DEFAULT_SPLIT, description="what the report calls the set")
     data: DataSpec | None = Field(default=None, description="None: the calibration data, rows that it doesn't use")
     samples: int = Field(default=32, gt=0)
     sequence_length: int = Field(default=512, gt=1)
     batch_size: int = Field(default=4, gt=0)
     seed: int = 0
+
+
+class HeldOutSpec(OtherRowsSpec):
+    """One set that the checkpoints are evaluated on."""
+
+    name: str = Field(default=DEFAULT_SPLIT, description="what the report calls the set")
     task: Literal["exact_match"] | None = Field(
         default=None, description="also generate the answer to each image_text sample and count exact matches"
     )
@@ -319,7 +324,7 @@ class ControlSpec(Section):
 
 
 class RefineSpec(Section):
-    """Groups at a scheme's edge scored again in context, and swapped while the KL on calibration samples falls."""
+    """Groups at a scheme's edge scored again in context, and swapped while the KL on the samples that choose falls."""
 
     evaluations: int = Field(default=0, ge=0, description="schemes that may be simulated for each scheme; 0: off")
     marginal: int = Field(default=6, ge=1, description="groups on each side of the edge")
@@ -362,11 +367,22 @@ class RuntimesSpec(Section):
     vllm: VllmSpec | None = None
 
 
+RowsT = TypeVar("RowsT", bound=OtherRowsSpec)
+
+
+def _placed(key: str, sets: Sequence[RowsT]) -> list[tuple[str, RowsT]]:
+    """Return sets of one key, each with the place where a recipe has it."""
+    return [(key if len(sets) == 1 else f"{key}.{index}", one) for index, one in enumerate(sets)]
+
+
 class Recipe(Section):
     """Everything a run needs. Paths are absolute once the recipe is read."""
 
     model: ModelSpec
     calibration: tuple[SampleSpec, ...] = Field(min_length=1)
+    validation: tuple[OtherRowsSpec, ...] = Field(
+        default=(), description="rows on which schemes are chosen by KL; empty: calibration's scored ones"
+    )
     held_out: tuple[HeldOutSpec, ...] = Field(default_factory=lambda: (HeldOutSpec(),), min_length=1)
     tasks: TasksSpec = Field(default_factory=TasksSpec)
     measurement: MeasureSpec = Field(default_factory=MeasureSpec)
@@ -389,10 +405,10 @@ class Recipe(Section):
     runtimes: RuntimesSpec = Field(default_factory=RuntimesSpec)
     output: str
 
-    @field_validator("calibration", "held_out", mode="before")
+    @field_validator("calibration", "validation", "held_out", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, Mapping | SampleSpec | HeldOutSpec):
+        if isinstance(value, Mapping | SampleSpec | OtherRowsSpec):
             return (value,)
         if not isinstance(value, list | tuple):
             what = str(info.field_name).replace("_", "-")
@@ -425,16 +441,16 @@ class Recipe(Section):
         both = sorted({*sets} & {*self.tasks.names})
         if both:
             raise ValueError(f"a held-out set has the name of the task {both[0]}; give it another `name`")
-        for index, held_out in enumerate(self.held_out):
-            where = "held_out" if len(sets) == 1 else f"held_out.{index}"
-            data = held_out.data or self.calibration[0].data
-            if held_out.data is None and len(self.calibration) > 1:
+        for where, rows in (*_placed("validation", self.validation), *_placed("held_out", self.held_out)):
+            if rows.data is None and len(self.calibration) > 1:
                 raise ValueError(
                     f"{where} needs `data` of its own, since calibration has {len(self.calibration)} sets; the `data` "
                     "of one of them gives what calibration leaves over of it"
                 )
-            if held_out.data is None and data.kind == GENERATED:
+            if rows.data is None and self.calibration[0].data.kind == GENERATED:
                 raise ValueError(f"{where} needs `data` of its own: of what the model writes nothing is left over")
+        for where, held_out in _placed("held_out", self.held_out):
+            data = held_out.data or self.calibration[0].data
             if held_out.task and data.kind != "image_text":
                 raise ValueError(
                     f"{where}.task: {held_out.task} needs data of kind image_text, whose answers are known; this set "

@@ -110,7 +110,7 @@ class Scheme(Grown, Record):
 
 
 class SimulatedKls(Record):
-    """KLs of simulated schemes on the scored calibration samples, each kept as soon as it is known."""
+    """KLs of simulated schemes on the samples by which schemes are chosen, each kept as soon as it is known."""
 
     settings_sha256: str = Field(description="digest of the measurement, the samples and the arithmetic")
     kl: dict[str, float] = Field(description="digest of a scheme's formats, KV cache included -> nats per token")
@@ -121,17 +121,18 @@ class KlPoint(Part):
 
     name: str
     scores: dict[str, float] = Field(description="predicted, by format, in the measurement's unit")
+    weights: dict[str, int] = Field(description="searched weights by format")
     kl: float = Field(description="measured, in nats per token")
 
 
 class KlPoints(Record):
-    """What maps predicted scores to KL: a few schemes, simulated on the scored calibration samples."""
+    """What maps predicted scores to KL: a few schemes, simulated on validation samples, or scored calibration ones."""
 
     volatile = frozenset({"run"})
 
     measurement_sha256: str
     settings_sha256: str
-    data: DataSummary = Field(description="calibration data: held-out data must not choose a scheme")
+    data: DataSummary = Field(description="validation or calibration data: held-out data must not choose a scheme")
     samples: int = Field(description="of it that were used, the first ones")
     points: tuple[KlPoint, ...]
     run: RunInfo | None = None
@@ -145,7 +146,7 @@ class LayerKl(Part):
 
 
 class KvDamage(Record):
-    """What an FP8 KV cache does in each layer alone, on the first scored calibration samples."""
+    """What an FP8 KV cache does in each layer alone, on the first samples by which schemes are chosen."""
 
     FILE_NAME: ClassVar[str] = "kv_damage.json"
     written_by = "plan"
@@ -182,14 +183,14 @@ class Refinement(Part):
 
     scheme: str
     planned_sha256: str = Field(description="fingerprint of the scheme as planned")
-    kl_planned: float = Field(description="nats per token, on calibration samples")
+    kl_planned: float = Field(description="nats per token, on the samples by which schemes are chosen")
     kl_refined: float = Field(description="nats per token, on the same")
     evaluations: int = Field(description="simulated schemes that it took")
     changes: dict[str, str] = Field(description="group -> format, where it isn't the planned one")
 
 
 class Refinements(Record):
-    """Schemes whose groups were swapped at their edge while the KL on the scored calibration samples fell."""
+    """Schemes whose groups were swapped at their edge while the KL on the samples that choose them fell."""
 
     volatile = frozenset({"run"})
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from bitladder.errors import FrontierTooLarge, PlanError
 from bitladder.planning.prediction import LEVEL, KlMap
-from bitladder.planning.pricing import stored
+from bitladder.planning.pricing import stored, summed
 from bitladder.planning.solver import Solver
 from bitladder.planning.speed import PHASES, SpeedModel
 from bitladder.planning.trade_off import Frontier, TradeOff
@@ -120,12 +120,8 @@ class _Curves:
         return PlannedCurve(formats=formats, along=along, points=tuple(points.values()), left_out=tuple(left_out))
 
     def _point(self, target: float, chosen: Mapping[str, str]) -> PlannedPoint:
-        scores = {item: self._scores[item] for item in chosen.items() if item[1] != BF16}
-        parts = {
-            name: math.fsum(score for item, score in scores.items() if item[1] == name)
-            for name in self._measurement.formats
-        }
-        score = math.fsum(scores.values())
+        parts = summed(self._measurement, chosen, self._scores)
+        score = math.fsum(part.score for part in parts.values())
         guess = self._kl_map.predict(parts) if self._kl_map else None
         own = score if self._measurement.score_unit == "nats per token" else None
         return PlannedPoint(

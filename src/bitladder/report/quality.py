@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out
-from bitladder.planning.pricing import scores_by_format
+from bitladder.planning.pricing import mean_scores, parts_by_format
 from bitladder.records import KL, Control, ControlArm, EvalResult, Evaluation, Measurement, Scheme
 from bitladder.report.types import (
     WITHIN_NOISE_ERRORS,
@@ -112,9 +112,10 @@ def prediction_of(
         for scheme, results, is_control in evaluated
         if scheme.kv_cache_format is None and (kl := kl_of(results)) is not None  # scores know nothing of the cache
     ]
-    scores = [scores_by_format(measurement, scheme.formats) for scheme, _, _ in known]
+    means = mean_scores(measurement)
+    parts = [parts_by_format(measurement, scheme.formats) for scheme, _, _ in known]
     kls = [kl for _, kl, _ in known]
-    fitted = KlMap.fit(scores, kls)
+    fitted = KlMap.fit(means, parts, kls)
     if fitted is None:
         return None
     points = tuple(
@@ -127,7 +128,7 @@ def prediction_of(
             low=guess.low if guess else None,
             high=guess.high if guess else None,
         )
-        for (scheme, kl, is_control), guess in zip(known, leave_one_out(scores, kls), strict=True)
+        for (scheme, kl, is_control), guess in zip(known, leave_one_out(means, parts, kls), strict=True)
     )
     guessed = [(p.measured, p.predicted, p.low, p.high) for p in points if p.predicted and p.low and p.high]
     errors = sorted(abs(predicted / measured - 1) for measured, predicted, _, _ in guessed)
@@ -135,6 +136,7 @@ def prediction_of(
         factor=fitted.factor,
         exponent=fitted.exponent,
         weights=dict(fitted.weights),
+        shrinkage=fitted.shrinkage,
         level=LEVEL,
         points=points,
         median_error=statistics.median(errors) if errors else None,

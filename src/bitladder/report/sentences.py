@@ -244,14 +244,15 @@ def worth_lines(report: Report) -> list[str]:
 
 
 def refinement_lines(report: Report) -> list[str]:
-    """Return a sentence for every scheme that was refined: what it gained on calibration samples."""
+    """Return a sentence for every scheme that was refined: what it gained on the samples that chose it."""
     lines = []
     for found in report.refinements:
         column = number_column([found.kl_planned, found.kl_refined], [], KL_EXPONENT)
         gain = f"{column.show(found.kl_planned)} → {column.show(found.kl_refined)} × {power_of_ten(KL_EXPONENT)} nats"
         lines.append(
             f"Refined: `{found.scheme}` has {len(found.changes)} group{'' if len(found.changes) == 1 else 's'} in "
-            f"another format than planned; KL on calibration samples {gain} per token, {found.evaluations} simulations."
+            f"another format than planned; KL on the samples that chose it {gain} per token, {found.evaluations} "
+            "simulations."
         )
     return lines
 

@@ -30,6 +30,8 @@ from bitladder.report.numbers import (
 from bitladder.report.sentences import of_pair
 from bitladder.report.types import Report, ReportedScheme
 
+_LEAST_SHRINKAGE = 0.005  # that is worth a word
+
 
 def sizes(report: Report) -> Markdown:
     """Return the table of bytes."""
@@ -252,16 +254,18 @@ def prediction_table(report: Report, ladder: Ladder) -> dict[str, Any]:
         "table": markdown_table(header, rows, left=2),
         "factor": scientific(report.prediction.factor),
         "exponent": f"{report.prediction.exponent:.3f}",
-        "weights": _weights(report.prediction.weights),
+        "meaning": _meaning(report.prediction.weights, report.prediction.shrinkage),
         "median_error": percent(report.prediction.median_error, 1),
         "inside": percent(report.prediction.inside, 0),
         "points": len(points),
     }
 
 
-def _weights(weights: Mapping[str, float]) -> str:
-    """Return what a score counts for by format, where there are several."""
-    return ", ".join(f"{weight:.2f} in {name}" for name, weight in weights.items()) if len(weights) > 1 else ""
+def _meaning(weights: Mapping[str, float], shrinkage: float) -> str:
+    """Return in a sentence what a group's score counts for, where that isn't 1."""
+    parts = [", ".join(f"{weight:.2f} in {name}" for name, weight in weights.items())] if len(weights) > 1 else []
+    parts += [f"{percent(shrinkage, 0)} of the way to the mean of its format"] if shrinkage >= _LEAST_SHRINKAGE else []
+    return f"A group's score counts {', '.join(parts)}." if parts else ""
 
 
 def runtimes(report: Report) -> dict[str, Any]:

@@ -216,12 +216,14 @@ class PredictedPoint(Part):
 class Prediction(Part):
     """How well predicted scores say the KL on the first held-out set, leaving one out.
 
-    KL = factor · (Σ over formats of weight · score)^exponent.
+    KL = factor · (Σ over formats of weight · ((1 - shrinkage) · score + shrinkage · mean))^exponent, where `mean` is
+    what as many weights score on average.
     """
 
     factor: float
     exponent: float
     weights: dict[str, float] = Field(description="by format")
+    shrinkage: float = Field(description="from groups' own scores to their format's mean, 0 to 0.9")
     level: float = Field(description="of the intervals")
     points: tuple[PredictedPoint, ...]
     median_error: float | None = Field(description="of |predicted / measured - 1|; None: no point is predicted")

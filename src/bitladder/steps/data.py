@@ -12,7 +12,7 @@ from bitladder.data.processors import tokenizer_of
 from bitladder.data.samples import GENERATED_SOURCE, load_data
 from bitladder.errors import DataError, StaleRecord
 from bitladder.models.loading import embedding_rows, image_token_ids
-from bitladder.recipe import GENERATED, MESSAGES, PAIR_KINDS, DataSpec, HeldOutSpec, SampleSpec
+from bitladder.recipe import GENERATED, MESSAGES, PAIR_KINDS, DataSpec, HeldOutSpec, OtherRowsSpec, SampleSpec
 from bitladder.records import DataSummary, Measurement, digest_of
 from bitladder.runinfo import Meter
 from bitladder.steps.workspace import Workspace
@@ -36,7 +36,7 @@ def calibration_sets(work: Workspace, specs: Sequence[SampleSpec]) -> list[DataS
     return sets
 
 
-def load_set(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec, avoid: DataSummary | None) -> DataSet:
+def load_set(work: Workspace, spec: SampleSpec | OtherRowsSpec, source: DataSpec, avoid: DataSummary | None) -> DataSet:
     """Return one set's batches, of samples that `avoid` doesn't have; a process reads each once."""
     key = digest_of([spec.model_dump_json(), source.model_dump_json(), *(avoid.sample_ids if avoid else ())])
     if key not in work.loaded:
@@ -89,12 +89,12 @@ def _check_width(work: Workspace, source: DataSpec, width: int) -> None:
         )
 
 
-def is_written(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec) -> bool:
+def is_written(work: Workspace, spec: SampleSpec | OtherRowsSpec, source: DataSpec) -> bool:
     """Return whether the model has written the rows of a set of kind generated."""
     return _writing_of(work, spec, source)[1].exists()
 
 
-def _writing_of(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec) -> tuple[generation.Writing, Path]:
+def _writing_of(work: Workspace, spec: SampleSpec | OtherRowsSpec, source: DataSpec) -> tuple[generation.Writing, Path]:
     """Return what the model has to write for a set, and the file that holds it."""
     tokenizer = tokenizer_of(work.processor)
     start, kept = generation.start_of(tokenizer)
@@ -112,7 +112,7 @@ def _writing_of(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpe
     return writing, generation.file_of(work.output, writing, work.source().sha256)
 
 
-def _written_rows(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataSpec) -> torch.Tensor:
+def _written_rows(work: Workspace, spec: SampleSpec | OtherRowsSpec, source: DataSpec) -> torch.Tensor:
     """Return the rows [samples, sequence_length] that the model wrote, which it does once."""
     writing, path = _writing_of(work, spec, source)
     if not path.exists():
@@ -121,6 +121,56 @@ def _written_rows(work: Workspace, spec: SampleSpec | HeldOutSpec, source: DataS
             generation.write(work.model_directory, writing, path, work.progress)
         work.finished("generate", meter.phases)
     return generation.read(path, writing)
+
+
+def validation_data(work: Workspace, measurement: Measurement) -> DataSet:
+    """Return the batches on which schemes are chosen by KL: the recipe's validation sets, or the scored batches.
+
+    Raises:
+        StaleRecord: the calibration data isn't what was measured on. BitladderError: see `data.samples.load_data`.
+    """
+    if not work.recipe.validation:
+        return scored_calibration_data(work, measurement)
+    return interleaved(validation_sets(work, measurement.calibration))
+
+
+def validation_sets(work: Workspace, calibrated: DataSummary | None, *, readable: bool = False) -> list[DataSet]:
+    """Return the recipe's validation sets, which have no sample of calibration's or of one before.
+
+    Args:
+        work: the recipe and its output directory.
+        calibrated: calibration's samples; None: not known.
+        readable: leave out those that the model has to write.
+    """
+    sets: list[DataSet] = []
+    for spec in work.recipe.validation:
+        source = spec.data or work.recipe.calibration[0].data
+        if not (readable and source.kind == GENERATED):
+            sets.append(load_set(work, spec, source, _with_samples(calibrated, sets)))
+    return sets
+
+
+def held_out_set(
+    work: Workspace, spec: HeldOutSpec, calibrated: DataSummary | None, choosing: list[DataSet]
+) -> DataSet:
+    """Return a held-out set, which has no sample of calibration's or validation's.
+
+    Args:
+        work: the recipe and its output directory.
+        spec: the set's.
+        calibrated: calibration's samples; None: not known.
+        choosing: the validation sets.
+    """
+    return load_set(work, spec, spec.data or work.recipe.calibration[0].data, _with_samples(calibrated, choosing))
+
+
+def _with_samples(known: DataSummary | None, sets: list[DataSet]) -> DataSummary | None:
+    """Return a summary whose samples are those of one and of some sets; None: there are none."""
+    if not sets:
+        return known
+    more = interleaved(sets).summary
+    samples = (*(known.sample_ids if known is not None else ()), *more.sample_ids)
+    return more.model_copy(update={"sample_ids": samples})
 
 
 def scored_calibration_data(work: Workspace, measurement: Measurement) -> DataSet:

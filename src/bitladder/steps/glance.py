@@ -31,7 +31,7 @@ def glance(work: Workspace, *, measuring: bool = True, held_out: bool = False, s
     Args:
         work: the recipe and its output directory.
         measuring: whether calibration data will be needed.
-        held_out: whether held-out data will be, and tasks.
+        held_out: whether validation and held-out data will be, and tasks.
         schemes: whether schemes will be planned and exported.
 
     Raises:
@@ -57,7 +57,7 @@ def glance(work: Workspace, *, measuring: bool = True, held_out: bool = False, s
         check_interpreter(Path(recipe.runtimes.vllm.python))
     sets = [spec.data for spec in recipe.calibration] if measuring else []
     if held_out:
-        sets += [one.data or recipe.calibration[0].data for one in recipe.held_out]
+        sets += [one.data or recipe.calibration[0].data for one in (*recipe.validation, *recipe.held_out)]
         if recipe.tasks.names:
             check_installed()
     for source in dict.fromkeys(sets):

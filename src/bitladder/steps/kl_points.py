@@ -7,10 +7,10 @@ from bitladder.errors import InfeasibleTarget
 from bitladder.evaluation.evaluate import ARITHMETIC
 from bitladder.planning import controls
 from bitladder.planning.prediction import KlMap
-from bitladder.planning.pricing import scores_by_format
+from bitladder.planning.pricing import parts_by_format
 from bitladder.recipe import SchemeSpec
 from bitladder.records import BF16_BITS, KlPoint, KlPoints, Measurement, Scheme, digest_of
-from bitladder.steps.data import scored_calibration_data
+from bitladder.steps.data import validation_data
 from bitladder.steps.simulated import kl_on
 from bitladder.steps.step import doing, valid
 from bitladder.steps.workspace import KL_POINTS_FILE, Workspace
@@ -22,14 +22,15 @@ _KL_POINT_MIXES = (0.1, 0.3, 0.6)  # of the way from the fewest bits to 16
 
 
 def measure_kl_points(work: Workspace) -> KlPoints:
-    """Simulate a few schemes on the scored calibration samples, to learn which KL a predicted score means, once.
+    """Simulate a few schemes on the samples by which schemes are chosen, once, to learn which KL a score means.
 
     Raises:
         BitladderError: see `evaluation.simulation`.
     """
     measurement = work.measurement()
-    data, schemes = scored_calibration_data(work, measurement), kl_point_schemes(measurement)
-    key = digest_of([ARITHMETIC, str(len(data.batches)), *(scheme.fingerprint() for scheme in schemes)])
+    data, schemes = validation_data(work, measurement), kl_point_schemes(measurement)
+    rows = [data.summary.sha256, str(len(data.batches))]
+    key = digest_of([ARITHMETIC, *rows, *(scheme.fingerprint() for scheme in schemes)])
     path = work.output / KL_POINTS_FILE
     known = valid(work, KlPoints, path, settings_sha256=key)
     if known is not None:
@@ -39,8 +40,15 @@ def measure_kl_points(work: Workspace) -> KlPoints:
         with meter.phase(_STEP), kl_on(work, measurement, data) as kl:
             for index, scheme in enumerate(schemes):
                 work.progress(_STEP, index, len(schemes))
-                scores = scores_by_format(measurement, scheme.formats)
-                points.append(KlPoint(name=scheme.name, scores=scores, kl=kl(scheme)))
+                parts = parts_by_format(measurement, scheme.formats)
+                points.append(
+                    KlPoint(
+                        name=scheme.name,
+                        scores={name: part.score for name, part in parts.items()},
+                        weights={name: part.weights for name, part in parts.items()},
+                        kl=kl(scheme),
+                    )
+                )
             work.progress(_STEP, len(schemes), len(schemes))
         result = KlPoints(
             measurement_sha256=measurement.fingerprint(),
@@ -83,4 +91,4 @@ def _mixes(measurement: Measurement) -> list[Scheme]:
 
 def fitted_kl_map(work: Workspace) -> KlMap:
     """Return the map from predicted scores to KL, for schemes that are asked for by KL."""
-    return planning.fitted(measure_kl_points(work), work.output / KL_POINTS_FILE)
+    return planning.fitted(work.measurement(), measure_kl_points(work), work.output / KL_POINTS_FILE)

@@ -8,7 +8,7 @@ from bitladder.measured import kv_amax, read_amax
 from bitladder.measuring.kv_damage import STEP, layer_kls
 from bitladder.measuring.partial import Partial
 from bitladder.records import KvDamage, digest_of
-from bitladder.steps.data import scored_calibration_data
+from bitladder.steps.data import validation_data
 from bitladder.steps.step import doing, valid
 from bitladder.steps.workspace import Workspace
 
@@ -17,18 +17,18 @@ _PARTIAL = "measuring_kv"  # directory of what is done so far
 
 
 def measure_kv_damage(work: Workspace) -> KvDamage:
-    """Measure the KL of an FP8 KV cache in each layer alone, on the first scored calibration samples, once.
+    """Measure the KL of an FP8 KV cache in each layer alone, on the first samples by which schemes are chosen, once.
 
     Raises:
         MeasurementError: the amax of some layer's keys and values isn't known. BitladderError: see
             `measuring.kv_damage`.
     """
     measurement = work.measurement()
-    amax, data = read_amax(measurement, work.output), scored_calibration_data(work, measurement)
+    amax, data = read_amax(measurement, work.output), validation_data(work, measurement)
     kv_amax(measurement, amax)  # all layers have scales
     counted = list(itertools.accumulate(batch.loss_tokens for batch in data.batches))
     batches = data.batches[: sum(tokens < _TOKENS for tokens in counted) + 1]
-    key = digest_of([ARITHMETIC, measurement.fingerprint(), str(len(batches))])
+    key = digest_of([ARITHMETIC, measurement.fingerprint(), data.summary.sha256, str(len(batches))])
     known = valid(work, KvDamage, work.output / KvDamage.FILE_NAME, settings_sha256=key)
     if known is not None:
         return known

@@ -16,7 +16,7 @@ from bitladder.planning.caching import cached_in_fp8
 from bitladder.planning.sharing import refuse_parts
 from bitladder.recipe import GENERATED, Recipe
 from bitladder.runtimes.child import vllm_version
-from bitladder.steps.data import calibration_sets, check_asked_length, load_set
+from bitladder.steps.data import calibration_sets, check_asked_length, held_out_set, validation_sets
 from bitladder.steps.originals import tasks_of
 from bitladder.steps.workspace import Workspace
 
@@ -26,7 +26,7 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
 
     Args:
         work: the recipe and its output directory.
-        held_out: whether held-out data will be needed.
+        held_out: whether validation and held-out data will be needed.
 
     Raises:
         BitladderError: a format or device that isn't there, a model that can't be searched, a pattern that matches
@@ -61,18 +61,20 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
         planning.refuse_too_fast(recipe.schemes, recipe.measurement.formats, work.target, speed, work.split)
     for spec in recipe.calibration:
         check_asked_length(work, spec.sequence_length, spec.data)
-    for one in recipe.held_out if held_out else ():
-        check_asked_length(work, one.sequence_length, one.data or recipe.calibration[0].data)
+    for rows in (*recipe.validation, *recipe.held_out) if held_out else ():
+        check_asked_length(work, rows.sequence_length, rows.data or recipe.calibration[0].data)
     _ = work.processor  # a damaged one is found here, wherever the data comes from
     if asked is not None:
         asked.check_length(work.most_positions)
     readable = [spec for spec in recipe.calibration if spec.data.kind != GENERATED]  # others the model has to write
     sets = calibration_sets(work, readable)
-    for one in recipe.held_out if held_out else ():
-        source = one.data or recipe.calibration[0].data
-        if source.kind != GENERATED:
-            seen = interleaved(sets).summary if sets else None
-            load_set(work, one, source, seen)
+    if not held_out:
+        return
+    calibrated = interleaved(sets).summary if sets else None
+    choosing = validation_sets(work, calibrated, readable=True)
+    for one in recipe.held_out:
+        if (one.data or recipe.calibration[0].data).kind != GENERATED:
+            held_out_set(work, one, calibrated, choosing)
 
 
 def served_arithmetic(recipe: Recipe) -> dict[str, Arithmetic]:

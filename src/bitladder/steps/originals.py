@@ -12,7 +12,7 @@ from bitladder.evaluation.harness.tasks import TaskReference, Tasks
 from bitladder.evaluation.reference import Reference
 from bitladder.evaluation.task import Task
 from bitladder.runinfo import Meter
-from bitladder.steps.data import load_set
+from bitladder.steps.data import held_out_set, validation_sets
 from bitladder.steps.workspace import Workspace
 
 
@@ -44,8 +44,9 @@ class Originals:
         self.asked = tasks_of(work)
         self._answers: TaskReference | None = None
         self.data: dict[str, DataSet] = {}
+        choosing = validation_sets(work, calibrated)
         for spec in work.recipe.held_out:
-            data = load_set(work, spec, spec.data or work.recipe.calibration[0].data, calibrated)
+            data = held_out_set(work, spec, calibrated, choosing)
             self.data[spec.name] = data
             exact = spec.task == "exact_match"
             self._tasks.append(Task.exact_match(data.samples, work.processor) if exact else None)

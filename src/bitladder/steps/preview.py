@@ -107,7 +107,9 @@ def _probe(work: Workspace) -> str | None:
 
 
 def _evaluate(work: Workspace) -> str | None:
-    sets = [(one, one.data or work.recipe.calibration[0].data) for one in work.recipe.held_out]
+    sets = [
+        (one, one.data or work.recipe.calibration[0].data) for one in (*work.recipe.validation, *work.recipe.held_out)
+    ]
     if not all(is_written(work, one, source) for one, source in sets if source.kind == GENERATED):
         return _UNWRITTEN
     manifests = work.manifests()

@@ -8,7 +8,7 @@ from bitladder.planning.refinement import Kl, refine, with_formats
 from bitladder.planning.sharing import plannable
 from bitladder.recipe import RefineSpec, SchemeSpec
 from bitladder.records import BF16, Measurement, Refinement, Refinements, Scheme, digest_of
-from bitladder.steps.data import scored_calibration_data
+from bitladder.steps.data import validation_data
 from bitladder.steps.simulated import kl_on
 from bitladder.steps.step import doing, valid
 from bitladder.steps.workspace import REFINEMENTS_FILE, Workspace
@@ -17,7 +17,7 @@ _STEP = "refine schemes"
 
 
 def refine_schemes(work: Workspace, schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:
-    """Swap groups at each scheme's edge while its KL on the scored calibration samples falls, unless that was done.
+    """Swap groups at each scheme's edge while its KL on the samples that choose falls, unless that was done.
 
     Schemes that leave no choice, or name their groups, stay as they are.
 
@@ -25,8 +25,8 @@ def refine_schemes(work: Workspace, schemes: Sequence[Scheme]) -> tuple[Scheme, 
         PlanError: see `planning.refinement.refine`. DuplicateSchemes: two schemes come out equal.
     """
     measurement, spec, path = work.measurement(), work.recipe.refine, work.output / REFINEMENTS_FILE
-    data = scored_calibration_data(work, measurement)
-    key = digest_of([ARITHMETIC, str(len(data.batches)), spec.model_dump_json()])
+    data = validation_data(work, measurement)
+    key = digest_of([ARITHMETIC, data.summary.sha256, str(len(data.batches)), spec.model_dump_json()])
     known = valid(work, Refinements, path, settings_sha256=key)
     done = {one.planned_sha256: one for one in known.refinements} if known is not None else {}
     held = plannable(measurement, work.split)

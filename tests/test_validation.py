@@ -1,0 +1,121 @@
+"""Rows by which schemes are chosen: none of calibration's, none that judge the schemes, and used where KL decides."""
+
+import pytest
+
+from bitladder.errors import DataError, RecipeError
+from bitladder.recipe import parse_recipe
+from bitladder.records import Evaluation, KlPoints, KvDamage, Measurement, Refinements
+from bitladder.steps.data import validation_data
+from bitladder.steps.preview import preview
+from bitladder.steps.run import run
+from bitladder.steps.workspace import Workspace
+from conftest import make_text
+
+ROWS = {"sequence_length": 24, "batch_size": 2}
+BY_KL = [{"name": "near", "max_kl": 1.0}, {"name": "half", "coverage": 0.5, "kv_cache": {"fp8": 0.5}}]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("texts")
+
+
+def recipe_of(llama, text_file, output, **changes):
+    """Return a recipe whose three kinds of rows are of one file."""
+    content = {
+        "model": {"path": str(llama)},
+        "calibration": {"data": {"kind": "text", "path": str(text_file)}, "samples": 6, **ROWS},
+        "validation": {"samples": 4, **ROWS},
+        "held_out": {"samples": 4, **ROWS},
+        "schemes": BY_KL,
+        "refine": {"evaluations": 4, "marginal": 1},
+        "controls": {"kinds": []},
+        "output": str(output),
+    }
+    return parse_recipe({**content, **changes}, "recipe")
+
+
+@pytest.fixture(scope="module")
+def finished(llama, text_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "out"
+    recipe = recipe_of(llama, text_file, output)
+    run(Workspace(recipe, output))
+    return recipe, output
+
+
+def test_no_row_is_of_two_kinds(finished):
+    recipe, output = finished
+    measurement = Measurement.read(output / "measurement.json")
+    choosing = validation_data(Workspace(recipe, output), measurement).summary
+    judging = Evaluation.read(output / "evaluations/half.json").data["held_out"]
+    kinds = [set(one.sample_ids) for one in (measurement.calibration, choosing, judging)]
+    assert [len(kind) for kind in kinds] == [6, 4, 4]
+    assert len(set.union(*kinds)) == 14
+
+
+def test_what_chooses_by_kl_does_so_on_them(finished):
+    recipe, output = finished
+    work = Workspace(recipe, output)
+    summary = validation_data(work, work.measurement()).summary
+    assert summary != work.measurement().calibration
+    assert KlPoints.read(output / "kl_points.json").data == summary
+    assert Refinements.read(output / "refinements.json").data == summary
+    assert len(KvDamage.read(output / "kv_damage.json").tokens) == 4
+
+
+def test_a_second_run_has_nothing_to_do_and_other_rows_choose_again(finished, llama, text_file, place):
+    recipe, output = finished
+    work = Workspace(recipe, output)
+    run(work)
+    assert work.done == []
+    before = (output / "measurement.json").read_bytes()
+    other = place / "others.txt"
+    other.write_text(make_text(300, seed=11))
+    sets = [{"samples": 3, **ROWS}, {"data": {"kind": "text", "path": str(other)}, "samples": 5, **ROWS}]
+    work = Workspace(recipe_of(llama, text_file, output, validation=sets), output)
+    run(work)
+    assert work.done[:3] == ["measure KL of a few schemes", "measure the KV cache", "refine schemes"]
+    assert (output / "measurement.json").read_bytes() == before
+    found = KlPoints.read(output / "kl_points.json").data
+    assert (found.kind, [part.samples for part in found.parts]) == ("mixed", [3, 5])
+
+
+@pytest.mark.parametrize(
+    ("validation", "told"),
+    [
+        ({"data": {"kind": "text", "path": "missing.txt"}, **ROWS}, r"missing\.txt"),
+        ({"samples": 4000, **ROWS}, "of them not used by other sets; 4000 were asked for"),
+        ({"sequence_length": 100_000}, "sequence_length 100000 is more than the"),
+    ],
+)
+def test_what_can_t_be_had_is_told_before_anything_is_measured(llama, text_file, tmp_path, validation, told):
+    output = tmp_path / "out"
+    with pytest.raises(DataError, match=told):
+        run(Workspace(recipe_of(llama, text_file, output, validation=validation), output))
+    assert not (output / "measurement.json").exists()
+
+
+def test_rows_that_the_model_writes_may_choose(llama, text_file, tmp_path):
+    output = tmp_path / "out"
+    validation = {"data": {"kind": "generated"}, "samples": 4, **ROWS}
+    recipe = recipe_of(llama, text_file, output, validation=validation, refine={}, schemes=BY_KL[:1])
+    assert preview(Workspace(recipe, output))[0].why == "nothing is measured yet"
+    run(Workspace(recipe, output))
+    assert KlPoints.read(output / "kl_points.json").data.kind == "generated"
+    assert all(step.why is None for step in preview(Workspace(recipe, output))[:-1])
+
+
+@pytest.mark.parametrize(
+    ("calibration", "told"),
+    [
+        ([{"data": {"kind": "text", "path": "a.txt"}}, {"data": {"kind": "text", "path": "b.txt"}}], "has 2 sets"),
+        ({"data": {"kind": "generated"}}, "nothing is left over"),
+    ],
+)
+def test_rows_that_calibration_leaves_need_one_set_that_leaves_some(llama, text_file, tmp_path, calibration, told):
+    held_out = {"data": {"kind": "text", "path": str(text_file)}}
+    with pytest.raises(RecipeError, match=rf"validation needs `data` of its own.*{told}"):
+        recipe_of(llama, text_file, tmp_path, calibration=calibration, held_out=held_out)
+    two = [{"data": {"kind": "text", "path": str(text_file)}}, {}]
+    with pytest.raises(RecipeError, match=r"validation\.1 needs `data` of its own"):
+        recipe_of(llama, text_file, tmp_path, calibration=calibration, held_out=held_out, validation=two)
