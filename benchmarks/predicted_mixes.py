@@ -44,13 +44,13 @@ def schemes_of(measurement) -> dict[str, list]:
 
 
 def with_validation(recipe):
-    """Return a recipe with other rows of each held-out set's data for validation; of pictures, half of each."""
+    """Return a recipe with other rows of each held-out set's data for validation; of a small set half of each."""
     from bitladder.recipe import OtherRowsSpec
 
     held_out, validation = [], []
     for one in recipe.held_out:
         data = one.data or recipe.calibration[0].data
-        samples = one.samples // 2 if data.kind == "image_text" else one.samples
+        samples = one.samples // 2 if data.path and data.path.startswith(str(ladder.ROOT / "src")) else one.samples
         held_out.append(one.model_copy(update={"data": data, "samples": samples, "task": None}))
         shape = {key: getattr(one, key) for key in ("sequence_length", "batch_size")}
         validation.append(OtherRowsSpec(data=data, samples=samples, seed=one.seed + 1, **shape))

@@ -22,7 +22,7 @@ def made(format_, weight, products, *checks, damping=0.1):
 
 def restored(format_, found, weight):
     """The weight that a checkpoint with these parts restores, by the format's own decoder."""
-    return format_.decode(found.parts | format_.tensor_scales(amax_of(format_, weight)))
+    return format_.decode(format_.tensor_scales(amax_of(format_, weight)) | found.parts)
 
 
 def plainly(format_, weight):
@@ -82,7 +82,7 @@ def test_the_largest_shift_is_that_of_what_is_stored(name, odd, inputs):
     format_, (alike, others) = get_format(name), inputs
     for checks, damping, taken in (((alike,), 0.1, False), ((others,), 1e-4, True)):
         found = made(format_, odd, alike.t() @ alike, *checks, damping=damping)
-        parts = found.parts | format_.tensor_scales(amax_of(format_, odd))
+        parts = format_.tensor_scales(amax_of(format_, odd)) | found.parts
         steps = parts["weight_scale"].float() * parts.get("weight_scale_2", 1)
         steps = steps.expand(128) if steps.dim() == 0 else steps
         away = (odd - format_.decode(parts)).abs().reshape(128, steps[0].numel(), -1) / steps.reshape(128, -1, 1)
@@ -97,22 +97,43 @@ def rounded_up(weight):
     return ((blocks / scales).to(torch.float8_e4m3fn).double() * scales).reshape(weight.shape)
 
 
-def test_blocks_are_checked_as_a_device_with_powers_of_two_serves_them(odd, inputs):
-    """Another rounding may undo what was made up for: in a weight with one very large row it does."""
-    format_, (alike, _) = get_format("fp8_block", {"fp8_block": POWERS_OF_TWO}), inputs
+@pytest.fixture(scope="module")
+def powers():
+    return get_format("fp8_block", {"fp8_block": POWERS_OF_TWO})
+
+
+def test_blocks_keep_what_is_made_up_for_where_scales_are_rounded_up_to_powers_of_two(odd, inputs, powers):
+    """Their scales are such powers from the start: a device that makes them so leaves the weight as it is."""
+    alike, _ = inputs
     even = torch.randn(128, 256, generator=torch.Generator().manual_seed(1))
-    for weight, taken in ((even, False), (odd, True)):
-        found = made(format_, weight, alike.t() @ alike, alike)
-        plain = plainly(format_, weight)
-        error, nearest = (
-            error_of(weight, rounded_up(each), alike) for each in (restored(format_, found, weight), plain)
-        )
-        assert found.figures["nearest_taken"] == taken
+    for weight in (even, odd):
+        found, plain = made(powers, weight, alike.t() @ alike, alike), plainly(powers, weight)
+        values = restored(powers, found, weight)
+        assert torch.equal(rounded_up(values).float(), values)
+        assert torch.equal(powers.served_weight(found.parts), values)
+        assert torch.equal(torch.frexp(found.parts["weight_scale"]).mantissa, torch.full((1, 1, 2, 1), 0.5))
+        assert not found.figures["nearest_taken"]
+        error, nearest = (error_of(weight, each, alike) for each in (values, rounded_up(plain)))
         assert found.figures["output_error"] == pytest.approx(error, rel=1e-3)
         assert found.figures["nearest_output_error"] == pytest.approx(nearest, rel=1e-3)
         unserved = made(get_format("fp8_block"), weight, alike.t() @ alike, alike)
-        assert not unserved.figures["nearest_taken"]
-        assert unserved.figures["output_error"] < 0.5 * error
+        assert error < 1.2 * unserved.figures["output_error"]  # that of blocks with any scales, where these serve
+        assert error < 0.5 * error_of(weight, rounded_up(restored(powers, unserved, weight)), alike)
+
+
+def test_nearest_codes_of_blocks_have_the_scales_of_the_largest_values(odd, inputs, powers):
+    alike, others = inputs
+    found = made(powers, odd, alike.t() @ alike, others, damping=1e-4)
+    assert found.figures["nearest_taken"]
+    encoded = powers.encode(odd, amax_of(powers, odd))
+    assert set(found.parts) == set(encoded)
+    assert all(torch.equal(found.parts[part], encoded[part]) for part in encoded)
+    steps = encoded["weight_scale"].repeat_interleave(128, 0).repeat_interleave(128, 2).reshape(128, 256)
+    away = (odd - plainly(powers, odd)).abs() / steps
+    assert found.figures["largest_shift"] == pytest.approx(float(away.max()), rel=1e-5)
+    assert found.figures["output_error"] == pytest.approx(
+        error_of(odd, rounded_up(plainly(powers, odd)), others), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["int4_w4a16_g64", "int4_w4a16_asym"])

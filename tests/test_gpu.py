@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from bitladder.errors import MeasurementError
-from bitladder.formats import FORMATS
+from bitladder.formats import FORMATS, POWERS_OF_TWO
 from bitladder.measuring import candidates as taps
 from bitladder.measuring import gradient, kl
 from bitladder.measuring.layers import StreamedLayers
@@ -149,6 +149,12 @@ def test_a_kernel_rounds_as_torch(name):
     from walk_kernels import check
 
     check(name, 256, 640, "cuda", least_equal=0.5)
+
+
+def test_a_kernel_rounds_blocks_with_scales_of_powers_of_two_as_torch():
+    from walk_kernels import check
+
+    check("fp8_block", 256, 640, "cuda", least_equal=0.5, arithmetic=POWERS_OF_TWO)
 
 
 @pytest.mark.parametrize("name", ["fp8", "nvfp4", "int4_w4a16_asym_g64"])

@@ -6,13 +6,14 @@ from typing import get_args
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import bitladder
-from bitladder.errors import EngineError, RecipeError, StaleRecord
+from bitladder.errors import EngineError, RecipeError, StaleRecord, VerificationFailed
 from bitladder.formats import FORMATS, POWERS_OF_TWO, WEIGHT_ONLY, get_format, grids
 from bitladder.formats.targets import TARGETS, served, target_of
 from bitladder.recipe.sections import ServedOn
-from bitladder.records import Measurement
+from bitladder.records import Measurement, Verification
 from bitladder.report.tables import layer_counts, on_devices
 from conftest import llama_config, save_model
 from test_block_formats import functions, groups, numbers  # noqa: F401
@@ -199,6 +200,57 @@ def test_a_simulated_scheme_is_what_its_checkpoint_evaluates_to(wide, text_file,
         (scheme,) = work.schemes()
         found = simulation.results(originals.references(Meter()), scheme)
     assert found[0].value == evaluation.results[0].value
+
+
+@pytest.mark.parametrize("carrier", ["modelopt", "compressed-tensors"])
+def test_compensated_blocks_reach_files_with_scales_that_stay(wide, text_file, tmp_path, deep_gemm, carrier):
+    """What DeepGEMM's users make of the file's weights is what the measurement chose, in either layout."""
+    from bitladder.runinfo import Meter
+    from bitladder.steps.originals import Originals
+    from bitladder.steps.simulated import simulation_of
+
+    settings = {"formats": ["fp8_block"], "rounding": "compensated"}
+    asked = {"serve_on": "hopper", "measurement": settings, "export": {"carrier": carrier}}
+    run = recipe(wide, text_file, tmp_path / "out", ["fp8_block"], **asked)
+    measurement = run.measure()
+    assert not any(module.nearest_taken for module in measurement.rounding.modules)
+    run.plan()
+    run.export()
+    assert run.verify().ok
+    evaluation = run.evaluate()["full"]
+    with run._working() as work, Originals(work) as originals:
+        simulation = simulation_of(work, work.measurement(), "cpu")
+        (scheme,) = work.schemes()
+        found = simulation.results(originals.references(Meter()), scheme)
+        directory = work.checkpoint_directory("full")
+    assert found[0].value == evaluation.results[0].value
+    tensors = {}
+    for path in directory.glob("*.safetensors"):
+        tensors |= load_file(path)
+    names = [name for name in tensors if name.endswith("weight_scale")]
+    assert len(names) == len(measurement.rounding.modules)
+    for name in names:
+        codes = tensors[name.removesuffix("_scale")].float()
+        scales = tensors[name].reshape(codes.shape[0] // 128, codes.shape[1] // 128)
+        weight = codes * scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        again, powers = deep_gemm(weight, use_ue8m0=True)
+        assert torch.equal(again.float() * powers.repeat_interleave(128, 0).repeat_interleave(128, 1), weight)
+
+
+def test_other_scales_than_those_that_were_chosen_are_found(wide, text_file, tmp_path):
+    settings = {"formats": ["fp8_block"], "rounding": "compensated"}
+    run = recipe(wide, text_file, tmp_path / "out", ["fp8_block"], serve_on="hopper", measurement=settings)
+    for step in ("measure", "plan", "export"):
+        getattr(run, step)()
+    path = next((tmp_path / "out/checkpoints/full").glob("*.safetensors"))
+    tensors, changed = load_file(path), next(name for name in load_file(path) if name.endswith("weight_scale"))
+    tensors[changed] = tensors[changed] * 1.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(VerificationFailed):
+        run.verify()
+    (checked,) = Verification.read(tmp_path / "out/verification.json").checkpoints
+    found = {finding.tensor: finding.problem for finding in checked.findings}
+    assert "not those that the measurement chose with the codes" in found[changed]
 
 
 def test_another_device_is_measured_again_only_where_it_computes_otherwise(wide, text_file, tmp_path):

@@ -9,10 +9,19 @@ from unittest import mock
 import torch
 
 from bitladder.formats import FORMATS
+from bitladder.formats.base import AS_STORED, Arithmetic
 from bitladder.measuring import rounding, walking
 
 
-def check(name: str, rows: int, width: int, device: str, least_equal: float = 1.0, size: float = 1.0) -> None:
+def check(
+    name: str,
+    rows: int,
+    width: int,
+    device: str,
+    least_equal: float = 1.0,
+    size: float = 1.0,
+    arithmetic: Arithmetic = AS_STORED,
+) -> None:
     """Walk a weight [rows, width] by the kernel and by torch.
 
     Args:
@@ -22,8 +31,9 @@ def check(name: str, rows: int, width: int, device: str, least_equal: float = 1.
         device: on which.
         least_equal: this share of what is stored at least is the same; the error of the output is the same within 1%.
         size: standard deviation of the weight.
+        arithmetic: of the device that will serve.
     """
-    format_, generator = FORMATS[name], torch.Generator().manual_seed(1)
+    format_, generator = FORMATS[name].on(arithmetic), torch.Generator().manual_seed(1)
     weight = torch.randn(rows, width, generator=generator) * size
     weight[1] = 0
     weight[2] *= 1e-7  # beside scales of E4M3

@@ -5,7 +5,7 @@ torch is imported where tensors are read: who plans or reports needs only the na
 
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -30,10 +30,11 @@ class Codes:
     """Compensated codes of weights on disk, and the scales that were chosen with them, read when they are asked for.
 
     files: what `codes_key` gives -> the file.
+    names: the parts, `<key>.<part>`.
     """
 
-    def __init__(self, files: dict[str, Path]) -> None:
-        self.files = files
+    def __init__(self, files: dict[str, Path], names: Collection[str]) -> None:
+        self.files, self.names = files, frozenset(names)
 
     @classmethod
     def in_files(cls, paths: Iterable[Path]) -> Self:
@@ -43,17 +44,24 @@ class Codes:
             RecordError: a module's codes are in two of them.
         """
         found: dict[str, Path] = {}
+        parts: list[str] = []
         for path in paths:
             with open_safetensors(path) as file:
-                for key in {name.rpartition(".")[0] for name in file.keys()}:  # noqa: SIM118
-                    if key in found:
-                        raise RecordError(f"{path} and {found[key]} both have codes of {key}; measure again")
-                    found[key] = path
-        return cls(found)
+                names = list(file.keys())
+            parts += names
+            for key in {name.rpartition(".")[0] for name in names}:
+                if key in found:
+                    raise RecordError(f"{path} and {found[key]} both have codes of {key}; measure again")
+                found[key] = path
+        return cls(found, parts)
 
     def _key(self, module: str, format_: Format) -> str:
         own = codes_key(module, format_.name)
         return own if own in self.files or format_.weight_like is None else codes_key(module, format_.weight_like)
+
+    def have(self, module: str, format_: Format, part: str) -> bool:
+        """Return whether a part of a module in a format was chosen with the codes."""
+        return f"{self._key(module, format_)}.{part}" in self.names
 
     def read(self, module: str, format_: Format, part: str) -> "torch.Tensor":
         """Return one of the `parts` of a module in a format, on the CPU."""
@@ -126,7 +134,7 @@ def encoded(
     if codes is None:
         return format_.encode(weight, amax)
     chosen = {part: tensor.to(weight.device) for part, tensor in codes.parts(module, format_).items()}
-    return chosen | format_.tensor_scales(amax)
+    return format_.tensor_scales(amax) | chosen
 
 
 def check_codes(measurement: Measurement, codes: Codes | None) -> None:

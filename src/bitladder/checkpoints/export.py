@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -97,7 +97,7 @@ def _parts(
     info: TensorInfo, module: QuantModule, format_: Format, amax: Amax, codes: Codes | None, carrier: str
 ) -> Iterator[Entry]:
     """Yield all that is stored of a weight of the source."""
-    scales, layout = _scales(format_, module.name, amax), format_.layouts[carrier]
+    scales, layout = _scales(format_, module.name, amax, codes), format_.layouts[carrier]
     weight_amax = amax[format_.weight_key(module.name)]
     for part in format_.stored(info.shape):
         name, size = f"{info.name.removesuffix('.weight')}.{layout.name(part.name)}", part.bits // 8
@@ -114,9 +114,10 @@ def _parts(
             yield Entry(name, part.dtype, shape, size, info, make, digest, format_.rows)
 
 
-def _scales(format_: Format, module: str, amax: Amax) -> dict[str, torch.Tensor]:
-    """Return what is stored of a module that its amax values settle, `{part: scale}`."""
-    scales = format_.tensor_scales(amax[format_.weight_key(module)])
+def _scales(format_: Format, module: str, amax: Amax, codes: Codes | None) -> dict[str, torch.Tensor]:
+    """Return what is stored of a module that its amax values settle, `{part: scale}`; not what codes have chosen."""
+    settled = format_.tensor_scales(amax[format_.weight_key(module)])
+    scales = {part: scale for part, scale in settled.items() if codes is None or not codes.have(module, format_, part)}
     if format_.has_input_scale:
         scales[INPUT_SCALE] = format_.input_scale(amax[f"{module}.input_amax"])
     return scales
@@ -206,9 +207,7 @@ def export(
             source_sha256=measurement.model.sha256,
             files=tuple(sorted(files, key=lambda entry: entry.name)),
             carrier=carrier,
-            modules=tuple(
-                _module_records(quantised, amax, table, "nearest" if codes is None else "compensated", carrier)
-            ),
+            modules=tuple(_module_records(quantised, amax, table, codes, carrier)),
             kv_cache_format=scheme.kv_cache_format,
             kv_cache_skips=scheme.kv_cache_skips,
             kv_scales=tuple(KvScale(tensor=name, scale=float(value)) for name, value in kv_scales.items()),
@@ -269,12 +268,12 @@ def _module_records(
     quantised: Quantised,
     amax: Amax,
     table: Mapping[str, Entry],
-    rounding: Literal["nearest", "compensated"],
+    codes: Codes | None,
     carrier: str,
 ) -> Iterator[ModuleRecord]:
     for tensor, (module, name) in quantised.items():
         format_ = get_format(name)
-        scales = _scales(format_, module.name, amax)
+        scales = _scales(format_, module.name, amax, codes)
         numbers = {part: float(scale) for part, scale in scales.items() if not scale.dim()}
         stored, beside = format_.layouts[carrier].name(WEIGHT_SCALE), tensor.removesuffix(".weight")
         digest, zeros = table[f"{beside}.{stored}"].digest, table.get(f"{beside}.{WEIGHT_ZERO_POINT}")
@@ -290,7 +289,7 @@ def _module_records(
             weight_scale_2=numbers.get(WEIGHT_SCALE_2),
             weight_zero_point_sha256=None if zeros is None else zeros.digest.hexdigest(),
             input_scale=numbers.get(INPUT_SCALE),
-            rounding=rounding,
+            rounding="nearest" if codes is None else "compensated",
         )
 
 

@@ -39,7 +39,7 @@ class Columns(ABC):
         """Return the same for some groups of columns, counted from the weight's first one."""
         return self
 
-    def of_largest(self) -> Self:
+    def of_largest(self) -> "Columns":
         """Return the same without candidates: scales are those that the largest values give."""
         other = copy.copy(self)
         other.factors = (1.0,)
@@ -110,6 +110,27 @@ class E4m3Columns(Columns):
     def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the codes."""
         return {WEIGHT: grids.quantise(values, scales[0].repeat_interleave(self.size, 1))}
+
+
+class PowerColumns(E4m3Columns):
+    """E4M3 codes of square blocks with scales that are powers of two, the ones above those of the largest values.
+
+    Who rounds such scales up to powers of two finds these as they are. The nearest codes have the scales of the largest
+    values, as without compensation.
+    """
+
+    def __init__(self, amax: torch.Tensor, size: int) -> None:
+        """Keep the amax of each row's blocks, [out_features, groups]."""
+        super().__init__(grids.powers_of_squares(amax) * grids.E4M3_MAX, size)
+        self._largest = amax
+
+    def of_largest(self) -> E4m3Columns:
+        """See `Columns`."""
+        return E4m3Columns(self._largest, self.size)
+
+    def parts(self, values: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the codes, and the scales [blocks, 1, blocks, 1]."""
+        return {**super().parts(values, scales), WEIGHT_SCALE: self.steps(scales)[:: self.size, None, :, None]}
 
 
 class E2m1Columns(Columns):

@@ -100,10 +100,11 @@ class Fp8Block(Format):
         return grids.quantise(weight, amax.repeat_interleave(_SIDE, 1))
 
     def columns(self, amax: "torch.Tensor", rows: int) -> "Columns":
-        """Return codes with scales of blocks that are known before."""
-        from bitladder.formats.columns import E4m3Columns
+        """Return codes with scales of blocks that are known before: powers of two where a device makes them so."""
+        from bitladder.formats.columns import E4m3Columns, PowerColumns
 
-        return E4m3Columns(self.rows_of(amax, 0, rows), _SIDE)
+        of = PowerColumns if self.arithmetic == POWERS_OF_TWO else E4m3Columns
+        return of(self.rows_of(amax, 0, rows), _SIDE)
 
     def decode(self, parts: "Mapping[str, torch.Tensor]", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return code · scale."""

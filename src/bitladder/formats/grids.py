@@ -220,8 +220,16 @@ def fake_quantise_squares(values: torch.Tensor, side: int) -> torch.Tensor:
     Source: vllm 0.32.0, utils/deep_gemm.py, per_block_cast_to_fp8, as requant_weight_ue8m0_inplace calls it.
     """
     blocks = squares(values, side)
-    scales = power_above(blocks.abs().amax((1, 3), keepdim=True).clamp_min(_LEAST_SQUARE_AMAX) / E4M3_MAX)
+    scales = powers_of_squares(blocks.abs().amax((1, 3), keepdim=True))
     return ((blocks / scales).to(E4M3_DTYPE).float() * scales).reshape(values.shape)
+
+
+def powers_of_squares(amax: torch.Tensor) -> torch.Tensor:
+    """Return the scales of blocks whose largest magnitudes these are, float32 powers of two (any shape).
+
+    Source: see `fake_quantise_squares`.
+    """
+    return power_above(amax.float().clamp_min(_LEAST_SQUARE_AMAX) / E4M3_MAX)
 
 
 def power_above(values: torch.Tensor) -> torch.Tensor:

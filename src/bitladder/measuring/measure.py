@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from bitladder.data.batches import DataSet
 from bitladder.device import measuring_device, resolve_dtype
 from bitladder.errors import EngineError, MeasurementError
-from bitladder.formats import Arithmetic, group_bits, in_order
+from bitladder.formats import POWERS_OF_TWO, Arithmetic, group_bits, in_order
 from bitladder.measured import AMAX_FILE, CODES, MEASUREMENT_FILE, codes_files
 from bitladder.measuring.job import Job, damping_of, score_batch_count, score_weights
 from bitladder.measuring.partial import PARTIAL, Partial
@@ -38,6 +38,7 @@ from bitladder.storage import atomic_path, discard, sha256_of_file, unseal
 
 # How compensated ones are made now.
 _CODES = "tokens are weighed, a sweep with the same scales follows, a row in sixteen checks what is served"
+_BLOCKS = "made with scales that are powers of two"
 
 
 def settings_sha256(
@@ -46,7 +47,8 @@ def settings_sha256(
     """Return the digest of everything that decides a measurement: model, data, settings, what isn't as stored."""
     spec = _ordered(spec).model_copy(update={"damping": damping_of(spec)})
     computed = [f"{name}: {arithmetic[name]}" for name in sorted(arithmetic)]
-    computed += [_CODES] if spec.rounding == "compensated" else []
+    if spec.rounding == "compensated":
+        computed += [_CODES, *([_BLOCKS] if POWERS_OF_TWO in arithmetic.values() else [])]
     return digest_of([source.sha256, data.summary.sha256, spec.model_dump_json(exclude={"memory_gb"}), *computed])
 
 
