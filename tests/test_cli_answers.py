@@ -210,8 +210,16 @@ def test_a_plan_by_score_and_by_kl(finished, tmp_path):
     KlPoints(
         measurement_sha256=known.fingerprint(), settings_sha256="0", data=data, samples=4, points=points, run=None
     ).write(tmp_path / "kl_points.json")
-    (by_kl,) = json.loads(bitladder(*asked, "--max-kl", worst).stdout)["schemes"]
+    found = json.loads(bitladder(*asked, "--max-kl", worst).stdout)
+    (by_kl,) = found["schemes"]
     assert by_kl["formats"] == scheme["formats"]
+    predicted = found["predicted_kl"][by_kl["name"]]
+    assert predicted["value"] == pytest.approx(2 * by_kl["predicted_score"])
+    assert predicted["low"] <= predicted["value"] <= min(predicted["high"], worst)
+    told = bitladder(*asked[:-1], "--max-kl", worst).stdout
+    assert f"{predicted['value']:.3g} (" in told
+    assert "predicted KL of the weights in nats per token" in told
+    assert "predicted_kl" not in told
 
 
 def test_a_drafted_recipe_runs(llama, tmp_path):

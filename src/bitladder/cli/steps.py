@@ -14,6 +14,7 @@ from bitladder.errors import RecipeError
 
 if TYPE_CHECKING:
     from bitladder.library import Run
+    from bitladder.planning.prediction import KlMap
     from bitladder.records import CheckpointManifest, Measurement, Scheme
     from bitladder.report import Report
 
@@ -149,8 +150,10 @@ def plan(
 
     Example: bitladder plan --measurement m.json --coverage 0.25 --effective-bits 12 --output plans
     """
+    from bitladder import planning
     from bitladder.measured import MEASUREMENT_FILE
     from bitladder.records import Measurement
+    from bitladder.steps.workspace import KL_POINTS_FILE
 
     asked = {
         "coverage": coverage,
@@ -166,7 +169,10 @@ def plan(
             raise RecipeError(f"{names} and --formats go with --measurement; a recipe names its own schemes")
         with started(recipe, output) as work:
             schemes = work.plan()
-        _show_plan(Measurement.read(work.output / MEASUREMENT_FILE), schemes, work.output / "schemes")
+        known = Measurement.read(work.output / MEASUREMENT_FILE)
+        by_kl = any(spec.max_kl is not None for spec in work.recipe.schemes)
+        kl_map = planning.kl_map_of(work.output / KL_POINTS_FILE, known) if by_kl else None
+        _show_plan(known, schemes, work.output / "schemes", kl_map)
         return
     assert measurement is not None
     _plan_from(measurement, asked, None if formats is None else names_in(formats), output)
@@ -198,13 +204,16 @@ def _plan_from(
     if output is not None:
         for scheme in schemes:
             scheme.write(output / f"{scheme.name}.json")
-    _show_plan(known, schemes, output)
+    _show_plan(known, schemes, output, kl_map)
 
 
-def _show_plan(measurement: "Measurement", schemes: "tuple[Scheme, ...]", place: Path | None) -> None:
-    if answered(directory=place, schemes=schemes):
+def _show_plan(
+    measurement: "Measurement", schemes: "tuple[Scheme, ...]", place: Path | None, kl_map: "KlMap | None"
+) -> None:
+    kls = {} if kl_map is None else {scheme.name: kl_map.of_scheme(measurement, scheme) for scheme in schemes}
+    if answered(directory=place, schemes=schemes, predicted_kl=kls):
         return
-    print_schemes(measurement, schemes)
+    print_schemes(measurement, schemes, kls)
     if place is not None:
         say(f"Schemes: {place}")
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from bitladder.library import Run
+    from bitladder.planning.prediction import Predicted
     from bitladder.records import Measurement, ProbeResult, Scheme
     from bitladder.runinfo import Progress
     from bitladder.steps.preview import Ahead
@@ -198,13 +199,18 @@ def print_table(table: "Table") -> None:
     Console(file=console().file, width=max(console().width, _WIDE), markup=False).print(table, crop=False)
 
 
-def print_schemes(measurement: "Measurement", schemes: "tuple[Scheme, ...]") -> None:
-    """Print what schemes of a measurement cost and are predicted to do."""
+def print_schemes(
+    measurement: "Measurement", schemes: "tuple[Scheme, ...]", kls: "Mapping[str, Predicted | None]"
+) -> None:
+    """Print what schemes of a measurement cost and are predicted to do; `kls`: of their weights, where it is known."""
     from rich.table import Table
 
     from bitladder import planning
+    from bitladder.planning.prediction import LEVEL
 
     table = Table("scheme", "coverage", "effective bits", "weight bytes", "predicted score", "± SE", "groups")
+    if kls:
+        table.add_column("predicted KL")
     for scheme in schemes:
         error = planning.standard_error(measurement, scheme.formats)
         table.add_row(
@@ -215,9 +221,15 @@ def print_schemes(measurement: "Measurement", schemes: "tuple[Scheme, ...]") -> 
             f"{scheme.predicted_score:.4g}",
             "-" if error is None else f"{error:.2g}",
             f"{len(scheme.quantised_groups())}/{len(scheme.formats)}",
+            *([_with_interval(kls.get(scheme.name))] if kls else []),
         )
     print_table(table)
     console().print(f"predicted score in {measurement.score_unit}")
+    if kls:
+        console().print(
+            "predicted KL of the weights in nats per token on text like the samples by which schemes are chosen, with "
+            f"its {LEVEL:.0%} interval"
+        )
     for scheme in schemes:
         smallest = planning.at_the_floor(measurement, scheme)
         if smallest:
@@ -226,6 +238,10 @@ def print_schemes(measurement: "Measurement", schemes: "tuple[Scheme, ...]") -> 
                     scheme.name, scheme.effective_bits, scheme.narrow(measurement).formats, smallest
                 )
             )
+
+
+def _with_interval(kl: "Predicted | None") -> str:
+    return "-" if kl is None else f"{kl.value:.3g} ({kl.low:.3g} to {kl.high:.3g})"
 
 
 def print_preview(steps: "Sequence[Ahead]") -> None:

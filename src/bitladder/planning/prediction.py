@@ -34,8 +34,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.planning.pricing import Parts
-from bitladder.records import Candidate, Measurement
+from bitladder.planning.pricing import Parts, parts_by_format
+from bitladder.records import Candidate, Measurement, Scheme
 
 LEVEL = 0.9  # of the intervals
 MIN_POINTS = 4  # two parameters, and two more for the spread
@@ -145,6 +145,10 @@ class KlMap:
         error = self.spread * math.sqrt(1 + float(slopes[0] @ self.covariance @ slopes[0]))
         reach = students_t(LEVEL, self.freedom) * error
         return Predicted(math.exp(value), math.exp(value - reach), math.exp(value + reach))
+
+    def of_scheme(self, measurement: Measurement, scheme: Scheme) -> Predicted | None:
+        """Return the KL of what a scheme of the measurement does to the weights; None where no score is positive."""
+        return self.predict(parts_by_format(measurement, scheme.formats))
 
     def kl_of(self, score: float) -> float:
         """Return what a weighed sum of scores (> 0) means."""
