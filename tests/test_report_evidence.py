@@ -6,7 +6,7 @@ import pytest
 
 from bitladder.errors import StaleRecord
 from bitladder.records import ControlArm, Evidence, Refinement, Refinements
-from bitladder.report import build_report, render_markdown
+from bitladder.report import build_report, render_html, render_markdown
 from test_report import (
     HELD_OUT,
     make_evaluation,
@@ -81,6 +81,27 @@ def test_each_is_predicted_from_all_the_others():
     assert [row[0] for row in rows] == sorted(points, key=lambda name: points[name].measured)
     errors = sorted(abs(point.predicted / point.measured - 1) for point in points.values())
     assert report.prediction.median_error == pytest.approx(errors[3])
+
+
+@pytest.mark.parametrize(
+    ("weights", "shrinkage", "told"),
+    [
+        ({"fp8": 1.0}, 0.0, ""),
+        ({"fp8": 1.0}, 0.304, "Scores are taken 30% of the way to the mean of their format. "),
+        ({"fp8": 0.8, "nvfp4": 1.25}, 0.0, "A score counts 0.80 in fp8, 1.25 in nvfp4. "),
+        (
+            {"fp8": 0.8, "nvfp4": 1.25},
+            0.5,
+            "A score counts 0.80 in fp8, 1.25 in nvfp4. Scores are taken 50% of the way to the mean of their format. ",
+        ),
+    ],
+)
+def test_what_scores_count_for_is_said_in_words(weights, shrinkage, told):
+    report = report_with()
+    prediction = report.prediction.model_copy(update={"weights": weights, "shrinkage": shrinkage})
+    changed = report.model_copy(update={"prediction": prediction})
+    for text in (render_markdown(changed), render_html(changed)):
+        assert f"predicted {'here ' if text.startswith('#') else ''}from all the others. {told}Median error" in text
 
 
 def test_arms_on_other_data_are_not_compared():

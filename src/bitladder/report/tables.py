@@ -262,10 +262,12 @@ def prediction_table(report: Report, ladder: Ladder) -> dict[str, Any]:
 
 
 def _meaning(weights: Mapping[str, float], shrinkage: float) -> str:
-    """Return in a sentence what a group's score counts for, where that isn't 1."""
-    parts = [", ".join(f"{weight:.2f} in {name}" for name, weight in weights.items())] if len(weights) > 1 else []
-    parts += [f"{percent(shrinkage, 0)} of the way to the mean of its format"] if shrinkage >= _LEAST_SHRINKAGE else []
-    return f"A group's score counts {', '.join(parts)}." if parts else ""
+    """Return in words what a score counts for by format, where there are several, and how far it is shrunk."""
+    counts = ", ".join(f"{weight:.2f} in {name}" for name, weight in weights.items())
+    said = [f"A score counts {counts}."] if len(weights) > 1 else []
+    if shrinkage >= _LEAST_SHRINKAGE:
+        said.append(f"Scores are taken {percent(shrinkage, 0)} of the way to the mean of their format.")
+    return " ".join(said)
 
 
 def runtimes(report: Report) -> dict[str, Any]:
