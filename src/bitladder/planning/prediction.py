@@ -27,6 +27,7 @@ One quantile is no reason to need scipy: Student's t with a whole number of degr
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -41,6 +42,8 @@ LEVEL = 0.9  # of the intervals
 MIN_POINTS = 4  # two parameters, and two more for the spread
 _PULLS = (0.03, 0.3, 3.0, 1e9)  # on log weights: a residual's variance over theirs, 0.1² over 0.6², up to none at all
 _MOST_SHRINKAGE = 0.9  # of 1, where scores would say nothing of a group
+_LEAST_RANGE = 0.01  # of the logarithms of scores: a line through what lies closer says nothing, nor can be found
+_LARGEST = math.log(sys.float_info.max)
 
 
 def students_t(level: float, freedom: int) -> float:
@@ -99,25 +102,28 @@ class KlMap:
 
     @classmethod
     def fit(cls, means: Mapping[str, float], parts: Sequence[Parts], kls: Sequence[float]) -> Self | None:
-        """Return the map through measured points; None where there are too few, or their scores don't differ.
+        """Return the map through measured points; None where there are too few, or their scores hardly differ.
 
         Args:
             means: `pricing.mean_scores` of the measurement that the scores are of.
             parts: each one's scores and weights by format, of the formats of `means`; those whose scores don't add up
-                to more than zero are left out.
+                to more than zero are left out, and of others a format's sum below zero counts for nothing.
             kls: measured KL, in nats per token.
         """
         seen = [(part, kl) for part, kl in zip(parts, kls, strict=True) if _total(part) > 0 and kl > 0]
         if len(seen) < MIN_POINTS:
             return None
-        scores, evened = (np.array(each) for each in zip(*(_rows(part, means) for part, _ in seen), strict=True))
+        rows = zip(*(_rows(part, means) for part, _ in seen), strict=True)
+        scores, evened = (np.maximum(np.array(each), 0.0) for each in rows)
         logs = np.log([kl for _, kl in seen])
-        if np.ptp(np.log(scores.sum(axis=1))) == 0:
+        if np.ptp(np.log(scores.sum(axis=1))) < _LEAST_RANGE:
             return None
         for pull in _PULLS:
             fitted = _Fit.of(scores, evened, logs, pull)
             if fitted.counted <= len(seen) / 2 + 1e-6:
                 break
+        if abs(fitted.level) > _LARGEST:
+            return None
         freedom = max(int(len(seen) - fitted.counted + 1e-6), 1)
         return cls(
             factor=math.exp(fitted.level),
@@ -132,19 +138,19 @@ class KlMap:
         )
 
     def predict(self, parts: Parts) -> Predicted | None:
-        """Return the KL of a scheme with these scores and weights by format; None where no score is positive."""
-        if _total(parts) <= 0:
+        """Return the KL of a scheme with these scores and weights by format; None where they add up to no damage.
+
+        The sum is that of the scores that `weigh` gives: what is planned within `score_of` is predicted within its KL.
+        """
+        scores, evened = (np.array([row]) for row in _rows(parts, self.means))
+        weights = np.array(list(self.weights.values()))
+        if _weighed(scores, evened, weights, self.shrinkage).sum() <= 0:
             return None
-        score, slopes = _weighed(
-            *(np.array([row]) for row in _rows(parts, self.means)),
-            weights=np.array(list(self.weights.values())),
-            shrinkage=self.shrinkage,
-            exponent=self.exponent,
-        )
-        value = math.log(self.kl_of(float(score[0])))
-        error = self.spread * math.sqrt(1 + float(slopes[0] @ self.covariance @ slopes[0]))
+        slopes = _slopes(scores, evened, weights, self.shrinkage, self.exponent)[0]
+        value = math.log(self.factor) + self.exponent * float(slopes[1])
+        error = self.spread * math.sqrt(1 + float(slopes @ self.covariance @ slopes))
         reach = students_t(LEVEL, self.freedom) * error
-        return Predicted(math.exp(value), math.exp(value - reach), math.exp(value + reach))
+        return Predicted(*(_exp(one) for one in (value, value - reach, value + reach)))
 
     def of_scheme(self, measurement: Measurement, scheme: Scheme) -> Predicted | None:
         """Return the KL of what a scheme of the measurement does to the weights; None where no score is positive."""
@@ -152,13 +158,13 @@ class KlMap:
 
     def kl_of(self, score: float) -> float:
         """Return what a weighed sum of scores (> 0) means."""
-        return self.factor * math.exp(self.exponent * math.log(score))
+        return _exp(math.log(self.factor) + self.exponent * math.log(score))
 
     def score_of(self, kl: float) -> float | None:
         """Return the greatest weighed sum whose KL is at most `kl` (> 0); None where KL doesn't grow with it."""
         if self.exponent <= 0:
             return None
-        return math.exp((math.log(kl) - math.log(self.factor)) / self.exponent)
+        return _exp((math.log(kl) - math.log(self.factor)) / self.exponent)
 
     def weigh(self, measurement: Measurement) -> Measurement:
         """Return a measurement with weights and shrinkage in its scores: they add up to what `score_of` bounds."""
@@ -184,34 +190,46 @@ def _total(parts: Parts) -> float:
 
 
 def _rows(parts: Parts, means: Mapping[str, float]) -> tuple[list[float], list[float]]:
-    """Return the scores by format, and what as many weights score on average; none below zero."""
+    """Return the scores by format, and what as many weights score on average, which is never below zero."""
     found = [parts[name] for name in means]
-    evened = [mean * part.weights for mean, part in zip(means.values(), found, strict=True)]
-    return [max(part.score, 0.0) for part in found], [max(one, 0.0) for one in evened]
+    evened = [max(mean, 0.0) * part.weights for mean, part in zip(means.values(), found, strict=True)]
+    return [part.score for part in found], evened
+
+
+def _exp(logarithm: float) -> float:
+    """Return its number, or the largest one that there is: far from what was measured an interval has no end."""
+    return math.exp(min(logarithm, _LARGEST))
 
 
 def _weighed(
-    scores: NDArray[np.float64],
-    evened: NDArray[np.float64],
-    *,
-    weights: NDArray[np.float64],
-    shrinkage: float,
-    exponent: float,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the weighed sums, [points], and the derivatives of log KL by the parameters, [points, 3 + formats].
+    scores: NDArray[np.float64], evened: NDArray[np.float64], weights: NDArray[np.float64], shrinkage: float
+) -> NDArray[np.float64]:
+    """Return what adds up to the damage, [points, formats].
 
     Args:
-        scores: [points, formats], none below zero.
+        scores: [points, formats].
         evened: what as many weights score on average, alike.
         weights: a format.
         shrinkage: from `scores` to `evened`.
-        exponent: of the sum.
     """
-    weighed = ((1 - shrinkage) * scores + shrinkage * evened) * weights
+    return ((1 - shrinkage) * scores + shrinkage * evened) * weights
+
+
+def _slopes(
+    scores: NDArray[np.float64],
+    evened: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    shrinkage: float,
+    exponent: float,
+) -> NDArray[np.float64]:
+    """Return the derivatives of log KL by the parameters, [points, 3 + formats]; that by the exponent is the sum's log.
+
+    Args are those of `_weighed`, and the exponent of the sum, which must be positive.
+    """
+    weighed = _weighed(scores, evened, weights, shrinkage)
     sums = weighed.sum(axis=1, keepdims=True)
     moved = ((evened - scores) @ weights)[:, None]
-    slopes = [np.ones_like(sums), np.log(sums), exponent * weighed / sums, exponent * moved / sums]
-    return sums[:, 0], np.hstack(slopes)
+    return np.hstack([np.ones_like(sums), np.log(sums), exponent * weighed / sums, exponent * moved / sums])
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,11 +262,13 @@ class _Fit:
 
         def left(at: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
             weights, shrinkage = np.exp(at[2:-1]), float(at[-1])
-            _, slopes = _weighed(scores, evened, weights=weights, shrinkage=shrinkage, exponent=float(at[1]))
+            slopes = _slopes(scores, evened, weights, shrinkage, float(at[1]))
             return logs - slopes[:, :2] @ at[:2], slopes
 
-        def cost(at: NDArray[np.float64]) -> float:
-            return float(np.sum(left(at)[0] ** 2) + pulls @ at**2)
+        def worse(at: NDArray[np.float64], than: NDArray[np.float64]) -> bool:
+            with np.errstate(all="ignore"):  # so far off that its weights are no numbers
+                costs = [float(np.sum(left(one)[0] ** 2) + pulls @ one**2) for one in (at, than)]
+            return not costs[0] <= costs[1]
 
         def step_from(at: NDArray[np.float64]) -> Any:
             """Return the step that is best to first order, of those that keep the shrinkage in its range."""
@@ -263,7 +283,7 @@ class _Fit:
 
         for _ in range(100):
             step = step_from(found)
-            while cost(found + step) > cost(found) and np.abs(step).max() > 1e-12:
+            while worse(found + step, found) and np.abs(step).max() > 1e-12:
                 step /= 2
             found = found + step
             if np.abs(step).max() <= 1e-12:
