@@ -2,7 +2,8 @@
 
 import pytest
 
-from bitladder.errors import DataError, RecipeError
+from bitladder import planning
+from bitladder.errors import DataError, RecipeError, RecordError
 from bitladder.recipe import parse_recipe
 from bitladder.records import Evaluation, KlPoints, KvDamage, Measurement, Refinements
 from bitladder.steps.data import validation_data
@@ -10,6 +11,7 @@ from bitladder.steps.preview import preview
 from bitladder.steps.run import run
 from bitladder.steps.workspace import Workspace
 from conftest import make_text
+from test_records import changed
 
 ROWS = {"sequence_length": 24, "batch_size": 2}
 BY_KL = [{"name": "near", "max_kl": 1.0}, {"name": "half", "coverage": 0.5, "kv_cache": {"fp8": 0.5}}]
@@ -72,10 +74,15 @@ def test_a_second_run_has_nothing_to_do_and_other_rows_choose_again(finished, ll
     other = place / "others.txt"
     other.write_text(make_text(300, seed=11))
     sets = [{"samples": 3, **ROWS}, {"data": {"kind": "text", "path": str(other)}, "samples": 5, **ROWS}]
-    work = Workspace(recipe_of(llama, text_file, output, validation=sets), output)
+    recipe = recipe_of(llama, text_file, output, validation=sets)
+    ahead = {step.step: step.why for step in preview(Workspace(recipe, output))}
+    assert ahead["plan"] == "KL isn't measured so: kl_points.json, kv_damage.json, refinements.json"
+    assert ahead["evaluate"] == "follows from plan"
+    work = Workspace(recipe, output)
     run(work)
     assert work.done[:3] == ["measure KL of a few schemes", "measure the KV cache", "refine schemes"]
     assert (output / "measurement.json").read_bytes() == before
+    assert [step.step for step in preview(Workspace(recipe, output)) if step.why is not None] == ["report"]
     found = KlPoints.read(output / "kl_points.json").data
     assert (found.kind, [part.samples for part in found.parts]) == ("mixed", [3, 5])
 
@@ -101,6 +108,8 @@ def test_rows_that_the_model_writes_may_choose(llama, text_file, tmp_path):
     recipe = recipe_of(llama, text_file, output, validation=validation, refine={}, schemes=BY_KL[:1])
     assert preview(Workspace(recipe, output))[0].why == "nothing is measured yet"
     run(Workspace(recipe, output))
+    others = recipe_of(llama, text_file, output, validation={**validation, "seed": 1}, refine={}, schemes=BY_KL[:1])
+    assert preview(Workspace(others, output))[1].why == "the model has to write the rows of kind generated"
     assert KlPoints.read(output / "kl_points.json").data.kind == "generated"
     assert all(step.why is None for step in preview(Workspace(recipe, output))[:-1])
 
@@ -119,3 +128,33 @@ def test_rows_that_calibration_leaves_need_one_set_that_leaves_some(llama, text_
     two = [{"data": {"kind": "text", "path": str(text_file)}}, {}]
     with pytest.raises(RecipeError, match=r"validation\.1 needs `data` of its own"):
         recipe_of(llama, text_file, tmp_path, calibration=calibration, held_out=held_out, validation=two)
+
+
+def test_what_chooses_nothing_is_told(llama, text_file, tmp_path):
+    """And where nothing could be refined there is no record to look for."""
+    told = []
+    chosen = {"schemes": [{"name": "all", "coverage": 1.0}]}
+    recipe = recipe_of(llama, text_file, tmp_path, refine={}, **chosen)
+    run(Workspace(recipe, tmp_path, tell=told.append))
+    assert [line for line in told if line.startswith("validation: nothing is chosen by KL here (max_kl, refine, ")]
+    told.clear()
+    recipe = recipe_of(llama, text_file, tmp_path, **chosen)
+    run(Workspace(recipe, tmp_path, tell=told.append))
+    assert not [line for line in told if line.startswith("validation")]
+    assert [step.step for step in preview(Workspace(recipe, tmp_path)) if step.why is not None] == ["report"]
+
+
+def test_records_of_before_are_made_again(llama, text_file, tmp_path):
+    """`kl_points.json` without weights by format, which nothing can be fitted on now."""
+    recipe = recipe_of(llama, text_file, tmp_path, refine={}, schemes=BY_KL[:1])
+    run(Workspace(recipe, tmp_path))
+    path = tmp_path / "kl_points.json"
+    whole = KlPoints.read(path)
+    changed(whole, path, points=[point.model_dump(exclude={"weights"}) for point in whole.points])
+    with pytest.raises(RecordError, match=r"points\.0\.weights: Field required; run `bitladder run RECIPE` again"):
+        planning.kl_map_of(path, Measurement.read(tmp_path / "measurement.json"))
+    told = []
+    assert preview(Workspace(recipe, tmp_path, tell=told.append))[1].why == "KL isn't measured so: kl_points.json"
+    assert told == [f"made again: {path} is not a KlPoints: points.0.weights: Field required"]
+    run(Workspace(recipe, tmp_path))
+    assert KlPoints.read(path).fingerprint() == whole.fingerprint()

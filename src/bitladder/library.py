@@ -190,8 +190,7 @@ class Run:
         """Plan every scheme of the recipe."""
         from bitladder.steps.plan import plan
 
-        simulated = self.recipe.refine.evaluations or any(spec.max_kl is not None for spec in self.recipe.schemes)
-        with self._working(loading=bool(simulated)) as work:
+        with self._working(loading=self.recipe.chooses_by_kl) as work:
             return plan(work)
 
     def export(self) -> "dict[str, CheckpointManifest]":

@@ -473,6 +473,21 @@ class Recipe(Section):
             )
         return None
 
+    @property
+    def maps_kl(self) -> bool:
+        """Whether a scheme is asked for by KL, which takes a map from scores to it."""
+        return any(scheme.max_kl is not None for scheme in self.schemes)
+
+    @property
+    def shares_kv_cache(self) -> bool:
+        """Whether a scheme has an FP8 KV cache in the layers that its own KL chooses."""
+        return any(scheme.kv_share is not None for scheme in self.scheme_specs())
+
+    @property
+    def chooses_by_kl(self) -> bool:
+        """Whether anything of its schemes is chosen by KL on validation or calibration samples."""
+        return self.maps_kl or self.shares_kv_cache or self.refine.evaluations > 0
+
     def scheme_specs(self) -> tuple[SchemeSpec, ...]:
         """Return the schemes with what they leave to the recipe filled in."""
         if self.kv_cache == "none":

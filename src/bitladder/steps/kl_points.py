@@ -3,6 +3,7 @@
 import contextlib
 
 from bitladder import planning
+from bitladder.data.batches import DataSet
 from bitladder.errors import InfeasibleTarget
 from bitladder.evaluation.evaluate import ARITHMETIC
 from bitladder.planning import controls
@@ -27,11 +28,8 @@ def measure_kl_points(work: Workspace) -> KlPoints:
     Raises:
         BitladderError: see `evaluation.simulation`.
     """
-    measurement = work.measurement()
-    data, schemes = validation_data(work, measurement), kl_point_schemes(measurement)
-    rows = [data.summary.sha256, str(len(data.batches))]
-    key = digest_of([ARITHMETIC, *rows, *(scheme.fingerprint() for scheme in schemes)])
-    path = work.output / KL_POINTS_FILE
+    measurement, path = work.measurement(), work.output / KL_POINTS_FILE
+    data, schemes, key = _asked(work)
     known = valid(work, KlPoints, path, settings_sha256=key)
     if known is not None:
         return known
@@ -60,6 +58,20 @@ def measure_kl_points(work: Workspace) -> KlPoints:
         )
         result.write(path)
     return result
+
+
+def known_kl_points(work: Workspace) -> KlPoints | None:
+    """Return those that are there and valid."""
+    return valid(work, KlPoints, work.output / KL_POINTS_FILE, settings_sha256=_asked(work)[-1])
+
+
+def _asked(work: Workspace) -> tuple[DataSet, tuple[Scheme, ...], str]:
+    """Return the samples, the schemes to simulate on them, and the digest of both."""
+    measurement = work.measurement()
+    data, schemes = validation_data(work, measurement), kl_point_schemes(measurement)
+    rows = [data.summary.sha256, str(len(data.batches))]
+    key = digest_of([ARITHMETIC, *rows, *(scheme.fingerprint() for scheme in schemes)])
+    return data, schemes, key
 
 
 def kl_point_schemes(measurement: Measurement) -> tuple[Scheme, ...]:

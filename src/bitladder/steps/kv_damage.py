@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
+from bitladder.data.batches import Batch
 from bitladder.evaluation.evaluate import ARITHMETIC
 from bitladder.measured import kv_amax, read_amax
 from bitladder.measuring.kv_damage import STEP, layer_kls
@@ -24,11 +26,9 @@ def measure_kv_damage(work: Workspace) -> KvDamage:
             `measuring.kv_damage`.
     """
     measurement = work.measurement()
-    amax, data = read_amax(measurement, work.output), validation_data(work, measurement)
+    amax = read_amax(measurement, work.output)
     kv_amax(measurement, amax)  # all layers have scales
-    counted = list(itertools.accumulate(batch.loss_tokens for batch in data.batches))
-    batches = data.batches[: sum(tokens < _TOKENS for tokens in counted) + 1]
-    key = digest_of([ARITHMETIC, measurement.fingerprint(), data.summary.sha256, str(len(batches))])
+    batches, key = _asked(work)
     known = valid(work, KvDamage, work.output / KvDamage.FILE_NAME, settings_sha256=key)
     if known is not None:
         return known
@@ -52,3 +52,18 @@ def measure_kv_damage(work: Workspace) -> KvDamage:
         )
         result.write(work.output / KvDamage.FILE_NAME)
     return result
+
+
+def known_kv_damage(work: Workspace) -> KvDamage | None:
+    """Return what is there and valid."""
+    return valid(work, KvDamage, work.output / KvDamage.FILE_NAME, settings_sha256=_asked(work)[-1])
+
+
+def _asked(work: Workspace) -> tuple[Sequence[Batch], str]:
+    """Return the batches to measure on, and the digest of the settings."""
+    measurement = work.measurement()
+    data = validation_data(work, measurement)
+    counted = list(itertools.accumulate(batch.loss_tokens for batch in data.batches))
+    batches = data.batches[: sum(tokens < _TOKENS for tokens in counted) + 1]
+    key = digest_of([ARITHMETIC, measurement.fingerprint(), data.summary.sha256, str(len(batches))])
+    return batches, key

@@ -8,6 +8,11 @@ from bitladder.runinfo import Meter
 from bitladder.steps.workspace import SIMULATED_FILE, Workspace
 from bitladder.storage import discard
 
+_CHOOSES_NOTHING = (
+    "validation: nothing is chosen by KL here (max_kl, refine, a share of kv_cache); its rows are only kept out of the "
+    "held-out sets"
+)
+
 
 def plan(work: Workspace) -> tuple[Scheme, ...]:
     """Plan every scheme of the recipe (it takes well under a second) and write those that changed.
@@ -22,11 +27,14 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
             for.
     """
     kl_map, kv_damage, meter, specs = None, None, Meter(), work.recipe.scheme_specs()
-    if any(spec.max_kl is not None for spec in specs):
+    recipe = work.recipe
+    if recipe.validation and not recipe.chooses_by_kl:
+        work.tell(_CHOOSES_NOTHING)
+    if recipe.maps_kl:
         from bitladder.steps.kl_points import fitted_kl_map
 
         kl_map = fitted_kl_map(work)
-    if any(spec.kv_share is not None for spec in specs):
+    if recipe.shares_kv_cache:
         from bitladder.steps.kv_damage import measure_kv_damage
 
         kv_damage = measure_kv_damage(work)
@@ -35,13 +43,13 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
         speed = work.speed_model(measurement.groups)
         schemes = planning.plan_all(measurement, specs, kl_map, speed, kv_damage, work.split)
         for scheme in schemes:
-            check_carrier(scheme, work.recipe.export.carrier)
+            check_carrier(scheme, recipe.export.carrier)
             check_parts(scheme, measurement.groups, work.split)
         if any(scheme.kv_cache_format for scheme in schemes) and measurement.amax_sha256 is not None:
             from bitladder.measured import kv_amax, read_amax
 
             kv_amax(measurement, read_amax(measurement, work.output))  # all layers have scales
-    if work.recipe.refine.evaluations:
+    if recipe.refine.evaluations:
         from bitladder.steps.refine import refine_schemes
 
         schemes = refine_schemes(work, schemes)

@@ -1,24 +1,33 @@
 """What a run would do and why, without doing it: `preview(work)`. Nothing is written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitladder.measured import MEASUREMENT_FILE
-from bitladder.recipe import GENERATED
-from bitladder.records import Evidence, Scheme, Verification
+from bitladder.recipe import GENERATED, OtherRowsSpec
+from bitladder.records import Evidence, KvDamage, Scheme, Verification
 from bitladder.runtimes.child import vllm_version
 from bitladder.steps import known
 from bitladder.steps.controls import settings_of
 from bitladder.steps.data import is_written
 from bitladder.steps.evaluate import known_evaluations, settings_key
 from bitladder.steps.export import is_intact
+from bitladder.steps.kl_points import known_kl_points
+from bitladder.steps.kv_damage import known_kv_damage
 from bitladder.steps.look import look
 from bitladder.steps.measure import known_measurement
 from bitladder.steps.originals import Originals
 from bitladder.steps.probe import known_probes
+from bitladder.steps.refine import known_refinements, leaves_choice
 from bitladder.steps.step import valid
-from bitladder.steps.workspace import EVIDENCE_FILE, VERIFICATION_FILE, Workspace
+from bitladder.steps.workspace import (
+    EVIDENCE_FILE,
+    KL_POINTS_FILE,
+    REFINEMENTS_FILE,
+    VERIFICATION_FILE,
+    Workspace,
+)
 
 _UNWRITTEN = "the model has to write the rows of kind generated"
 
@@ -83,7 +92,30 @@ def _plan(work: Workspace) -> str | None:
         scheme = work.known(Scheme, work.scheme_file(spec.name))
         if scheme is None or (scheme.asked, scheme.measurement_sha256) != (spec, measurement.fingerprint()):
             missing.append(spec.name)
-    return f"not planned as asked: {', '.join(missing)}" if missing else None
+    if missing:
+        return f"not planned as asked: {', '.join(missing)}"
+    return _choose(work) if work.recipe.chooses_by_kl else None
+
+
+def _choose(work: Workspace) -> str | None:
+    """Return why the KLs that choose schemes have to be measured; None: they are, and valid."""
+    recipe = work.recipe
+    if not _is_written(work, recipe.validation):
+        return _UNWRITTEN
+    refined = recipe.refine.evaluations > 0 and any(map(leaves_choice, work.schemes()))
+    records = (
+        (recipe.maps_kl, known_kl_points, KL_POINTS_FILE),
+        (recipe.shares_kv_cache, known_kv_damage, KvDamage.FILE_NAME),
+        (refined, known_refinements, REFINEMENTS_FILE),
+    )
+    missing = [name for needed, known_record, name in records if needed and known_record(work) is None]
+    return f"KL isn't measured so: {', '.join(missing)}" if missing else None
+
+
+def _is_written(work: Workspace, sets: Sequence[OtherRowsSpec]) -> bool:
+    """Return whether the model has written the rows of those sets that are of kind generated."""
+    sources = [(one, one.data or work.recipe.calibration[0].data) for one in sets]
+    return all(is_written(work, one, source) for one, source in sources if source.kind == GENERATED)
 
 
 def _export(work: Workspace) -> str | None:
@@ -107,10 +139,7 @@ def _probe(work: Workspace) -> str | None:
 
 
 def _evaluate(work: Workspace) -> str | None:
-    sets = [
-        (one, one.data or work.recipe.calibration[0].data) for one in (*work.recipe.validation, *work.recipe.held_out)
-    ]
-    if not all(is_written(work, one, source) for one, source in sets if source.kind == GENERATED):
+    if not _is_written(work, (*work.recipe.validation, *work.recipe.held_out)):
         return _UNWRITTEN
     manifests = work.manifests()
     with Originals(work) as originals:

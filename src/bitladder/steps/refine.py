@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from bitladder import planning
+from bitladder.data.batches import DataSet
 from bitladder.evaluation.evaluate import ARITHMETIC
 from bitladder.planning.refinement import Kl, refine, with_formats
 from bitladder.planning.sharing import plannable
@@ -25,12 +26,11 @@ def refine_schemes(work: Workspace, schemes: Sequence[Scheme]) -> tuple[Scheme, 
         PlanError: see `planning.refinement.refine`. DuplicateSchemes: two schemes come out equal.
     """
     measurement, spec, path = work.measurement(), work.recipe.refine, work.output / REFINEMENTS_FILE
-    data = validation_data(work, measurement)
-    key = digest_of([ARITHMETIC, data.summary.sha256, str(len(data.batches)), spec.model_dump_json()])
+    data, key = _asked(work)
     known = valid(work, Refinements, path, settings_sha256=key)
     done = {one.planned_sha256: one for one in known.refinements} if known is not None else {}
     held = plannable(measurement, work.split)
-    open_ = [scheme for scheme in schemes if BF16 in scheme.formats.values() and not scheme.by_name]
+    open_ = [scheme for scheme in schemes if leaves_choice(scheme)]
     missing = [scheme for scheme in open_ if scheme.fingerprint() not in done]
     if missing:
         with doing(work, _STEP) as meter:
@@ -48,6 +48,24 @@ def refine_schemes(work: Workspace, schemes: Sequence[Scheme]) -> tuple[Scheme, 
                 run=meter.info(),
             ).write(path)
     return planning.related([_refined(measurement, scheme, done.get(scheme.fingerprint())) for scheme in schemes])
+
+
+def leaves_choice(scheme: Scheme) -> bool:
+    """Return whether a scheme has groups in 16 bits that another choice would have quantised."""
+    return BF16 in scheme.formats.values() and not scheme.by_name
+
+
+def known_refinements(work: Workspace) -> Refinements | None:
+    """Return those that are there and valid, of the schemes that were planned then."""
+    return valid(work, Refinements, work.output / REFINEMENTS_FILE, settings_sha256=_asked(work)[-1])
+
+
+def _asked(work: Workspace) -> tuple[DataSet, str]:
+    """Return the samples to refine on, and the digest of the settings."""
+    data = validation_data(work, work.measurement())
+    rows = [data.summary.sha256, str(len(data.batches))]
+    key = digest_of([ARITHMETIC, *rows, work.recipe.refine.model_dump_json()])
+    return data, key
 
 
 def _refinement(measurement: Measurement, scheme: Scheme, kl: Kl, spec: RefineSpec) -> Refinement:
