@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy.stats import t as t_of_scipy
 from bitladder import planning
 from bitladder.errors import InfeasibleTarget, PlanError
 from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out, students_t
-from bitladder.planning.pricing import InFormat, mean_scores, parts_by_format
+from bitladder.planning.pricing import InFormat, mean_scores, parts_by_format, predicted_score
 from bitladder.recipe import SchemeSpec
 from test_asking import measurement_of
 
@@ -133,6 +134,7 @@ def test_what_a_score_means_in_each_format_is_found():
     noise = [math.exp(generator.gauss(0, 0.01)) for _ in points]
     fitted = fit(points, [law(point, weights) * n for point, n in zip(points, noise, strict=True)])
     assert fitted.exponent == pytest.approx(0.93, abs=0.02)
+    assert fitted.freedom == len(points) - 4  # the factor, the exponent, and two of three weights beside one another
     for first, second in itertools.pairwise(FORMATS):
         assert fitted.weights[second] / fitted.weights[first] == pytest.approx(
             weights[second] / weights[first], rel=0.1
@@ -241,7 +243,7 @@ def with_shrinkage(measurement, weights, shrinkage):
     means = mean_scores(measurement)
     points = [
         {name: InFormat(score, score * luck / mean) for (name, mean), score in zip(means.items(), pair, strict=True)}
-        for pair in itertools.product(SCORES, SCORES)
+        for pair in itertools.product(SCORES, repeat=len(means))
         for luck in (0.4, 1.0, 2.5)
     ]
 
@@ -261,6 +263,29 @@ def with_negative_scores(measurement):
         for index, one in enumerate(measurement.candidates)
     ]
     return measurement.model_copy(update={"candidates": tuple(changed)})
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.4])
+def test_what_is_weighed_adds_up_to_what_is_predicted(shrinkage):
+    """With batches that count differently, and a format whose scores are below zero on average."""
+    whole = measurement_of(FORMATS, layers=2)
+    candidates = [
+        one.model_copy(update={"scores": tuple(score * (-2 if one.format == "int8" else 1) for score in one.scores)})
+        for one in whole.candidates
+    ]
+    measurement = whole.model_copy(update={"candidates": tuple(candidates), "score_weights": (0.5, 3.0)})
+    fitted = replace(
+        with_shrinkage(whole, dict(zip(FORMATS, (1.4, 0.7, 0.9), strict=True)), shrinkage),
+        means=mean_scores(measurement),
+    )
+    assert fitted.means["int8"] < 0
+    weighed, groups = fitted.weigh(measurement), [group.name for group in measurement.groups]
+    for names in itertools.product(("bf16", *FORMATS), repeat=len(groups)):
+        formats = dict(zip(groups, names, strict=True))
+        score = predicted_score(weighed, formats)
+        guess = fitted.predict(parts_by_format(measurement, formats))
+        assert (guess is None) == (score <= 0)
+        assert guess is None or guess.value == pytest.approx(fitted.kl_of(score))
 
 
 @pytest.mark.parametrize("changed", [lambda same: same, with_negative_scores], ids=["positive", "negative"])
