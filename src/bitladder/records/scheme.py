@@ -196,7 +196,7 @@ class Refinements(Record):
 
     measurement_sha256: str
     settings_sha256: str
-    data: DataSummary = Field(description="calibration data: held-out data must not choose a scheme")
+    data: DataSummary = Field(description="validation or calibration data: held-out data must not choose a scheme")
     samples: int = Field(description="of it that were used, the first ones")
     refinements: tuple[Refinement, ...]
     run: RunInfo | None = None

@@ -39,7 +39,8 @@ def kl_on(work: Workspace, measurement: Measurement, data: DataSet) -> Iterator[
             name = digest_of([*(f"{group} {one}" for group, one in sorted(scheme.formats.items())), *cache])
             if name not in kls:
                 if not prepared:
-                    reference = Reference.compute(work.model_directory, data, split="calibration", device=device)
+                    split = "validation" if work.recipe.validation else "calibration"
+                    reference = Reference.compute(work.model_directory, data, split=split, device=device)
                     prepared.append((stack.enter_context(reference), simulation_of(work, measurement, device)))
                 reference, simulation = prepared[0]
                 kls[name] = simulation.results([reference], scheme)[0].value
