@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.optimize import least_squares
 from scipy.stats import t as t_of_scipy
 
 from bitladder import planning
@@ -82,8 +83,8 @@ def test_too_few_points_give_no_map(count):
     assert leave_one_out({"fp8": 1.0}, alone(SCORES[: count + 1]), SCORES[: count + 1]) == [None] * (count + 1)
 
 
-def test_scores_that_are_not_positive_are_left_out():
-    fitted = fit(alone([0.0, -1e-9, *SCORES]), [5.0, 5.0, *(2 * s for s in SCORES)])
+def test_scores_and_kls_that_are_not_positive_are_left_out():
+    fitted = fit(alone([0.0, -1e-9, 1e-3, *SCORES]), [5.0, 5.0, 0.0, *(2 * s for s in SCORES)])
     assert fitted.points == 5
     assert fitted.exponent == pytest.approx(1)
     assert fitted.predict(parts({"fp8": 0.0})) is None
@@ -213,6 +214,55 @@ def test_shrinkage_stays_in_its_range(shrinkage, kept):
         assert (fitted.exponent, math.log(fitted.factor)) == pytest.approx(tuple(line), rel=1e-6)
 
 
+def by_scipy(points, kls, pull):
+    """Return the logarithms of factor and weights, the exponent and the shrinkage that minimise what is minimised."""
+    own, even = (np.array([[part[index] for part in one.values()] for one in points]) for index in (0, 1))
+
+    def left(at):
+        sums = ((1 - at[-1]) * own + at[-1] * even) @ np.exp(at[2:-1])
+        return np.concatenate([np.log(kls) - at[0] - at[1] * np.log(sums), math.sqrt(pull) * at[2:]])
+
+    free, start = [np.inf] * (2 + own.shape[1]), [0.0, 1.0, *[0.0] * own.shape[1], 0.1]
+    exact = {"xtol": 1e-15, "ftol": 1e-15, "gtol": 1e-15}
+    return least_squares(left, start, bounds=([-one for one in free] + [0], [*free, 0.9]), **exact).x
+
+
+@pytest.mark.parametrize("shrinkage", [-0.4, 0.0, 0.3, 0.7, 1.3])
+@pytest.mark.parametrize("noise", [0.02, 0.2])
+def test_the_fit_is_the_least_sum_of_squares(shrinkage, noise):
+    generator = random.Random(9)
+    points = [
+        {name: InFormat(score * math.exp(generator.gauss(-0.2, 0.4)), score) for name, (score, _) in point.items()}
+        for point in mixed(40, generator)
+    ]
+    weights = dict(zip(FORMATS, (1.0, 1.6, 0.5), strict=True))
+    kls = []
+    for point in points:
+        own = {name: max(shrunk({name: part}, shrinkage), 1e-6) for name, part in point.items()}
+        damage = sum(weights[name] * own[name] for name in FORMATS)
+        kls.append(damage**0.8 * math.exp(generator.gauss(0, noise)))
+    fitted, found = fit(points, kls), by_scipy(points, kls, 0.03)
+    assert [math.log(fitted.factor), fitted.exponent] == pytest.approx(list(found[:2]), abs=1e-4)
+    assert [math.log(weight) for weight in fitted.weights.values()] == pytest.approx(list(found[2:-1]), abs=1e-4)
+    assert fitted.shrinkage == pytest.approx(found[-1], abs=1e-4)
+
+
+def test_an_interval_is_the_line_s_where_there_is_no_shrinkage():
+    """That of a regression line for one more point, with n - 2 degrees of freedom."""
+    generator = random.Random(10)
+    points = chosen_and_random(generator)
+    kls = [shrunk(point, -0.4) * math.exp(generator.gauss(0, 0.02)) for point in points]
+    fitted, count = fit(points, kls), len(points)
+    assert (fitted.shrinkage, fitted.freedom) == (0.0, count - 2)
+    x, y = np.log([one["fp8"].score for one in points]), np.log(kls)
+    slope, level = np.polyfit(x, y, 1)
+    spread = math.sqrt(np.sum((y - level - slope * x) ** 2) / (count - 2))
+    at = math.log(0.05)
+    error = spread * math.sqrt(1 + 1 / count + (at - x.mean()) ** 2 / np.sum((x - x.mean()) ** 2))
+    guess = fitted.predict({"fp8": InFormat(0.05, 0.3)})
+    assert math.log(guess.high / guess.value) == pytest.approx(t_of_scipy.ppf((1 + LEVEL) / 2, count - 2) * error)
+
+
 def test_intervals_hold_where_scores_regress_to_the_mean():
     generator = random.Random(7)
     inside = trials = 0
@@ -236,6 +286,8 @@ def test_the_mean_is_of_all_groups_that_can_have_a_format():
         everything = parts_by_format(measurement, {group: name for group in groups})
         assert everything[name].weights == sum(sizes[group] for group in groups)
         assert means[name] * everything[name].weights == pytest.approx(everything[name].score)
+    nowhere = measurement_of(FORMATS[:2], layers=2, without=[(group, "nvfp4") for group in sizes])
+    assert mean_scores(nowhere) == {"fp8": means["fp8"], "nvfp4": 0.0}
 
 
 def with_shrinkage(measurement, weights, shrinkage):
