@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from bitladder.data import generation
 from bitladder.data.processors import load_processor
 from bitladder.data.samples import GENERATED_SOURCE, load_data
-from bitladder.errors import DataError, ModelError, RecordError
+from bitladder.errors import DataError, ModelError, RecipeError, RecordError
 from bitladder.models.loading import image_token_ids, load_model
 from bitladder.recipe import DataSpec, parse_recipe
 from bitladder.records import Measurement
-from bitladder.steps.data import calibration_data, scored_calibration_data
+from bitladder.steps.data import calibration_data, load_set, scored_calibration_data
 from bitladder.steps.measure import measure, take_over
 from bitladder.steps.workspace import Workspace
 from conftest import source_of
@@ -247,8 +247,12 @@ def test_a_damaged_file_is_named(damage, calibrated):
 def test_rows_that_are_used_already_are_refused(llama, text_file, tmp_path):
     same = recipe_of(llama, text_file, tmp_path / "out").model_dump(mode="json")
     two = {**same, "calibration": [same["calibration"], same["calibration"]]}
+    with pytest.raises(RecipeError, match=r"calibration\.1 would have the rows .* for calibration\.0; give it another"):
+        parse_recipe(two, "recipe")
+    once = calibration_data(Workspace(parse_recipe(same, "recipe"), tmp_path / "out")).summary
+    spec = parse_recipe(same, "recipe").calibration[0]
     with pytest.raises(DataError, match="what the model writes with seed 0 is used already; give this set another"):
-        calibration_data(Workspace(parse_recipe(two, "recipe"), tmp_path / "out"))
+        load_set(Workspace(parse_recipe(same, "recipe"), tmp_path / "out"), spec, spec.data, once)
     two["calibration"][1] = {**same["calibration"], "seed": 1}
     data = calibration_data(Workspace(parse_recipe(two, "recipe"), tmp_path / "out"))
     assert len(set(data.summary.sample_ids)) == 8

@@ -130,6 +130,21 @@ def test_rows_that_calibration_leaves_need_one_set_that_leaves_some(llama, text_
         recipe_of(llama, text_file, tmp_path, calibration=calibration, held_out=held_out, validation=two)
 
 
+@pytest.mark.parametrize("clash", ["validation", "held_out"])
+def test_rows_that_the_model_writes_twice_are_refused_before_any_is_written(llama, text_file, tmp_path, clash):
+    """Its rows are those of a seed, so that a second set of that seed would have no other ones."""
+    generated = {"data": {"kind": "generated"}, "samples": 4, **ROWS}
+    text = {"data": {"kind": "text", "path": str(text_file)}, "samples": 4, **ROWS}
+    sets = {"calibration": [text, generated], "validation": text, "held_out": text}
+    with pytest.raises(RecipeError, match=rf"{clash} would have the rows .* for calibration\.1; give it another `seed"):
+        recipe_of(llama, text_file, tmp_path, **{**sets, clash: generated})
+    hotter = {"data": {"kind": "generated", "temperature": 2.0}, **ROWS}
+    for other in (hotter, {**generated, "seed": 1}, {**generated, "sequence_length": 12}):
+        recipe_of(llama, text_file, tmp_path, **{**sets, clash: other})
+    both = [{**generated, "seed": 1, "name": name} for name in ("a", "b")]  # held-out sets may have the same rows
+    recipe_of(llama, text_file, tmp_path, **{**sets, "held_out": both})
+
+
 def test_what_chooses_nothing_is_told(llama, text_file, tmp_path):
     """And where nothing could be refined there is no record to look for."""
     told = []

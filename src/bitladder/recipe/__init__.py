@@ -13,24 +13,26 @@ from bitladder.recipe.reading import (
     resolve_path,
     with_absolute_paths,
 )
+from bitladder.recipe.rows import (
+    DEFAULT_SPLIT,
+    GENERATED,
+    MESSAGES,
+    PAIR_KINDS,
+    DataSpec,
+    HeldOutSpec,
+    OtherRowsSpec,
+    SampleSpec,
+)
 from bitladder.recipe.schemes import SchemeSpec
 from bitladder.recipe.sections import (
     CONTROL_KINDS,
-    DEFAULT_SPLIT,
-    GENERATED,
     HUB_ID,
-    MESSAGES,
-    PAIR_KINDS,
     SCHEME_PLACE,
     ControlKind,
     ControlSpec,
-    DataSpec,
-    HeldOutSpec,
     MeasureSpec,
-    OtherRowsSpec,
     Recipe,
     RefineSpec,
-    SampleSpec,
     VllmSpec,
     WorkersSpec,
 )

@@ -10,9 +10,10 @@ from pydantic import BaseModel, ValidationError
 
 from bitladder.errors import RecipeError
 from bitladder.reading import read_bytes
+from bitladder.recipe.rows import GENERATED, MESSAGES, DataSpec, RowsT
 from bitladder.recipe.schemes import SchemeSpec
 from bitladder.recipe.section import Section, shortened
-from bitladder.recipe.sections import GENERATED, HUB_ID, MESSAGES, DataSpec, Recipe, RowsT, RuntimesSpec
+from bitladder.recipe.sections import HUB_ID, Recipe, RuntimesSpec
 
 _PACKAGE_PREFIX = "package:"
 _SURELY_MEANT, _PERHAPS_MEANT = 0.75, 0.5  # least likeness of a key to one that is known. Source: difflib's ratio

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import (
     Field,
@@ -16,8 +16,9 @@ from pydantic import (
 
 from bitladder.reading import twice
 from bitladder.recipe.kv_cache import KvCache
+from bitladder.recipe.rows import HeldOutSpec, OtherRowsSpec, SampleSpec, rows_problem
 from bitladder.recipe.schemes import SchemeSpec
-from bitladder.recipe.section import SIXTEEN_BITS, Section, beside_sixteen_bits, check_name, shortened
+from bitladder.recipe.section import SIXTEEN_BITS, Section, beside_sixteen_bits, shortened
 from bitladder.recipe.speed import LoadSpec
 from bitladder.storage import TEMPORARY_PREFIX
 
@@ -25,19 +26,7 @@ ControlKind = Literal["random", "inverse", "first_last", "largest", "lowest_scor
 ServedOn = Literal["ampere", "ada", "hopper", "blackwell", "blackwell_rtx", "cpu", "cpu_amx"]
 TaskName = Literal["novel_endings", "novel_words"]
 CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
-PAIR_KINDS = ("image_text", "coco")  # kinds of data that are pairs of an image and a text
-GENERATED = "generated"  # the kind of data that the model writes itself
-MESSAGES = "messages"  # the kind of data that is conversations
-_ONLY_FOR = {  # keys of data that only some kinds look at
-    "text_field": ("jsonl", "huggingface", "image_text", MESSAGES),
-    "split": ("huggingface", "coco", MESSAGES),
-    "annotations": ("coco",),
-    "subset": ("huggingface", MESSAGES),
-    "prompt": PAIR_KINDS,
-    "temperature": (GENERATED,),
-}
 SCHEME_PLACE = "{scheme}"  # in `layout.checkpoints`: where the scheme's name goes
-DEFAULT_SPLIT = "held_out"  # the name of a held-out set that is given none
 # What lies in the output directory itself: a layout that names one of these would overwrite it.
 _OURS = frozenset(
     [
@@ -75,80 +64,6 @@ class ModelSpec(Section):
     path: str
     revision: str | None = None
     search: Literal["language_model"] = "language_model"
-
-
-class DataSpec(Section):
-    """Where samples come from.
-
-    `text`: a UTF-8 file, tokenised as one stream and cut into rows. `jsonl`: one object a line, `text_field` holds the
-    text. `huggingface`: a data set of the Hub or a local one, by `datasets.load_dataset`. `image_text`: JSONL with
-    `image` (a path relative to the file, or a `data:` URI), `prompt` (optional) and `text`, the answer. `coco`: a COCO
-    directory, `<split>/*.jpg` with `annotations/captions_<split>.json`; the first caption of each image is its text.
-    `messages`: conversations (OpenAI's or ShareGPT's), one a line of a JSONL file or a row of a data set, through the
-    model's chat template. `generated`: rows of tokens that the model writes itself, drawn from its own distribution; it
-    has no path.
-    """
-
-    kind: Literal["text", "jsonl", "huggingface", "image_text", "coco", "messages", "generated"]
-    path: str = Field(default="", description="every kind but generated")
-    text_field: str = Field(default="text", description="kind messages: by default `messages`, else `conversations`")
-    split: str | None = Field(default=None, description="huggingface, messages: default train; coco: default train2017")
-    annotations: str | None = Field(default=None, description="kind coco only: another annotations file, in `path`")
-    subset: str | None = Field(default=None, description="kinds huggingface, messages: the configuration's name")
-    prompt: str = Field(default="Describe the image.", description="kinds coco and image_text: where a sample has none")
-    # Below, logits divided by it are no numbers in float32, or all but the likeliest token has no share.
-    temperature: float | None = Field(default=None, ge=1e-3, description="kind generated only: default 1")
-
-    @model_validator(mode="after")
-    def _told_where(self) -> Self:
-        if self.kind == GENERATED and self.path:
-            raise ValueError(f"data of kind generated has no path, the model writes it; got {shortened(self.path)}")
-        if self.kind != GENERATED and not self.path:
-            raise ValueError(f"data of kind {self.kind} needs a `path`")
-        for name, kinds in _ONLY_FOR.items():
-            value = getattr(self, name)
-            if self.kind not in kinds and value != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name} is for data of kind {' and '.join(kinds)}, and kind {self.kind} would pass it over; "
-                    f"remove it (got {shortened(value)})"
-                )
-        return self
-
-
-class SampleSpec(Section):
-    """A data set and how much of it is used."""
-
-    data: DataSpec
-    samples: int = Field(default=64, gt=0, description="rows of tokens, image+text pairs, or conversations")
-    sequence_length: int = Field(
-        default=512, gt=1, description="tokens; image+text pairs may be shorter, not longer; conversations are cut"
-    )
-    batch_size: int = Field(default=4, gt=0)
-    seed: int = 0
-
-
-class OtherRowsSpec(Section):
-    """Rows that calibration doesn't use: of data of their own, or what the one calibration set leaves over."""
-
-    data: DataSpec | None = Field(default=None, description="None: the calibration data, rows that it doesn't use")
-    samples: int = Field(default=32, gt=0)
-    sequence_length: int = Field(default=512, gt=1)
-    batch_size: int = Field(default=4, gt=0)
-    seed: int = 0
-
-
-class HeldOutSpec(OtherRowsSpec):
-    """One set that the checkpoints are evaluated on."""
-
-    name: str = Field(default=DEFAULT_SPLIT, description="what the report calls the set")
-    task: Literal["exact_match"] | None = Field(
-        default=None, description="also generate the answer to each image_text sample and count exact matches"
-    )
-
-    @model_validator(mode="after")
-    def _named(self) -> Self:
-        check_name("held-out set", self.name)
-        return self
 
 
 class TasksSpec(Section):
@@ -367,14 +282,6 @@ class RuntimesSpec(Section):
     vllm: VllmSpec | None = None
 
 
-RowsT = TypeVar("RowsT", bound=OtherRowsSpec)
-
-
-def _placed(key: str, sets: Sequence[RowsT]) -> list[tuple[str, RowsT]]:
-    """Return sets of one key, each with the place where a recipe has it."""
-    return [(key if len(sets) == 1 else f"{key}.{index}", one) for index, one in enumerate(sets)]
-
-
 class Recipe(Section):
     """Everything a run needs. Paths are absolute once the recipe is read."""
 
@@ -431,9 +338,6 @@ class Recipe(Section):
                 f"measurement.score_samples is {scored}, calibration.samples is {calibrated}; score at most as many as "
                 "are calibrated"
             )
-        problem = self.layout.problem(self.output, names) or self.workers.problem(self.measurement) or self._slow()
-        if problem is not None:
-            raise ValueError(problem)
         sets = [held_out.name for held_out in self.held_out]
         again = twice(sets)
         if again:
@@ -441,21 +345,14 @@ class Recipe(Section):
         both = sorted({*sets} & {*self.tasks.names})
         if both:
             raise ValueError(f"a held-out set has the name of the task {both[0]}; give it another `name`")
-        for where, rows in (*_placed("validation", self.validation), *_placed("held_out", self.held_out)):
-            if rows.data is None and len(self.calibration) > 1:
-                raise ValueError(
-                    f"{where} needs `data` of its own, since calibration has {len(self.calibration)} sets; the `data` "
-                    "of one of them gives what calibration leaves over of it"
-                )
-            if rows.data is None and self.calibration[0].data.kind == GENERATED:
-                raise ValueError(f"{where} needs `data` of its own: of what the model writes nothing is left over")
-        for where, held_out in _placed("held_out", self.held_out):
-            data = held_out.data or self.calibration[0].data
-            if held_out.task and data.kind != "image_text":
-                raise ValueError(
-                    f"{where}.task: {held_out.task} needs data of kind image_text, whose answers are known; this set "
-                    f"is of kind {data.kind}: give other data, or leave task out"
-                )
+        problem = (
+            self.layout.problem(self.output, names)
+            or self.workers.problem(self.measurement)
+            or self._slow()
+            or rows_problem(self.calibration, self.validation, self.held_out)
+        )
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
     def _slow(self) -> str | None:
