@@ -121,7 +121,7 @@ class _Curves:
 
     def _point(self, target: float, chosen: Mapping[str, str]) -> PlannedPoint:
         parts = summed(self._measurement, chosen, self._scores)
-        score = math.fsum(part.score for part in parts.values())
+        score = math.fsum(self._scores[item] for item in chosen.items() if item[1] != BF16)
         guess = self._kl_map.predict(parts) if self._kl_map else None
         own = score if self._measurement.score_unit == "nats per token" else None
         return PlannedPoint(
