@@ -408,6 +408,17 @@ def test_scores_of_image_positions_are_weighed_like_all(shrinkage):
         assert one.scores == pytest.approx(other.scores, rel=1e-12)
 
 
+@pytest.mark.parametrize("image_weight", [0.25, 1.0, 2.0])
+def test_a_scheme_is_predicted_within_the_kl_that_it_asks_for(image_weight):
+    """Whatever image positions count for in it."""
+    measurement = measurement_of(FORMATS[:2], image=True)
+    fitted = with_shrinkage(measurement, {"fp8": 1.4, "nvfp4": 0.7}, 0.3)
+    for most in (0.005, 0.02, 0.05):
+        asked = SchemeSpec(name="near", max_kl=most, image_weight=image_weight)
+        scheme = planning.plan(measurement, asked, kl_map=fitted)
+        assert 0.75 * most < fitted.of_scheme(measurement, scheme).value <= most * (1 + 1e-9)
+
+
 def test_a_negative_part_counts_for_nothing_where_the_map_is_fitted_and_is_added_where_it_predicts():
     """What predicts has to agree with what plans, which adds up groups one by one."""
     points = [parts({"fp8": score, "nvfp4": -score / 3}) for score in SCORES]

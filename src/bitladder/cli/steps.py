@@ -170,8 +170,7 @@ def plan(
         with started(recipe, output) as work:
             schemes = work.plan()
         known = Measurement.read(work.output / MEASUREMENT_FILE)
-        by_kl = any(spec.max_kl is not None for spec in work.recipe.schemes)
-        kl_map = planning.kl_map_of(work.output / KL_POINTS_FILE, known) if by_kl else None
+        kl_map = planning.kl_map_of(work.output / KL_POINTS_FILE, known) if work.recipe.maps_kl else None
         _show_plan(known, schemes, work.output / "schemes", kl_map)
         return
     assert measurement is not None
