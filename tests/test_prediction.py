@@ -16,6 +16,7 @@ from bitladder.errors import InfeasibleTarget, PlanError
 from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out, students_t
 from bitladder.planning.pricing import InFormat, mean_scores, parts_by_format, predicted_score
 from bitladder.recipe import SchemeSpec
+from bitladder.records import KlPoint, KlPoints
 from test_asking import measurement_of
 
 SCORES = [1e-4, 3e-4, 1e-3, 4e-3, 2e-2]
@@ -292,6 +293,11 @@ def test_the_mean_is_of_all_groups_that_can_have_a_format():
 
 def with_shrinkage(measurement, weights, shrinkage):
     """Return a map with these weights and this shrinkage, that has KL = weighed sum of scores; means are positive."""
+    return KlMap.fit(mean_scores(measurement), *points_of(measurement, weights, shrinkage))
+
+
+def points_of(measurement, weights, shrinkage):
+    """Return scores by format, of plans and of random choices, and the KL that they have so."""
     means = mean_scores(measurement)
     points = [
         {name: InFormat(score, score * luck / mean) for (name, mean), score in zip(means.items(), pair, strict=True)}
@@ -305,7 +311,30 @@ def with_shrinkage(measurement, weights, shrinkage):
             for name, part in point.items()
         )
 
-    return KlMap.fit(means, points, [kl(point) for point in points])
+    return points, [kl(point) for point in points]
+
+
+def test_a_map_is_fitted_on_the_weights_that_simulated_schemes_have_in_each_format(tmp_path):
+    measurement = measurement_of(FORMATS[:2], layers=2)
+    points = [
+        KlPoint(
+            name=f"{index}",
+            scores={name: part.score for name, part in point.items()},
+            weights={name: round(part.weights) for name, part in point.items()},
+            kl=kl,
+        )
+        for index, (point, kl) in enumerate(zip(*points_of(measurement, {"fp8": 1.4, "nvfp4": 0.7}, 0.3), strict=True))
+    ]
+    KlPoints(
+        measurement_sha256=measurement.fingerprint(),
+        settings_sha256="0",
+        data=measurement.calibration,
+        samples=1,
+        points=tuple(points),
+    ).write(tmp_path / "kl_points.json")
+    fitted = planning.kl_map_of(tmp_path / "kl_points.json", measurement)
+    assert fitted.shrinkage == pytest.approx(0.3, abs=0.01)
+    assert fitted.weights["fp8"] / fitted.weights["nvfp4"] == pytest.approx(2, rel=0.02)
 
 
 def with_negative_scores(measurement):

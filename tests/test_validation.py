@@ -7,6 +7,7 @@ from bitladder.errors import DataError, RecipeError, RecordError
 from bitladder.recipe import parse_recipe
 from bitladder.records import Evaluation, KlPoints, KvDamage, Measurement, Refinements
 from bitladder.steps.data import validation_data
+from bitladder.steps.glance import glance
 from bitladder.steps.preview import preview
 from bitladder.steps.run import run
 from bitladder.steps.workspace import Workspace
@@ -55,6 +56,15 @@ def test_no_row_is_of_two_kinds(finished):
     assert len(set.union(*kinds)) == 14
 
 
+def test_no_row_is_of_two_sets(finished, llama, text_file):
+    _, output = finished
+    work = Workspace(recipe_of(llama, text_file, output, validation=[{"samples": n, **ROWS} for n in (3, 5)]), output)
+    measurement = work.measurement()
+    found = validation_data(work, measurement).summary.sample_ids
+    assert len(found) == 8
+    assert len({*found, *measurement.calibration.sample_ids}) == 14
+
+
 def test_what_chooses_by_kl_does_so_on_them(finished):
     recipe, output = finished
     work = Workspace(recipe, output)
@@ -93,6 +103,7 @@ def test_a_second_run_has_nothing_to_do_and_other_rows_choose_again(finished, ll
         ({"data": {"kind": "text", "path": "missing.txt"}, **ROWS}, r"missing\.txt"),
         ({"samples": 4000, **ROWS}, "of them not used by other sets; 4000 were asked for"),
         ({"sequence_length": 100_000}, "sequence_length 100000 is more than the"),
+        ({"data": {"kind": "generated"}, "sequence_length": 100_000}, "sequence_length 100000 is more than the"),
     ],
 )
 def test_what_can_t_be_had_is_told_before_anything_is_measured(llama, text_file, tmp_path, validation, told):
@@ -100,6 +111,13 @@ def test_what_can_t_be_had_is_told_before_anything_is_measured(llama, text_file,
     with pytest.raises(DataError, match=told):
         run(Workspace(recipe_of(llama, text_file, output, validation=validation), output))
     assert not (output / "measurement.json").exists()
+
+
+def test_a_missing_file_is_told_before_a_library_is_loaded(llama, text_file, tmp_path):
+    validation = {"data": {"kind": "text", "path": "missing.txt"}, **ROWS}
+    work = Workspace(recipe_of(llama, text_file, tmp_path, validation=validation), tmp_path)
+    with pytest.raises(DataError, match=r"missing\.txt"):
+        glance(work, held_out=True)
 
 
 def test_rows_that_the_model_writes_may_choose(llama, text_file, tmp_path):

@@ -181,5 +181,8 @@ def scored_calibration_data(work: Workspace, measurement: Measurement) -> DataSe
     """
     data = calibration_data(work)
     if data.summary.sha256 != measurement.calibration.sha256:
-        raise StaleRecord("the calibration data is not what was measured on; measure again")
+        raise StaleRecord(
+            "the calibration data is not what was measured on; measure again, or name other rows by which schemes are "
+            "chosen: validation"
+        )
     return dataclasses.replace(data, batches=data.batches[: len(measurement.score_weights)])
