@@ -82,17 +82,18 @@ def simulate(work, measurement, schemes: list, cache: Path) -> dict[str, list[fl
     return {scheme.name: known[scheme.fingerprint()][split] for scheme in schemes}
 
 
-def predicted(scores: list[float], kls: list[float]) -> dict:
+def predicted(means: dict[str, float], parts: list, kls: list[float]) -> dict:
     """Return each point predicted from all the others, and how far off that is."""
     from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out
 
-    guesses = leave_one_out(scores, kls)
+    guesses = leave_one_out(means, parts, kls)
     errors = [abs(guess.value / kl - 1) for guess, kl in zip(guesses, kls, strict=True)]
-    fitted = KlMap.fit(scores, kls)
+    fitted = KlMap.fit(means, parts, kls)
     inside = [guess.low <= kl <= guess.high for guess, kl in zip(guesses, kls, strict=True)]
     return {
         "factor": fitted.factor,
         "exponent": fitted.exponent,
+        "shrinkage": fitted.shrinkage,
         "median_error": statistics.median(errors),
         "largest_error": max(errors),
         f"within_{WITHIN:.0%}": sum(error <= WITHIN for error in errors) / len(errors),
@@ -104,6 +105,7 @@ def predicted(scores: list[float], kls: list[float]) -> dict:
 def points_of(scratch: Path, recipe: Path, kl_samples: int) -> dict:
     """Return the schemes and arms of one model with their KL, and how well each method's scores say it."""
     from bitladder import planning
+    from bitladder.planning.pricing import mean_scores, parts_by_format
     from bitladder.recipe import ControlSpec, SchemeSpec
     from bitladder.records import BF16
     from bitladder.runinfo import hardware, versions
@@ -127,7 +129,11 @@ def points_of(scratch: Path, recipe: Path, kl_samples: int) -> dict:
             "score_unit": scored.score_unit,
             "batches": len(scored.score_weights),
             "scores": scores,
-            **predicted(scores, [kls[scheme.name][0] for scheme in every]),
+            **predicted(
+                mean_scores(scored),
+                [parts_by_format(scored, scheme.formats) for scheme in every],
+                [kls[scheme.name][0] for scheme in every],
+            ),
         }
     return {
         "hardware": hardware(),

@@ -374,8 +374,11 @@ def off(ratios: Sequence[float]) -> dict[str, float]:
 
 def predictions(scores: dict[str, float], points: list[tuple[str, ...]], kls: list[float]) -> dict:
     """Return how well a signal's sums say the KL of the points: as they are, and fitted on all the others."""
+    from bitladder.planning.pricing import InFormat
+
     sums = [sum(scores[group] for group in groups) for groups in points]
-    fitted = prediction.predicted(sums, kls)
+    parts = [{"fp8": InFormat(one, one)} for one in sums]  # no weight scores more than another: nothing to shrink to
+    fitted = prediction.predicted({"fp8": 1.0}, parts, kls)
     return {
         "plain": off([value / kl for value, kl in zip(sums, kls, strict=True)]),
         "fitted": {key: fitted[key] for key in ("exponent", "median_error", "largest_error")},

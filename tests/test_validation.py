@@ -12,7 +12,7 @@ from bitladder.steps.preview import preview
 from bitladder.steps.run import run
 from bitladder.steps.workspace import Workspace
 from conftest import make_text
-from test_records import changed
+from test_records import changed as written_otherwise
 
 ROWS = {"sequence_length": 24, "batch_size": 2}
 BY_KL = [{"name": "near", "max_kl": 1.0}, {"name": "half", "coverage": 0.5, "kv_cache": {"fp8": 0.5}}]
@@ -84,10 +84,12 @@ def test_a_second_run_has_nothing_to_do_and_other_rows_choose_again(finished, ll
     other = place / "others.txt"
     other.write_text(make_text(300, seed=11))
     sets = [{"samples": 3, **ROWS}, {"data": {"kind": "text", "path": str(other)}, "samples": 5, **ROWS}]
-    recipe = recipe_of(llama, text_file, output, validation=sets)
-    ahead = {step.step: step.why for step in preview(Workspace(recipe, output))}
-    assert ahead["plan"] == "KL isn't measured so: kl_points.json, kv_damage.json, refinements.json"
-    assert ahead["evaluate"] == "follows from plan"
+    as_many = {"seed": 1, "samples": 4, **ROWS}
+    for changed in (as_many, sets):
+        recipe = recipe_of(llama, text_file, output, validation=changed)
+        ahead = {step.step: step.why for step in preview(Workspace(recipe, output))}
+        assert ahead["plan"] == "KL isn't measured so: kl_points.json, kv_damage.json, refinements.json"
+        assert ahead["evaluate"] == "follows from plan"
     work = Workspace(recipe, output)
     run(work)
     assert work.done[:3] == ["measure KL of a few schemes", "measure the KV cache", "refine schemes"]
@@ -183,7 +185,7 @@ def test_records_of_before_are_made_again(llama, text_file, tmp_path):
     run(Workspace(recipe, tmp_path))
     path = tmp_path / "kl_points.json"
     whole = KlPoints.read(path)
-    changed(whole, path, points=[point.model_dump(exclude={"weights"}) for point in whole.points])
+    written_otherwise(whole, path, points=[point.model_dump(exclude={"weights"}) for point in whole.points])
     with pytest.raises(RecordError, match=r"points\.0\.weights: Field required; run `bitladder run RECIPE` again"):
         planning.kl_map_of(path, Measurement.read(tmp_path / "measurement.json"))
     told = []
