@@ -193,3 +193,14 @@ def test_records_of_before_are_made_again(llama, text_file, tmp_path):
     assert told == [f"made again: {path} is not a KlPoints: points.0.weights: Field required"]
     run(Workspace(recipe, tmp_path))
     assert KlPoints.read(path).fingerprint() == whole.fingerprint()
+
+
+def test_a_dry_run_writes_no_rows_of_the_model(llama, text_file, tmp_path):
+    """Where validation chooses nothing, its rows are still kept out of those that judge."""
+    half = {"schemes": [{"name": "half", "coverage": 0.5}], "refine": {}}
+    run(Workspace(recipe_of(llama, text_file, tmp_path, validation=[], **half), tmp_path))
+    validation = {"data": {"kind": "generated"}, "samples": 4, **ROWS}
+    work = Workspace(recipe_of(llama, text_file, tmp_path, validation=validation, **half), tmp_path)
+    ahead = {step.step: step.why for step in preview(work)}
+    assert (ahead["plan"], ahead["evaluate"]) == (None, "the model has to write the rows of kind generated")
+    assert not (tmp_path / "generated").exists()
