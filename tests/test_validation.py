@@ -4,7 +4,7 @@ import pytest
 
 from bitladder import planning
 from bitladder.errors import DataError, RecipeError, RecordError
-from bitladder.recipe import parse_recipe
+from bitladder.recipe import parse_recipe, read_recipe
 from bitladder.records import Evaluation, KlPoints, KvDamage, Measurement, Refinements
 from bitladder.steps.data import validation_data
 from bitladder.steps.glance import glance
@@ -204,3 +204,12 @@ def test_a_dry_run_writes_no_rows_of_the_model(llama, text_file, tmp_path):
     ahead = {step.step: step.why for step in preview(work)}
     assert (ahead["plan"], ahead["evaluate"]) == (None, "the model has to write the rows of kind generated")
     assert not (tmp_path / "generated").exists()
+
+
+def test_its_paths_are_relative_to_the_recipe(llama, text_file, tmp_path):
+    text = "{data: {kind: text, path: novel.txt}}"
+    content = f"model: {{path: {llama}}}\ncalibration: {text}\nschemes: [{{name: a, coverage: 1}}]\noutput: out\n"
+    (tmp_path / "r.yaml").write_text(f"{content}validation: [{text}, {{samples: 2}}]\n")
+    named, left_over = read_recipe(tmp_path / "r.yaml").validation
+    assert named.data.path == str(tmp_path / "novel.txt")
+    assert left_over.data is None
