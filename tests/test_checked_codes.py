@@ -121,6 +121,17 @@ def test_blocks_keep_what_is_made_up_for_where_scales_are_rounded_up_to_powers_o
         assert error < 0.5 * error_of(weight, rounded_up(restored(powers, unserved, weight)), alike)
 
 
+def test_blocks_too_small_for_a_scale_of_their_own_are_served_as_they_are_stored(inputs, powers):
+    """A device gives no block a scale below that of 1e-4: neither do codes that are made for it."""
+    alike, _ = inputs
+    small = torch.randn(128, 256, generator=torch.Generator().manual_seed(3)) * 1e-6
+    small[:, 128:] *= 1e-3
+    found = made(powers, small, alike.t() @ alike, alike)
+    assert not found.figures["nearest_taken"]
+    assert torch.equal(powers.served_weight(found.parts), restored(powers, found, small))
+    assert found.parts["weight_scale"].flatten().tolist() == [2.0**-22] * 2  # the power above 1e-4 / 448
+
+
 def test_nearest_codes_of_blocks_have_the_scales_of_the_largest_values(odd, inputs, powers):
     alike, others = inputs
     found = made(powers, odd, alike.t() @ alike, others, damping=1e-4)
