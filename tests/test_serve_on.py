@@ -1,5 +1,7 @@
 """Scores, evaluations and reports in the arithmetic of the device that will serve, against vLLM's functions."""
 
+import hashlib
+import itertools
 import json
 from typing import get_args
 
@@ -13,7 +15,7 @@ from bitladder.errors import EngineError, RecipeError, StaleRecord, Verification
 from bitladder.formats import FORMATS, POWERS_OF_TWO, WEIGHT_ONLY, get_format, grids
 from bitladder.formats.targets import TARGETS, served, target_of
 from bitladder.recipe.sections import ServedOn
-from bitladder.records import Measurement, Verification
+from bitladder.records import CheckpointManifest, Measurement, Verification
 from bitladder.report.tables import layer_counts, on_devices
 from conftest import llama_config, save_model
 from test_block_formats import functions, groups, numbers  # noqa: F401
@@ -229,12 +231,39 @@ def test_compensated_blocks_reach_files_with_scales_that_stay(wide, text_file, t
         tensors |= load_file(path)
     names = [name for name in tensors if name.endswith("weight_scale")]
     assert len(names) == len(measurement.rounding.modules)
+    manifest = CheckpointManifest.read(directory / CheckpointManifest.FILE_NAME)
+    recorded = {f"{one.tensor}_scale": one.weight_scale_sha256 for one in manifest.modules}
     for name in names:
         codes = tensors[name.removesuffix("_scale")].float()
         scales = tensors[name].reshape(codes.shape[0] // 128, codes.shape[1] // 128)
         weight = codes * scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        assert recorded[name] == hashlib.sha256(tensors[name].numpy().tobytes()).hexdigest()
         again, powers = deep_gemm(weight, use_ue8m0=True)
         assert torch.equal(again.float() * powers.repeat_interleave(128, 0).repeat_interleave(128, 1), weight)
+
+
+def test_blocks_with_the_nearest_codes_stand_beside_others(wide, text_file, tmp_path, monkeypatch):
+    """Each is verified in the steps that it has: those of its largest values, or powers of two."""
+    from bitladder.measuring import compensation
+
+    verdicts = itertools.cycle(([0.5, 1.0], [2.0, 1.0]))
+    monkeypatch.setattr(compensation, "output_errors", lambda *_: next(verdicts))
+    settings = {"formats": ["fp8_block"], "rounding": "compensated"}
+    run = recipe(wide, text_file, tmp_path / "out", ["fp8_block"], serve_on="hopper", measurement=settings)
+    taken = {one.name: one.nearest_taken for one in run.measure().rounding.modules}
+    assert set(taken.values()) == {True, False}
+    for step in ("plan", "export"):
+        getattr(run, step)()
+    assert run.verify().ok
+    original = load_file(wide / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "out/checkpoints/full/model.safetensors").items():
+        if name.endswith("weight_scale"):
+            weight = original[name.removesuffix("_scale")].float()
+            blocks = weight.reshape(len(weight) // 128, 128, weight.shape[1] // 128, 128)
+            scales = blocks.abs().amax((1, 3), keepdim=True) / 448
+            exponents = torch.frexp(scales).exponent  # no scale is a power of two by itself
+            powers = torch.ldexp(torch.ones_like(scales), exponents)
+            assert torch.equal(tensor, scales if taken[name.removesuffix(".weight_scale")] else powers)
 
 
 def test_other_scales_than_those_that_were_chosen_are_found(wide, text_file, tmp_path):
@@ -291,6 +320,25 @@ def test_a_format_that_a_device_does_not_run_is_refused(wide, text_file, tmp_pat
         recipe(wide, text_file, tmp_path / "out", ["fp8"], serve_on="turing").measure()
     with pytest.raises(RecipeError, match="'turing' is unknown; use ampere, ada"):
         bitladder.load(wide, serve_on="turing")
+
+
+def test_blocks_of_before_they_had_powers_of_two_are_made_again_alone(wide, text_file, tmp_path, monkeypatch):
+    """And it is said why; what has no such blocks, or the nearest codes, stays."""
+    from bitladder.measuring import measure
+    from bitladder.steps.measure import known_measurement
+
+    for name, rounding, wanted in (
+        ("fp8", "compensated", None),
+        ("fp8_block", "nearest", None),
+        ("fp8_block", "compensated", "an earlier version made it otherwise"),
+    ):
+        settings = {"formats": [name], "rounding": rounding}
+        run = recipe(wide, text_file, tmp_path / name / rounding, [name], serve_on="hopper", measurement=settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(measure, "_BLOCKS", "as before")
+            made = run.measure()
+        with run._working() as work:
+            assert known_measurement(work) == (made, wanted)
 
 
 def test_a_measurement_as_stored_says_nothing_of_it(wide, text_file, tmp_path):

@@ -101,6 +101,8 @@ def why_again(work: Workspace, known: Measurement, source: ModelSource, data: Da
     earlier = has_earlier_codes(known)
     changes += ["an earlier version made its compensated codes"] if earlier else []
     changes += [f"{name} is missing or damaged" for name in damaged if not (earlier and name == CODES)]
+    if not changes and before and known.arithmetic == served_arithmetic(work.recipe):
+        return "an earlier version made it otherwise"
     return ", ".join(changes) or "the settings are others than those that it was made with"
 
 
