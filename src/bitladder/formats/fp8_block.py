@@ -3,6 +3,8 @@
     weight        F8_E4M3 [out_features, in_features]
     weight_scale  F32 [out_features / 128, 1, in_features / 128, 1]    amax of the block / 448
 
+Compensated codes for a device with DeepGEMM have the powers of two above as scales.
+
 An input's scales are made when it is served, one for every token and 128 columns, so no file has them. ModelOpt calls
 the format `fp8_pb_wo`, weight only, and its own preset leaves inputs alone; runtimes round them.
 
