@@ -153,7 +153,7 @@ class Judge:
         if not self.references:
             seen = calibration_data(self.work).summary
             for spec in self.work.recipe.held_out:
-                data = load_set(self.work, spec, spec.data or self.work.recipe.calibration[0].data, seen)
+                data = load_set(self.work, spec, self.work.recipe.data_of(spec), seen)
                 self.references.append(Reference.compute(self.work.model_directory, data, split=spec.name))
         return self.references
 

@@ -49,7 +49,7 @@ def with_validation(recipe):
 
     held_out, validation = [], []
     for one in recipe.held_out:
-        data = one.data or recipe.calibration[0].data
+        data = recipe.data_of(one)
         samples = one.samples // 2 if data.path and data.path.startswith(str(ladder.ROOT / "src")) else one.samples
         held_out.append(one.model_copy(update={"data": data, "samples": samples, "task": None}))
         shape = {key: getattr(one, key) for key in ("sequence_length", "batch_size")}

@@ -16,7 +16,7 @@ from pydantic import (
 
 from bitladder.reading import twice
 from bitladder.recipe.kv_cache import KvCache
-from bitladder.recipe.rows import HeldOutSpec, OtherRowsSpec, SampleSpec, rows_problem
+from bitladder.recipe.rows import DataSpec, HeldOutSpec, OtherRowsSpec, SampleSpec, rows_problem
 from bitladder.recipe.schemes import SchemeSpec
 from bitladder.recipe.section import SIXTEEN_BITS, Section, beside_sixteen_bits, shortened
 from bitladder.recipe.speed import LoadSpec
@@ -384,6 +384,10 @@ class Recipe(Section):
     def chooses_by_kl(self) -> bool:
         """Whether anything of its schemes is chosen by KL on validation or calibration samples."""
         return self.maps_kl or self.shares_kv_cache or self.refine.evaluations > 0
+
+    def data_of(self, rows: OtherRowsSpec) -> DataSpec:
+        """Return where validation or held-out rows come from: the first calibration set's data where they name none."""
+        return rows.data or self.calibration[0].data
 
     def scheme_specs(self) -> tuple[SchemeSpec, ...]:
         """Return the schemes with what they leave to the recipe filled in."""

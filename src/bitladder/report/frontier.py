@@ -120,9 +120,8 @@ class _Curves:
         return PlannedCurve(formats=formats, along=along, points=tuple(points.values()), left_out=tuple(left_out))
 
     def _point(self, target: float, chosen: Mapping[str, str]) -> PlannedPoint:
-        parts = summed(self._measurement, chosen, self._scores)
         score = math.fsum(self._scores[item] for item in chosen.items() if item[1] != BF16)
-        guess = self._kl_map.predict(parts) if self._kl_map else None
+        guess = self._kl_map.predict(summed(self._measurement, chosen, self._scores)) if self._kl_map else None
         own = score if self._measurement.score_unit == "nats per token" else None
         return PlannedPoint(
             target=target,

@@ -144,7 +144,7 @@ def validation_sets(work: Workspace, calibrated: DataSummary | None, *, readable
     """
     sets: list[DataSet] = []
     for spec in work.recipe.validation:
-        source = spec.data or work.recipe.calibration[0].data
+        source = work.recipe.data_of(spec)
         if not (readable and source.kind == GENERATED):
             sets.append(load_set(work, spec, source, _with_samples(calibrated, sets)))
     return sets
@@ -161,7 +161,7 @@ def held_out_set(
         calibrated: calibration's samples; None: not known.
         choosing: the validation sets.
     """
-    return load_set(work, spec, spec.data or work.recipe.calibration[0].data, _with_samples(calibrated, choosing))
+    return load_set(work, spec, work.recipe.data_of(spec), _with_samples(calibrated, choosing))
 
 
 def _with_samples(known: DataSummary | None, sets: list[DataSet]) -> DataSummary | None:

@@ -57,7 +57,7 @@ def glance(work: Workspace, *, measuring: bool = True, held_out: bool = False, s
         check_interpreter(Path(recipe.runtimes.vllm.python))
     sets = [spec.data for spec in recipe.calibration] if measuring else []
     if held_out:
-        sets += [one.data or recipe.calibration[0].data for one in (*recipe.validation, *recipe.held_out)]
+        sets += [recipe.data_of(one) for one in (*recipe.validation, *recipe.held_out)]
         if recipe.tasks.names:
             check_installed()
     for source in dict.fromkeys(sets):

@@ -62,7 +62,7 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
     for spec in recipe.calibration:
         check_asked_length(work, spec.sequence_length, spec.data)
     for rows in (*recipe.validation, *recipe.held_out) if held_out else ():
-        check_asked_length(work, rows.sequence_length, rows.data or recipe.calibration[0].data)
+        check_asked_length(work, rows.sequence_length, recipe.data_of(rows))
     _ = work.processor  # a damaged one is found here, wherever the data comes from
     if asked is not None:
         asked.check_length(work.most_positions)
@@ -73,7 +73,7 @@ def look(work: Workspace, *, held_out: bool = False) -> None:
     calibrated = interleaved(sets).summary if sets else None
     choosing = validation_sets(work, calibrated, readable=True)
     for one in recipe.held_out:
-        if (one.data or recipe.calibration[0].data).kind != GENERATED:
+        if recipe.data_of(one).kind != GENERATED:
             held_out_set(work, one, calibrated, choosing)
 
 

@@ -114,7 +114,7 @@ def _choose(work: Workspace) -> str | None:
 
 def _is_written(work: Workspace, sets: Sequence[OtherRowsSpec]) -> bool:
     """Return whether the model has written the rows of those sets that are of kind generated."""
-    sources = [(one, one.data or work.recipe.calibration[0].data) for one in sets]
+    sources = [(one, work.recipe.data_of(one)) for one in sets]
     return all(is_written(work, one, source) for one, source in sources if source.kind == GENERATED)
 
 
