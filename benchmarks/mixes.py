@@ -120,12 +120,34 @@ def planned(measurement, formats: tuple[str, ...], name: str, bits: float):
 
 def modelopt_choices(work, measurement, method: str) -> dict[str, dict[str, str]]:
     """Return what ModelOpt's own solver chooses from its own scores: bits asked -> group -> format."""
+    from bitladder.formats import get_format
+
+    presets = {name: get_format(name).modelopt_quantisation() for name in THEIRS}
+    _, choice_at = auto_quantized(work, measurement, method, presets, BITS[-1])
+    return {f"{bits:g}": choice_at(bits) for bits in BITS}
+
+
+def auto_quantized(
+    work, measurement, method: str, presets: dict[str, dict], bits: float, checkpoint: Path | None = None
+) -> tuple:
+    """Return the model that ModelOpt's `auto_quantize` gives at so many bits, and a function of what it would choose.
+
+    Args:
+        work: whose calibration data it takes, all of it.
+        measurement: of whose groups.
+        method: of ModelOpt.
+        presets: what the formats between which it chooses are called here -> its configuration.
+        bits: asked, over the modules that are searched.
+        checkpoint: where its calibration and its scores are kept, and taken from where they are.
+
+    Returns:
+        The model in float32, and `choice_at(bits)`, which gives `{group: format}`.
+    """
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.quantization.algorithms import QuantRecipe, _resolve_best_recipe
 
     from bitladder.device import resolve_device
-    from bitladder.formats import get_format
     from bitladder.models.loading import load_model
     from bitladder.records import BF16
     from bitladder.steps.data import calibration_data
@@ -136,7 +158,6 @@ def modelopt_choices(work, measurement, method: str) -> dict[str, dict[str, str]
     model.config.use_cache = False
     left_alone = [name for name, _ in model.named_modules() if name and name not in searched]
     cost = {"cost": {"excluded_module_name_patterns": left_alone}}
-    presets = {name: get_format(name).modelopt_quantisation() for name in THEIRS}
 
     def forward(loaded, batch):
         if method == "gradient":
@@ -144,9 +165,9 @@ def modelopt_choices(work, measurement, method: str) -> dict[str, dict[str, str]
         return loaded(**batch.inputs).logits[:, :-1][batch.predicted]
 
     scored = kl_samples(work.recipe) // len(data.batches[0].labels) if method == "kl_div" else len(data.batches)
-    _, state = mtq.auto_quantize(
+    model, state = mtq.auto_quantize(
         model,
-        constraints={"effective_bits": BITS[-1], **cost},
+        constraints={"effective_bits": bits, **cost},
         quantization_formats=list(presets.values()),
         data_loader=[batch.to(device) for batch in data.batches],
         forward_step=forward,
@@ -156,19 +177,20 @@ def modelopt_choices(work, measurement, method: str) -> dict[str, dict[str, str]
         method=method,
         disabled_layers=left_alone,
         verbose=False,
+        checkpoint=None if checkpoint is None else str(checkpoint),
     )
-    names = [(QuantRecipe(quant_cfg=preset), name) for name, preset in presets.items()]
+    names = [(QuantRecipe(quant_cfg=preset, name=name), name) for name, preset in presets.items()]
     names.append((QuantRecipe(quant_cfg=None), BF16))
-    found = {}
-    for bits in BITS:
-        best = _resolve_best_recipe(state, {"effective_bits": bits, **cost})
+
+    def choice_at(bits: float) -> dict[str, str]:
         formats = {}
-        for stat, recipe in best.items():
+        for stat, recipe in _resolve_best_recipe(state, {"effective_bits": bits, **cost}).items():
             chosen = next(name for known, name in names if known == recipe)
             formats |= {searched[m]: chosen for m in state["candidate_stats"][stat]["module_names"] if m in searched}
         assert set(formats) == set(searched.values())
-        found[f"{bits:g}"] = formats
-    return found
+        return formats
+
+    return model, choice_at
 
 
 def frontier(measurement) -> dict[tuple[str, float], object]:
