@@ -120,6 +120,8 @@ WAYS = [
     {"max_kl": 2e-2},
     {"effective_bits": 12.0, "exclude": ["*.0.*"]},
     {"effective_bits": 10.0, "image_weight": 0.5},
+    {"effective_bits": 10.0, "chosen_by": "kl"},
+    {"coverage": 0.5, "chosen_by": "kl"},
 ]
 
 

@@ -216,6 +216,13 @@ def test_a_plan_by_score_and_by_kl(finished, tmp_path):
     predicted = found["predicted_kl"][by_kl["name"]]
     assert predicted["value"] == pytest.approx(2 * by_kl["predicted_score"])
     assert predicted["low"] <= predicted["value"] <= min(predicted["high"], worst)
+    chosen = json.loads(bitladder(*asked, "--effective-bits", 12, "--chosen-by", "kl").stdout)
+    (scheme,) = chosen["schemes"]
+    assert scheme["asked"] == {"name": "bits12", "effective_bits": 12.0, "chosen_by": "kl"}
+    assert scheme["effective_bits"] <= 12
+    assert chosen["predicted_kl"]["bits12"]["value"] == pytest.approx(2 * scheme["predicted_score"])
+    refused(bitladder(*asked, "--max-kl", worst, "--chosen-by", "kl"), "chosen_by goes with coverage, effective_bits")
+    refused(bitladder("plan", finished[0], "--chosen-by", "kl"), "--chosen-by and --formats go with --measurement")
     told = bitladder(*asked[:-1], "--max-kl", worst).stdout
     assert f"{predicted['value']:.3g} (" in told
     assert "predicted KL of the weights in nats per token" in told

@@ -14,7 +14,7 @@ from scipy.stats import t as t_of_scipy
 from bitladder import planning
 from bitladder.errors import InfeasibleTarget, PlanError
 from bitladder.planning.prediction import LEVEL, KlMap, leave_one_out, students_t
-from bitladder.planning.pricing import InFormat, mean_scores, parts_by_format, predicted_score
+from bitladder.planning.pricing import InFormat, cheapest_first, mean_scores, parts_by_format, predicted_score
 from bitladder.recipe import SchemeSpec
 from bitladder.records import KlPoint, KlPoints
 from test_asking import measurement_of
@@ -388,6 +388,58 @@ def test_what_is_planned_within_a_kl_is_the_smallest_by_brute_force(changed, wit
         assert scheme.weight_bits == min(bits for bits, kl in found if kl <= most)
         guess = fitted.predict(parts_by_format(measurement, scheme.formats))
         assert guess is None or guess.value <= most * (1 + 2e-9)
+
+
+@pytest.mark.parametrize("changed", [lambda same: same, with_negative_scores], ids=["positive", "negative"])
+def test_a_plan_that_is_chosen_by_kl_has_the_least_predicted_kl_of_its_size_by_brute_force(changed):
+    """And other plans chosen by scores beside it are what they were."""
+    measurement = changed(measurement_of(FORMATS[:2], layers=2))
+    fitted = with_shrinkage(measurement, {"fp8": 5.0, "nvfp4": 0.1}, 0.4)
+    weighed, groups, found = fitted.weigh(measurement), [group.name for group in measurement.groups], []
+    for names in list(itertools.product(("bf16", *FORMATS[:2]), repeat=len(groups)))[1:]:
+        formats = dict(zip(groups, names, strict=True))
+        scheme = planning.price(measurement, "x", formats, SchemeSpec(name="x", include=("*",)))
+        found.append((scheme.effective_bits, predicted_score(weighed, formats)))
+    differ = 0
+    for bits in (5.5, 7.0, 8.5, 10.0, 12.0):
+        specs = [SchemeSpec(name=way, effective_bits=bits, chosen_by=way) for way in ("score", "kl")]
+        by_score, by_kl = (planning.plan(measurement, spec, kl_map=fitted) for spec in specs)
+        assert by_score == planning.plan(measurement, specs[0])
+        assert by_kl.effective_bits <= bits
+        least = min(score for size, score in found if size <= bits)
+        assert predicted_score(weighed, by_kl.formats) == pytest.approx(least, rel=1e-9, abs=1e-12)
+        assert by_kl.predicted_score == pytest.approx(predicted_score(measurement, by_kl.formats))  # not weighed
+        if by_kl.formats != by_score.formats:
+            differ += 1
+            assert predicted_score(weighed, by_kl.formats) < predicted_score(weighed, by_score.formats)
+            both = planning.plan_all(measurement, specs, fitted)  # one planner keeps both trade-offs
+            assert [one.formats for one in both] == [by_score.formats, by_kl.formats]
+    assert differ > 2
+
+
+def test_a_share_that_is_chosen_by_kl_is_a_prefix_by_what_the_map_says():
+    measurement = measurement_of(FORMATS[:2], layers=3)
+    fitted = with_shrinkage(measurement, {"fp8": 5.0, "nvfp4": 0.1}, 0.6)
+    order = cheapest_first(fitted.weigh(measurement))
+    assert list(order) != list(cheapest_first(measurement))
+    for share in (0.2, 0.5, 0.8):
+        spec = SchemeSpec(name="share", coverage=share, chosen_by="kl")
+        scheme = planning.plan(measurement, spec, kl_map=fitted)
+        taken = list(order)[: len(scheme.quantised_groups())]
+        assert {group: scheme.formats[group] for group in taken} == {group: order[group] for group in taken}
+        assert scheme.coverage <= share
+
+
+def test_a_choice_by_kl_without_a_map_or_with_one_that_falls_is_refused_with_ways_that_work():
+    measurement = measurement_of(("fp8",), layers=2)
+    falling = fit(alone(SCORES), [1e-3 / score for score in SCORES])
+    for asked in ({"coverage": 0.5}, {"effective_bits": 10}):
+        by_kl = SchemeSpec(name="near", chosen_by="kl", **asked)
+        with pytest.raises(PlanError, match="near: chosen_by: kl needs KL measured .* here ask by scores: coverage"):
+            planning.plan(measurement, by_kl)
+        with pytest.raises(PlanError, match="KL doesn't grow .* ask for coverage or effective_bits, chosen by scores"):
+            planning.plan(measurement, by_kl, kl_map=falling)
+        assert planning.plan(measurement, SchemeSpec(name="near", **asked)).quantised_groups()
 
 
 @pytest.mark.parametrize("level", [0.1, 0.5, LEVEL, 0.99])

@@ -540,6 +540,21 @@ def test_quoted_numbers_are_refused(tmp_path: Path, key: str, value: str) -> Non
         read_recipe(write(tmp_path, content))
 
 
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        ({"max_kl": 0.1}, "scheme a: chosen_by goes with coverage, effective_bits or speed; leave it out"),
+        ({"include": ["*"], "format": "fp8"}, "scheme a: chosen_by goes with coverage, effective_bits or speed"),
+        ({"max_predicted_score": 1.0}, "scheme a: chosen_by goes with coverage, effective_bits or speed"),
+        ({"effective_bits": 8, "image_weight": 0.5}, "scheme a: image_weight weighs scores, and chosen_by: kl goes by"),
+        ({"effective_bits": 8, "chosen_by": "KL"}, "'score' or 'kl'"),
+    ],
+)
+def test_what_kl_cannot_choose_is_refused(tmp_path: Path, scheme: dict[str, Any], expected: str) -> None:
+    chosen = {"name": "a", "chosen_by": "kl", **scheme}
+    assert expected in error_of(write(tmp_path, {**GOOD, "schemes": [chosen]}))
+
+
 FAST = {"name": "fast", "speed": {"decode": 1.2, "requests": 64}}
 
 

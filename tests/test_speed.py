@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from bitladder import planning
 from bitladder.errors import InfeasibleTarget, PlanError, RecordError
 from bitladder.models.target import find_target
 from bitladder.planning import shipped
+from bitladder.planning.pricing import predicted_score
 from bitladder.planning.speed import Load, SpeedModel, groups_of
 from bitladder.recipe import SpeedSpec, parse_recipe
 from bitladder.records import (
@@ -230,6 +232,19 @@ def test_within_a_damage_the_fewest_seconds_are_preferred(prefer):
     same = same_kl(names)
     by_kl = planning.plan(measurement, spec("least", max_kl=most, prefer=prefer), speed=model, kl_map=same)
     assert by_kl.formats == scheme.formats
+
+
+def test_within_a_time_the_least_kl_is_chosen():
+    names = ("fp8", "nvfp4")
+    measurement = measurement_of(names, layers=LAYERS, seed=5)
+    model, kl_map = model_of(measurement), replace(same_kl(names), weights={"fp8": 7.0, "nvfp4": 0.14})
+    asked = {"speed": {"decode": 1.1}}
+    by_score = planning.plan(measurement, spec("fast", **asked), speed=model)
+    by_kl = planning.plan(measurement, spec("fast", chosen_by="kl", **asked), speed=model, kl_map=kl_map)
+    assert by_kl.formats != by_score.formats
+    assert model.predict(by_kl.formats, ASKED).decode >= 1.1 * (1 - 1e-9)
+    weighed = kl_map.weigh(measurement)
+    assert predicted_score(weighed, by_kl.formats) < predicted_score(weighed, by_score.formats)
 
 
 @pytest.mark.parametrize("asked", [{"max_predicted_score": 1.0}, {"max_kl": 1.0}])

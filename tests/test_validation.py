@@ -4,7 +4,7 @@ import pytest
 
 from bitladder import planning
 from bitladder.errors import DataError, RecipeError, RecordError
-from bitladder.recipe import parse_recipe, read_recipe
+from bitladder.recipe import SchemeSpec, parse_recipe, read_recipe
 from bitladder.records import Evaluation, KlPoints, KvDamage, Measurement, Refinements
 from bitladder.steps.data import validation_data
 from bitladder.steps.glance import glance
@@ -99,6 +99,32 @@ def test_a_second_run_has_nothing_to_do_and_other_rows_choose_again(finished, ll
     assert (found.kind, [part.samples for part in found.parts]) == ("mixed", [3, 5])
 
 
+def test_a_scheme_that_is_chosen_by_kl_is_planned_by_what_validation_rows_say(llama, text_file, tmp_path):
+    mix = {"name": "mix", "effective_bits": 10, "chosen_by": "kl"}
+    formats = {"measurement": {"formats": ["fp8", "nvfp4"]}, "refine": {}, "serve_on": "cpu"}
+
+    def work_of(**changes):
+        schemes = [mix, {"name": "full", "coverage": 1.0}]
+        return Workspace(recipe_of(llama, text_file, tmp_path, schemes=schemes, **formats, **changes), tmp_path)
+
+    work = work_of()
+    report = run(work)
+    assert work.done[:3] == ["measure", "measure KL of a few schemes", "plan"]
+    measurement, path = work.measurement(), tmp_path / "kl_points.json"
+    assert KlPoints.read(path).data == validation_data(work, measurement).summary
+    kl_map = planning.kl_map_of(path, measurement)
+    asked = SchemeSpec(**mix)
+    assert work.schemes()[0].formats == planning.plan(measurement, asked, kl_map=kl_map).formats
+    assert report.schemes[0].asked == mix
+    assert "| effective bits ≤ 10; chosen by KL |" in (tmp_path / "report.md").read_text()
+    again = work_of()
+    run(again)
+    assert again.done == []
+    others = work_of(validation={"seed": 1, "samples": 4, **ROWS})
+    ahead = {step.step: step.why for step in preview(others)}
+    assert ahead["plan"] == "KL isn't measured so: kl_points.json"
+
+
 @pytest.mark.parametrize(
     ("validation", "told"),
     [
@@ -171,7 +197,9 @@ def test_what_chooses_nothing_is_told(llama, text_file, tmp_path):
     chosen = {"schemes": [{"name": "all", "coverage": 1.0}]}
     recipe = recipe_of(llama, text_file, tmp_path, refine={}, **chosen)
     run(Workspace(recipe, tmp_path, tell=told.append))
-    assert [line for line in told if line.startswith("validation: nothing is chosen by KL here (max_kl, refine, ")]
+    assert [
+        line for line in told if line.startswith("validation: nothing is chosen by KL here (max_kl, chosen_by: kl, ")
+    ]
     told.clear()
     recipe = recipe_of(llama, text_file, tmp_path, **chosen)
     run(Workspace(recipe, tmp_path, tell=told.append))

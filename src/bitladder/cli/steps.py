@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -143,6 +143,13 @@ def plan(
         typer.Option("--max-kl", help="A scheme of at most this predicted KL; needs kl_points.json beside it."),
     ] = None,
     formats: Formats = None,
+    chosen_by: Annotated[
+        Literal["score", "kl"] | None,
+        typer.Option(
+            "--chosen-by",
+            help="Whose least is within --coverage or --effective-bits; kl needs kl_points.json beside it.",
+        ),
+    ] = None,
 ) -> None:
     """Plan the schemes of a recipe, or of the given targets from any measurement.
 
@@ -164,8 +171,8 @@ def plan(
     if (recipe is None) == (measurement is None):
         raise RecipeError("give either a recipe or --measurement, not both and not neither")
     if recipe is not None:
-        if any(asked.values()) or formats is not None:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        if any(asked.values()) or formats is not None or chosen_by is not None:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in (*asked, "chosen_by"))
             raise RecipeError(f"{names} and --formats go with --measurement; a recipe names its own schemes")
         with started(recipe, output) as work:
             schemes = work.plan()
@@ -174,31 +181,39 @@ def plan(
         _show_plan(known, schemes, work.output / "schemes", kl_map)
         return
     assert measurement is not None
-    _plan_from(measurement, asked, None if formats is None else names_in(formats), output)
+    among = {"chosen_by": chosen_by} | ({} if formats is None else {"formats": names_in(formats)})
+    _plan_from(measurement, asked, {key: value for key, value in among.items() if value is not None}, output)
 
 
 _PREFIX = {"coverage": "top", "effective_bits": "bits", "max_predicted_score": "score", "max_kl": "kl"}  # of names
 
 
 def _plan_from(
-    path: Path, asked: Mapping[str, Sequence[float] | None], formats: list[str] | None, output: Path | None
+    path: Path, asked: Mapping[str, Sequence[float] | None], given: Mapping[str, object], output: Path | None
 ) -> None:
-    """Plan from a measurement, without a model."""
+    """Plan from a measurement, without a model.
+
+    Args:
+        path: of the measurement.
+        asked: way to ask -> targets, a scheme each.
+        given: what else each scheme is given.
+        output: where schemes are written; None: nowhere.
+    """
     from bitladder import planning
     from bitladder.recipe import parse_schemes
     from bitladder.records import Measurement
     from bitladder.steps.workspace import KL_POINTS_FILE
 
-    among = {} if formats is None else {"formats": formats}
     specs = parse_schemes(
         [
-            {"name": f"{_PREFIX[way]}{_PERCENT * value if way == 'coverage' else value:g}", way: value, **among}
+            {"name": f"{_PREFIX[way]}{_PERCENT * value if way == 'coverage' else value:g}", way: value, **given}
             for way, values in asked.items()
             for value in values or ()
         ]
     )
     known = Measurement.read(path)
-    kl_map = planning.kl_map_of(path.parent / KL_POINTS_FILE, known) if asked["max_kl"] else None
+    by_kl = any(spec.by_kl for spec in specs)
+    kl_map = planning.kl_map_of(path.parent / KL_POINTS_FILE, known) if by_kl else None
     schemes = planning.plan_all(known, specs, kl_map)
     if output is not None:
         for scheme in schemes:

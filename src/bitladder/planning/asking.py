@@ -13,6 +13,9 @@ integer), its predicted damage the sum of the sensitivities. There is one way to
 Where `prefer` says so, `max_predicted_score` and `max_kl` give the fewest seconds instead of the fewest bits. Seconds
 are a cost like bits: an integer a group and format, added up, so that the same search finds the exact answer.
 
+With `chosen_by: kl`, as with `max_kl`, damage is what the map to KL adds up: each format's scores weighed, and taken
+some of the way to their mean (`prediction`).
+
 With one format and no negative score such a prefix is on the frontier, too: nothing of its size does less damage. With
 several formats each group has the one that does least damage per bit saved, whatever the share; so the schemes are
 nested all the same, but something of their bits may do less damage: `effective_bits` finds it.
@@ -44,7 +47,7 @@ from bitladder.records import BF16, BF16_BITS, CacheChoice, KlPoints, KvDamage, 
 
 _PREDICTED = 1e-9  # by which rounding to whole picoseconds may change a ratio
 _Aim = tuple[Phase, Load]  # what is to be fast, and at what
-_Key = tuple[float, tuple[str, ...], tuple[LeftOut, ...], frozenset[str], _Aim | None]
+_Key = tuple[float, bool, tuple[str, ...], tuple[LeftOut, ...], frozenset[str], _Aim | None]
 
 
 def plan(
@@ -63,7 +66,7 @@ def plan(
         measurement: what was measured.
         spec: what is asked, in exactly one way, less what `exclude` names.
         frontier: the measurement's trade-off where it is at hand, as a `Frontier` or a `Solver`: both answer the same.
-        kl_map: from this measurement's scores to KL; `max_kl` needs it.
+        kl_map: from this measurement's scores to KL; `max_kl` and `chosen_by: kl` need it.
         speed: of this measurement's groups on the device that serves; `speed` and `prefer` need it.
         kv_damage: of an FP8 KV cache in each layer; a share of the layers as `kv_cache` needs it.
         split: of the model among ranks; what they can't hold is left out, but of the one format that a scheme names.
@@ -93,7 +96,7 @@ def plan_all(
 
 
 def kl_map_of(place: Path, measurement: Measurement) -> KlMap:
-    """Return the map from a measurement's scores to KL, of the schemes that a run with `max_kl` has simulated.
+    """Return the map from a measurement's scores to KL, of the schemes that a run which chooses by KL has simulated.
 
     Args:
         place: of these, `kl_points.json`, which lies beside the measurement.
@@ -104,8 +107,8 @@ def kl_map_of(place: Path, measurement: Measurement) -> KlMap:
     """
     if not place.exists():
         raise PlanError(
-            f"max_kl needs the KL of a few schemes of this measurement, and {place} isn't there; plan a recipe that "
-            "has a scheme of max_kl, or ask by max_predicted_score"
+            f"to choose by KL takes that of a few schemes of this measurement, and {place} isn't there; plan a recipe "
+            "that has a scheme of max_kl or chosen_by: kl, or ask by max_predicted_score, or without chosen_by"
         )
     known = KlPoints.read(place)
     if known.measurement_sha256 != measurement.fingerprint():
@@ -125,8 +128,8 @@ def fitted(measurement: Measurement, points: KlPoints, place: Path) -> KlMap:
     found = KlMap.fit(mean_scores(measurement), parts, [point.kl for point in points.points])
     if found is None:
         raise PlanError(
-            f"max_kl: KL was measured on {len(points.points)} schemes, too few to say which KL a score means "
-            f"(see {place}); ask for coverage or effective_bits"
+            f"KL was measured on {len(points.points)} schemes, too few or too alike to say which KL a score means (see "
+            f"{place}); ask for coverage or effective_bits, without chosen_by: kl"
         )
     return found
 
@@ -174,7 +177,7 @@ class _Planner:
             )
         cache = cache_of(spec, self._fingerprint, self._kv_damage)
         if spec.coverage is not None:
-            formats = _by_coverage(measurement, spec, excluded)
+            formats = _by_coverage(self._judged(measurement, spec), spec, excluded)
         elif spec.include is not None:
             formats = _by_name(measurement, spec, chosen)
         else:
@@ -228,21 +231,34 @@ class _Planner:
     ) -> dict[str, str]:
         """Return the fewest bits, or seconds, within `max_kl`, of which the cache has its part."""
         assert spec.max_kl is not None
-        if self._kl_map is None:
-            raise PlanError(
-                f"scheme {spec.name}: max_kl needs KL measured on a few schemes, which planning from a recipe does; "
-                "here use coverage, effective_bits or max_predicted_score"
-            )
-        edge = Solver(self._kl_map.weigh(measurement), excluded, self._cost(aim))
+        edge = Solver(self._judged(measurement, spec), excluded, self._cost(aim))
+        assert self._kl_map is not None
         ranges.refuse_no_faster(spec, edge)
         left = kl_left(spec, cache)
         most = self._kl_map.score_of(left)
-        if most is None:
-            raise ranges.unbounded_kl(spec, self._kl_map)
+        assert most is not None  # KL grows with it
         formats = edge.fewest_bits(most)
         if formats is None:
             raise ranges.beyond_the_kl(spec, edge, self._kl_map, spec.max_kl - left)
         return formats
+
+    def _judged(self, measurement: Measurement, spec: SchemeSpec) -> Measurement:
+        """Return a measurement with the scores that choose: its own, or those that the map to KL has weighed.
+
+        Raises:
+            PlanError: there is no map, or KL doesn't grow with its scores.
+        """
+        if not spec.by_kl:
+            return measurement
+        if self._kl_map is None:
+            way = "chosen_by: kl" if spec.max_kl is None else "max_kl"
+            raise PlanError(
+                f"scheme {spec.name}: {way} needs KL measured on a few schemes, which planning from a recipe does; "
+                "here ask by scores: coverage, effective_bits or max_predicted_score"
+            )
+        if self._kl_map.exponent <= 0:
+            raise ranges.unbounded_kl(spec, self._kl_map)
+        return self._kl_map.weigh(measurement)
 
     def _cost(self, aim: _Aim | None) -> Callable[[QuantGroup, str], int] | None:
         """Return what a group costs in a format where it isn't bits: seconds."""
@@ -251,16 +267,16 @@ class _Planner:
     def _trade_off(
         self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str], aim: _Aim | None
     ) -> TradeOff:
-        given = self._given if spec.image_weight == 1.0 else None
+        given = self._given if spec.image_weight == 1.0 and not spec.by_kl else None
         if given is not None and given.measurement is not self._whole and given.measurement != self._whole:
             raise PlanError(f"scheme {spec.name}: the frontier given is of another measurement; leave it out")
         known = measurement.formats, measurement.left_out
         alike = aim is None and known == (self._whole.formats, self._whole.left_out)
         if given is not None and given.excluded == excluded and alike:
             return given
-        key = spec.image_weight, *known, excluded, aim
+        key = spec.image_weight, spec.by_kl, *known, excluded, aim
         if key not in self._solvers:
-            self._solvers[key] = Solver(measurement, excluded, self._cost(aim))
+            self._solvers[key] = Solver(self._judged(measurement, spec), excluded, self._cost(aim))
         return self._solvers[key]
 
 

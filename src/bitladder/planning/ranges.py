@@ -136,10 +136,11 @@ def beyond_the_kl(spec: SchemeSpec, edge: TradeOff, kl_map: KlMap, of_cache: flo
 
 
 def unbounded_kl(spec: SchemeSpec, kl_map: KlMap) -> PlanError:
-    """Return the refusal of any KL where it doesn't grow with the score, so that no score bounds it."""
+    """Return the refusal of any choice by KL where it doesn't grow with the score."""
     return PlanError(
         f"scheme {spec.name}: on the {kl_map.points} schemes that were simulated for it KL doesn't grow with the "
-        "predicted score, so that no plan can be held to a max_kl; ask for coverage or effective_bits"
+        "predicted score, so that no plan can be held to a max_kl, nor chosen by KL; ask for coverage or "
+        "effective_bits, chosen by scores"
     )
 
 

@@ -39,6 +39,8 @@ def _text_only_changes(
     asked = scheme.asked
     if not isinstance(asked, SchemeSpec) or not all(candidate.image_scores for candidate in measurement.candidates):
         return None
+    if asked.chosen_by == "kl":  # of all positions together
+        return None
     changed: dict[str, Any] = {"image_weight": 0.0, "kv_cache": "none"}  # a cache changes no group's format
     if asked.max_kl is not None:  # which score has that KL is known of both parts together alone
         changed |= {"max_kl": None, "prefer": "bytes", **_at_its_cost(scheme, asked, speed)}

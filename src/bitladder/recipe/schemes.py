@@ -23,6 +23,9 @@ class SchemeSpec(Section):
     prefer: Literal["bytes", "prefill", "decode"] = Field(
         default="bytes", description="with max_kl or max_predicted_score: what is least within it, bytes or seconds"
     )
+    chosen_by: Literal["score", "kl"] = Field(
+        default="score", description="with coverage, effective_bits or speed: whose least it has, scores' or KL's"
+    )
     include: tuple[str, ...] | None = Field(default=None, description="glob patterns of groups or modules to quantise")
     exclude: tuple[str, ...] = Field(default=(), description="glob patterns of groups or modules never quantised")
     format: str | None = Field(default=None, description="with coverage or include: the only one beside bf16")
@@ -50,6 +53,13 @@ class SchemeSpec(Section):
             raise ValueError(f"scheme {self.name}: give exactly one of {', '.join(ways)}; got {given or 'none'}")
         if self.prefer != "bytes" and self.max_kl is None and self.max_predicted_score is None:
             raise ValueError(f"scheme {self.name}: prefer goes with max_kl or max_predicted_score; leave it out")
+        if self.chosen_by == "kl" and (self.coverage, self.effective_bits, self.speed) == (None, None, None):
+            raise ValueError(f"scheme {self.name}: chosen_by goes with coverage, effective_bits or speed; leave it out")
+        if self.chosen_by == "kl" and self.image_weight != 1:
+            raise ValueError(
+                f"scheme {self.name}: image_weight weighs scores, and chosen_by: kl goes by a KL of all tokens; leave "
+                "one of the two out"
+            )
         if self.formats == ():
             raise ValueError(f"scheme {self.name}: formats names none to quantise to; name one, or leave it out")
         if self.format is not None and self.formats is not None and self.format not in self.formats:
@@ -78,6 +88,11 @@ class SchemeSpec(Section):
     def by_speed(self) -> bool:
         """Whether predicted speeds choose it."""
         return self.speed is not None or self.prefer != "bytes"
+
+    @property
+    def by_kl(self) -> bool:
+        """Whether a map from scores to KL chooses it."""
+        return self.max_kl is not None or self.chosen_by == "kl"
 
     @property
     def names_its_format(self) -> bool:

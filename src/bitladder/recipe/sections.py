@@ -372,8 +372,8 @@ class Recipe(Section):
 
     @property
     def maps_kl(self) -> bool:
-        """Whether a scheme is asked for by KL, which takes a map from scores to it."""
-        return any(scheme.max_kl is not None for scheme in self.schemes)
+        """Whether a scheme is chosen by a map from scores to KL."""
+        return any(scheme.by_kl for scheme in self.schemes)
 
     @property
     def shares_kv_cache(self) -> bool:

@@ -65,6 +65,8 @@ def asked_of(asked: dict[str, Any]) -> str:
             words.append(f"{key.removeprefix('max_').replace('_', ' ')} ≤ {value:g}")
         elif key == "image_weight":
             words.append(f"image weight {value:g}")
+        elif key == "chosen_by":
+            words.append("chosen by KL" if value == "kl" else "chosen by score")
         elif key == "kv_cache":
             words.append(f"KV cache {_cache_asked(value)}")
         elif isinstance(value, list | tuple):

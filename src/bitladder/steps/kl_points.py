@@ -102,5 +102,5 @@ def _mixes(measurement: Measurement) -> list[Scheme]:
 
 
 def fitted_kl_map(work: Workspace) -> KlMap:
-    """Return the map from predicted scores to KL, for schemes that are asked for by KL."""
+    """Return the map from predicted scores to KL, for schemes that are chosen by KL."""
     return planning.fitted(work.measurement(), measure_kl_points(work), work.output / KL_POINTS_FILE)

@@ -9,15 +9,15 @@ from bitladder.steps.workspace import SIMULATED_FILE, Workspace
 from bitladder.storage import discard
 
 _CHOOSES_NOTHING = (
-    "validation: nothing is chosen by KL here (max_kl, refine, a share of kv_cache); its rows are only kept out of the "
-    "held-out sets"
+    "validation: nothing is chosen by KL here (max_kl, chosen_by: kl, refine, a share of kv_cache); its rows are only "
+    "kept out of the held-out sets"
 )
 
 
 def plan(work: Workspace) -> tuple[Scheme, ...]:
     """Plan every scheme of the recipe (it takes well under a second) and write those that changed.
 
-    Where one is asked for by KL, a few schemes are simulated first: `measure_kl_points`; where a KV cache is chosen by
+    Where one is chosen by KL, a few schemes are simulated first: `measure_kl_points`; where a KV cache is chosen by
     layer, its damage is measured: `measure_kv_damage`. Where the recipe wants schemes refined, that follows:
     `refine_schemes`.
 
