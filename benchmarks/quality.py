@@ -100,10 +100,11 @@ def modelopt_choices(measurement, work, scratch: Path) -> dict[str, dict[str, li
 def scheme_of(measurement, groups: tuple[str, ...]):
     """Return the scheme that quantises these groups."""
     from bitladder import planning
+    from bitladder.recipe import SchemeSpec
     from bitladder.records import BF16
 
     formats = {group.name: "fp8" if group.name in groups else BF16 for group in measurement.groups}
-    return planning.price(measurement, "choice", formats, {})
+    return planning.price(measurement, "choice", formats, SchemeSpec(name="choice", include=("*",), format="fp8"))
 
 
 def planned(measurement, bits: float) -> tuple[str, ...]:

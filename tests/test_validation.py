@@ -6,6 +6,7 @@ from bitladder import planning
 from bitladder.errors import DataError, RecipeError, RecordError
 from bitladder.recipe import SchemeSpec, parse_recipe, read_recipe
 from bitladder.records import Evaluation, KlPoints, KvDamage, Measurement, Refinements
+from bitladder.report import Report
 from bitladder.steps.data import validation_data
 from bitladder.steps.glance import glance
 from bitladder.steps.preview import preview
@@ -70,6 +71,7 @@ def test_what_chooses_by_kl_does_so_on_them(finished):
     work = Workspace(recipe, output)
     summary = validation_data(work, work.measurement()).summary
     assert summary != work.measurement().calibration
+    assert Report.read(output / "report.json").chosen_on == summary.model_copy(update={"sample_ids": ()})
     assert KlPoints.read(output / "kl_points.json").data == summary
     assert Refinements.read(output / "refinements.json").data == summary
     assert len(KvDamage.read(output / "kv_damage.json").tokens) == 4
@@ -116,7 +118,11 @@ def test_a_scheme_that_is_chosen_by_kl_is_planned_by_what_validation_rows_say(ll
     asked = SchemeSpec(**mix)
     assert work.schemes()[0].formats == planning.plan(measurement, asked, kl_map=kl_map).formats
     assert report.schemes[0].asked == mix
-    assert "| effective bits ≤ 10; chosen by KL |" in (tmp_path / "report.md").read_text()
+    assert report.chosen_on == KlPoints.read(path).data.model_copy(update={"sample_ids": ()})
+    page = (tmp_path / "report.md").read_text()
+    assert "| effective bits ≤ 10; chosen by KL |" in page
+    assert f"- Chosen by KL on: `{text_file}` (text), 4 samples" in page
+    assert "<li>Chosen by KL on: <code>" in (tmp_path / "report.html").read_text()
     again = work_of()
     run(again)
     assert again.done == []

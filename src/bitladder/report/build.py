@@ -18,6 +18,7 @@ from bitladder.records import (
     DataSummary,
     Evaluation,
     Evidence,
+    KlPoints,
     KvDamage,
     Measurement,
     PhaseCost,
@@ -65,6 +66,7 @@ def build_report(
     split: Split = WHOLE,
     config: Mapping[str, Any] | None = None,
     kv_damage: KvDamage | None = None,
+    kl_points: KlPoints | None = None,
 ) -> Report:
     """Return the report of one run; steps that haven't run are left out of the arguments.
 
@@ -83,6 +85,7 @@ def build_report(
         split: of the model among ranks, which plans go by.
         config: the original's, which says what a KV cache takes.
         kv_damage: of an FP8 KV cache in each layer, where it was measured.
+        kl_points: what the map to KL was fitted on, where it chose a scheme.
 
     Raises:
         StaleRecord: a record belongs to another measurement, scheme or checkpoint than the ones given.
@@ -108,6 +111,7 @@ def build_report(
         searched_weights=measurement.searched_weights,
         searched_source_bytes=measurement.searched_weights * BF16_BITS // _BITS_PER_BYTE,
         calibration=measurement.calibration.model_copy(update={"sample_ids": ()}),
+        chosen_on=_chosen_on(kl_points, refinements),
         engine=measurement.engine,
         method=measurement.method,
         compute_dtype=measurement.compute_dtype,
@@ -279,6 +283,12 @@ def _chains(nested_in: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, ...], 
                 chain.append(direct[chain[-1]].pop(0))
             chains.append(tuple(chain))
     return tuple(chains)
+
+
+def _chosen_on(*records: KlPoints | Refinements | None) -> DataSummary | None:
+    """Return the rows by whose KL schemes were chosen, which are the same in each of these."""
+    found = next((record.data for record in records if record is not None), None)
+    return None if found is None else found.model_copy(update={"sample_ids": ()})
 
 
 def _reported_evaluations(evaluation: Evaluation, calibration: DataSummary) -> list[ReportedEvaluation]:

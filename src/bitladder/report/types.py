@@ -412,6 +412,9 @@ class Report(Record):
     searched_weights: int
     searched_source_bytes: int = Field(description="the searched weights in 16 bits")
     calibration: DataSummary = Field(description="without sample_ids")
+    chosen_on: DataSummary | None = Field(
+        default=None, description="rows by whose KL schemes were chosen or refined, without sample_ids; None: none were"
+    )
     engine: str
     method: str
     compute_dtype: str

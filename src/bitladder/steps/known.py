@@ -10,6 +10,7 @@ from bitladder.records import (
     CheckpointManifest,
     Evaluation,
     Evidence,
+    KlPoints,
     KvDamage,
     Measurement,
     ProbeResult,
@@ -18,7 +19,14 @@ from bitladder.records import (
     Verification,
 )
 from bitladder.steps.step import read_valid
-from bitladder.steps.workspace import EVIDENCE_FILE, PROBES, REFINEMENTS_FILE, VERIFICATION_FILE, Workspace
+from bitladder.steps.workspace import (
+    EVIDENCE_FILE,
+    KL_POINTS_FILE,
+    PROBES,
+    REFINEMENTS_FILE,
+    VERIFICATION_FILE,
+    Workspace,
+)
 
 
 def exported(work: Workspace, schemes: Sequence[Scheme]) -> dict[str, CheckpointManifest]:
@@ -72,6 +80,12 @@ def kv_damage(work: Workspace, measurement: Measurement) -> KvDamage | None:
     if all(spec.kv_share is None for spec in work.recipe.scheme_specs()):
         return None
     return read_valid(KvDamage, work.output / KvDamage.FILE_NAME, measurement_sha256=measurement.fingerprint())
+
+
+def kl_points(work: Workspace, measurement: Measurement) -> KlPoints | None:
+    """Return the simulated schemes through which a map from scores to KL goes, where one chooses a scheme."""
+    found = KlPoints.read_if_whole(work.output / KL_POINTS_FILE) if work.recipe.maps_kl else None
+    return found if found is not None and found.measurement_sha256 == measurement.fingerprint() else None
 
 
 def probe_path(work: Workspace, result: ProbeResult) -> Path:

@@ -51,6 +51,7 @@ def report_of(
         split=work.split,
         config=read_config(work.model_directory),
         kv_damage=known.kv_damage(work, measurement),
+        kl_points=known.kl_points(work, measurement),
     )
 
 
