@@ -20,7 +20,7 @@ import prediction
 
 BITS = (5.4, 7.0, 8.0, 9.0, 10.0, 12.0)
 SETS = {name: mixes.SETS[name] for name in ("same", "all")}
-BOTH = "both"  # a map's KLs are the means of those on either set
+BOTH = "both"  # a map's KLs are the means of those on either set, which have as many tokens
 
 
 def maps_of(measurement, work) -> dict:

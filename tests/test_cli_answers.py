@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -221,12 +222,32 @@ def test_a_plan_by_score_and_by_kl(finished, tmp_path):
     assert scheme["asked"] == {"name": "bits12", "effective_bits": 12.0, "chosen_by": "kl"}
     assert scheme["effective_bits"] <= 12
     assert chosen["predicted_kl"]["bits12"]["value"] == pytest.approx(2 * scheme["predicted_score"])
-    refused(bitladder(*asked, "--max-kl", worst, "--chosen-by", "kl"), "chosen_by goes with coverage, effective_bits")
+    among = ("--formats", "fp8", "--effective-bits", 12, "--chosen-by", "kl")
+    (scheme,) = json.loads(bitladder(*asked, *among).stdout)["schemes"]
+    assert (scheme["asked"]["formats"], scheme["asked"]["chosen_by"]) == (["fp8"], "kl")
+    beside = json.loads(bitladder(*asked, "--effective-bits", 12, "--max-kl", worst).stdout)
+    assert sorted(beside["predicted_kl"]) == sorted(one["name"] for one in beside["schemes"])
+    refused(
+        bitladder(*asked, "--max-kl", worst, "--chosen-by", "kl"),
+        "--chosen-by goes with --coverage and --effective-bits; ask for --max-kl or",
+    )
     refused(bitladder("plan", finished[0], "--chosen-by", "kl"), "--chosen-by and --formats go with --measurement")
     told = bitladder(*asked[:-1], "--max-kl", worst).stdout
     assert f"{predicted['value']:.3g} (" in told
     assert "predicted KL of the weights in nats per token" in told
     assert "predicted_kl" not in told
+
+
+def test_a_plan_of_a_recipe_tells_the_kl_that_it_predicts(finished, tmp_path):
+    content = yaml.safe_load(finished[0].read_text())
+    output = tmp_path / "out"
+    shutil.copytree(finished[0].parent / "out", output)
+    content |= {"schemes": [{"name": "mix", "effective_bits": 12, "chosen_by": "kl"}], "output": str(output)}
+    path = finished[0].with_name("by_kl.yaml")
+    path.write_text(yaml.safe_dump(content))
+    told = json.loads(bitladder("plan", path, "--json").stdout)
+    assert told["predicted_kl"]["mix"]["low"] <= told["predicted_kl"]["mix"]["value"]
+    assert (output / "kl_points.json").exists()
 
 
 def test_a_drafted_recipe_runs(llama, tmp_path):

@@ -272,8 +272,10 @@ def test_a_scheme_asked_for_by_its_kl_is_compared_at_its_bits(finished):
     both = planning.plan(measurement, SchemeSpec(name="a", effective_bits=12.0))
     by_kl = both.model_copy(update={"asked": SchemeSpec(name="a", max_kl=1.0)})
     by_bits = both.model_copy(update={"asked": SchemeSpec(name="a", effective_bits=both.effective_bits)})
-    from_kl, from_bits = planning.remarked(measurement, [by_kl, by_bits])
+    chosen = both.model_copy(update={"asked": SchemeSpec(name="a", effective_bits=12.0, chosen_by="kl")})
+    from_kl, from_bits, from_map = planning.remarked(measurement, [by_kl, by_bits, chosen])
     assert from_kl.text_only_changes == from_bits.text_only_changes > 0
+    assert from_map.text_only_changes is None  # a map goes by all positions together
 
 
 def test_standard_errors_are_those_of_the_score_that_was_planned(finished):

@@ -414,6 +414,8 @@ def test_a_plan_that_is_chosen_by_kl_has_the_least_predicted_kl_of_its_size_by_b
             assert predicted_score(weighed, by_kl.formats) < predicted_score(weighed, by_score.formats)
             both = planning.plan_all(measurement, specs, fitted)  # one planner keeps both trade-offs
             assert [one.formats for one in both] == [by_score.formats, by_kl.formats]
+            edge = planning.Solver(measurement)  # of scores
+            assert planning.plan(measurement, specs[1], kl_map=fitted, frontier=edge).formats == by_kl.formats
     assert differ > 2
 
 
@@ -430,6 +432,15 @@ def test_a_share_that_is_chosen_by_kl_is_a_prefix_by_what_the_map_says():
         assert scheme.coverage <= share
 
 
+def test_a_frontier_of_another_measurement_is_refused_whatever_chooses():
+    measurement, other = (measurement_of(FORMATS[:2], layers=layers) for layers in (2, 3))
+    kl_map, edge = with_shrinkage(measurement, {"fp8": 5.0, "nvfp4": 0.1}, 0.4), planning.Solver(other)
+    for way in ("score", "kl"):
+        spec = SchemeSpec(name="near", effective_bits=8, chosen_by=way)
+        with pytest.raises(PlanError, match="the frontier given is of another measurement"):
+            planning.plan(measurement, spec, kl_map=kl_map, frontier=edge)
+
+
 def test_a_choice_by_kl_without_a_map_or_with_one_that_falls_is_refused_with_ways_that_work():
     measurement = measurement_of(("fp8",), layers=2)
     falling = fit(alone(SCORES), [1e-3 / score for score in SCORES])
@@ -437,6 +448,8 @@ def test_a_choice_by_kl_without_a_map_or_with_one_that_falls_is_refused_with_way
         by_kl = SchemeSpec(name="near", chosen_by="kl", **asked)
         with pytest.raises(PlanError, match="near: chosen_by: kl needs KL measured .* here ask by scores: coverage"):
             planning.plan(measurement, by_kl)
+        with pytest.raises(PlanError, match="near: max_kl needs KL measured .* here ask by scores: coverage"):
+            planning.plan(measurement, SchemeSpec(name="near", max_kl=0.1))
         with pytest.raises(PlanError, match="KL doesn't grow .* ask for coverage or effective_bits, chosen by scores"):
             planning.plan(measurement, by_kl, kl_map=falling)
         assert planning.plan(measurement, SchemeSpec(name="near", **asked)).quantised_groups()

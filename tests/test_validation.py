@@ -3,12 +3,13 @@
 import pytest
 
 from bitladder import planning
-from bitladder.errors import DataError, RecipeError, RecordError
+from bitladder.errors import DataError, PlanError, RecipeError, RecordError
 from bitladder.recipe import SchemeSpec, parse_recipe, read_recipe
 from bitladder.records import Evaluation, KlPoints, KvDamage, Measurement, Refinements
 from bitladder.report import Report
 from bitladder.steps.data import validation_data
 from bitladder.steps.glance import glance
+from bitladder.steps.plan import plan
 from bitladder.steps.preview import preview
 from bitladder.steps.run import run
 from bitladder.steps.workspace import Workspace
@@ -129,6 +130,32 @@ def test_a_scheme_that_is_chosen_by_kl_is_planned_by_what_validation_rows_say(ll
     others = work_of(validation={"seed": 1, "samples": 4, **ROWS})
     ahead = {step.step: step.why for step in preview(others)}
     assert ahead["plan"] == "KL isn't measured so: kl_points.json"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "told"),
+    [
+        ({"effective_bits": 16}, "16.0 effective bits would quantise nothing"),
+        ({"effective_bits": 4}, "4.0 effective bits is below the minimum 8.00"),
+        ({"effective_bits": 12, "exclude": ["nothing"]}, "nothing"),
+        ({"coverage": 0.5, "exclude": ["nothing"]}, "nothing"),
+    ],
+)
+def test_what_no_kl_allows_is_refused_before_any_is_measured(finished, llama, text_file, scheme, told):
+    _, output = finished
+    schemes = [{"name": "mix", "chosen_by": "kl", **scheme}]
+    others = {"seed": 7, "samples": 4, **ROWS}  # of which no KL is known
+    work = Workspace(recipe_of(llama, text_file, output, refine={}, schemes=schemes, validation=others), output)
+    with pytest.raises(PlanError, match=told):
+        plan(work)
+    assert work.done == []
+
+
+def test_points_of_another_measurement_are_no_map(finished):
+    _, output = finished
+    other = Measurement.read(output / "measurement.json").model_copy(update={"score_weights": (0.1, 0.2)})
+    with pytest.raises(PlanError, match="is of another measurement; copy both from one run, or ask by scores"):
+        planning.kl_map_of(output / "kl_points.json", other)
 
 
 @pytest.mark.parametrize(

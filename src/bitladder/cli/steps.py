@@ -147,7 +147,7 @@ def plan(
         Literal["score", "kl"] | None,
         typer.Option(
             "--chosen-by",
-            help="Whose least is within --coverage or --effective-bits; kl needs kl_points.json beside it.",
+            help="What --coverage and --effective-bits go by; kl needs kl_points.json beside the measurement.",
         ),
     ] = None,
 ) -> None:
@@ -181,6 +181,11 @@ def plan(
         _show_plan(known, schemes, work.output / "schemes", kl_map)
         return
     assert measurement is not None
+    if chosen_by is not None and (max_kl or max_predicted_score):
+        raise RecipeError(
+            "--chosen-by goes with --coverage and --effective-bits; ask for --max-kl or --max-predicted-score in a "
+            "command of its own"
+        )
     among = {"chosen_by": chosen_by} | ({} if formats is None else {"formats": names_in(formats)})
     _plan_from(measurement, asked, {key: value for key, value in among.items() if value is not None}, output)
 

@@ -46,6 +46,7 @@ from bitladder.recipe import Phase, SchemeSpec
 from bitladder.records import BF16, BF16_BITS, CacheChoice, KlPoints, KvDamage, LeftOut, Measurement, QuantGroup, Scheme
 
 _PREDICTED = 1e-9  # by which rounding to whole picoseconds may change a ratio
+_BY_SCORES = "or ask by scores: max_predicted_score instead of max_kl, and no chosen_by"
 _Aim = tuple[Phase, Load]  # what is to be fast, and at what
 _Key = tuple[float, bool, tuple[str, ...], tuple[LeftOut, ...], frozenset[str], _Aim | None]
 
@@ -108,11 +109,11 @@ def kl_map_of(place: Path, measurement: Measurement) -> KlMap:
     if not place.exists():
         raise PlanError(
             f"to choose by KL takes that of a few schemes of this measurement, and {place} isn't there; plan a recipe "
-            "that has a scheme of max_kl or chosen_by: kl, or ask by max_predicted_score, or without chosen_by"
+            f"that has a scheme of max_kl or chosen_by: kl, {_BY_SCORES}"
         )
     known = KlPoints.read(place)
     if known.measurement_sha256 != measurement.fingerprint():
-        raise PlanError(f"{place} is of another measurement; copy both from one run, or ask by max_predicted_score")
+        raise PlanError(f"{place} is of another measurement; copy both from one run, {_BY_SCORES}")
     return fitted(measurement, known, place)
 
 
@@ -267,12 +268,12 @@ class _Planner:
     def _trade_off(
         self, measurement: Measurement, spec: SchemeSpec, excluded: frozenset[str], aim: _Aim | None
     ) -> TradeOff:
-        given = self._given if spec.image_weight == 1.0 and not spec.by_kl else None
+        given = self._given if spec.image_weight == 1.0 else None
         if given is not None and given.measurement is not self._whole and given.measurement != self._whole:
             raise PlanError(f"scheme {spec.name}: the frontier given is of another measurement; leave it out")
         known = measurement.formats, measurement.left_out
         alike = aim is None and known == (self._whole.formats, self._whole.left_out)
-        if given is not None and given.excluded == excluded and alike:
+        if given is not None and given.excluded == excluded and alike and not spec.by_kl:
             return given
         key = spec.image_weight, spec.by_kl, *known, excluded, aim
         if key not in self._solvers:

@@ -24,7 +24,7 @@ class SchemeSpec(Section):
         default="bytes", description="with max_kl or max_predicted_score: what is least within it, bytes or seconds"
     )
     chosen_by: Literal["score", "kl"] = Field(
-        default="score", description="with coverage, effective_bits or speed: whose least it has, scores' or KL's"
+        default="score", description="with coverage, effective_bits or speed: what tells damage, scores or a map to KL"
     )
     include: tuple[str, ...] | None = Field(default=None, description="glob patterns of groups or modules to quantise")
     exclude: tuple[str, ...] = Field(default=(), description="glob patterns of groups or modules never quantised")

@@ -60,7 +60,7 @@ class Scheme(Grown, Record):
     text_only_changes: int | Literal["unattainable"] | None = Field(
         default=None,
         description="groups that would have another format if text positions alone counted; unattainable: what is "
-        "asked can't be met then; None: image positions are not known apart",
+        "asked can't be met then; None: image positions are not known apart, or KL chose it",
     )
     exclude_modules: tuple[str, ...] = Field(
         description="exact checkpoint names of the linear modules left alone, and of fused layers that vLLM asks for"

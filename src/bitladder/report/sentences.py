@@ -66,7 +66,7 @@ def asked_of(asked: dict[str, Any]) -> str:
         elif key == "image_weight":
             words.append(f"image weight {value:g}")
         elif key == "chosen_by":
-            words.append("chosen by KL" if value == "kl" else "chosen by score")
+            words.append(f"chosen by {value.upper()}")
         elif key == "kv_cache":
             words.append(f"KV cache {_cache_asked(value)}")
         elif isinstance(value, list | tuple):

@@ -1,9 +1,14 @@
 """Plan every scheme of a recipe; torch is imported only where something has to be simulated or scales looked at."""
 
+from collections.abc import Sequence
+
 from bitladder import planning
+from bitladder.models.splitting import Split
 from bitladder.planning.carrying import check_carrier
 from bitladder.planning.sharing import check_parts, cut_words
-from bitladder.records import Scheme
+from bitladder.planning.speed import SpeedModel
+from bitladder.recipe import SchemeSpec
+from bitladder.records import Measurement, Scheme
 from bitladder.runinfo import Meter
 from bitladder.steps.workspace import SIMULATED_FILE, Workspace
 from bitladder.storage import discard
@@ -30,17 +35,18 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
     recipe = work.recipe
     if recipe.validation and not recipe.chooses_by_kl:
         work.tell(_CHOOSES_NOTHING)
+    measurement = work.measurement()
+    speed = work.speed_model(measurement.groups)
     if recipe.maps_kl:
         from bitladder.steps.kl_points import fitted_kl_map
 
+        _refuse_what_no_kl_allows(measurement, specs, speed, work.split)
         kl_map = fitted_kl_map(work)
     if recipe.shares_kv_cache:
         from bitladder.steps.kv_damage import measure_kv_damage
 
         kv_damage = measure_kv_damage(work)
     with meter.phase("plan"):
-        measurement = work.measurement()
-        speed = work.speed_model(measurement.groups)
         schemes = planning.plan_all(measurement, specs, kl_map, speed, kv_damage, work.split)
         for scheme in schemes:
             check_carrier(scheme, recipe.export.carrier)
@@ -68,3 +74,19 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
         work.finished("plan", meter.phases)
     discard(work.output / SIMULATED_FILE)  # it has served
     return schemes
+
+
+def _refuse_what_no_kl_allows(
+    measurement: Measurement, specs: Sequence[SchemeSpec], speed: SpeedModel | None, split: Split
+) -> None:
+    """Refuse, before any KL is measured for them, schemes that can't be had whatever it will be.
+
+    Raises:
+        PlanError: a pattern matches nothing. InfeasibleTarget: bits or a speed outside the attainable range.
+    """
+    for spec in specs:
+        if spec.chosen_by == "kl" and spec.coverage is None:
+            by_score = spec.model_copy(update={"chosen_by": "score", "kv_cache": "none"})
+            planning.plan(measurement, by_score, speed=speed, split=split)
+        elif spec.by_kl:
+            planning.named_groups(measurement, spec)
