@@ -1,17 +1,20 @@
 """Plan every scheme of a recipe; torch is imported only where something has to be simulated or scales looked at."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from bitladder import planning
 from bitladder.models.splitting import Split
 from bitladder.planning.carrying import check_carrier
 from bitladder.planning.sharing import check_parts, cut_words
-from bitladder.planning.speed import SpeedModel
 from bitladder.recipe import SchemeSpec
 from bitladder.records import Measurement, Scheme
 from bitladder.runinfo import Meter
 from bitladder.steps.workspace import SIMULATED_FILE, Workspace
 from bitladder.storage import discard
+
+if TYPE_CHECKING:
+    from bitladder.planning.speed import SpeedModel
 
 _CHOOSES_NOTHING = (
     "validation: nothing is chosen by KL here (max_kl, chosen_by: kl, refine, a share of kv_cache); its rows are only "
@@ -77,7 +80,7 @@ def plan(work: Workspace) -> tuple[Scheme, ...]:
 
 
 def _refuse_what_no_kl_allows(
-    measurement: Measurement, specs: Sequence[SchemeSpec], speed: SpeedModel | None, split: Split
+    measurement: Measurement, specs: Sequence[SchemeSpec], speed: "SpeedModel | None", split: Split
 ) -> None:
     """Refuse, before any KL is measured for them, schemes that can't be had whatever it will be.
 
