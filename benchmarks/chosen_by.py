@@ -9,11 +9,8 @@ which gives a map each. Plans at 5.4 to 12 bits from {NVFP4, FP8} and from all f
 map, and simulated on the held-out sets, of which no map has seen a row. A GPU helps: minutes on an H200 for SmolLM2.
 """
 
-import argparse
-import json
 from pathlib import Path
 
-import ladder
 import mixes
 import predicted_mixes
 import prediction
@@ -80,25 +77,12 @@ def compare(recipe: Path, scratch: Path, serve_on: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--recipe", type=Path, default=ladder.ROOT / "recipes/smollm2_135m.yaml")
-    parser.add_argument("--serve-on", default="blackwell")
-    parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/chosen_by.json")
-    arguments = parser.parse_args()
-
-    import transformers
-
-    from bitladder.runinfo import hardware, versions
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    models = json.loads(arguments.result.read_text())["models"] if arguments.result.exists() else {}
-    name = f"{arguments.recipe.stem}, {arguments.serve_on}"
-    found = compare(arguments.recipe, arguments.scratch.resolve() / name.replace(", ", "-"), arguments.serve_on)
-    models[name] = {"hardware": hardware(), "versions": versions(), **found}
+    arguments = mixes.parser_of(__doc__, "chosen_by.json").parse_args()
+    name, scratch = mixes.started(arguments)
+    found = compare(arguments.recipe, scratch, arguments.serve_on)
+    models = {**mixes.known_models(arguments.result), name: {**mixes.measured_here(), **found}}
     claim = "held-out KL of plans chosen by KL on validation rows over that of plans chosen by scores, at equal bits"
-    arguments.result.write_text(json.dumps({"claim": claim, "models": models}, indent=1) + "\n")
+    mixes.record(arguments.result, claim, models)
 
 
 if __name__ == "__main__":

@@ -305,40 +305,65 @@ def add_compensated(rows: list[dict], recipe: Path, scratch: Path, serve_on: str
     return {f"{key}_folded" if folded else key: value for key, value in found.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(document: str | None, result: str) -> argparse.ArgumentParser:
+    """Return a parser of what a benchmark of one model on one device is told; `result` names its file of results."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--recipe", type=Path, default=ladder.ROOT / "recipes/smollm2_135m.yaml")
     parser.add_argument(
         "--serve-on", default="blackwell", help="whose arithmetic; blackwell: formats as they are stored"
     )
-    parser.add_argument("--compensated", action="store_true", help="add compensated codes to what is known")
-    parser.add_argument("--folded", action="store_true", help="with --compensated: the model with its norms folded")
-    parser.add_argument("--no-modelopt", action="store_true", help="leave out what only it chooses")
-    parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/mixes.json")
-    arguments = parser.parse_args()
-    if arguments.folded and not arguments.compensated:
-        parser.error("--folded goes with --compensated")
+    parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results" / result)
+    return parser
 
+
+def started(arguments: argparse.Namespace) -> tuple[str, Path]:
+    """Return what model and device are called in the results, and their own scratch directory; transformers is told
+    to be quiet."""
     import transformers
-
-    from bitladder.runinfo import hardware, versions
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    known = json.loads(arguments.result.read_text()) if arguments.result.exists() else {"models": {}}
     name = f"{arguments.recipe.stem}, {arguments.serve_on}"
-    scratch = arguments.scratch.resolve() / name.replace(", ", "-")
+    return name, arguments.scratch.resolve() / name.replace(", ", "-")
+
+
+def known_models(result: Path) -> dict:
+    """Return what a file of results has: model and device -> what was found."""
+    return json.loads(result.read_text())["models"] if result.exists() else {}
+
+
+def measured_here() -> dict:
+    """Return what says where numbers come from."""
+    from bitladder.runinfo import hardware, versions
+
+    return {"hardware": hardware(), "versions": versions()}
+
+
+def record(result: Path, claim: str, models: dict) -> None:
+    """Write a file of results."""
+    result.write_text(json.dumps({"claim": claim, "models": models}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = parser_of(__doc__, "mixes.json")
+    parser.add_argument("--compensated", action="store_true", help="add compensated codes to what is known")
+    parser.add_argument("--folded", action="store_true", help="with --compensated: the model with its norms folded")
+    parser.add_argument("--no-modelopt", action="store_true", help="leave out what only it chooses")
+    arguments = parser.parse_args()
+    if arguments.folded and not arguments.compensated:
+        parser.error("--folded goes with --compensated")
+    name, scratch = started(arguments)
+    models = known_models(arguments.result)
     if arguments.compensated:
-        one = known["models"][name]
+        one = models[name]
         folded = arguments.folded
         one |= add_compensated(one["rows"], arguments.recipe, scratch, arguments.serve_on, folded=folded)
-        one["compensated_folded_on" if folded else "compensated_on"] = {"hardware": hardware(), "versions": versions()}
+        one["compensated_folded_on" if folded else "compensated_on"] = measured_here()
     else:
         found = compare(arguments.recipe, scratch, arguments.serve_on, modelopt=not arguments.no_modelopt)
-        known["models"][name] = {"hardware": hardware(), "versions": versions(), **found}
-    known["claim"] = "held-out KL of mixes at equal effective bits, ours and ModelOpt's"
-    arguments.result.write_text(json.dumps(known, indent=1) + "\n")
+        models[name] = {**measured_here(), **found}
+    record(arguments.result, "held-out KL of mixes at equal effective bits, ours and ModelOpt's", models)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,12 @@ KL on the sets of `mixes.py`, in nats per token. What is finished is kept in the
 codes that aren't named keep their results.
 """
 
-import argparse
 import copy
 import json
 from pathlib import Path
 
-import ladder
 import mixes
+import others
 
 CODES = {
     "nearest": "NVFP4_DEFAULT_CFG",
@@ -88,49 +87,20 @@ def all_in_nvfp4(work, measurement, preset: dict):
         if name.endswith(".weight_quantizer") and module.is_enabled
     }
     assert quantised == searched
-    return model
+    return model.eval()
 
 
-class Judge:
-    """The KL of loaded models to the original on the held-out sets, each kept in a file once known."""
-
-    def __init__(self, work, references: list, cache: Path) -> None:
-        self.work, self.references, self.cache = work, references, cache
-        self.known: dict = json.loads(cache.read_text()) if cache.exists() else {}
-
-    def kl(self, key: str, load) -> dict[str, list[float]]:
-        """Return set -> KL and its standard error.
-
-        Args:
-            key: what it is kept by.
-            load: gives the model; called where the KL isn't known.
-        """
-        import torch
-
-        from bitladder.evaluation.evaluate import compare_loaded
-
-        if key not in self.known:
-            model = load().eval()
-            with torch.no_grad():
-                found = [
-                    one
-                    for reference in self.references
-                    for one in compare_loaded(reference, model, str(self.work.model_directory), key, answer=False)
-                ]
-            self.known[key] = {one.split: [one.value, one.standard_error] for one in found if one.metric == "kl"}
-            self.cache.write_text(json.dumps(self.known))
-            print(key, self.known[key], flush=True)
-        return self.known[key]
-
-
-def theirs(work, measurement, codes: str, serve_on: str, judge: Judge, scratch: Path) -> list[dict]:
+def theirs(work, measurement, codes: str, serve_on: str, judge: others.Judge, scratch: Path) -> list[dict]:
     """Return a row for everything in NVFP4 and one for each of `BITS`: ModelOpt's choice, its bits and its KL."""
     from bitladder import planning
     from bitladder.formats import get_format
     from bitladder.recipe import SchemeSpec
 
     presets = {"fp8": get_format("fp8").modelopt_quantisation(), "nvfp4": preset_of(codes, serve_on)}
-    uniform = judge.kl(f"{codes} {NVFP4_BITS:g}", lambda: all_in_nvfp4(work, measurement, presets["nvfp4"]))
+    origin = str(work.model_directory)
+    uniform = judge.kl_of_model(
+        f"{codes} {NVFP4_BITS:g}", origin, lambda: all_in_nvfp4(work, measurement, presets["nvfp4"])
+    )
     rows = [{"codes": codes, "bits": NVFP4_BITS, "effective_bits": NVFP4_BITS, "kl": uniform}]
     for bits in BITS:
         chosen, key = scratch / f"{codes}-{bits:g}.json", f"{codes} {bits:g}"
@@ -140,9 +110,9 @@ def theirs(work, measurement, codes: str, serve_on: str, judge: Judge, scratch: 
                 work, measurement, "gradient", presets, bits, scratch / f"{codes}.pth"
             )
             chosen.write_text(json.dumps(choice_at(bits)))
-            return model
+            return model.eval()
 
-        kl = judge.kl(key, load)
+        kl = judge.kl_of_model(key, origin, load)
         name = f"modelopt-{codes}-{bits:g}"
         scheme = planning.price(
             measurement, name, json.loads(chosen.read_text()), SchemeSpec(name=name, effective_bits=bits)
@@ -177,7 +147,7 @@ def compare(recipe: Path, scratch: Path, serve_on: str, wanted: list[str]) -> li
     own.mkdir(exist_ok=True)
     rows = []
     with Originals(work) as originals:
-        judge = Judge(work, originals.references(Meter()), own / "kl.json")
+        judge = others.Judge(work, own / "kl.json", originals.references(Meter()))
         for codes in wanted:
             rows += theirs(work, measurement, codes, serve_on, judge, own)
     add_ours(rows, work, measurement, own / "ours.json")
@@ -185,29 +155,19 @@ def compare(recipe: Path, scratch: Path, serve_on: str, wanted: list[str]) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--recipe", type=Path, default=ladder.ROOT / "recipes/smollm2_135m.yaml")
-    parser.add_argument("--serve-on", choices=("blackwell", "hopper"), default="blackwell", help="whose arithmetic")
+    parser = mixes.parser_of(__doc__, "modelopt_codes.json")
     parser.add_argument("--codes", choices=CODES, action="append", help="all where none is named")
-    parser.add_argument("--result", type=Path, default=ladder.ROOT / "benchmarks/results/modelopt_codes.json")
     arguments = parser.parse_args()
-
-    import transformers
-
-    from bitladder.runinfo import hardware, versions
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    models = json.loads(arguments.result.read_text())["models"] if arguments.result.exists() else {}
-    name = f"{arguments.recipe.stem}, {arguments.serve_on}"
+    if arguments.serve_on not in others.TARGETS:
+        parser.error(f"--serve-on: NVFP4 is computed here as {' and '.join(others.TARGETS)} do")
+    name, scratch = mixes.started(arguments)
     wanted = arguments.codes or list(CODES)
-    scratch = arguments.scratch.resolve() / name.replace(", ", "-")
     found = compare(arguments.recipe, scratch, arguments.serve_on, wanted)
+    models = mixes.known_models(arguments.result)
     kept = [row for row in models.get(name, {}).get("rows", []) if row["codes"] not in wanted]
-    models[name] = {"hardware": hardware(), "versions": versions(), "rows": kept + found}
+    models[name] = {**mixes.measured_here(), "rows": kept + found}
     claim = "held-out KL of ModelOpt's best NVFP4 codes, alone and in its mixes with FP8, and of ours at no more bits"
-    arguments.result.write_text(json.dumps({"claim": claim, "models": models}, indent=1) + "\n")
+    mixes.record(arguments.result, claim, models)
 
 
 if __name__ == "__main__":

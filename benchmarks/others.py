@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,10 +127,11 @@ def make(name: str, work, interpreters: dict[str, Path], scratch: Path) -> dict:
 class Judge:
     """The original's outputs on the held-out sets, and the KL to it of whatever is asked, each kept once known."""
 
-    def __init__(self, work, cache: Path) -> None:
+    def __init__(self, work, cache: Path, references: Sequence = ()) -> None:
+        """Take the originals' outputs that are at hand; none: they are computed on a CPU when they are needed."""
         self.work, self.cache = work, cache
         self.known: dict = json.loads(cache.read_text()) if cache.exists() else {}
-        self.references: list = []
+        self.references = list(references)
 
     def kl(self, key: str, results_on) -> dict[str, list[float]]:
         """Return set -> KL and its standard error.
@@ -145,6 +146,24 @@ class Judge:
             self.cache.write_text(json.dumps(self.known))
             print(key, self.known[key], flush=True)
         return self.known[key]
+
+    def kl_of_model(self, key: str, origin: str, load) -> dict[str, list[float]]:
+        """Return the same of a loaded model.
+
+        Args:
+            key: what it is kept by.
+            origin: where it comes from, for errors.
+            load: gives it; called where its KL isn't known.
+        """
+        from bitladder.evaluation.evaluate import compare_loaded
+
+        def results(references):
+            model = load()
+            return [
+                one for reference in references for one in compare_loaded(reference, model, origin, key, answer=False)
+            ]
+
+        return self.kl(key, results)
 
     def _originals(self) -> list:
         from bitladder.evaluation.reference import Reference
@@ -162,7 +181,6 @@ def theirs(name: str, scratch: Path, judge: Judge) -> dict:
     """Return a checkpoint's formats, its stored bits and its KL in each target's arithmetic."""
     import others_files
 
-    from bitladder.evaluation.evaluate import compare_loaded
     from bitladder.formats.targets import served
     from bitladder.models.weights import WeightFiles, read_config
 
@@ -174,15 +192,10 @@ def theirs(name: str, scratch: Path, judge: Judge) -> dict:
     for target in TARGETS:
         arithmetic = served(used, target)
 
-        def results(references, arithmetic=arithmetic):
-            model, _ = others_files.load(directory, arithmetic)
-            return [
-                one
-                for reference in references
-                for one in compare_loaded(reference, model, str(directory), name, answer=False)
-            ]
+        def load(arithmetic=arithmetic):
+            return others_files.load(directory, arithmetic)[0]
 
-        kls[target] = judge.kl(f"{name} {arithmetic}", results)
+        kls[target] = judge.kl_of_model(f"{name} {arithmetic}", str(directory), load)
     count = {one: sum(format_.name == one for format_ in formats.values()) for one in used}
     return {"modules": count, "bits": others_files.stored_bits(files, formats), "kl": kls}
 

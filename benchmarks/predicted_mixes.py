@@ -11,7 +11,6 @@ themselves. The map stands beside those without weights of formats and without s
 H100 for SmolLM2, and on two cores for the embedded model.
 """
 
-import argparse
 import contextlib
 import json
 import statistics
@@ -137,31 +136,15 @@ def compared(means: dict[str, float], rows: list[dict]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--recipe", type=Path, default=ladder.ROOT / "recipes/smollm2_135m.yaml")
-    parser.add_argument("--serve-on", default="blackwell")
-    arguments = parser.parse_args()
-
-    import transformers
-
-    from bitladder.runinfo import hardware, versions
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    path = ladder.ROOT / "benchmarks/results/predicted_mixes.json"
-    known = json.loads(path.read_text()) if path.exists() else {"models": {}}
-    name = f"{arguments.recipe.stem}, {arguments.serve_on}"
-    means, rows = rows_of(arguments.recipe, arguments.scratch.resolve() / name.replace(", ", "-"), arguments.serve_on)
+    arguments = mixes.parser_of(__doc__, "predicted_mixes.json").parse_args()
+    name, scratch = mixes.started(arguments)
+    means, rows = rows_of(arguments.recipe, scratch, arguments.serve_on)
     results = compared(means, rows)
     for result in results:
         print(json.dumps(result), flush=True)
-    known["claim"] = "a map fitted on validation rows says the KL of mixes within 15%"
-    known["models"][name] = {"hardware": hardware(), "versions": versions(), "predicted": results} | {
-        "mean_scores": means,
-        "schemes": rows,
-    }
-    path.write_text(json.dumps(known, indent=1) + "\n")
+    found = {**mixes.measured_here(), "predicted": results, "mean_scores": means, "schemes": rows}
+    models = {**mixes.known_models(arguments.result), name: found}
+    mixes.record(arguments.result, "a map fitted on validation rows says the KL of mixes within 15%", models)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def plan(
             "--chosen-by goes with --coverage and --effective-bits; ask for --max-kl or --max-predicted-score in a "
             "command of its own"
         )
-    among = {"chosen_by": chosen_by} | ({} if formats is None else {"formats": names_in(formats)})
+    among = {"chosen_by": chosen_by, "formats": None if formats is None else names_in(formats)}
     _plan_from(measurement, asked, {key: value for key, value in among.items() if value is not None}, output)
 
 
