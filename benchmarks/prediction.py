@@ -25,6 +25,7 @@ MODELS = {  # name -> recipe, and samples scored by kl_div
 ENGINES = {"smollm2_135m": "modelopt", "gemma3_270m": "native", "demo": "modelopt"}  # who scores, by recipe
 GRADIENT_SAMPLES = {"smollm2_135m": 16, "gemma3_270m": 8, "demo": None}  # scored by gradient; None: all
 HELD_OUT_SAMPLES = {"gemma3_270m": 64}  # its KL varies more from row to row than its recipe's samples can settle
+FORMATS = ("fp8",)
 COVERAGES = (0.25, 0.5, 0.75, 1.0)
 EFFECTIVE_BITS = 11.0
 WITHIN = 0.15  # of the measured KL
@@ -46,6 +47,7 @@ def measurements(scratch: Path, path: Path = SMOLLM2, kl_samples: int = KL_SAMPL
     found = {}
     for method, samples in (("gradient", GRADIENT_SAMPLES[path.stem]), ("kl_div", kl_samples)):
         changes = {"engine": ENGINES[path.stem], "method": method, "score_samples": samples, "dtype": "float32"}
+        changes |= {"formats": FORMATS, "rounding": "nearest"}
         changed = recipe.measurement.model_copy(update=changes)
         work = Workspace(recipe.model_copy(update={"measurement": changed}), scratch / method)
         found[method] = (measure(work), work)
