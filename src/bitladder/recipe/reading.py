@@ -51,10 +51,15 @@ def _unknown(location: tuple[int | str, ...], section: type[Section]) -> str:
     key, known = str(location[-1]), list(_section_at(section, location[:-1]).model_fields)
     near = difflib.get_close_matches(key, known, n=1, cutoff=_SURELY_MEANT)
     homes = [] if near else _homes(key, section)
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=_PERHAPS_MEANT)
-    if homes:
-        hint = f"it belongs further in: {' or '.join(homes)}"
-    else:
+    place = "".join(f"{part}." for part in location[:-1] if isinstance(part, str))
+    further_in = [home for home in homes if home.startswith(place)]
+    if not homes:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=_PERHAPS_MEANT)
+    if further_in:
+        hint = f"it belongs further in: {' or '.join(further_in)}"
+    elif len(homes) == 1:
+        hint = f"it belongs elsewhere: {homes[0]}"
+    else:  # what several other sections know, as `name`, says nothing of what was meant
         hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
     return f"unknown key '{'.'.join(map(str, location))}'; {hint}"
 
