@@ -502,15 +502,25 @@ def test_scores_of_image_positions_are_weighed_like_all(shrinkage):
         assert one.scores == pytest.approx(other.scores, rel=1e-12)
 
 
-@pytest.mark.parametrize("image_weight", [0.25, 1.0, 2.0])
-def test_a_scheme_is_predicted_within_the_kl_that_it_asks_for(image_weight):
-    """Whatever image positions count for in it."""
+def test_a_scheme_is_predicted_within_the_kl_that_it_asks_for():
     measurement = measurement_of(FORMATS[:2], image=True)
     fitted = with_shrinkage(measurement, {"fp8": 1.4, "nvfp4": 0.7}, 0.3)
     for most in (0.005, 0.02, 0.05):
-        asked = SchemeSpec(name="near", max_kl=most, image_weight=image_weight)
-        scheme = planning.plan(measurement, asked, kl_map=fitted)
+        scheme = planning.plan(measurement, SchemeSpec(name="near", max_kl=most), kl_map=fitted)
         assert 0.75 * most < fitted.of_scheme(measurement, scheme).value <= most * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("image_weight", [0.0, 0.25, 2.0])
+def test_the_same_formats_have_the_same_kl_whatever_image_positions_counted_for_when_they_were_chosen(image_weight):
+    measurement = measurement_of(FORMATS[:2], image=True)
+    fitted = with_shrinkage(measurement, {"fp8": 1.4, "nvfp4": 0.7}, 0.3)
+    weighed, plain = (
+        planning.plan(measurement, SchemeSpec(name="all", coverage=1.0, formats=["fp8"], image_weight=weight))
+        for weight in (image_weight, 1.0)
+    )
+    assert weighed.formats == plain.formats
+    assert weighed.predicted_score != plain.predicted_score
+    assert fitted.of_scheme(measurement, weighed) == fitted.of_scheme(measurement, plain)
 
 
 def test_a_negative_part_counts_for_nothing_where_the_map_is_fitted_and_is_added_where_it_predicts():

@@ -550,6 +550,7 @@ def test_quoted_numbers_are_refused(tmp_path: Path, key: str, value: str) -> Non
         ({"include": ["*"], "format": "fp8"}, "scheme a: chosen_by goes with coverage, effective_bits or speed"),
         ({"max_predicted_score": 1.0}, "scheme a: chosen_by goes with coverage, effective_bits or speed"),
         ({"effective_bits": 8, "image_weight": 0.5}, "scheme a: image_weight weighs scores, and chosen_by: kl goes by"),
+        ({"max_kl": 0.1, "chosen_by": "score", "image_weight": 0.0}, "a: image_weight weighs scores, and max_kl goes"),
         ({"effective_bits": 8, "chosen_by": "KL"}, "'score' or 'kl'"),
     ],
 )

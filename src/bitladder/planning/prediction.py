@@ -153,8 +153,8 @@ class KlMap:
         return Predicted(*(_exp(one) for one in (value, value - reach, value + reach)))
 
     def of_scheme(self, measurement: Measurement, scheme: Scheme) -> Predicted | None:
-        """Return the KL of what a scheme does to the weights, image positions weighed as it asks; None: no damage."""
-        return self.predict(parts_by_format(scheme.weigh(measurement), scheme.formats))
+        """Return the KL of what a scheme does to the weights, whatever it weighed to choose them; None: no damage."""
+        return self.predict(parts_by_format(measurement, scheme.formats))
 
     def kl_of(self, score: float) -> float:
         """Return what a weighed sum of scores (> 0) means."""

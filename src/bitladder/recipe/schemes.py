@@ -55,10 +55,11 @@ class SchemeSpec(Section):
             raise ValueError(f"scheme {self.name}: prefer goes with max_kl or max_predicted_score; leave it out")
         if self.chosen_by == "kl" and (self.coverage, self.effective_bits, self.speed) == (None, None, None):
             raise ValueError(f"scheme {self.name}: chosen_by goes with coverage, effective_bits or speed; leave it out")
-        if self.chosen_by == "kl" and self.image_weight != 1:
+        if self.by_kl and self.image_weight != 1:
+            way = "chosen_by: kl" if self.max_kl is None else "max_kl"
             raise ValueError(
-                f"scheme {self.name}: image_weight weighs scores, and chosen_by: kl goes by a KL of all tokens; leave "
-                "one of the two out"
+                f"scheme {self.name}: image_weight weighs scores, and {way} goes by a KL to which all positions "
+                "contribute; leave one of the two out"
             )
         if self.formats == ():
             raise ValueError(f"scheme {self.name}: formats names none to quantise to; name one, or leave it out")
