@@ -49,17 +49,16 @@ def _homes(key: str, section: type[BaseModel], place: str = "") -> list[str]:
 def _unknown(location: tuple[int | str, ...], section: type[Section]) -> str:
     """Return what to say of a key that isn't known where it stands."""
     key, known = str(location[-1]), list(_section_at(section, location[:-1]).model_fields)
+    place = "".join(f"{part}." for part in location[:-1] if isinstance(part, str))
     near = difflib.get_close_matches(key, known, n=1, cutoff=_SURELY_MEANT)
     homes = [] if near else _homes(key, section)
-    place = "".join(f"{part}." for part in location[:-1] if isinstance(part, str))
     further_in = [home for home in homes if home.startswith(place)]
-    if not homes:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=_PERHAPS_MEANT)
     if further_in:
         hint = f"it belongs further in: {' or '.join(further_in)}"
     elif len(homes) == 1:
         hint = f"it belongs elsewhere: {homes[0]}"
     else:  # what several other sections know, as `name`, says nothing of what was meant
+        near = [] if homes else difflib.get_close_matches(key, known, n=1, cutoff=_PERHAPS_MEANT)
         hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
     return f"unknown key '{'.'.join(map(str, location))}'; {hint}"
 
