@@ -38,7 +38,7 @@ from bitladder.report.parts import verdict_card
 from bitladder.runtimes.preflight import preflight
 from bitladder.runtimes.vllm.job import ServeJob
 from bitladder.runtimes.vllm.load import load_all
-from bitladder.runtimes.vllm.serve import serve
+from bitladder.runtimes.vllm.serve import failure_finding, serve
 from bitladder.steps import data
 from bitladder.steps.look import look
 from bitladder.steps.run import run
@@ -503,11 +503,31 @@ def test_bytes_a_token_are_vllms_own(ran, vllm_python, tmp_path):
 
 
 @pytest.mark.slow
-def test_vllm_keeps_the_skipped_layers_in_16_bits_and_computes_what_we_evaluate(ran, vllm_warm):
-    work, _ = ran
-    directories = [work.checkpoint_directory(name) for name in ("half", "all")]
+def test_vllm_loads_the_skipped_layers_in_16_bits(ran, vllm_warm):
+    directories = [ran[0].checkpoint_directory(name) for name in ("half", "all")]
     for result in load_all(directories, vllm_warm):
         assert (result.verdict, result.findings) == ("ok", ())
+
+
+# Source: vllm v1/attention/backends/cpu_attn.py asks torch the same.
+KEEPS_FP8_CACHES = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(KEEPS_FP8_CACHES, reason="this CPU can keep an FP8 KV cache")
+def test_a_cpu_that_cant_keep_an_fp8_cache_says_so(ran, vllm_warm):
+    failure = failure_finding(serve(ran[0].checkpoint_directory("all"), vllm_warm, ServeJob(chat=False)))
+    assert failure.error_class == "unsupported_format"
+    assert "requires x86 with AVX-512" in failure.problem
+    assert "or export the scheme without kv_cache" in failure.remedy
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not KEEPS_FP8_CACHES, reason="vLLM keeps FP8 KV caches on CPUs with AVX-512 or AMX alone")
+def test_vllm_computes_what_we_evaluate_with_half_the_caches_in_fp8(ran, vllm_warm):
+    work, _ = ran
     rows = (tuple(range(5, 60)), tuple(range(300, 355)))
     expected = {name: load_checkpoint(work.checkpoint_directory(name)) for name in ("none", "half", "all")}
     for name, bytes_a_token in (("half", 384), ("all", 256)):

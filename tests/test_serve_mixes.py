@@ -220,3 +220,23 @@ def test_a_format_without_a_kernel_on_the_device_is_said_in_one_line(name):
     assert "docs/runtimes.md" in advice("unsupported_format", message)
     assert said("", "assert x") == "`assert x` failed"
     assert advice("unsupported_format", "Unknown quantization method") != advice("unsupported_format", message)
+
+
+# vLLM 0.32.0: v1/attention/backends/cpu_attn.py, mla/triton_mla.py, ops/triton_reshape_and_cache_flash.py and
+# platforms/cuda.py, with what they put in.
+@pytest.mark.parametrize(
+    "message",
+    [
+        "FP8 KV cache on CPU requires x86 with AVX-512 or AMX.",
+        "FP8 KV cache requires head_size divisible by 32 on CPU.",
+        "FP8 KV cache is not supported by the Triton MLA backend on A100 (compute capability 8.0); native FP8 "
+        "(fp8e4nv) requires SM89+. Re-run with --kv-cache-dtype bfloat16.",
+        "Triton reshape-and-cache cannot store kv_cache_dtype=fp8 on this device: an FP8 KV cache needs native fp8e4nv "
+        "(SM89+). Use --kv-cache-dtype bfloat16 (or float16 on SM75).",
+        "No valid attention backend found for cuda with AttentionSelectorConfig(). Reasons: {FLASH_ATTN: "
+        "[kv_cache_dtype not supported]}.",
+    ],
+)
+def test_a_device_that_cant_keep_an_fp8_cache_is_no_bug_of_the_runtime(message):
+    assert classify("NotImplementedError", message) == "unsupported_format"
+    assert "without kv_cache" in advice("unsupported_format", message)
