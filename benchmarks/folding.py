@@ -16,8 +16,12 @@ import ladder
 import mixes
 import prediction
 
-MODELS = {"smollm2-135m-instruct": "smollm2_135m.yaml", "embedded-qwen2.5-vl": "demo.yaml"}
-HELD_OUT_SAMPLES = 8  # of SmolLM2's sets, of 256 tokens each
+MODELS = {
+    "smollm2-135m-instruct": "smollm2_135m.yaml",
+    "gemma-3-270m": "gemma3_270m.yaml",
+    "embedded-qwen2.5-vl": "demo.yaml",
+}
+HELD_OUT_SAMPLES = 8  # of each set of language models, of 256 tokens each
 FORMATS = ("nvfp4", "nvfp4_w4a16", "int4_w4a16_g64", "fp8")
 ROUNDINGS = ("nearest", "compensated")
 SCORE_SAMPLES = 4  # everything is quantised, so that no score matters

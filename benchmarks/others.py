@@ -260,7 +260,7 @@ def ours_of(recipe, scratch: Path, judge: Judge) -> Iterator[Ours]:
     yield of(recipe, "for_16_bit_inputs", rounding="compensated", formats=NVFP4["hopper"], score_samples=SCORE_SAMPLES)
     try:
         folded = mixes.of_folded_model(recipe, judge.work, scratch / "folded_model")
-    except EngineError as error:  # Gemma 3's norms, which add one to their weights
+    except EngineError as error:
         print(f"folded: {error}", flush=True)
     else:
         other = of(folded, "folded", rounding="compensated", formats=FOLDED, score_samples=SCORE_SAMPLES)

@@ -1,6 +1,8 @@
 """Folded models compute what the original does, to the bit; channels become even; what can't be folded is refused."""
 
+import copy
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,15 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bitladder
+import tiny_architectures
 from bitladder.checkpoints.folded import write_folded
 from bitladder.data.batches import Batch
 from bitladder.errors import EngineError, ModelError, OutputError
 from bitladder.formats import get_format
 from bitladder.measuring.folding import fold_norms
 from bitladder.models.loading import load_model
-from bitladder.models.weights import WeightFiles
+from bitladder.models.scaling import Scaling
+from bitladder.models.weights import WeightFiles, read_config
 from bitladder.recipe import resolve_path
 from bitladder.runinfo import no_progress
+from conftest import make_text
 
 DEMO = Path(bitladder.__file__).parent / "demo" / "qwen2_5_vl_digits"
 
@@ -61,7 +66,7 @@ def test_tensors_are_the_originals_times_powers_of_two_and_other_files_the_same(
 
 def test_what_isnt_multiplied_is_copied_shard_by_shard(sharded_llama, tmp_path):
     name = "model.norm.weight"
-    write_folded(sharded_llama, tmp_path / "out", {name: torch.full((64,), 0.5)}, "halved")
+    write_folded(sharded_llama, tmp_path / "out", {name: Scaling(torch.full((64,), 0.5))}, "halved")
     before, after = WeightFiles.open(sharded_llama), WeightFiles.open(tmp_path / "out")
     assert before.files == after.files
     assert torch.equal(after.load(name) * 2, before.load(name))
@@ -77,8 +82,25 @@ def test_a_product_that_a_dtype_rounds_is_refused(tmp_path):
     (tmp_path / "in" / "config.json").write_text("{}")
     save_file({"norm.weight": torch.full((4,), 2.0**-24, dtype=torch.float16)}, tmp_path / "in" / "model.safetensors")
     with pytest.raises(ModelError, match=r"norm\.weight times powers of two doesn't fit F16"):
-        write_folded(tmp_path / "in", tmp_path / "out", {"norm.weight": torch.full((4,), 0.5)}, "halved")
+        write_folded(tmp_path / "in", tmp_path / "out", {"norm.weight": Scaling(torch.full((4,), 0.5))}, "halved")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_raised_tensor_is_written_where_its_dtype_holds_it_and_refused_where_not(tmp_path):
+    """(1 + 3) / 2 - 1 = 1; (1 + 1/512) / 2 - 1 = -511/1024 takes nine bits, BF16 has eight."""
+    for name, value in (("held", 3.0), ("not", 2.0**-9)):
+        source, out = tmp_path / name, tmp_path / f"{name} out"
+        source.mkdir()
+        (source / "config.json").write_text("{}")
+        save_file({"norm.weight": torch.full((4,), value, dtype=torch.bfloat16)}, source / "model.safetensors")
+        halved = {"norm.weight": Scaling(torch.full((4,), 0.5), offset=1.0)}
+        if name == "held":
+            write_folded(source, out, halved, "halved")
+            assert WeightFiles.open(out).load("norm.weight").tolist() == [1.0] * 4
+        else:
+            with pytest.raises(ModelError, match=r"norm\.weight times powers of two doesn't fit BF16"):
+                write_folded(source, out, halved, "halved")
+            assert not out.exists()
 
 
 def test_nothing_is_replaced(tmp_path):
@@ -123,12 +145,12 @@ def norm_with(weight):
     return norm
 
 
-def folds_of(model, searched=("left", "right"), *, mask=None, unknown=None):
-    """Fold a model; `unknown`: a parameter that isn't stored as it is."""
+def folds_of(model, searched=("left", "right"), *, mask=None, unknown=None, dtype=torch.float32):
+    """Fold a model whose files hold this dtype; `unknown`: a parameter that isn't stored as it is."""
     torch.manual_seed(0)
     ids = torch.randint(0, 16, (2, 30) if mask is None else mask.shape)
     batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}, ids)
-    stored = dict(model.named_parameters()).keys() - {unknown}
+    stored = {name: dtype for name, _ in model.named_parameters() if name != unknown}
     return fold_norms(model, [batch], searched, stored, no_progress)
 
 
@@ -289,12 +311,125 @@ def test_factors_are_bounded_on_either_side():
     assert fold.factors[7] == 2.0**4
 
 
-def test_a_norm_that_adds_one_to_its_weight_is_left_alone():
-    """As Gemma's."""
-    norm = transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm(16)
-    nn.init.normal_(norm.weight)
+class Raised(nn.Module):
+    """A norm with a bias that multiplies with 1 + weight, as Nemotron's."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, x.shape[-1:], self.weight + 1, self.bias)
+
+
+def gemma_norm(weight):
+    norm = transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm(len(weight))
+    norm.weight.data.copy_(weight)
+    return norm
+
+
+def in_bf16(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+
+
+RAISED = {
+    "rms": gemma_norm(8 * in_bf16(16).abs()),
+    "layer": Raised(8 * in_bf16(16).abs(), in_bf16(16, seed=1)),
+}
+
+
+@pytest.mark.parametrize("norm", RAISED.values(), ids=RAISED.keys())
+def test_a_norm_that_adds_one_to_its_weight_keeps_its_products_to_the_bit_in_the_dtype_of_the_files(norm):
+    """16 channels, whose weights BF16 holds before and after, in a model of float32."""
+    norm = copy.deepcopy(norm)
+    x = 5 * torch.randn(30, 16, generator=torch.Generator().manual_seed(2))
+    model = Small(norm)
+    before, columns = norm(x).detach(), model.left.weight.detach().clone()
+    (fold,) = folds_of(model, dtype=torch.bfloat16)
+    assert fold.raised == ("weight",)
+    assert len(set(fold.factors.tolist())) > 1
+    assert bool((torch.frexp(fold.factors).mantissa == 0.5).all())
+    assert torch.equal(norm.weight, norm.weight.bfloat16().float())
+    assert torch.equal(norm(x) * fold.factors, before)
+    assert torch.equal(model.left.weight, columns * fold.factors)
+
+
+def held_by_bf16(number: Fraction) -> bool:
+    """Eight significant bits; far from the ends of its range here."""
+    odd = abs(number.numerator)
+    while odd and odd % 2 == 0:
+        odd //= 2
+    return odd < 2**8
+
+
+def nearest(weights, wanted, shift):
+    """For all channels the exponent that is nearest to the wanted one and a shift, of those that BF16 holds."""
+    return [
+        min(
+            (k for k in range(-8, 9) if held_by_bf16((1 + Fraction(w)) / Fraction(2) ** k - 1)),
+            key=lambda k: (k - (aim + shift)) ** 2,
+        )
+        for w, aim in zip(weights, wanted, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_raised_weights_take_the_nearest_factors_that_bf16_holds_after_one_more_for_all(seed):
+    """Rows of ones, so that the channels' magnitudes are those of 1 + weight; a third of the weights is negative."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = (60 * torch.rand(48, generator=generator) ** 4 - 0.3).bfloat16().float()
+    model = Given(torch.ones(1, 16, 48))
+    model.norm = gemma_norm(weights)
+    (fold,) = folds_of(model, mask=torch.ones(1, 16, dtype=torch.long), dtype=torch.bfloat16)
+    size = (1 + weights).abs()
+    wanted = (torch.log2(size / size.mean()) / 2).tolist()
+    ways = [nearest(weights.tolist(), wanted, shift) for shift in range(-8, 9)]
+    costs = [
+        sum((k - aim - shift) ** 2 for k, aim in zip(way, wanted, strict=True))
+        for shift, way in zip(range(-8, 9), ways, strict=True)
+    ]
+    exponents = torch.log2(fold.factors).tolist()
+    assert exponents in [way for way, cost in zip(ways, costs, strict=True) if cost < min(costs) + 1e-3]
+    assert max(exponents) > min(exponents)
+    assert ways[8] != exponents  # without a shift
+
+
+def test_a_raised_weight_that_no_factor_fits_is_left_alone():
+    """Every bit of float32 is used, so that nothing but 1 + w itself can be held."""
+    norm = gemma_norm(torch.full((16,), 1 + 2.0**-23) * torch.arange(1, 17) / 64)
     model = Small(norm)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(EngineError, match="no norm of this model can be folded"):
         folds_of(model)
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gemma_is_folded_and_its_logits_are_the_originals_to_the_bit(tmp_path, dtype):
+    """All norms before q/k/v and gate/up, of a model with weights such as Gemma's norms have."""
+    (tmp_path / "model").mkdir()
+    model = tiny_architectures.build("Gemma3ForCausalLM", tmp_path / "model")
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight"):
+            tensors[name] = (20 * torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0))).to(tensor)
+    save_file(tensors, path, metadata={"format": "pt"})
+    (tmp_path / "seen.txt").write_text(make_text(300, seed=0))
+    rows = {"samples": 4, "sequence_length": 24, "batch_size": 2}
+    content = {
+        "model": {"path": str(model)},
+        "calibration": {"data": {"kind": "text", "path": str(tmp_path / "seen.txt")}, **rows},
+        "measurement": {"dtype": dtype},
+        "schemes": [{"name": "full", "coverage": 1.0}],
+        "output": str(tmp_path / "run"),
+    }
+    folds = bitladder.Run(content).fold(tmp_path / "folded")
+    layers = read_config(model)["num_hidden_layers"]
+    assert len(folds) == 2 * layers
+    assert {fold.raised for fold in folds} == {("weight",)}
+    ids = torch.randint(0, 100, (4, 30), generator=torch.Generator().manual_seed(1))
+    for computed in (torch.float32, torch.bfloat16):
+        with torch.no_grad():
+            before, after = (load_model(one, computed)(input_ids=ids).logits for one in (model, tmp_path / "folded"))
+        assert torch.equal(before, after)

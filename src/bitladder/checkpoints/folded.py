@@ -1,4 +1,4 @@
-"""A model's directory with some tensors multiplied by powers of two, all else as it is."""
+"""A model's directory with some tensors scaled by powers of two, all else as it is."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -9,6 +9,7 @@ import torch
 from bitladder.checkpoints.config import CONFIG_FILE
 from bitladder.checkpoints.writer import DTYPE_BYTES, Entry, write_file, write_weights
 from bitladder.errors import ModelError
+from bitladder.models.scaling import Scaling
 from bitladder.models.sources import side_files
 from bitladder.models.weights import INDEX_FILE, PROVENANCE_FILE, WeightFiles, read_provenance
 from bitladder.reading import read_bytes
@@ -19,16 +20,16 @@ from bitladder.storage import atomic_directory, check_vacant
 def write_folded(
     source: Path,
     destination: Path,
-    factors: Mapping[str, torch.Tensor],
+    scalings: Mapping[str, Scaling],
     remark: str,
     progress: Progress = no_progress,
 ) -> None:
-    """Write a model with some tensors multiplied along their last dimension.
+    """Write a model with some tensors scaled along their last dimension.
 
     Args:
         source: the model's directory.
         destination: a directory that doesn't exist, or is empty.
-        factors: of each tensor that changes, by its name in the files, powers of two [features] float32.
+        scalings: of each tensor that changes, by its name in the files.
         remark: added to what PROVENANCE says of the weights.
         progress: told of every file.
 
@@ -46,7 +47,7 @@ def write_folded(
                     info.dtype,
                     info.shape,
                     info.end - info.begin,
-                    partial(_multiplied, weights, info.name, factors[info.name]) if info.name in factors else info,
+                    partial(_scaled, weights, info.name, scalings[info.name]) if info.name in scalings else info,
                 )
                 for info in weights.tensors.values()
                 if info.file == file
@@ -62,14 +63,12 @@ def write_folded(
         write_file(temporary / PROVENANCE_FILE, "; ".join(said).encode() + b"\n")
 
 
-def _multiplied(weights: WeightFiles, name: str, factors: torch.Tensor) -> torch.Tensor:
-    """Return a tensor times its factors, in its own dtype."""
+def _scaled(weights: WeightFiles, name: str, scaling: Scaling) -> torch.Tensor:
+    """Return a scaled tensor, in its own dtype."""
     tensor = weights.load(name)
-    by = factors.to(tensor.dtype)
-    made = tensor * by
-    if not torch.equal(made / by, tensor):
+    if not bool(scaling.kept(tensor).all()):
         raise ModelError(
             f"{weights.directory / weights.tensors[name].file}: {name} times powers of two doesn't fit "
             f"{weights.tensors[name].dtype}; convert the model to BF16 first"
         )
-    return made
+    return scaling.applied(tensor)

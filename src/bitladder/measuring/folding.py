@@ -9,13 +9,19 @@ Factors are powers of two, so that nothing is rounded: every product is what it 
 and so are the model's logits, to the bit. That is tried, too: a model whose logits change has something else that reads
 a norm, or none that is linear in its parameters.
 
+Norms of some families (Gemma, Qwen3-Next, Qwen3.5) multiply with 1 + w. There w becomes (1 + w) / 2^k - 1, which w's
+dtype holds for some k alone: BF16 for every k from 0 to log2(1 + 2 w) where w is positive, since 1 + w - 2^k is a
+multiple of w's last bit and no larger than w. All channels of a norm may be divided by one more factor, which changes
+no block; so that one is taken with which the channels come nearest to what they should have.
+
 Source: SmoothQuant (Xiao et al., 2022, arXiv:2211.10438), equation 4 with alpha 0.5, with means as in AWQ (Lin et al.,
 2023, arXiv:2306.00978).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,21 +29,31 @@ from torch import nn
 
 from bitladder.data.batches import Batch
 from bitladder.errors import EngineError
+from bitladder.models.scaling import Scaling
 from bitladder.runinfo import Progress
 
 _EXPONENT = 0.5  # of a channel's mean magnitude in its factor
 _SMALLEST = 2.0**-8  # a mean magnitude, over that of all channels, below which it isn't told apart
+_EXPONENTS = range(-8, 9)  # of factors, and of the one that all channels of a norm share
 _KEPT = 8  # outputs of norms, the last ones: they are read soon
 _PROBED = 4  # rows of random numbers on which a norm is tried
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """One norm, the linear modules that read it, and each channel's factor, powers of two, float32 [features]."""
+    """One norm and what is moved out of it.
+
+    Attributes:
+        norm: its name.
+        readers: the linear modules that read it.
+        factors: of each channel, powers of two, float32 [features].
+        raised: the norm's own parameters to which it adds 1.
+    """
 
     norm: str
     readers: tuple[str, ...]
     factors: torch.Tensor
+    raised: tuple[str, ...] = ()
 
 
 @dataclass
@@ -50,18 +66,22 @@ class _Seen:
 
 
 def fold_norms(
-    model: Any, batches: Sequence[Batch], searched: Collection[str], stored: Collection[str], progress: Progress
+    model: Any,
+    batches: Sequence[Batch],
+    searched: Collection[str],
+    stored: Mapping[str, torch.dtype],
+    progress: Progress,
 ) -> tuple[Fold, ...]:
     """Fold the norms of a loaded model, in place, and return what was done.
 
     A norm is folded where its channels are uneven, linear modules alone read it, one of which is searched, and it is
-    linear in its parameters.
+    linear in its parameters or in these and one.
 
     Args:
         model: loaded; changed.
         batches: calibration batches, on the model's device.
         searched: names of linear modules.
-        stored: names of parameters that lie in the model's files as they are.
+        stored: of the parameters that lie in the model's files as they are, the dtype there.
         progress: told of every batch.
 
     Raises:
@@ -76,15 +96,15 @@ def fold_norms(
                 model(**batch.inputs)
         progress("fold", len(batches), len(batches))
         folds = [
-            Fold(name, tuple(sorted(seen.readers)), _factors(seen.magnitudes))
+            fold
             for name, seen in watch.seen.items()
             if seen.magnitudes is not None and seen.magnitudes.any() and not seen.odd and seen.readers & set(searched)
+            if (fold := _folded(model, name, tuple(sorted(seen.readers)), seen.magnitudes, stored)) is not None
         ]
-        folds = [fold for fold in folds if parameters_of(model, fold).keys() <= set(stored) and _applied(model, fold)]
         if not folds:
             raise EngineError(
                 "no norm of this model can be folded: none has uneven channels, is read by linear modules alone, "
-                "searched ones among them, and is linear in its parameters; measure the model as it is"
+                "searched ones among them, and is linear in its parameters or in 1 + these; measure the model as it is"
             )
         if not torch.equal(model(**batches[0].inputs).logits, before):
             raise EngineError(
@@ -94,11 +114,13 @@ def fold_norms(
     return tuple(folds)
 
 
-def parameters_of(model: Any, fold: Fold) -> dict[str, torch.Tensor]:
-    """Return what each parameter is multiplied with along its last dimension, `{name: [features] float32}`."""
-    own = (f"{fold.norm}.{name}" for name, _ in model.get_submodule(fold.norm).named_parameters())
-    weights = (f"{name}.weight" for name in fold.readers)
-    return dict.fromkeys(own, 1 / fold.factors) | dict.fromkeys(weights, fold.factors)
+def parameters_of(model: Any, fold: Fold) -> dict[str, Scaling]:
+    """Return how each parameter that a fold changes is scaled."""
+    own = {
+        f"{fold.norm}.{name}": Scaling(1 / fold.factors, float(name in fold.raised))
+        for name, _ in model.get_submodule(fold.norm).named_parameters()
+    }
+    return own | {f"{name}.weight": Scaling(fold.factors) for name in fold.readers}
 
 
 class _Watch(ExitStack):
@@ -149,30 +171,73 @@ class _Watch(ExitStack):
         return hook
 
 
-def _factors(magnitudes: torch.Tensor) -> torch.Tensor:
-    """Return the channels' factors from their magnitudes, [features], in no unit."""
-    alike = (magnitudes / magnitudes.mean()).clamp(_SMALLEST, 1 / _SMALLEST)
-    return torch.exp2(torch.round(torch.log2(alike) * _EXPONENT))
-
-
-def _applied(model: Any, fold: Fold) -> bool:
-    """Fold a norm; return False, with all as it was, where it is even or its output isn't divided exactly by that."""
-    if bool((fold.factors == fold.factors[0]).all()):
-        return False
-    norm = model.get_submodule(fold.norm)
-    like = next(norm.parameters())
+def _folded(
+    model: Any, name: str, readers: tuple[str, ...], magnitudes: torch.Tensor, stored: Mapping[str, torch.dtype]
+) -> Fold | None:
+    """Fold a norm; return None, with all as it was, where it is even, or isn't divided exactly by that."""
+    norm = model.get_submodule(name)
+    own = dict(norm.named_parameters())
+    like = next(iter(own.values()))
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(1, _PROBED, len(fold.factors), generator=generator).to(like)
-    before, exact = norm(probe), True
-    kept = {}
-    for name, factors in parameters_of(model, fold).items():
-        parameter = model.get_parameter(name)
-        kept[name] = parameter.clone()
-        by = factors.to(parameter)
-        parameter.mul_(by)
-        exact = exact and torch.equal(parameter / by, kept[name])
-    exact = exact and torch.equal(norm(probe) * fold.factors.to(like), before)
-    if not exact:
-        for name, values in kept.items():
-            model.get_parameter(name).copy_(values)
-    return exact
+    probe = torch.randn(1, _PROBED, len(like), generator=generator).to(like)
+    raised = _raised(norm, probe)
+    changed = {f"{name}.{one}" for one in own} | {f"{one}.weight" for one in readers}
+    if raised is None or not changed <= stored.keys():
+        return None
+    in_files = [own[one].to(stored[f"{name}.{one}"]) for one in raised]
+    fold = Fold(name, readers, _factors(magnitudes, in_files), raised)
+    if bool((fold.factors == fold.factors[0]).all()):
+        return None
+    before, exact, kept = norm(probe), True, {}
+    for changing, scaling in parameters_of(model, fold).items():
+        parameter = model.get_parameter(changing)
+        kept[changing] = parameter.clone()
+        exact = exact and bool(scaling.kept(parameter).all())
+        parameter.copy_(scaling.applied(parameter))
+    if exact and torch.equal(norm(probe) * fold.factors.to(like), before):
+        return fold
+    for changing, values in kept.items():
+        model.get_parameter(changing).copy_(values)
+    return None
+
+
+def _raised(norm: nn.Module, probe: torch.Tensor) -> tuple[str, ...] | None:
+    """Return which of a norm's parameters it adds 1 to; None: nothing makes its output zero.
+
+    That is those that have to be -1, where the others are 0, for the output to be zero whatever the input.
+    """
+    own = dict(norm.named_parameters())
+    kept = {name: parameter.clone() for name, parameter in own.items()}
+    found = None
+    for values in product((0.0, -1.0), repeat=len(own)):
+        for parameter, value in zip(own.values(), values, strict=True):
+            parameter.fill_(value)
+        if not norm(probe).any():
+            found = tuple(name for name, value in zip(own, values, strict=True) if value)
+            break
+    for name, parameter in own.items():
+        parameter.copy_(kept[name])
+    return found
+
+
+def _factors(magnitudes: torch.Tensor, raised: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the channels' factors.
+
+    Args:
+        magnitudes: of the channels, [features], in no unit.
+        raised: parameters to which the norm adds 1, as the files hold them, [features].
+    """
+    alike = (magnitudes / magnitudes.mean()).clamp(_SMALLEST, 1 / _SMALLEST)
+    wanted = torch.log2(alike) * _EXPONENT
+    if not raised:
+        return torch.exp2(torch.round(wanted))
+    exponents = torch.tensor(_EXPONENTS, dtype=torch.float32, device=wanted.device)
+    by = torch.exp2(-exponents)[:, None]
+    held = torch.stack([Scaling(by, offset=1.0).kept(tensor) for tensor in raised]).all(0)  # [exponents, features]
+    best, least = torch.zeros_like(wanted), torch.inf
+    for shift in sorted(_EXPONENTS, key=abs):
+        away = (exponents[:, None] - wanted - shift).square().masked_fill(~held, torch.inf)
+        nearest, chosen = away.min(0)
+        if float(nearest.sum()) < least:
+            best, least = exponents[chosen], float(nearest.sum())
+    return torch.exp2(best)

@@ -26,16 +26,18 @@ def fold(work: Workspace, destination: Path) -> tuple[Fold, ...]:
     device = resolve_device(spec.device)
     model = load_model(source, resolve_dtype(spec.dtype, device), device)
     model.config.use_cache = False
-    tensor_of = {made: name for name, made in checkpoint_tensor_names(model, WeightFiles.open(source).tensors).items()}
+    files = WeightFiles.open(source)
+    tensor_of = {made: name for name, made in checkpoint_tensor_names(model, files.tensors).items()}
+    stored = {made: files.load(name).dtype for made, name in tensor_of.items()}
     batches = [batch.to(device) for batch in calibration_data(work).batches]
     searched = {module.name for group in work.target.groups for module in group.modules}
-    folds = fold_norms(model, batches, searched, tensor_of, work.progress)
-    factors = {}
+    folds = fold_norms(model, batches, searched, stored, work.progress)
+    scalings = {}
     for one in folds:
-        for name, by in parameters_of(model, one).items():
-            factors[tensor_of[name]] = by.cpu()
-    if len(factors) < sum(len(parameters_of(model, one)) for one in folds):
+        for name, scaling in parameters_of(model, one).items():
+            scalings[tensor_of[name]] = scaling
+    if len(scalings) < sum(len(parameters_of(model, one)) for one in folds):
         raise EngineError("two norms or weights of this model are one tensor, which can't be folded twice")
     remark = f"{len(folds)} norms were folded into the weights that read them, by powers of two (bitladder fold)"
-    write_folded(source, destination, factors, remark, work.progress)
+    write_folded(source, destination, scalings, remark, work.progress)
     return folds
