@@ -164,8 +164,12 @@ class Run:
 
             return measure(work)
 
-    def fold(self, directory: str | os.PathLike[str]) -> "tuple[Fold, ...]":
+    def fold(self, directory: str | os.PathLike[str], *, mlp: bool = False) -> "tuple[Fold, ...]":
         """Write the model to a new directory with its norms folded into the weights that read them.
+
+        Args:
+            directory: new or empty.
+            mlp: whether the inner channels of MLPs, before `down`, are folded as well.
 
         Returns:
             Each norm, the modules that read it, and the channels' factors.
@@ -184,7 +188,7 @@ class Run:
         with self._working(look) as work:
             from bitladder.steps.fold import fold
 
-            return fold(work, place)
+            return fold(work, place, mlp=mlp)
 
     def plan(self) -> "tuple[Scheme, ...]":
         """Plan every scheme of the recipe."""
