@@ -105,10 +105,12 @@ class Source:
         for node in self.nodes:
             if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
                 continue
-            target = ast.unparse(node.targets[0])
             prefix = next((_last_part(word.value) for word in node.value.keywords if word.arg == "prefix"), None)
+            if prefix is None:
+                continue
+            target = ast.unparse(node.targets[0])
             own = target.removeprefix("self.")
-            if own != target and own.isidentifier() and prefix not in (None, own):
+            if own != target and own.isidentifier() and prefix != own:
                 found[own] = prefix
         return found
 

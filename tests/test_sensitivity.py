@@ -1,6 +1,8 @@
 import copy
+import functools
 import itertools
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -190,11 +192,23 @@ class Killed(Exception):
     pass
 
 
+@pytest.fixture(scope="module")
+def wholes(llama, text_file, tmp_path_factory):
+    """What gives (measurement, its directory) of one that wasn't killed, once for all tests of the same settings."""
+
+    @functools.cache
+    def whole(**settings):
+        output = tmp_path_factory.mktemp("whole")
+        return measure_text(llama, text_file, output, **settings), output
+
+    return whole
+
+
 @pytest.mark.parametrize("method", ["gradient", "kl_div"])
 @pytest.mark.parametrize("moment", [("calibrate", 2), ("score", 0), ("score", 2), ("score", 3)])
-def test_a_killed_run_resumes_with_the_same_bytes(method, moment, llama, text_file, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_with_the_same_bytes(method, moment, llama, text_file, wholes, tmp_path, monkeypatch):
     settings = {"engine": "modelopt", "method": method}
-    whole = measure_text(llama, text_file, tmp_path / "whole", **settings)
+    whole, directory = wholes(**settings)
 
     def kill(phase, done, total):
         if (phase, done) == moment:
@@ -212,7 +226,7 @@ def test_a_killed_run_resumes_with_the_same_bytes(method, moment, llama, text_fi
     assert len(scored) == 3 - (moment[1] if moment[0] == "score" else 0)
     assert again.fingerprint() == whole.fingerprint()
     amax = "measurement.safetensors"
-    assert (tmp_path / "killed" / amax).read_bytes() == (tmp_path / "whole" / amax).read_bytes()
+    assert (tmp_path / "killed" / amax).read_bytes() == (directory / amax).read_bytes()
     assert not (tmp_path / "killed" / "measuring").exists()
 
 
@@ -223,18 +237,30 @@ def test_leftovers_of_other_settings_are_not_reused(llama, text_file, tmp_path):
     assert all(score > 0 for candidate in measured.candidates for score in candidate.scores)
 
 
-@pytest.mark.parametrize("how", ["cut", "a flipped bit", "a directory", "a link", "no seal", "a stray"])
-@pytest.mark.parametrize("name", ["key.json", "amax.safetensors", "scores-00001.json", "codes/layer-00000.safetensors"])
-def test_what_is_damaged_of_an_unfinished_measurement_is_made_again(name, how, llama, text_file, tmp_path):
-    settings = {"engine": "native", "method": "gradient", "rounding": "compensated"}
-    whole = measure_text(llama, text_file, tmp_path / "whole", **settings)
+UNFINISHED = {"engine": "native", "method": "gradient", "rounding": "compensated"}
+
+
+@pytest.fixture(scope="module")
+def unfinished(llama, text_file, tmp_path_factory):
+    """What a killed measurement left; to be copied, not changed."""
 
     def kill(phase, done, total):
         if (phase, done) == ("score", 2):
             raise Killed
 
+    output = tmp_path_factory.mktemp("unfinished")
     with pytest.raises(Killed):
-        measure_text(llama, text_file, tmp_path / "killed", progress=kill, **settings)
+        measure_text(llama, text_file, output, progress=kill, **UNFINISHED)
+    return output
+
+
+@pytest.mark.parametrize("how", ["cut", "a flipped bit", "a directory", "a link", "no seal", "a stray"])
+@pytest.mark.parametrize("name", ["key.json", "amax.safetensors", "scores-00001.json", "codes/layer-00000.safetensors"])
+def test_what_is_damaged_of_an_unfinished_measurement_is_made_again(
+    name, how, llama, text_file, wholes, unfinished, tmp_path
+):
+    whole, directory = wholes(**UNFINISHED)
+    shutil.copytree(unfinished, tmp_path / "killed")
     path = tmp_path / "killed" / "measuring" / name
     content = path.read_bytes()
     if how == "cut":
@@ -247,10 +273,10 @@ def test_what_is_damaged_of_an_unfinished_measurement_is_made_again(name, how, l
         path.with_name(f"0-{path.name}").write_bytes(content)
     else:
         path.unlink()
-        path.mkdir() if how == "a directory" else path.symlink_to(tmp_path / "whole" / "measurement.json")
-    again = measure_text(llama, text_file, tmp_path / "killed", **settings)
+        path.mkdir() if how == "a directory" else path.symlink_to(directory / "measurement.json")
+    again = measure_text(llama, text_file, tmp_path / "killed", **UNFINISHED)
     assert again.fingerprint() == whole.fingerprint()
-    assert {p.name for p in (tmp_path / "killed").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    assert {p.name for p in (tmp_path / "killed").iterdir()} == {p.name for p in directory.iterdir()}
 
 
 def with_poison(llama, directory, tensor, value):
