@@ -94,12 +94,12 @@ def with_written_rows(calibration: tuple) -> tuple:
     return half, half.model_copy(update={"data": DataSpec(kind="generated")})
 
 
-def of_folded_model(recipe, work, directory: Path, *, mlp: bool = False):
+def of_folded_model(recipe, work, directory: Path):
     """Return the recipe for the model that `bitladder fold` makes of a workspace's, in a directory, once."""
     from bitladder.steps.fold import fold
 
     if not directory.exists():
-        fold(work, directory, mlp=mlp)
+        fold(work, directory)
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(directory)})})
 
 

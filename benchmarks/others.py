@@ -235,9 +235,9 @@ class Ours:
 
 
 def ours_of(recipe, scratch: Path, judge: Judge) -> Iterator[Ours]:
-    """Yield our measurements: with compensated codes, with those for 16-bit inputs, twice folded, with nearest codes.
+    """Yield our measurements: with compensated codes, with those for 16-bit inputs, folded, with nearest codes.
 
-    Nothing folded where the model cannot be.
+    Nothing folded where the model's norms cannot be.
 
     Raises:
         SystemExit: the folded model was calibrated on other rows than the rest.
@@ -258,13 +258,12 @@ def ours_of(recipe, scratch: Path, judge: Judge) -> Iterator[Ours]:
     yield made
     # Where NVFP4 is measured too, NVFP4's weights alone have its codes, which are made for rounded inputs.
     yield of(recipe, "for_16_bit_inputs", rounding="compensated", formats=NVFP4["hopper"], score_samples=SCORE_SAMPLES)
-    for arm, mlp in (("folded", False), ("folded_mlp", True)):
-        try:
-            folded = mixes.of_folded_model(recipe, judge.work, scratch / f"{arm}_model", mlp=mlp)
-        except EngineError as error:
-            print(f"{arm}: {error}", flush=True)
-            continue
-        other = of(folded, arm, rounding="compensated", formats=FOLDED, score_samples=SCORE_SAMPLES)
+    try:
+        folded = mixes.of_folded_model(recipe, judge.work, scratch / "folded_model")
+    except EngineError as error:
+        print(f"folded: {error}", flush=True)
+    else:
+        other = of(folded, "folded", rounding="compensated", formats=FOLDED, score_samples=SCORE_SAMPLES)
         if made.measurement.calibration.sample_ids != other.measurement.calibration.sample_ids:
             raise SystemExit("the folded model wrote other rows than the original; they can't be compared")
         yield other

@@ -3,6 +3,7 @@
 import copy
 import shutil
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,12 +20,13 @@ from bitladder.checkpoints.folded import write_folded
 from bitladder.data.batches import Batch
 from bitladder.errors import EngineError, ModelError, OutputError
 from bitladder.formats import get_format
-from bitladder.measuring.folding import fold_channels, said
+from bitladder.measuring.folding import fold_norms
 from bitladder.models.loading import load_model
 from bitladder.models.scaling import Scaling
 from bitladder.models.weights import WeightFiles, read_config
 from bitladder.recipe import resolve_path
 from bitladder.runinfo import no_progress
+from bitladder.steps import fold as folding
 from conftest import make_text
 
 DEMO = Path(bitladder.__file__).parent / "demo" / "qwen2_5_vl_digits"
@@ -66,7 +68,7 @@ def test_tensors_are_the_originals_times_powers_of_two_and_other_files_the_same(
 
 def test_what_isnt_multiplied_is_copied_shard_by_shard(sharded_llama, tmp_path):
     name = "model.norm.weight"
-    write_folded(sharded_llama, tmp_path / "out", {name: [Scaling(torch.full((64,), 0.5))]}, "halved")
+    write_folded(sharded_llama, tmp_path / "out", {name: Scaling(torch.full((64,), 0.5))}, "halved")
     before, after = WeightFiles.open(sharded_llama), WeightFiles.open(tmp_path / "out")
     assert before.files == after.files
     assert torch.equal(after.load(name) * 2, before.load(name))
@@ -82,7 +84,7 @@ def test_a_product_that_a_dtype_rounds_is_refused(tmp_path):
     (tmp_path / "in" / "config.json").write_text("{}")
     save_file({"norm.weight": torch.full((4,), 2.0**-24, dtype=torch.float16)}, tmp_path / "in" / "model.safetensors")
     with pytest.raises(ModelError, match=r"norm\.weight times powers of two doesn't fit F16"):
-        write_folded(tmp_path / "in", tmp_path / "out", {"norm.weight": [Scaling(torch.full((4,), 0.5))]}, "halved")
+        write_folded(tmp_path / "in", tmp_path / "out", {"norm.weight": Scaling(torch.full((4,), 0.5))}, "halved")
     assert not (tmp_path / "out").exists()
 
 
@@ -93,7 +95,7 @@ def test_a_raised_tensor_is_written_where_its_dtype_holds_it_and_refused_where_n
         source.mkdir()
         (source / "config.json").write_text("{}")
         save_file({"norm.weight": torch.full((4,), value, dtype=torch.bfloat16)}, source / "model.safetensors")
-        halved = {"norm.weight": [Scaling(torch.full((4,), 0.5), offset=1.0)]}
+        halved = {"norm.weight": Scaling(torch.full((4,), 0.5), offset=1.0)}
         if name == "held":
             write_folded(source, out, halved, "halved")
             assert WeightFiles.open(out).load("norm.weight").tolist() == [1.0] * 4
@@ -145,13 +147,14 @@ def norm_with(weight):
     return norm
 
 
-def folds_of(model, searched=("left", "right"), *, mask=None, unknown=None, dtype=torch.float32, mlp=False):
+def folds_of(model, searched=("left", "right"), *, mask=None, unknown=None, dtype=torch.float32):
     """Fold a model whose files hold this dtype; `unknown`: a parameter that isn't stored as it is."""
     torch.manual_seed(0)
     ids = torch.randint(0, 16, (2, 30) if mask is None else mask.shape)
     batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}, ids)
-    stored = {name: dtype for name, _ in model.named_parameters() if name != unknown}
-    return fold_channels(model, [batch], searched, stored, no_progress, mlp=mlp)
+    files = {name: parameter.detach().to(dtype, copy=True) for name, parameter in model.named_parameters()}
+    stored = {name: partial(files.get, name) for name in files if name != unknown}
+    return fold_norms(model, [batch], searched, stored, no_progress)
 
 
 def test_a_channel_four_times_as_large_is_halved():
@@ -230,9 +233,9 @@ class TwoNorms(nn.Module):
 
 
 def test_a_norm_that_a_module_with_a_weight_reads_is_left_alone_where_that_is_not_linear():
-    assert [fold.source for fold in folds_of(TwoNorms(norm_with(4.0)))] == ["plain", "other"]
+    assert [fold.norm for fold in folds_of(TwoNorms(norm_with(4.0)))] == ["plain", "other"]
     (fold,) = folds_of(TwoNorms(norm_with(4.0), also=Scaled(torch.ones(16), of=torch.tanh)))
-    assert (fold.source, fold.readers) == ("plain", ("left",))
+    assert (fold.norm, fold.readers) == ("plain", ("left",))
 
 
 class Added(Scaled):
@@ -265,13 +268,14 @@ class Heads(TwoNorms):
     ids=lambda model: type(model).__name__,
 )
 def test_a_norm_of_more_or_other_than_hidden_states_is_left_alone(model):
-    assert [fold.source for fold in folds_of(model)] == ["plain"]
+    assert [fold.norm for fold in folds_of(model)] == ["plain"]
 
 
 @pytest.mark.parametrize("unknown", ["norm.weight", "left.weight"])
-def test_what_the_files_hold_otherwise_is_left_alone(unknown):
+@pytest.mark.parametrize("raised", [False, True])
+def test_what_the_files_hold_otherwise_is_left_alone(unknown, raised):
     """A parameter that transformers makes of several tensors, say."""
-    model = Small(norm_with(4.0))
+    model = Small(gemma_norm(norm_with(7.0).weight) if raised else norm_with(4.0))
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(EngineError, match="no norm of this model can be folded"):
         folds_of(model, unknown=unknown)
@@ -373,6 +377,49 @@ def nearest(weights, wanted, shift):
     ]
 
 
+@pytest.mark.parametrize(("files", "model"), [("float32", "float32"), ("float16", "float32"), ("float16", "bfloat16")])
+def test_a_raised_weight_changes_as_bf16_and_its_files_both_hold_it(files, model):
+    """Files of more bits may be loaded in BF16, where another w' is rounded otherwise than w was."""
+    files, model = getattr(torch, files), getattr(torch, model)
+    weights = (20 * torch.rand(64, generator=torch.Generator().manual_seed(0))).to(files)
+    weights[::2] = weights[::2].bfloat16().to(files)
+    given = Given(torch.ones(1, 16, 64)).to(model)
+    given.rows, given.norm = given.rows.to(model), gemma_norm(weights.float()).to(model)
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    batch = Batch({"input_ids": ids, "attention_mask": ids + 1}, ids)
+    held = {name: parameter.detach().to(files) for name, parameter in given.named_parameters()}
+    held["norm.weight"] = weights
+    (fold,) = fold_norms(given, [batch], ["left"], {n: partial(held.get, n) for n in held}, no_progress)
+    assert len(set(fold.factors.tolist())) > 1
+    written = Scaling(1 / fold.factors, 1.0).applied(weights)
+    for loaded in (files, torch.bfloat16, model):
+        assert torch.equal((written.to(loaded).double() + 1) * fold.factors, weights.to(loaded).double() + 1)
+
+
+def test_a_raised_weight_that_is_lost_in_the_sum_is_left_alone():
+    """1 + 2^-25 is 1 in float32, and (1 + 2^-25) / 2 no half."""
+    scaling = Scaling(torch.full((2,), 0.5), 1.0)
+    assert scaling.kept(torch.tensor([3.0, 2.0**-25])).tolist() == [True, False]
+
+
+def test_of_two_raised_parameters_both_have_to_hold_the_factors():
+    """Of the second nothing but 1 + w itself is held."""
+
+    class Both(Raised):
+        def forward(self, x):
+            return nn.functional.layer_norm(x, x.shape[-1:], self.weight + 1, self.bias + 1)
+
+    full = torch.arange(1, 17) / 64 * (1 + 2.0**-23)
+    for bias, count in ((torch.zeros(16), 1), (full, 0)):
+        model = Small(Both(torch.tensor([255.0] + [3.0] * 15), bias))
+        if count:
+            (fold,) = folds_of(model)
+            assert fold.raised == ("weight", "bias")
+        else:
+            with pytest.raises(EngineError, match="no norm of this model can be folded"):
+                folds_of(model)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_raised_weights_take_the_nearest_factors_that_bf16_holds_after_one_more_for_all(seed):
     """Rows of ones, so that the channels' magnitudes are those of 1 + weight; a third of the weights is negative."""
@@ -404,109 +451,8 @@ def test_a_raised_weight_that_no_factor_fits_is_left_alone():
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
 
 
-class Mlp(nn.Module):
-    """act(gate x) · up x, and what reads that; the third inner channel is 64 times as large as the others."""
-
-    def __init__(self, act=nn.functional.silu, *, bias=False, alone=True):
-        super().__init__()
-        torch.manual_seed(0)
-        self.gate, self.up = nn.Linear(16, 32), nn.Linear(16, 32, bias=bias)
-        self.down, self.act, self.alone = nn.Linear(32, 16), act, alone
-        self.up.weight.data[2] *= 64
-
-    def forward(self, x, more=None):
-        return self.down(self.act(self.gate(x)) * self.up(x))
-
-
-class TwoArguments(Mlp):
-    def forward(self, x, more):
-        return super().forward(x)
-
-
-class TwoGiven(Mlp):
-    """Could be called with one, but isn't."""
-
-
-class Routed(Mlp):
-    """Reads its tokens one after the other, as experts do."""
-
-    def forward(self, x):
-        return super().forward(x.flatten(0, 1)).view_as(x)
-
-
-class WithMlp(nn.Module):
-    def __init__(self, mlp):
-        super().__init__()
-        self.norm, self.mlp = norm_with(4.0), mlp
-
-    def forward(self, input_ids, attention_mask):
-        x = self.norm(nn.functional.one_hot(input_ids, 16).float() + 1)
-        return SimpleNamespace(logits=self.mlp(x, x) if isinstance(self.mlp, TwoArguments | TwoGiven) else self.mlp(x))
-
-
-INNER = ("mlp.gate", "mlp.up", "mlp.down")
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_inner_channels_of_an_mlp_are_folded_out_of_the_rows_of_up(bias):
-    """`gate` has the shape of `up`, but nothing is proportional to its outputs."""
-    model = WithMlp(Mlp(bias=bias))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    norm, inner = folds_of(model, INNER, mlp=True)
-    assert (norm.source, norm.inner) == ("norm", False)
-    assert (inner.source, inner.readers, inner.inner) == ("mlp.up", ("mlp.down",), True)
-    assert said([norm, inner]) == "1 norms and the inner channels of 1 MLPs"
-    assert inner.factors[2] / inner.factors.median() >= 4
-    after = model.state_dict()
-    assert torch.equal(after["mlp.down.weight"], before["mlp.down.weight"] * inner.factors)
-    assert torch.equal(after["mlp.up.weight"], before["mlp.up.weight"] * norm.factors / inner.factors[:, None])
-    assert torch.equal(after["mlp.gate.weight"], before["mlp.gate.weight"] * norm.factors)
-    if bias:
-        assert torch.equal(after["mlp.up.bias"], before["mlp.up.bias"] / inner.factors)
-
-
-def test_inner_channels_are_left_alone_unless_they_are_asked_for():
-    (fold,) = folds_of(WithMlp(Mlp()), INNER)
-    assert fold.source == "norm"
-
-
-@pytest.mark.parametrize(
-    ("mlp", "unknown", "searched"),
-    [
-        (TwoArguments(), None, INNER),
-        (TwoGiven(), None, INNER),
-        (Mlp(), "mlp.down.weight", INNER),
-        (Mlp(bias=True), "mlp.up.bias", INNER),
-        (Mlp(), None, INNER[:2]),
-    ],
-    ids=["two arguments", "two given", "down isn't stored", "a bias isn't stored", "down isn't searched"],
-)
-def test_inner_channels_that_are_not_understood_are_left_alone(mlp, unknown, searched):
-    model = WithMlp(copy.deepcopy(mlp))
-    before = {name: value.clone() for name, value in model.mlp.down.state_dict().items()}
-    (fold,) = folds_of(model, searched, unknown=unknown, mlp=True)
-    assert fold.source == "norm"
-    assert all(torch.equal(value, before[name]) for name, value in model.mlp.down.state_dict().items())
-
-
-def test_inner_channels_of_tokens_in_another_shape_are_left_alone():
-    with pytest.raises(EngineError, match="no norm of this model can be folded"):
-        folds_of(WithMlp(Routed()), INNER, mlp=True)
-
-
-def test_without_a_gate_the_rows_before_an_activation_that_keeps_factors_are_folded():
-    """relu(2 x) = 2 relu(x), and gelu(2 x) isn't 2 gelu(x)."""
-
-    class Plain(Mlp):
-        def forward(self, x):
-            return self.down(self.act(self.up(x)))
-
-    assert [fold.source for fold in folds_of(WithMlp(Plain(torch.relu)), INNER, mlp=True)] == ["norm", "mlp.up"]
-    assert [fold.source for fold in folds_of(WithMlp(Plain(nn.functional.gelu)), INNER, mlp=True)] == ["norm"]
-
-
-@pytest.mark.parametrize(("dtype", "mlp"), [("float32", False), ("bfloat16", True)])
-def test_gemma_is_folded_and_its_logits_are_the_originals_to_the_bit(tmp_path, dtype, mlp):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gemma_is_folded_and_its_logits_are_the_originals_to_the_bit(tmp_path, dtype):
     """All norms before q/k/v and gate/up, of a model with weights such as Gemma's norms have."""
     (tmp_path / "model").mkdir()
     model = tiny_architectures.build("Gemma3ForCausalLM", tmp_path / "model")
@@ -525,13 +471,40 @@ def test_gemma_is_folded_and_its_logits_are_the_originals_to_the_bit(tmp_path, d
         "schemes": [{"name": "full", "coverage": 1.0}],
         "output": str(tmp_path / "run"),
     }
-    folds = bitladder.Run(content).fold(tmp_path / "folded", mlp=mlp)
+    folds = bitladder.Run(content).fold(tmp_path / "folded")
     layers = read_config(model)["num_hidden_layers"]
-    assert sum(fold.raised == ("weight",) for fold in folds) == 2 * layers
-    assert sum(fold.inner for fold in folds) == (layers if mlp else 0)
-    assert len(folds) == (3 if mlp else 2) * layers
+    assert len(folds) == 2 * layers
+    assert {fold.raised for fold in folds} == {("weight",)}
     ids = torch.randint(0, 100, (4, 30), generator=torch.Generator().manual_seed(1))
     for computed in (torch.float32, torch.bfloat16):
         with torch.no_grad():
             before, after = (load_model(one, computed)(input_ids=ids).logits for one in (model, tmp_path / "folded"))
         assert torch.equal(before, after)
+
+
+def test_a_reader_that_its_files_would_round_leaves_its_norm_alone():
+    """Files of FP16, whose least number can't be halved, of a model in float32 that could."""
+    model = Given(torch.tensor([1.0, 1e-3, 1.0, 1.0]).repeat(1, 16, 1))
+    model.left.weight.data.fill_(2.0**-24)
+    mask = torch.ones(1, 16, dtype=torch.long)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    (fold,) = folds_of(model, mask=mask)
+    assert fold.factors.min() < 1
+    model.load_state_dict(kept)
+    with pytest.raises(EngineError, match="no norm of this model can be folded"):
+        folds_of(model, mask=mask, dtype=torch.float16)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
+def test_one_tensor_that_two_modules_share_is_refused(tmp_path, monkeypatch):
+    """As if two norms were read by the same weights."""
+
+    def both(*given):
+        folds = fold_norms(*given)
+        return (folds[0], folds[0])
+
+    monkeypatch.setattr(folding, "fold_norms", both)
+    run = bitladder.Run(resolve_path("package:demo/recipe.yaml", Path()), output=tmp_path / "run")
+    with pytest.raises(EngineError, match="two norms or weights of this model are one tensor"):
+        run.fold(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -164,12 +164,8 @@ class Run:
 
             return measure(work)
 
-    def fold(self, directory: str | os.PathLike[str], *, mlp: bool = False) -> "tuple[Fold, ...]":
+    def fold(self, directory: str | os.PathLike[str]) -> "tuple[Fold, ...]":
         """Write the model to a new directory with its norms folded into the weights that read them.
-
-        Args:
-            directory: new or empty.
-            mlp: whether the inner channels of MLPs, before `down`, are folded as well.
 
         Returns:
             Each norm, the modules that read it, and the channels' factors.
@@ -188,7 +184,7 @@ class Run:
         with self._working(look) as work:
             from bitladder.steps.fold import fold
 
-            return fold(work, place, mlp=mlp)
+            return fold(work, place)
 
     def plan(self) -> "tuple[Scheme, ...]":
         """Plan every scheme of the recipe."""

@@ -1,6 +1,6 @@
 """A model's directory with some tensors scaled by powers of two, all else as it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,16 +20,16 @@ from bitladder.storage import atomic_directory, check_vacant
 def write_folded(
     source: Path,
     destination: Path,
-    scalings: Mapping[str, Sequence[Scaling]],
+    scalings: Mapping[str, Scaling],
     remark: str,
     progress: Progress = no_progress,
 ) -> None:
-    """Write a model with some tensors scaled.
+    """Write a model with some tensors scaled along their last dimension.
 
     Args:
         source: the model's directory.
         destination: a directory that doesn't exist, or is empty.
-        scalings: of each tensor that changes, by its name in the files, one after the other.
+        scalings: of each tensor that changes, by its name in the files.
         remark: added to what PROVENANCE says of the weights.
         progress: told of every file.
 
@@ -63,14 +63,12 @@ def write_folded(
         write_file(temporary / PROVENANCE_FILE, "; ".join(said).encode() + b"\n")
 
 
-def _scaled(weights: WeightFiles, name: str, scalings: Sequence[Scaling]) -> torch.Tensor:
+def _scaled(weights: WeightFiles, name: str, scaling: Scaling) -> torch.Tensor:
     """Return a scaled tensor, in its own dtype."""
     tensor = weights.load(name)
-    for scaling in scalings:
-        if not bool(scaling.kept(tensor).all()):
-            raise ModelError(
-                f"{weights.directory / weights.tensors[name].file}: {name} times powers of two doesn't fit "
-                f"{weights.tensors[name].dtype}; convert the model to BF16 first"
-            )
-        tensor = scaling.applied(tensor)
-    return tensor
+    if not bool(scaling.kept(tensor).all()):
+        raise ModelError(
+            f"{weights.directory / weights.tensors[name].file}: {name} times powers of two doesn't fit "
+            f"{weights.tensors[name].dtype}; convert the model to BF16 first"
+        )
+    return scaling.applied(tensor)

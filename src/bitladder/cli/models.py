@@ -64,7 +64,6 @@ def fetch(
 def fold(
     recipe: RecipePath,
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where it goes: a new or empty directory.")],
-    mlp: Annotated[bool, typer.Option("--mlp", help="Even the inner channels of MLPs as well, before down.")] = False,
 ) -> None:
     """Write a recipe's model with even channels before q/k/v and gate/up, for formats with four-bit inputs (nvfp4).
 
@@ -74,14 +73,11 @@ def fold(
     Example: bitladder fold recipes/smollm2_135m.yaml models/smollm2_135m_folded
     """
     with started(recipe, None) as work:
-        folds = work.fold(directory, mlp=mlp)
-    from bitladder.measuring.folding import said
-
-    mlps, weights = sum(one.inner for one in folds), sum(len(one.readers) for one in folds)
-    if not answered(directory=directory, norms=len(folds) - mlps, mlps=mlps, weights=weights):
+        folds = work.fold(directory)
+    if not answered(directory=directory, norms=len(folds), weights=sum(len(one.readers) for one in folds)):
         console().print(
-            f"{directory}: {said(folds)} folded into {weights} weights; the logits of the first calibration batch are "
-            "the original's, bit for bit",
+            f"{directory}: {len(folds)} norms folded into {sum(len(one.readers) for one in folds)} weights; the logits "
+            "of the first calibration batch are the original's, bit for bit",
             soft_wrap=True,
             highlight=False,
         )

@@ -10,7 +10,7 @@ class Scaling:
     """What is done to a parameter p: it becomes p' with p' + offset = (p + offset) · by.
 
     Attributes:
-        by: powers of two, float32, [features] along the last dimension, or [features, 1, ...] along the first.
+        by: powers of two along the last dimension, float32 [features].
         offset: what the model adds before it multiplies: 1 for the norms of Gemma, 0 for most parameters.
     """
 
@@ -23,13 +23,19 @@ class Scaling:
         made = (wide + self.offset) * by - self.offset if self.offset else wide * by
         return made.to(tensor.dtype)
 
-    def kept(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return where nothing of a parameter is rounded when it is scaled, bool, in its shape."""
-        wide, by = self._wide(tensor)
-        made = self.applied(tensor).to(wide.dtype)
-        return (made + self.offset) / by == wide + self.offset if self.offset else made / by == wide
+    def kept(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return where nothing of a parameter is rounded when it is scaled, bool, in its shape.
+
+        Args:
+            tensor: the parameter as its file holds it.
+            dtype: in which a runtime loads the file, which may round p and p' before the offset is added; None: the
+                file's own.
+        """
+        loaded, made = (self._wide(one.to(dtype or one.dtype))[0] for one in (tensor, self.applied(tensor)))
+        by = self._wide(tensor)[1].to(made.dtype)
+        return (made + self.offset) / by == loaded + self.offset if self.offset else made / by == loaded
 
     def _wide(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the parameter in the dtype in which models add the offset, float32 or wider, and the factors in it."""
-        dtype = torch.promote_types(tensor.dtype, torch.float32) if self.offset else tensor.dtype
+        """Return the parameter and the factors in a dtype in which the sum with the offset isn't rounded."""
+        dtype = torch.float64 if self.offset else tensor.dtype
         return tensor.to(dtype), self.by.to(tensor.device, dtype)
