@@ -1,6 +1,7 @@
 """Tiny models, data and measurements that many tests share. Everything is made here, from seeds."""
 
 import contextlib
+import gc
 import json
 import os
 from pathlib import Path
@@ -37,6 +38,13 @@ torch.set_num_threads(2)
 LONGEST = ("parallel", "cli", "faults", "probe_serve", "sensitivity", "serve_mixes", "qwen_scripts", "pipeline", "page")
 LONGEST += ("probe_load", "architectures", "again", "formats", "mixture", "compiled", "hybrids", "kv_layers", "native")
 LONGEST += ("rounding", "blocks", "library", "evaluation", "serve_on", "modelopt_integers", "ranks", "storage")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """Keep what is imported by now out of every later collection of garbage: measuring a model collects often."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
