@@ -34,7 +34,7 @@ def all_hold(results):
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize(("name", "every"), [("fresh", 55), ("changed", 80), ("compensated", 80)])
+@pytest.mark.parametrize(("name", "every"), [("fresh", 40), ("changed", 60), ("compensated", 60)])
 def test_a_killed_run_goes_on_to_the_same_results(server, world, name, every):
     all_hold(interrupted.kills(server, world, every, [name]))
 

@@ -422,7 +422,7 @@ def test_of_two_raised_parameters_both_have_to_hold_the_factors():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_raised_weights_take_the_nearest_factors_that_bf16_holds_after_one_more_for_all(seed):
-    """Rows of ones, so that the channels' magnitudes are those of 1 + weight; a third of the weights is negative."""
+    """Rows of ones, so that the channels' magnitudes are those of 1 + weight; a quarter of the weights is negative."""
     generator = torch.Generator().manual_seed(seed)
     weights = (60 * torch.rand(48, generator=generator) ** 4 - 0.3).bfloat16().float()
     model = Given(torch.ones(1, 16, 48))

@@ -31,9 +31,9 @@ class Scaling:
             dtype: in which a runtime loads the file, which may round p and p' before the offset is added; None: the
                 file's own.
         """
-        loaded, made = (self._wide(one.to(dtype or one.dtype))[0] for one in (tensor, self.applied(tensor)))
-        by = self._wide(tensor)[1].to(made.dtype)
-        return (made + self.offset) / by == loaded + self.offset if self.offset else made / by == loaded
+        loaded, by = self._wide(tensor.to(dtype or tensor.dtype))
+        made, _ = self._wide(self.applied(tensor).to(dtype or tensor.dtype))
+        return (made + self.offset) / by == loaded + self.offset
 
     def _wide(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the parameter and the factors in a dtype in which the sum with the offset isn't rounded."""

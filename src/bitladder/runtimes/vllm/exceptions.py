@@ -18,13 +18,6 @@ _OUT_OF_MEMORY_SIGNAL: Final = -signal.SIGKILL
 
 SEE_TRACEBACK: Final = "see the traceback; `bitladder preflight` names the tensor or file where its rules know it"
 _NO_KERNEL: Final = "Failed to find a kernel"
-_NO_FP8_CACHE: Final = r"FP8 KV cache (on CPU )?(requires|needs|is not supported)|kv_cache_dtype not supported"
-# What a device lacks, and what to do then: pattern of a message -> remedy.
-_ANOTHER_DEVICE: Final = {
-    _NO_KERNEL: "serve it on a device for which vLLM has one (docs/runtimes.md, Which kernel and which arithmetic), or "
-    "plan without that format",
-    _NO_FP8_CACHE: "serve it on a device for which vLLM has one, or export the scheme without kv_cache",
-}
 _LONGEST: Final = 500  # characters of a message
 
 
@@ -36,11 +29,13 @@ class Rule:
         error_class: what it is.
         pattern: a regular expression, searched in `Type: message`.
         source: where the words come from.
+        remedy: what to do about it.
     """
 
     error_class: ErrorClass
     pattern: str
     source: str
+    remedy: str = SEE_TRACEBACK
 
 
 _VLLM_MODELOPT = "vllm/model_executor/layers/quantization/modelopt.py"
@@ -75,8 +70,19 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("unsupported_format", r"Unknown quantization method", "vllm/config/model.py"),
     Rule("unsupported_format", r"quantization is currently not supported", "vllm/platforms, verify_quantization"),
     Rule("unsupported_format", r"Minimum capability", "vllm/model_executor/model_loader/weight_utils.py"),
-    Rule("unsupported_format", _NO_KERNEL, "vllm/model_executor/kernels/linear/__init__.py"),
-    Rule("unsupported_format", _NO_FP8_CACHE, "vllm/v1/attention/backends/*.py, platforms/cuda.py"),
+    Rule(
+        "unsupported_format",
+        _NO_KERNEL,
+        "vllm/model_executor/kernels/linear/__init__.py",
+        "serve it on a device for which vLLM has one (docs/runtimes.md, Which kernel and which arithmetic), or plan "
+        "without that format",
+    ),
+    Rule(
+        "unsupported_format",
+        r"FP8 KV cache (on CPU )?(requires|needs|is not supported)|kv_cache_dtype not supported",
+        "vllm/v1/attention/backends/*.py, platforms/cuda.py",
+        "serve it on a device for which vLLM has one, or export the scheme without kv_cache",
+    ),
     Rule("unsupported_format", r"not multiple of 16|[Dd]ivisible by (16|128)", f"{_VLLM_MODELOPT}; torch._scaled_mm"),
     # What the files lack, have too much of, or have in another shape.
     Rule("missing_file", r"Cannot find any (safetensors )?model weights", _VLLM_LOADER),
@@ -155,6 +161,5 @@ def said(message: str, line: str = "") -> str:
 
 def advice(error_class: ErrorClass, message: str) -> str:
     """Return what to do about an exception of that class and message."""
-    if error_class != "unsupported_format":
-        return SEE_TRACEBACK
-    return next((remedy for words, remedy in _ANOTHER_DEVICE.items() if re.search(words, message)), SEE_TRACEBACK)
+    known = (rule for rule in RULES if rule.error_class == error_class and re.search(rule.pattern, message, re.DOTALL))
+    return next((rule.remedy for rule in known), SEE_TRACEBACK)
